@@ -1,0 +1,1 @@
+"""Ready-made configurations: deepspeed/ (engine JSON files) and models/ (Llama shapes)."""

@@ -1,0 +1,63 @@
+"""What of DeepSpeed's configuration is not supported, said before training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from spectral_dist.options import suggest
+
+
+def refuse_type(name: str | None, ours: Iterable[str]) -> None:
+    """Raise if the JSON's optimizer type is nobody's, or nearly one of ours.
+
+    Raises:
+        ValueError: with the nearest name and the list.
+    """
+    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
+
+    if name is None or name.lower() in DEEPSPEED_OPTIMIZERS or hasattr(torch.optim, name):
+        return
+    raise ValueError(f'optimizer.type is "{name}", which is unknown{suggest(name, ours)}')
+
+
+def refuse(engine: Any) -> None:
+    """Raise for every engine whose parameters do not lie as the placer reads them.
+
+    Raises:
+        ValueError: names the setting, the reason and what works instead.
+    """
+    zero = engine._config.zero_config
+    offload = zero.offload_optimizer
+    device = None if offload is None else str(getattr(offload.device, "value", offload.device))
+    cases: list[tuple[bool, str, str]] = [
+        (engine.has_moe_layers, "deepspeed.moe layers", "use dense layers or stacked experts"),
+        (engine.pipeline_parallelism, "a PipelineModule", "use ZeRO without pipeline stages"),
+        (engine.autotp_size() > 1, "tensor_parallel.autotp_size above 1", "set it to 1"),
+        (zero.zero_hpz_partition_size > 1, "zero_hpz_partition_size above 1", "set it to 1"),
+        (zero.elastic_checkpoint, "elastic_checkpoint", "use the universal checkpoint"),
+        (getattr(engine, "zenflow", False), "zenflow", "remove it"),
+        (device == "nvme", 'offload_optimizer.device "nvme"', 'use "cpu"'),
+        (
+            device == "cpu" and (offload.ratio < 1 or offload.super_offload),
+            "offload_optimizer.ratio below 1 or super_offload, which use DeepSpeed's own Adam",
+            "set ratio to 1.0 and super_offload to false",
+        ),
+        (
+            engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16,
+            'torch_autocast with dtype "float16"',
+            'use the "fp16" section, or bfloat16',
+        ),
+        (
+            any(getattr(p, "use_muon", False) for p in engine.module.parameters()),
+            "use_muon on parameters, on which ZeRO would run its own update as well",
+            "delete the attribute",
+        ),
+    ]
+    for found, what, instead in cases:
+        if found:
+            raise ValueError(
+                f"spectral optimizers do not support {what} under DeepSpeed: {instead}"
+            )

@@ -1,0 +1,110 @@
+"""Where each ZeRO stage keeps its shards, read off the model's own parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+
+from spectral_dist.groups import Route
+from spectral_dist.optimizer import Muon, WholeParameters
+from spectral_dist.sharding.layout import Cut, Placement, lay
+
+
+class ZeroPlacer:
+    """Every ZeRO stage's layout.
+
+    - stage 0: every rank has every parameter (in float32 copies when the model is 16-bit).
+    - stages 1 and 2, and BF16_Optimizer: a group's parameters lie in one flat tensor, at the
+      storage offset of the model's parameter, cut into equal runs by rank.
+    - stage 3: a sub-group's flat tensor holds, one after the other, this rank's run of each of its
+      parameters, each cut into equal runs by rank.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+        self.ready = False
+        """False while the engine is being built: FP16_UnfusedOptimizer then calls step() once."""
+        self._options: list[dict[str, Any]] = []
+
+    def start(self, optimizer: Muon) -> None:
+        """Take steps from now on; remember each group's options."""
+        self._options = [
+            {k: v for k, v in group.items() if k not in ("params", "lr")}
+            for group in optimizer.param_groups
+        ]
+        self.ready = True
+
+    def prepare(self, optimizer: Muon) -> bool:
+        """Undo what loading a universal checkpoint does to groups and states."""
+        groups = optimizer.param_groups
+        if self.ready and len(groups) == len(self._options):
+            for index, group in enumerate(groups):
+                if group["id"] != index:  # stage 3 copies group 0's keys over all groups
+                    group.update(self._options[index])
+        for group in groups:
+            for p in group["params"] if group["kind"] == "matrix" else ():
+                optimizer.state[p].pop("exp_avg_sq", None)
+        return self.ready
+
+    def key(self, group: dict[str, Any], tensors: Sequence[Tensor]) -> object:
+        """The sub-group at stage 3, the group elsewhere."""
+        return getattr(tensors[0], "ds_id", group["id"])
+
+    def place(
+        self, group: dict[str, Any], routes: Sequence[Route], tensors: Sequence[Tensor]
+    ) -> Placement:
+        """The layouts of the group's (or stage 3's sub-group's) matrices."""
+        device = torch.device(get_accelerator().current_device_name())
+        if hasattr(tensors[0], "ds_id"):
+            return _place_stage3(routes, tensors[0], device)
+        world = self.engine.seq_data_parallel_group
+        if [tuple(t.shape) for t in tensors] == [route.shape for route in routes]:
+            return WholeParameters(world).place(group, routes, tensors)
+        return _place_flat(routes, tensors[0], world, device)
+
+
+def _place_flat(
+    routes: Sequence[Route], flat: Tensor, group: dist.ProcessGroup, device: torch.device
+) -> Placement:
+    ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+    cut = Cut.even(flat.numel(), ranks)
+    layouts, spans = [], []
+    for route in routes:
+        parameter = route.parameter
+        offset, numel = parameter.data.storage_offset(), parameter.numel()
+        if parameter.data.untyped_storage().nbytes() < ranks * flat.numel() * parameter.itemsize:
+            raise RuntimeError(
+                f"{route.name} is no view of its ZeRO group's flat buffer of {ranks} x"
+                f" {flat.numel()} elements, so where it lives is not known; was its .data replaced?"
+            )
+        layouts += [lay(matrix, cut, offset=offset) for matrix in route.matrices]
+        begin, end = max(offset, cut.bounds[rank]), min(offset + numel, cut.bounds[rank + 1])
+        if begin < end:
+            spans.append((route.name, 0, begin - cut.bounds[rank], end - begin))
+    return Placement(tuple(layouts), group, device, tuple(spans))
+
+
+def _place_stage3(routes: Sequence[Route], flat: Tensor, device: torch.device) -> Placement:
+    ids = [int(route.parameter.ds_id) for route in routes]  # type: ignore[attr-defined]
+    first, last = (ids.index(int(i)) for i in flat.ds_id.split("_"))  # type: ignore[attr-defined]
+    base, layouts, spans, group = 0, [], [], None
+    for route in routes[first : last + 1]:
+        parameter: Any = route.parameter
+        group = parameter.ds_process_group
+        ranks, rank = dist.get_world_size(group), dist.get_rank(group)
+        run = parameter.partition_numel()
+        cut = Cut.even(run, ranks)
+        layouts += [lay(matrix, cut, base=base) for matrix in route.matrices]
+        spans.append((route.name, 0, base, max(0, min(run, parameter.ds_numel - rank * run))))
+        base += run
+    if base != flat.numel():
+        raise RuntimeError(
+            f"ZeRO-3 sub-group {flat.ds_id} has {flat.numel()} elements, but its parameters"  # type: ignore[attr-defined]
+            f" sum to {base}: its layout is not the one this release knows (deepspeed 0.19.8)"
+        )
+    return Placement(tuple(layouts), group, device, tuple(spans))

@@ -1,0 +1,18 @@
+"""Orthogonalized optimizers for large-scale training, exact under every way a model is sharded."""
+
+from spectral_dist._version import __version__
+from spectral_dist.groups import param_groups, tag
+from spectral_dist.optimizer import Muon
+from spectral_dist.rules.adamw import BACKENDS, Update
+
+__all__ = ["Muon", "__version__", "param_groups", "tag"]
+
+
+def _apex() -> Update:
+    from spectral_dist.integrations.apex import FusedAdamW
+
+    return FusedAdamW()
+
+
+# Here, above all floors, since rules/ may not know integrations/.
+BACKENDS["apex"] = _apex

@@ -1,0 +1,371 @@
+"""Which parameters are matrices: by module type, tying and tags; patterns only as overrides."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from spectral_dist.options import OPTION_NAMES, applies
+from spectral_dist.sharding import collectives
+from spectral_dist.sharding.layout import Matrix
+
+Split: TypeAlias = int | list[int]
+"""Equal parts, or the rows of each part: how one weight holds several matrices."""
+TAG = "spectral_dist_route"
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Route:
+    """What becomes of one parameter: ``kind`` is 'matrix', 'scalar' (AdamW) or 'frozen'."""
+
+    name: str
+    parameter: nn.Parameter
+    shape: tuple[int, ...]
+    kind: str
+    reason: str
+    matrices: tuple[Matrix, ...] = ()
+
+
+def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """The unsharded shape; ZeRO-3 empties parameters and keeps their shape in ``ds_shape``."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def output_heads(model: nn.Module) -> dict[int, str]:
+    """ids of parameters that map to the vocabulary, with how each was found."""
+    heads: dict[int, str] = {}
+    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    embedded = {id(m.weight) for m in embeddings}
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    if isinstance(head, nn.Module) and isinstance(getattr(head, "weight", None), nn.Parameter):
+        heads[id(head.weight)] = "output head (get_output_embeddings)"
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    for linear in linears:
+        if id(linear.weight) in embedded:
+            heads[id(linear.weight)] = "output head tied to the embedding"
+    if heads or not embeddings:
+        return heads
+    # The vocabulary is the largest embedding, and a head has an output for each of its entries. A
+    # block's inner Linear may have as many by chance, so a head lies outside numbered blocks, or it
+    # is the very last Linear; of several, it is the last.
+    vocabulary = max(m.num_embeddings for m in embeddings)
+    candidates = [
+        (name, m)
+        for name, m in model.named_modules()
+        if isinstance(m, nn.Linear) and full_shape(m.weight)[0] == vocabulary
+    ]
+    outside = [m for name, m in candidates if not any(map(str.isdigit, name.split(".")))]
+    last = [m for _, m in candidates if m is linears[-1]]
+    for m in outside[-1:] or last:
+        heads[id(m.weight)] = "output head (as many outputs as the embedding has entries)"
+    return heads
+
+
+def _kind(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> tuple[str, str]:
+    """(kind, reason) by the module's type."""
+    name = type(module).__name__
+    if len(shape) < 2:
+        return "scalar", f"{len(shape)}-D"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "scalar", "embedding"
+    if isinstance(module, nn.Linear) and leaf == "weight":
+        return "matrix", name
+    if isinstance(module, nn.MultiheadAttention) and leaf == "in_proj_weight":
+        return "matrix", f"{name}, q, k and v each"
+    if isinstance(module, CONVOLUTIONS) and leaf == "weight":
+        if module.groups > 1:
+            return "scalar", f"{name} with groups"
+        return "matrix", f"{name} as out x (in * kernel)"
+    if len(shape) == 3 and min(shape) > 1:
+        return "matrix", f"stack of {shape[0]} in {name}"
+    return "scalar", f"{leaf} of {name} is no known matrix"
+
+
+def _row_parts(rows: int, split: Split, where: str) -> list[list[tuple[int, int]]]:
+    """For each part of a split, its (first row, rows) blocks.
+
+    An int is that many equal parts. A list is the rows of each part; if they sum to a divisor of
+    ``rows``, the pattern repeats, as in QKV weights stored per query group.
+    """
+    if isinstance(split, bool) or not isinstance(split, int | list | tuple):
+        raise ValueError(
+            f"split {where}: {split!r} is neither a number of parts nor a list of rows"
+        )
+    if isinstance(split, int):
+        if split < 1 or rows % split:
+            raise ValueError(f"split {where}: {rows} rows cannot be cut into {split} equal parts")
+        split = [rows // split] * split
+    period = sum(split)
+    if not split or min(split) < 1 or rows % period:
+        raise ValueError(
+            f"split {where}: parts of {split} rows sum to {period}, but the weight has {rows} rows;"
+            " the sum must be the rows or divide them"
+        )
+    parts: list[list[tuple[int, int]]] = []
+    start = 0
+    for part in split:
+        parts.append([(group * period + start, part) for group in range(rows // period)])
+        start += part
+    return parts
+
+
+def matrices_of(name: str, shape: Sequence[int], split: Split | None) -> tuple[Matrix, ...]:
+    """The matrices of a parameter: itself, each of a 3-D stack, or the parts of a split of those.
+
+    Anything beyond three dimensions, and convolutions, are out x (the rest).
+    """
+    count, m, n = shape if len(shape) == 3 else (1, shape[0], math.prod(shape[1:]))
+    parts = [[(0, m)]] if split is None else _row_parts(m, split, f"of {name}")
+    found = []
+    for k in range(count):
+        stack = f"{name}[{k}]" if len(shape) == 3 else name
+        for j, blocks in enumerate(parts):
+            part = stack if split is None else f"{stack}/{j}"
+            rows = sum(r for _, r in blocks)
+            found.append(
+                Matrix(part, (rows, n), tuple((k * m * n + row * n, r) for row, r in blocks))
+            )
+    return tuple(found)
+
+
+class _Patterns:
+    """Regular expressions by option; an expression that no parameter answers to is an error."""
+
+    def __init__(self, option: str, patterns: Iterable[str]) -> None:
+        self.option = option
+        self.used = dict.fromkeys(patterns, False)
+        for pattern in self.used:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"{option}: {pattern!r} is no regular expression: {error}"
+                ) from None
+
+    def find(self, name: str) -> str | None:
+        matches = [p for p in self.used if re.search(p, name)]
+        for pattern in matches:
+            self.used[pattern] = True
+        return matches[0] if matches else None
+
+    def check(self, names: Sequence[str]) -> None:
+        for pattern, used in self.used.items():
+            if not used:
+                raise ValueError(
+                    f"{self.option}: {pattern!r} matches no trainable parameter;"
+                    f" they are named as in {', '.join(names[:3])}"
+                )
+
+
+def classify(
+    model: nn.Module,
+    *,
+    matrices: Iterable[str] = (),
+    scalars: Iterable[str] = (),
+    split: Mapping[str, Split] | None = None,
+) -> list[Route]:
+    """The route of every parameter of ``model``, in its order, tied parameters once.
+
+    Args:
+        matrices, scalars: regular expressions (re.search on the name) that override the types.
+        split: pattern -> parts, for weights that hold several matrices one above the other.
+
+    Raises:
+        ValueError: a pattern that matches nothing or contradicts another, a split that does not
+            fit, FSDP1's flattened parameters, uninitialised parameters, or no matrix at all.
+    """
+    model = unwrap(model)
+    forced = {k: _Patterns(k, p) for k, p in (("matrices", matrices), ("scalars", scalars))}
+    splits = _Patterns("split", split or {})
+    heads = output_heads(model)
+    routes = []
+    for name, parameter, module in _named(model):
+        leaf = name.rsplit(".", 1)[-1]
+        shape = full_shape(parameter)
+        _check_usable(name, parameter)
+        kind, reason = _kind(module, leaf, shape)
+        if id(parameter) in heads:
+            kind, reason = "scalar", heads[id(parameter)]
+        asked = {option: patterns.find(name) for option, patterns in forced.items()}
+        if asked["matrices"] and asked["scalars"]:
+            raise ValueError(
+                f"{name} matches both matrices: {asked['matrices']!r} and scalars:"
+                f" {asked['scalars']!r}; make one of them narrower"
+            )
+        if asked["matrices"]:
+            if len(shape) < 2:
+                raise ValueError(
+                    f"matrices: {asked['matrices']!r} matches {name}, which is {len(shape)}-D"
+                )
+            kind, reason = "matrix", f"matrices: {asked['matrices']!r}"
+        elif asked["scalars"]:
+            kind, reason = "scalar", f"scalars: {asked['scalars']!r}"
+        found: tuple[Matrix, ...] = ()
+        pattern = splits.find(name)
+        if not parameter.requires_grad:
+            kind, reason = "frozen", "requires_grad is False"
+        elif kind == "matrix":
+            parts = split[pattern] if split and pattern else None
+            if isinstance(module, nn.MultiheadAttention) and parts is None and leaf != "weight":
+                parts = 3
+            if isinstance(module, CONVOLUTIONS):
+                shape = (shape[0], math.prod(shape[1:]))
+            found = matrices_of(name, shape, parts)
+        elif pattern:
+            raise ValueError(f"split: {pattern!r} matches {name}, which is no matrix ({reason})")
+        routes.append(Route(name, parameter, full_shape(parameter), kind, reason, found))
+    names = [route.name for route in routes if route.kind != "frozen"]
+    for patterns in (*forced.values(), splits):
+        patterns.check(names)
+    _check_some_matrix(routes)
+    return routes
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's module inside DistributedDataParallel and torch.compile."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
+    seen: set[int] = set()
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for leaf, parameter in module.named_parameters(recurse=False):
+            if id(parameter) not in seen:
+                seen.add(id(parameter))
+                name = f"{prefix}.{leaf}" if prefix else leaf
+                yield name.replace("_orig_mod.", ""), parameter, module
+
+
+def _check_usable(name: str, parameter: nn.Parameter) -> None:
+    if nn.parameter.is_lazy(parameter):
+        raise ValueError(f"{name} has no shape yet; run one forward before building the optimizer")
+    if type(parameter).__name__ == "FlatParameter" or hasattr(parameter, "_is_flat_param"):
+        raise ValueError(
+            f"{name} was flattened to 1-D by FSDP1 (FullyShardedDataParallel), which loses its"
+            " matrices; shard with torch.distributed.fsdp.fully_shard instead"
+        )
+    if parameter.requires_grad and not parameter.is_floating_point():
+        raise ValueError(f"{name} is {parameter.dtype}; only real floating-point can be trained")
+
+
+def _check_some_matrix(routes: Sequence[Route]) -> None:
+    if not any(route.kind != "frozen" for route in routes):
+        raise ValueError("no parameter is trainable: requires_grad is False for every one of them")
+    if not any(route.kind == "matrix" for route in routes):
+        raise ValueError(
+            "no parameter is a matrix, so all would train with AdamW. Name the weights to be"
+            ' orthogonalized with matrices=["pattern"], or use AdamW itself.\n' + table(routes)
+        )
+
+
+def param_groups(
+    model: nn.Module,
+    *,
+    matrices: Iterable[str] = (),
+    scalars: Iterable[str] = (),
+    split: Mapping[str, Split] | None = None,
+) -> list[dict[str, Any]]:
+    """Groups for ``spectral_dist.Muon``: the matrices, then the rest. Options as in ``classify``.
+
+    Groups may be given options of their own (``groups[1]["lr"] = 3e-4``) before they are used.
+    """
+    routes = classify(model, matrices=matrices, scalars=scalars, split=split)
+    show(routes)
+    return grouped([r.parameter for r in routes if r.kind != "frozen"], routes)
+
+
+def tag(
+    model: nn.Module,
+    *,
+    matrices: Iterable[str] = (),
+    scalars: Iterable[str] = (),
+    split: Mapping[str, Split] | None = None,
+) -> None:
+    """Write each parameter's route on it, for frameworks that pass on bare parameters."""
+    routes = classify(model, matrices=matrices, scalars=scalars, split=split)
+    show(routes)
+    for route in routes:
+        setattr(route.parameter, TAG, route)
+
+
+def grouped(params: Iterable[Any], routes: Sequence[Route] = ()) -> list[dict[str, Any]]:
+    """Split parameters, or groups of them, into groups of one kind, by ``routes`` or tags.
+
+    A group's own options stay with both of its halves.
+
+    Raises:
+        ValueError: a frozen parameter, or one whose route is not known.
+    """
+    known = {id(route.parameter): route for route in routes}
+    items = list(params)
+    groups = [item for item in items if isinstance(item, dict)]
+    loose = [item for item in items if not isinstance(item, dict)]
+    result = []
+    for group in (*groups, {"params": loose}) if loose else groups:
+        if "routes" in group:
+            result.append(group)
+            continue
+        parameters = group["params"]
+        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
+        halves: dict[str, list[Route]] = {"matrix": [], "scalar": []}
+        for item in parameters:
+            name, parameter = item if isinstance(item, tuple) else ("", item)
+            route = known.get(id(parameter)) or getattr(parameter, TAG, None)
+            if route is None:
+                what = name or f"a parameter of shape {tuple(parameter.shape)}"
+                raise ValueError(
+                    f"{what}: bare parameters do not tell matrices from embeddings and heads; pass"
+                    " spectral_dist.param_groups(model), or call spectral_dist.tag(model) first"
+                )
+            if route.kind == "frozen" or not parameter.requires_grad:
+                raise ValueError(
+                    f"{route.name} is frozen (requires_grad is False); leave it out, as"
+                    " spectral_dist.param_groups(model) does, or build the optimizer after unfreezing"
+                )
+            halves[route.kind].append(route)
+        for kind, half in halves.items():
+            if half:
+                own = {
+                    k: v
+                    for k, v in group.items()
+                    if k != "params" and (k not in OPTION_NAMES or applies(k, kind))
+                }
+                own.update(params=[r.parameter for r in half], routes=half, kind=kind)
+                result.append(own)
+    return result
+
+
+def table(routes: Sequence[Route]) -> str:
+    """Which parameters are matrices, and why the others are not, as text."""
+    rows: dict[tuple[str, str], list[Route]] = {}
+    for route in routes:
+        rows.setdefault((route.kind, route.reason), []).append(route)
+    lines = [f"{'goes to':<16}{'params':>7}{'matrices':>9}{'numbers':>15}  why (example)"]
+    word = {"matrix": "orthogonalized", "scalar": "AdamW", "frozen": "not trained"}
+    for (kind, reason), found in sorted(rows.items(), key=lambda row: row[0][0]):
+        numbers = sum(torch.Size(route.shape).numel() for route in found)
+        count = sum(len(route.matrices) for route in found)
+        example = f"{reason} ({found[0].name} {list(found[0].shape)})"
+        lines.append(f"{word[kind]:<16}{len(found):>7}{count:>9}{numbers:>15,}  {example}")
+    return "\n".join(lines)
+
+
+def show(routes: Sequence[Route]) -> None:
+    """Write the table to stderr on the job's first rank."""
+    if collectives.is_first():
+        sys.stderr.write(f"spectral_dist: which parameters are matrices\n{table(routes)}\n")

@@ -1,0 +1,210 @@
+"""Names, defaults and checks of every option, in this one place for all frameworks."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from spectral_dist import polar
+from spectral_dist.rules.adamw import BACKENDS
+from spectral_dist.rules.muon import SCALES
+
+DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+SCALE_ALIASES = {
+    "moonlight": "match_rms_adamw",
+    "shape_scaling": "original",
+    "spectral_norm": "spectral",
+    "unit_rms_norm": "spectral",
+}
+ROUTING = ("matrices", "scalars", "split")
+"""Options of ``param_groups``, which DeepSpeed's JSON takes beside those of ``Options``."""
+
+
+def suggest(word: str, words: Iterable[str]) -> str:
+    """'; did you mean X?' if a name is near, then the list."""
+    words = sorted(words)
+    lowered = {w.lower(): w for w in words}
+    near = difflib.get_close_matches(word.lower(), lowered, n=1)
+    meant = f"; did you mean {lowered[near[0]]!r}?" if near else "."
+    return f"{meant} Known: {', '.join(words)}."
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of the Muon optimizer; every integration takes these names, with these defaults."""
+
+    lr: float = 1e-3
+    momentum: float = 0.95
+    nesterov: bool = True
+    weight_decay: float = 0.1
+    scale: str = "match_rms_adamw"
+    polar: str = "jordan"
+    polar_steps: int | None = None
+    polar_dtype: str = "auto"
+    wire_dtype: str | None = None
+    strategy: str = "auto"
+    scalar_lr: float | None = None
+    scalar_weight_decay: float | None = None
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    scalar_backend: str = "torch"
+    check_finite: bool = True
+    bucket_mb: float = 64.0
+
+    @classmethod
+    def from_user(cls, given: Mapping[str, Any], where: str = "Muon") -> Options:
+        """Options from keywords or JSON, checked; unknown names and bad values are ValueErrors."""
+        known = {f.name for f in fields(cls)}
+        for name in given:
+            if name in ROUTING:
+                raise ValueError(
+                    f"{where}: {name} decides which parameters are matrices, so it belongs to"
+                    f" param_groups: {where}(spectral_dist.param_groups(model, {name}=...))"
+                )
+            if name not in known:
+                raise ValueError(
+                    f"{where}: unknown option {name!r}{suggest(name, known.union(ROUTING))}"
+                )
+        values = dict(given)
+        try:
+            values["betas"] = tuple(values.get("betas", cls.betas))
+        except TypeError:
+            raise ValueError(
+                f"{where}: betas is {values['betas']!r}; write two numbers, as in [0.9, 0.95]"
+            ) from None
+        options = cls(**values)
+        options._check(where)
+        return options
+
+    def _check(self, where: str) -> None:
+        def fail(name: str, what: str) -> None:
+            raise ValueError(f"{where}: {name} is {getattr(self, name)!r}; {what}")
+
+        for name, low, high in (
+            ("lr", 0.0, math.inf),
+            ("weight_decay", 0.0, math.inf),
+            ("scalar_lr", 0.0, math.inf),
+            ("scalar_weight_decay", 0.0, math.inf),
+            ("momentum", 0.0, 1.0),
+            ("eps", 0.0, math.inf),
+            ("bucket_mb", 0.0, math.inf),
+        ):
+            value = getattr(self, name)
+            if value is None and name.startswith("scalar_"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                hint = " (YAML and JSON read 1e-3 as text if it is quoted)" * isinstance(value, str)
+                fail(name, f"it must be a number{hint}")
+            if not low <= value < high:
+                fail(name, f"it must be at least {low:g}" + f" and below {high:g}" * (high == 1.0))
+        if len(self.betas) != 2 or not all(
+            isinstance(b, int | float) and 0 <= b < 1 for b in self.betas
+        ):
+            fail("betas", "write two numbers in [0, 1), as in [0.9, 0.95]")
+        for name in ("nesterov", "check_finite"):
+            if not isinstance(getattr(self, name), bool):
+                fail(name, "it must be true or false")
+        if self.scale not in SCALES:
+            alias = SCALE_ALIASES.get(str(self.scale))
+            meant = (
+                f"here that is {alias!r}"
+                if alias
+                else f"unknown scale{suggest(str(self.scale), SCALES)}"
+            )
+            fail("scale", meant)
+        if self.strategy not in ("auto", "owner"):
+            fail("strategy", "this release has 'owner' (one rank gets the whole matrix) and 'auto'")
+        if self.scalar_backend not in BACKENDS:
+            fail("scalar_backend", f"unknown backend{suggest(str(self.scalar_backend), BACKENDS)}")
+        if self.bucket_mb <= 0:
+            fail("bucket_mb", "it must be above 0")
+        if self.wire_dtype not in (None, "float32", "bfloat16"):
+            fail(
+                "wire_dtype", "write 'float32' or 'bfloat16' (float16 would overflow unnormalised)"
+            )
+        if self.polar_dtype not in ("auto", *DTYPES):
+            fail("polar_dtype", f"unknown dtype{suggest(str(self.polar_dtype), ('auto', *DTYPES))}")
+        try:
+            polar.check(self.polar, self.polar_steps, self.polar_dtype)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+    def matrix_group(self) -> dict[str, Any]:
+        """What a parameter group of matrices carries; plain values, so that checkpoints can."""
+        return {
+            "kind": "matrix",
+            "lr": self.lr,
+            "lr_ratio": 1.0,
+            "momentum": self.momentum,
+            "nesterov": self.nesterov,
+            "weight_decay": self.weight_decay,
+            "scale": self.scale,
+            "polar": self.polar,
+            "polar_steps": self.polar_steps,
+            "polar_dtype": self.polar_dtype,
+            "wire_dtype": self.wire_dtype,
+        }
+
+    def scalar_group(self) -> dict[str, Any]:
+        """What a parameter group on AdamW carries."""
+        decay = self.scalar_weight_decay
+        return {
+            "kind": "scalar",
+            "lr": self.lr,
+            "lr_ratio": self.ratio(self.scalar_lr, "scalar_lr"),
+            "betas": self.betas,
+            "eps": self.eps,
+            "weight_decay": self.weight_decay if decay is None else decay,
+        }
+
+    def ratio(self, lr: float | None, name: str) -> float:
+        """``lr`` over the base lr: schedulers may then write one lr into every group."""
+        if lr is None or lr == self.lr:
+            return 1.0
+        if self.lr == 0:
+            raise ValueError(f"{name} is {lr}, but it is kept as a ratio to lr, which is 0; set lr")
+        return lr / self.lr
+
+
+OPTION_NAMES = frozenset(f.name for f in fields(Options))
+
+
+def applies(name: str, kind: str) -> bool:
+    """Whether a parameter group of this kind has the option."""
+    groups = {"matrix": Options().matrix_group(), "scalar": Options().scalar_group()}
+    return name in groups[kind]
+
+
+def group_options(group: Mapping[str, Any], base: Options) -> dict[str, Any]:
+    """The full options of a group of one kind: the optimizer's, changed by the group's own.
+
+    Keys that are no option stay: frameworks keep their own there.
+    """
+    kind = group["kind"]
+    full = base.matrix_group() if kind == "matrix" else base.scalar_group()
+    own = {k: v for k, v in group.items() if k not in ("params", "kind", "routes")}
+    for name in own:
+        near = difflib.get_close_matches(name, OPTION_NAMES, n=1, cutoff=0.85)
+        if name in OPTION_NAMES and name not in full:
+            raise ValueError(f"a parameter group of kind {kind!r} has no option {name!r}")
+        if name not in OPTION_NAMES and name not in full and near:
+            raise ValueError(
+                f"a parameter group: unknown option {name!r}; did you mean {near[0]!r}?"
+            )
+    Options.from_user({k: v for k, v in own.items() if k in OPTION_NAMES}, "a parameter group")
+    lr = own.pop("lr", None)
+    if lr is not None:
+        full["lr_ratio"] = base.ratio(lr, "a group's lr")
+    if "betas" in own:
+        own["betas"] = tuple(own["betas"])
+    return {**full, **own}

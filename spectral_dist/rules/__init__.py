@@ -1,0 +1,1 @@
+"""One optimizer's mathematics per file, on whole matrices."""

@@ -1,0 +1,64 @@
+"""AdamW (arXiv 1711.05101, algorithm 2) for what is no matrix, by torch's own functional form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+
+def update(
+    options: dict[str, Any],
+    lr: float,
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[dict[str, Tensor]],
+) -> None:
+    """One step in place, elementwise, so that shards of any layout give the same numbers.
+
+    ``options`` holds betas, eps and weight_decay; each state ``exp_avg``, ``exp_avg_sq`` (float32
+    or wider, shaped as its weight) and ``step`` (a 0-d float32 tensor on the CPU). Half-precision
+    weights are updated in float32 and rounded once.
+    """
+    wide = [
+        w if w.dtype == s["exp_avg"].dtype else w.to(s["exp_avg"].dtype)
+        for w, s in zip(weights, states, strict=True)
+    ]
+    adamw(
+        list(wide),
+        [g.to(w.dtype) for g, w in zip(grads, wide, strict=True)],
+        [s["exp_avg"] for s in states],
+        [s["exp_avg_sq"] for s in states],
+        [],
+        [s["step"] for s in states],
+        amsgrad=False,
+        beta1=options["betas"][0],
+        beta2=options["betas"][1],
+        lr=lr,
+        weight_decay=options["weight_decay"],
+        eps=options["eps"],
+        maximize=False,
+    )
+    for weight, value in zip(weights, wide, strict=True):
+        if weight is not value:
+            weight.copy_(value)
+
+
+def new_state(weight: Tensor) -> dict[str, Tensor]:
+    """Zero moments in float32 (float64 for float64 weights)."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return {
+        "step": torch.zeros((), dtype=torch.float32),
+        "exp_avg": torch.zeros_like(weight, dtype=dtype),
+        "exp_avg_sq": torch.zeros_like(weight, dtype=dtype),
+    }
+
+
+Update: TypeAlias = Callable[
+    [dict[str, Any], float, Sequence[Tensor], Sequence[Tensor], Sequence[dict[str, Tensor]]], None
+]
+BACKENDS: dict[str, Callable[[], Update]] = {"torch": lambda: update}
+"""What ``scalar_backend`` can name, and how to get it; each has the signature of ``update``."""

@@ -1,0 +1,1 @@
+"""Where matrices live, who orthogonalizes them, and how they get there and back."""

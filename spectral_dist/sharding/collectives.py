@@ -1,0 +1,125 @@
+"""The few torch.distributed calls the core makes, each counted in calls and bytes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group: TypeAlias = dist.ProcessGroup | None
+"""None is the group of this process alone: nothing is ever sent."""
+
+
+@dataclass
+class Meter:
+    """What this rank has sent to other ranks, by collective."""
+
+    calls: dict[str, int] = field(default_factory=dict)
+    bytes: dict[str, int] = field(default_factory=dict)
+
+    def count(self, name: str, sent: int) -> None:
+        """Add one call of ``name`` that sends ``sent`` bytes to other ranks."""
+        self.calls[name] = self.calls.get(name, 0) + 1
+        self.bytes[name] = self.bytes.get(name, 0) + sent
+
+
+@dataclass
+class Pending:
+    """A tensor that a collective in flight is filling; ``sent`` is kept alive until it has."""
+
+    tensor: Tensor
+    work: dist.Work | None = None
+    sent: Tensor | None = None
+
+    def wait(self) -> Tensor:
+        """The filled tensor."""
+        if self.work is not None:
+            self.work.wait()
+            self.work = self.sent = None
+        return self.tensor
+
+
+def size(group: Group) -> int:
+    """Ranks in the group."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def rank(group: Group) -> int:
+    """This process's rank in the group."""
+    return 0 if group is None else dist.get_rank(group)
+
+
+def is_first() -> bool:
+    """Whether this process is rank 0 of the job (or alone)."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def all_to_all(
+    sent: Tensor,
+    sent_sizes: Sequence[int],
+    received_sizes: Sequence[int],
+    group: Group,
+    meter: Meter,
+) -> Pending:
+    """Begin sending ``sent_sizes[r]`` elements of the flat tensor ``sent`` to each rank r."""
+    received = sent.new_empty(sum(received_sizes))
+    moved = sent.numel() - sent_sizes[rank(group)]
+    meter.count("all_to_all", moved * sent.element_size())
+    work = dist.all_to_all_single(
+        received, sent, list(received_sizes), list(sent_sizes), group=group, async_op=True
+    )
+    return Pending(received, work, sent)
+
+
+def all_gather(sent: Tensor, group: Group, meter: Meter) -> Pending:
+    """Begin gathering everyone's flat tensor of equal length, in rank order."""
+    received = sent.new_empty(size(group) * sent.numel())
+    meter.count("all_gather", (size(group) - 1) * sent.numel() * sent.element_size())
+    work = dist.all_gather_into_tensor(received, sent, group=group, async_op=True)
+    return Pending(received, work, sent)
+
+
+def any_rank(flag: Tensor, group: Group, meter: Meter) -> bool:
+    """Whether the 0-d bool tensor is true on any rank. Waits for the device."""
+    if size(group) > 1:
+        number = flag.to(torch.float32)
+        meter.count("all_reduce", number.element_size())
+        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=group)
+        return bool(number.item())
+    return bool(flag.item())
+
+
+def gather_texts(text: str, group: Group) -> list[str]:
+    """Everyone's text, in rank order. For error paths only: it pickles."""
+    texts = [""] * size(group)
+    if size(group) == 1:
+        return [text]
+    dist.all_gather_object(texts, text, group=group)
+    return texts
+
+
+def assert_same(lines: Sequence[str], group: Group, device: torch.device) -> None:
+    """Raise on every rank if the ranks' lines differ, naming the first line that does."""
+    if size(group) == 1:
+        return
+    digest = hashlib.sha256("\n".join(lines).encode()).digest()[:7]
+    mine = torch.tensor([int.from_bytes(digest, "big")], dtype=torch.int64, device=device)
+    everyone = mine.new_empty(size(group))
+    dist.all_gather_into_tensor(everyone, mine, group=group)
+    if bool((everyone == everyone[0]).all().item()):
+        return
+    texts = [text.split("\n") for text in gather_texts("\n".join(lines), group)]
+    for other, text in enumerate(texts):
+        for i, (a, b) in enumerate(zip_longest(texts[0], text, fillvalue="nothing")):
+            if a != b:
+                raise RuntimeError(
+                    "the ranks do not agree where the matrices live, so they cannot exchange them:"
+                    f" entry {i} is `{a}` on rank 0 but `{b}` on rank {other}."
+                    " Build the same model, with the same options, on every rank."
+                )
