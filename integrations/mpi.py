@@ -66,13 +66,15 @@ def _mpi() -> Any:
             raise ValueError(
                 "starting under mpirun needs mpi4py: pip install 'spectral-dist[mpi]'"
             ) from None
-        raise ValueError(_NO_LIBRARY.format(error)) from error
+        raise _no_library(error) from error
     except RuntimeError as error:
-        raise ValueError(_NO_LIBRARY.format(error)) from error
+        raise _no_library(error) from error
     return MPI
 
 
-_NO_LIBRARY = "mpi4py finds no MPI library: install one, e.g. pip install mpich ({})"
+def _no_library(error: Exception) -> ValueError:
+    said = str(error).splitlines()[0]
+    return ValueError(f"mpi4py loads no MPI library ({said}): e.g. pip install mpich")
 
 
 def _first(names: Sequence[str]) -> int | None:

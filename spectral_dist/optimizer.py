@@ -250,7 +250,8 @@ class Muon(torch.optim.Optimizer):
         loaded = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(saved, loaded, strict=True):
             for name, value in state_dict["state"].get(i, {}).items():
-                if isinstance(value, Tensor) and value.dtype != self.state[p][name].dtype:
+                kept = self.state[p].get(name)  # None if a hook has dropped it
+                if kept is not None and isinstance(value, Tensor) and value.dtype != kept.dtype:
                     self.state[p][name] = value.to(p.device, copy=True)
 
     def _unit(self, group: dict[str, Any], tensors: list[Tensor]) -> _Unit:

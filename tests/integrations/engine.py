@@ -45,6 +45,8 @@ def engine_for(
 
         # DeepSpeed's shared-memory collectives would be compiled for 45 s
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # torch multiplies float16 on any CPU; DeepSpeed says no where the CPU has no instruction
+        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
         import spectral_dist.integrations.deepspeed  # noqa: F401
 
         deepspeed.init_distributed("gloo", verbose=False)
@@ -136,3 +138,37 @@ def matrix_state_bytes(base: Any) -> int:
             storage = state["exp_avg"].untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
+
+
+def interrupted(
+    configuration: dict[str, Any],
+    folder: str,
+    *,
+    first: int,
+    last: int,
+    load: str | None = None,
+    save: str | None = None,
+    **model_options: Any,
+) -> dict[str, Any]:
+    """Load tag ``load`` if given, take steps [first, last), save tag ``save`` if given."""
+    engine = engine_for(configuration, **model_options)
+    if load is not None:
+        path, _ = engine.load_checkpoint(folder, tag=load)
+        assert path is not None
+    losses = steps(engine, first, last)
+    if save is not None:
+        engine.save_checkpoint(folder, tag=save)
+    result = {
+        "parameters": full_parameters(engine),
+        "losses": losses,
+        "state_bytes": matrix_state_bytes(engine.basic_optimizer),
+        "groups": [
+            {k: v for k, v in group.items() if k != "params"}
+            for group in engine.basic_optimizer.param_groups
+        ],
+        "adam_steps": [
+            float(s["step"]) for s in engine.basic_optimizer.state.values() if "exp_avg_sq" in s
+        ],
+    }
+    engine.destroy()
+    return result

@@ -1,0 +1,339 @@
+"""`spectral-dist doctor`: take a few real steps on the user's own DeepSpeed config and check them.
+
+Each row of its table is a silent failure that some implementation has shipped.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import socket
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from spectral_dist.polar import polar
+from spectral_dist.rules.muon import SCALES
+from spectral_dist.sharding.layout import Matrix
+
+RANKS = 2
+LENGTH = 32
+LR = 0.05
+"""Large against bfloat16's rounding of a weight, so that a step can be read off the weights."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One check: what was looked at, whether it held, and what was seen."""
+
+    check: str
+    passed: bool
+    seen: str
+
+
+def examine(config: dict[str, Any], model: Any) -> list[Row]:
+    """Run every check of ``config`` (a DeepSpeed config) on ``model`` (a LlamaConfig), on 2 ranks.
+
+    Raises:
+        ValueError: the config names no spectral optimizer, or the engine cannot be built with it;
+            the message is the first rank's.
+    """
+    kind = config.get("optimizer", {}).get("type", "")
+    if not str(kind).lower().startswith("spectral"):
+        raise ValueError(
+            f'optimizer.type is "{kind}"; doctor checks spectral optimizers, as "SpectralMuon"'
+        )
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    if torch.cuda.device_count() < RANKS:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder, "answer.json")
+        mp.spawn(_rank, (port, config, model.to_dict(), str(answer)), nprocs=RANKS)
+        found = json.loads(answer.read_text())
+    if "error" in found:
+        raise ValueError(found["error"])
+    return [Row(*row) for row in found["rows"]]
+
+
+def shrink(model: Any, full: bool = False) -> tuple[Any, str]:
+    """A model of the same kind that a CPU can step in seconds, and a note of what was reduced.
+
+    The checks are about the configuration, not about size: two layers, and widths of at most 256.
+    """
+    small = copy.deepcopy(model)
+    if full:
+        return small, "the model as it is"
+    small.num_hidden_layers = min(model.num_hidden_layers, 2)
+    small.vocab_size = min(model.vocab_size, 1024)
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if isinstance(getattr(small, token, None), int) and getattr(small, token) >= 1024:
+            setattr(small, token, 0)
+    factor = max(1, math.ceil(model.hidden_size / 256))
+    heads = max(1, model.num_attention_heads // factor)
+    groups = max(1, model.num_attention_heads // model.num_key_value_heads)
+    small.num_key_value_heads = max(1, heads // groups)
+    small.num_attention_heads = small.num_key_value_heads * groups
+    small.head_dim = model.hidden_size // model.num_attention_heads
+    small.hidden_size = small.num_attention_heads * small.head_dim
+    small.intermediate_size = max(1, model.intermediate_size // factor)
+    return small, (
+        f"{small.num_hidden_layers} of {model.num_hidden_layers} layers, hidden"
+        f" {small.hidden_size} of {model.hidden_size} (--full for all of it)"
+    )
+
+
+def adapted(config: dict[str, Any], accumulation: int | None = None) -> dict[str, Any]:
+    """The user's config with what depends on the job's size set for two ranks and a fixed lr."""
+    result = copy.deepcopy(config)
+    per_rank = accumulation_of(config)
+    result.pop("scheduler", None)
+    result["optimizer"].setdefault("params", {})
+    ratio = float(result["optimizer"]["params"].get("lr", 1e-3) or 1e-3)
+    for name in ("scalar_lr",):
+        if result["optimizer"]["params"].get(name) is not None:
+            result["optimizer"]["params"][name] *= LR / ratio
+    result["optimizer"]["params"]["lr"] = LR
+    chosen = accumulation or per_rank
+    result["gradient_accumulation_steps"] = chosen
+    result["train_micro_batch_size_per_gpu"] = per_rank // chosen
+    result["train_batch_size"] = RANKS * per_rank
+    result["steps_per_print"] = 10**9
+    return result
+
+
+def accumulation_of(config: dict[str, Any]) -> int:
+    """Micro-batches a step to check with: the user's number, at least 2 and at most 4."""
+    asked = config.get("gradient_accumulation_steps", 1)
+    return min(4, max(2, asked if isinstance(asked, int) else 1))
+
+
+def _rank(rank: int, port: int, config: dict[str, Any], model: dict[str, Any], out: str) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS),
+        LOCAL_WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    from spectral_dist.launch.engines import prepare_deepspeed
+
+    deepspeed = prepare_deepspeed()
+    accelerator = deepspeed.get_accelerator()
+    if accelerator.device_name() == "cpu":
+        torch.set_num_threads(1)
+        accelerator.is_fp16_supported = lambda: True  # torch does it in software; fine for a check
+    else:
+        accelerator.set_device(rank)
+    deepspeed.init_distributed(verbose=False)
+    try:
+        rows = [vars(row) for row in Examination(config, model).run()]
+        found: dict[str, Any] = {"rows": [list(row.values()) for row in rows]}
+    except ValueError as error:
+        found = {"error": str(error)}
+    if rank == 0:
+        Path(out).write_text(json.dumps(found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+class Examination:
+    """The checks, on one rank of two; every rank gets the same rows."""
+
+    def __init__(self, config: dict[str, Any], model: dict[str, Any]) -> None:
+        from transformers import LlamaConfig
+
+        self.config, self.model = config, LlamaConfig.from_dict(model)
+
+    def run(self) -> list[Row]:
+        """All checks. Each engine starts from the same weights and sees the same batch."""
+        engine = self.engine(adapted(self.config))
+        before = whole(engine)
+        calls = self.calls(engine)
+        self.step(engine)
+        calls = self.calls(engine) - calls
+        after, momentum = whole(engine), momentum_norm(engine)
+        matrices = {m.name: m for r in engine.basic_optimizer.all_routes for m in r.matrices}
+        rows = [self.once(calls, len(matrices)), self.direction(engine, before, after)]
+        rows.append(self.accumulation(before, after))
+        rows.append(self.clipping(before, after, momentum))
+        rows.append(self.overflow(engine))
+        return rows
+
+    def engine(self, config: dict[str, Any]) -> Any:
+        """A real engine on the model's first weights."""
+        import deepspeed
+
+        import spectral_dist.integrations.deepspeed  # noqa: F401  registers the names
+        from spectral_dist.launch import llama
+
+        return deepspeed.initialize(model=llama.build(self.model, 0), config=config)[0]
+
+    def step(self, engine: Any, factor: float = 1.0) -> None:
+        """One optimizer step on the fixed batch; fp16 may lower its loss scale a few times first."""
+        for _ in range(40):
+            skipped = engine.skipped_steps
+            for rows in self.micro_batches(engine):
+                rows = rows.to(engine.device)
+                engine.backward(engine(input_ids=rows, labels=rows).loss * factor)
+                engine.step()
+            if engine.skipped_steps == skipped or factor != 1.0:
+                return
+        raise ValueError("40 steps in a row overflowed; is the fp16 loss scale fixed too high?")
+
+    def batch(self) -> Tensor:
+        """The global batch, one row per rank and micro-batch."""
+        rows = RANKS * accumulation_of(self.config)
+        generator = torch.Generator().manual_seed(1)
+        return torch.randint(self.model.vocab_size, (rows, LENGTH), generator=generator)
+
+    def micro_batches(self, engine: Any) -> list[Tensor]:
+        """This rank's part of it."""
+        rows = self.batch()[dist.get_rank() :: RANKS]
+        return list(rows.chunk(engine.gradient_accumulation_steps()))
+
+    def calls(self, engine: Any) -> int:
+        """Matrices orthogonalized so far, over all ranks."""
+        number = torch.tensor(engine.basic_optimizer.polar_calls, device=engine.device)
+        dist.all_reduce(number)
+        return int(number)
+
+    def once(self, calls: int, matrices: int) -> Row:
+        """Each matrix must be orthogonalized once per step, not per micro-batch or rank."""
+        return Row(
+            "every matrix orthogonalized once per step",
+            calls == matrices,
+            f"{calls} orthogonalizations for {matrices} matrices in one step of"
+            f" {accumulation_of(self.config)} micro-batches on {RANKS} ranks",
+        )
+
+    def direction(self, engine: Any, before: dict[str, Tensor], after: dict[str, Tensor]) -> Row:
+        """The step's direction against the exact polar factor of an independent gradient."""
+        from spectral_dist.launch import llama
+
+        plain = llama.build(self.model, 0).to(engine.device, whole_dtype(engine))
+        rows = self.batch().to(engine.device)
+        plain(input_ids=rows, labels=rows).loss.backward()
+        gradients = {n: p.grad for n, p in plain.named_parameters()}
+        options = engine.basic_optimizer.param_groups[0]
+        worst, lowest, name = 0.0, 1.0, ""
+        for route in engine.basic_optimizer.all_routes:
+            for matrix in route.matrices:
+                g, w0, w1 = (
+                    of(matrix, tensors[route.name]) for tensors in (gradients, before, after)
+                )
+                moved = (1 - LR * options["weight_decay"]) * w0 - w1
+                moved /= LR * SCALES[options["scale"]](*matrix.shape)
+                asked = polar(g, method=options["polar"], steps=options["polar_steps"])
+                error = float((moved - asked).norm() / asked.norm())
+                if error > worst:
+                    worst, name = error, matrix.name
+                    lowest = float(
+                        torch.nn.functional.cosine_similarity(
+                            moved.flatten(), polar(g, method="svd").flatten(), dim=0
+                        )
+                    )
+        limit = 0.02 if whole_dtype(engine) == torch.float32 else 0.5
+        return Row(
+            "direction = polar factor of the whole gradient",
+            worst < limit,
+            f"largest error {worst:.1e} ({name}; limit {limit:g}); its cosine to the exact polar"
+            f" factor is {lowest:.3f}, polar={options['polar']}",
+        )
+
+    def accumulation(self, before: dict[str, Tensor], after: dict[str, Tensor]) -> Row:
+        """The same batch in one micro-batch must give the same step."""
+        engine = self.engine(adapted(self.config, accumulation=1))
+        self.step(engine)
+        error = relative(whole(engine), after, before)
+        limit = 1e-3 if whole_dtype(engine) == torch.float32 else 0.5
+        engine.destroy()
+        return Row(
+            f"accumulation 1 = accumulation {accumulation_of(self.config)}",
+            error < limit,
+            f"steps differ by {error:.1e} of a step (limit {limit:g})",
+        )
+
+    def clipping(self, before: dict[str, Tensor], after: dict[str, Tensor], momentum: float) -> Row:
+        """Clipping must shrink the gradient, not the orthogonalized update."""
+        config = adapted(self.config)
+        config["gradient_clipping"] = 1e-4
+        engine = self.engine(config)
+        self.step(engine)
+        clipped, small = whole(engine), momentum_norm(engine)
+        names = [r.name for r in engine.basic_optimizer.all_routes if r.kind == "matrix"]
+        engine.destroy()
+        step = length(after, before, names)
+        ratio = length(clipped, before, names) / step
+        return Row(
+            "clipping acts on the gradient",
+            abs(ratio - 1) < 0.02 and small < 0.5 * momentum,
+            f"clipped to 1e-4: update x {ratio:.3f} (1 is right), momentum x {small / momentum:.1e}",
+        )
+
+    def overflow(self, engine: Any) -> Row:
+        """A step with infinite gradients must change nothing: weights, momentum, counters."""
+        states = snapshot(engine)
+        weights = whole(engine)
+        try:
+            self.step(engine, factor=math.inf)
+            how = "skipped"
+        except ValueError as error:
+            how = f"refused: {str(error)[:60]}..."
+        same = states == snapshot(engine)
+        same = same and all(torch.equal(weights[n], w) for n, w in whole(engine).items())
+        engine.destroy()
+        return Row("an overflowing step changes nothing", same, how if same else f"{how}, changed")
+
+
+def of(matrix: Matrix, parameter: Tensor) -> Tensor:
+    """The matrix's elements of its parameter, float64."""
+    flat, n = parameter.reshape(-1), matrix.shape[1]
+    return torch.cat([flat[s : s + r * n] for s, r in matrix.blocks]).view(matrix.shape).double()
+
+
+def whole(engine: Any) -> dict[str, Tensor]:
+    """All parameters in float32, on every rank."""
+    import deepspeed
+
+    named: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(named.values())):
+        return {n: p.detach().float().clone() for n, p in named.items()}
+
+
+def whole_dtype(engine: Any) -> torch.dtype:
+    """The dtype of the model's parameters."""
+    dtype: torch.dtype = next(engine.module.parameters()).dtype
+    return dtype
+
+
+def momentum_norm(engine: Any) -> float:
+    """Norm of the matrices' momentum over all ranks (up to a factor that is the same every time)."""
+    states = engine.basic_optimizer.state.values()
+    total = sum(float(s["exp_avg"].double().square().sum()) for s in states if len(s) == 2)
+    number = torch.tensor(total, dtype=torch.float32, device=engine.device)
+    dist.all_reduce(number)
+    return math.sqrt(float(number))
+
+
+def snapshot(engine: Any) -> list[list[float]]:
+    """Sums that tell whether any state of the optimizer has changed."""
+    states = engine.basic_optimizer.state.values()
+    return [[float(v.double().sum()) for v in state.values()] for state in states]
+
+
+def length(a: dict[str, Tensor], b: dict[str, Tensor], names: list[str]) -> float:
+    """Norm of a - b over the named parameters."""
+    return math.sqrt(sum(float((a[n] - b[n]).double().square().sum()) for n in names))
+
+
+def relative(a: dict[str, Tensor], b: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """|a - b| over |b - start|."""
+    return length(a, b, list(a)) / length(b, start, list(b))

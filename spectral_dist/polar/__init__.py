@@ -1,0 +1,161 @@
+"""Polar factors of batches of matrices: pure functions, no torch.distributed."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from spectral_dist.polar import exact, newton_schulz
+from spectral_dist.polar.scaling import unit_frobenius
+from spectral_dist.polar.schedules import SCHEDULES, rows
+
+__all__ = ["METHODS", "check", "polar", "resolve_dtype"]
+
+_GRAM = "gram_"
+_EXACT = ("svd", "eigh")
+
+METHODS: tuple[str, ...] = (*SCHEDULES, *(_GRAM + name for name in SCHEDULES), *_EXACT)
+"""Every name that ``method`` may have."""
+
+_DTYPES = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
+
+
+@torch.no_grad()
+def polar(
+    x: Tensor,
+    *,
+    method: str = "jordan",
+    steps: int | None = None,
+    compute_dtype: torch.dtype | str | None = None,
+) -> Tensor:
+    """U V^T of every matrix of x = U S V^T, or an approximation of it.
+
+    x: (..., m, n), any floating dtype and device, untouched. The result is new and contiguous, with
+    the shape, dtype and device of x; not differentiable. It does not depend on the scale of x, and
+    zero gives zero. On CPUs it is bitwise that of each matrix alone. A matrix with NaN or infinity
+    in it comes out of Newton-Schulz as NaN; svd and eigh raise torch.linalg.LinAlgError.
+
+    method: a Newton-Schulz schedule (``jordan``, ``quintic``, ``cans``, ``cubic5``, ``deepseekv4``,
+    ``polar_express``); the same polynomial iterated on the Gram matrix of the short side
+    (``gram_*``: fewer FLOPs for long matrices, no gain for square ones); ``svd`` or ``eigh`` (a
+    partial isometry if rank is missing). steps: of a schedule; None is its own number.
+    compute_dtype: see ``resolve_dtype``. ValueError: any of these wrong or without effect.
+
+    Muon: Keller Jordan 2024, kellerjordan.github.io/posts/muon; CANS: arXiv 2506.10935; Polar
+    Express: arXiv 2505.16932; Gram form: tridao.me/blog/2026/gram-newton-schulz.
+    """
+    check(method, steps, compute_dtype)
+    if x.ndim < 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; polar takes matrices, (..., m, n)")
+    if not x.is_floating_point():
+        raise ValueError(f"x is {x.dtype}; polar takes floating-point matrices")
+    dtype = resolve_dtype(method, compute_dtype, x.dtype, x.device)
+    if x.numel() == 0:
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    batch = x.reshape(-1, *x.shape[-2:])
+    if x.device.type != "cpu" or len(batch) == 1:
+        return _factor(batch, method, steps, dtype).to(x.dtype).reshape(x.shape)
+    # a CPU's GEMM rounds by how a matrix is aligned and how many are in the batch: one at a time,
+    # each in fresh memory, is what makes the bits those of the matrix alone (at no loss of speed)
+    out = torch.empty(batch.shape, dtype=x.dtype)
+    for i in range(len(batch)):
+        out[i : i + 1] = _factor(batch[i : i + 1], method, steps, dtype)
+    return out.reshape(x.shape)
+
+
+def _factor(x: Tensor, method: str, steps: int | None, dtype: torch.dtype) -> Tensor:
+    """The polar factors of x (k, m, n), in ``dtype``."""
+    if method == "svd":
+        return exact.by_svd(x, dtype)
+    if method == "eigh":
+        return exact.by_eigh(x)
+    name = method.removeprefix(_GRAM)
+    iterate = newton_schulz.standard if name == method else newton_schulz.gram
+    return iterate(unit_frobenius(x, dtype, SCHEDULES[name].safety), rows(name, steps))
+
+
+def check(
+    method: str, steps: int | None = None, compute_dtype: torch.dtype | str | None = None
+) -> None:
+    """ValueError if ``polar`` would refuse these options, whatever the matrix."""
+    if method not in METHODS:
+        raise ValueError(f"unknown polar method {method!r}{_known(method, METHODS)}")
+    dtype = _dtype(compute_dtype)
+    if method in _EXACT:
+        if steps is not None:
+            raise ValueError(
+                f"steps={steps!r} would have no effect: polar method {method!r} is exact"
+            )
+        if method == "eigh" and dtype not in (None, torch.float64):
+            raise ValueError(f"polar method 'eigh' computes in float64, not in {_name(dtype)}")
+        if method == "svd" and dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(
+                f"polar method 'svd' computes in float32 or float64, not in {_name(dtype)}"
+            )
+        return
+    name = method.removeprefix(_GRAM)
+    rows(name, steps)
+    if not SCHEDULES[name].half and dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"polar method {method!r} does not work in {_name(dtype)}: its polynomials diverge on "
+            "what that rounds by; write float32 or float64, or take 'polar_express'"
+        )
+    if method.startswith(_GRAM) and dtype == torch.bfloat16:
+        raise ValueError(
+            f"polar method {method!r} does not work in bfloat16: rounding gives the Gram matrix "
+            "negative eigenvalues, which then grow; write float32 or float16, or take "
+            f"{name!r} in bfloat16"
+        )
+
+
+def resolve_dtype(
+    method: str,
+    compute_dtype: torch.dtype | str | None,
+    x_dtype: torch.dtype,
+    device: torch.device,
+) -> torch.dtype:
+    """The dtype in which ``polar`` multiplies; it normalises in float32 or float64 before.
+
+    compute_dtype: float16, bfloat16, float32 or float64, as a name or a torch.dtype. None and
+    "auto": float64 for svd and eigh and wherever x is float64; else float32 on CPUs and for
+    ``gram_*`` and ``cans``, bfloat16 on other devices. ``check`` says which method refuses which
+    dtype: eigh is float64 only, svd float32 or float64, ``gram_*`` never bfloat16, ``cans`` and
+    ``gram_cans`` neither bfloat16 nor float16.
+    """
+    dtype = _dtype(compute_dtype)
+    if dtype is not None:
+        return dtype
+    if method in _EXACT or x_dtype == torch.float64:
+        return torch.float64
+    if device.type == "cpu" or method.startswith(_GRAM) or not SCHEDULES[method].half:
+        return torch.float32
+    return torch.bfloat16
+
+
+def _dtype(compute_dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if compute_dtype is None or compute_dtype == "auto":
+        return None
+    if isinstance(compute_dtype, str) and compute_dtype in _DTYPES:
+        return _DTYPES[compute_dtype]
+    if isinstance(compute_dtype, torch.dtype) and compute_dtype in _DTYPES.values():
+        return compute_dtype
+    known = _known(compute_dtype, ("auto", *_DTYPES))
+    raise ValueError(f"unknown compute_dtype {compute_dtype!r}{known}")
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _known(word: object, words: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(word).lower(), tuple(words), n=1)
+    meant = f"; did you mean {near[0]!r}?" if near else "."
+    return f"{meant} Known: {', '.join(words)}."

@@ -1,0 +1,96 @@
+"""Newton-Schulz iterations in their standard form and in their Gram form.
+
+Both take a batch (k, m, n) that ``scaling.unit_frobenius`` made, use it as work space, and work on
+the short side of it: a tall matrix is multiplied from the right, never transposed. There are no
+host synchronisations. Products accumulate as the device's GEMM does (in float32 for float16 and
+bfloat16) and round once, at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from spectral_dist.polar.schedules import Row, restarts
+
+
+def _gram(x: Tensor, out: Tensor) -> Tensor:
+    """X X^T, or X^T X for tall X."""
+    if x.shape[-2] > x.shape[-1]:
+        return torch.bmm(x.mT, x, out=out)
+    return torch.bmm(x, x.mT, out=out)
+
+
+def _update(x: Tensor, a: float, scale: float, q: Tensor, out: Tensor) -> Tensor:
+    """a X + scale Q X, or a X + scale X Q for tall X; q (k, r, r) symmetric, r the short side."""
+    if x.shape[-2] > x.shape[-1]:
+        return torch.baddbmm(x, x, q, beta=a, alpha=scale, out=out)
+    return torch.baddbmm(x, q, x, beta=a, alpha=scale, out=out)
+
+
+def _odd_part(r: Tensor, b: float, c: float, out: Tensor) -> Tensor:
+    """b R + c R^2."""
+    if c == 0.0:
+        return torch.mul(r, b, out=out)
+    return torch.baddbmm(r, r, r, beta=b, alpha=c, out=out)
+
+
+def standard(x: Tensor, rows: Sequence[Row]) -> Tensor:
+    """X <- a X + (b A + c A^2) X with A = X X^T, for each (a, b, c) of ``rows``.
+
+    x (k, m, n), any floating dtype, overwritten; the result has its shape and dtype. Memory besides
+    x: one more of its size and two Grams (one if every c is 0).
+    """
+    side = min(x.shape[-2:])
+    spare = torch.empty_like(x)
+    gram = x.new_empty(x.shape[0], side, side)
+    poly = torch.empty_like(gram) if any(c for _, _, c in rows) else gram
+    for a, b, c in rows:
+        _gram(x, out=gram)
+        if c == 0.0:
+            _update(x, a, b, gram, out=spare)
+        else:
+            _update(x, a, 1.0, _odd_part(gram, b, c, out=poly), out=spare)
+        x, spare = spare, x
+    return x
+
+
+def gram_polynomial(r: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Q such that Q X is ``rows`` applied to X, from R = X X^T alone.
+
+    r (k, s, s), overwritten; at least one row. Memory besides r: three of its size, one of which is
+    the result. Apply it to few steps at a time (``schedules.restarts``): rounding gives R negative
+    eigenvalues, which the polynomials amplify. Gram Newton-Schulz, Dao-AILab 2026.
+    """
+    z, spare, q = torch.empty_like(r), torch.empty_like(r), torch.empty_like(r)
+    for step, (a, b, c) in enumerate(rows):
+        _odd_part(r, b, c, out=z)
+        if step == 0:
+            q.copy_(z).diagonal(dim1=-2, dim2=-1).add_(a)
+        else:
+            torch.baddbmm(q, z, q, beta=a, out=spare)
+            q, spare = spare, q
+        if step + 1 < len(rows):
+            torch.baddbmm(r, z, r, beta=a, out=spare)
+            torch.baddbmm(spare, z, spare, beta=a, out=r)
+    return q
+
+
+def gram(x: Tensor, rows: Sequence[Row]) -> Tensor:
+    """What ``standard`` computes, iterated on R = X X^T, with restarts before R drifts.
+
+    x (k, m, n), overwritten; the result has its shape and dtype: float16, float32 or float64
+    (bfloat16 is too coarse for R). Memory besides x: one more of its size and two Grams, or four
+    Grams if that is more.
+    """
+    side = min(x.shape[-2:])
+    r = x.new_empty(x.shape[0], side, side)
+    begin = 0
+    for end in (*restarts(rows), len(rows)):
+        x = _update(
+            x, 0.0, 1.0, gram_polynomial(_gram(x, out=r), rows[begin:end]), out=torch.empty_like(x)
+        )
+        begin = end
+    return x
