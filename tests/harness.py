@@ -12,6 +12,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch.multiprocessing as mp
@@ -63,7 +64,8 @@ class Pool:
             )
             for r in range(world)
         ]  # fmt: skip
-        os.environ["OMP_NUM_THREADS"] = "1"  # read when a child imports torch
+        # read when a child imports torch; DeepSpeed's own Muon would be compiled for 88 s
+        os.environ.update(OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")
         for process in self.ranks:
             process.start()
 
@@ -74,16 +76,21 @@ class Pool:
         errors: dict[int, str] = {}
         deadline = time.monotonic() + TIMEOUT
         while len(results) + len(errors) < len(self.ranks):
-            # ranks that wait for one that raised would hang: give them a short while
-            limit = min(deadline, time.monotonic() + 15) if errors else deadline
             try:
-                rank, fine, value = self.done.get(timeout=max(0.1, limit - time.monotonic()))
+                rank, fine, value = self.done.get(timeout=0.5)
+                (results if fine else errors)[rank] = value
             except queue.Empty:
-                missing = set(range(len(self.ranks))) - set(results) - set(errors)
-                errors.update(dict.fromkeys(missing, "no answer before the timeout (a hang?)"))
-                self.kill()
-                break
-            (results if fine else errors)[rank] = value
+                heard = results.keys() | errors.keys()
+                for rank, process in enumerate(self.ranks):
+                    if rank not in heard and process.exitcode is not None:
+                        errors[rank] = f"died with exit code {process.exitcode}"
+                if time.monotonic() >= deadline:
+                    missing = set(range(len(self.ranks))) - heard
+                    errors.update(dict.fromkeys(missing, "no answer before the timeout (a hang?)"))
+            if errors:  # ranks that wait for one that raised may hang: give them a short while
+                deadline = min(deadline, time.monotonic() + 20)
+        if any(message.startswith(("died", "no answer")) for message in errors.values()):
+            self.kill()
         if errors:
             raise RankError("\n".join(f"--- rank {r}:\n{e}" for r, e in sorted(errors.items())))
         return [results[r] for r in range(len(self.ranks))]
@@ -91,10 +98,11 @@ class Pool:
     def kill(self) -> None:
         for process in self.ranks:
             process.kill()
-        POOLS.clear()
+        for world in [w for w, pool in POOLS.items() if pool is self]:
+            del POOLS[world]
         for log in self.logs:
             if os.path.exists(log):
-                sys.stderr.write(open(log, errors="replace").read()[-2000:])
+                sys.stderr.write(Path(log).read_text(errors="replace")[-2000:])
 
 
 POOLS: dict[int, Pool] = {}

@@ -1,8 +1,9 @@
 """DeepSpeed: import this once, then name "SpectralMuon" in the JSON; any ZeRO stage.
 
 It registers the class where DeepSpeed looks for optimizers it does not know (``torch.optim``), and
-wraps one private method, ``DeepSpeedEngine._configure_optimizer``, which sees both the module and
-the optimizer: that is how embeddings and heads are found with nothing tagged.
+wraps a private method, ``DeepSpeedEngine._configure_optimizer``, which sees both the module and the
+optimizer: that is how embeddings and heads are found with nothing tagged. A second one,
+``_is_supported_optimizer``, is wrapped to say what an unknown type may have meant.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import nn
 from spectral_dist import groups as routing
 from spectral_dist.integrations.deepspeed.checkpoint import keep_checkpoints
 from spectral_dist.integrations.deepspeed.config import refuse, refuse_type
+from spectral_dist.integrations.deepspeed.fp16 import scale_loss_at_stage0
 from spectral_dist.integrations.deepspeed.placement import ZeroPlacer
 from spectral_dist.optimizer import Muon
 from spectral_dist.options import ROUTING, Options
@@ -87,9 +89,7 @@ def _claim(engine: DeepSpeedEngine, client: Muon | None) -> None:
 def _configure(
     original: Callable[..., None], engine: DeepSpeedEngine, client: Any, parameters: Any
 ) -> None:
-    if client is None:
-        refuse_type(engine.optimizer_name(), TYPES)
-    elif not isinstance(client, torch.optim.Optimizer) and callable(client):
+    if client is not None and not isinstance(client, torch.optim.Optimizer) and callable(client):
         client = client(parameters)  # as DeepSpeed would, to see what it makes
     if not isinstance(client, Muon) and (
         client is not None or engine.optimizer_name() not in TYPES
@@ -107,6 +107,7 @@ def _configure(
         _building.reset(token)
     engine.basic_optimizer.placer.start(engine.basic_optimizer)
     keep_checkpoints(engine.basic_optimizer)
+    scale_loss_at_stage0(engine)
 
 
 def _install() -> None:
@@ -123,6 +124,14 @@ def _install() -> None:
         _configure(method, engine, client_optimizer, model_parameters)
 
     DeepSpeedEngine._configure_optimizer = configure
+    supported = DeepSpeedEngine._is_supported_optimizer
+
+    @functools.wraps(supported)
+    def is_supported(engine: DeepSpeedEngine, name: str) -> bool:
+        refuse_type(name, TYPES)
+        return bool(supported(engine, name))
+
+    DeepSpeedEngine._is_supported_optimizer = is_supported
     for name, cls in TYPES.items():
         setattr(torch.optim, name, cls)
     ZERO_SUPPORTED_OPTIMIZERS.extend([Muon, *TYPES.values()])

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+# torch 2.13 renamed it and warns of the old name
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 Group: TypeAlias = dist.ProcessGroup | None
 """None is the group of this process alone: nothing is ever sent."""
 
@@ -81,7 +83,7 @@ def all_gather(sent: Tensor, group: Group, meter: Meter) -> Pending:
     """Begin gathering everyone's flat tensor of equal length, in rank order."""
     received = sent.new_empty(size(group) * sent.numel())
     meter.count("all_gather", (size(group) - 1) * sent.numel() * sent.element_size())
-    work = dist.all_gather_into_tensor(received, sent, group=group, async_op=True)
+    work = _all_gather(received, sent, group=group, async_op=True)
     return Pending(received, work, sent)
 
 
@@ -111,7 +113,7 @@ def assert_same(lines: Sequence[str], group: Group, device: torch.device) -> Non
     digest = hashlib.sha256("\n".join(lines).encode()).digest()[:7]
     mine = torch.tensor([int.from_bytes(digest, "big")], dtype=torch.int64, device=device)
     everyone = mine.new_empty(size(group))
-    dist.all_gather_into_tensor(everyone, mine, group=group)
+    _all_gather(everyone, mine, group=group)
     if bool((everyone == everyone[0]).all().item()):
         return
     texts = [text.split("\n") for text in gather_texts("\n".join(lines), group)]

@@ -82,13 +82,13 @@ def steps(engine: Any, first: int, last: int, same: bool = False, hook: Any = No
     losses = []
     accumulation = engine.gradient_accumulation_steps()
     for step in range(first, last):
+        if hook:
+            hook(engine)
         for batch in micro_batches(step, accumulation, same):
             loss = engine(batch)
             engine.backward(loss)
             engine.step()
             losses.append(float(loss.detach()))
-        if hook:
-            hook(engine, step)
     return losses
 
 
@@ -122,6 +122,12 @@ def train(
         "state_bytes": matrix_state_bytes(base),
         "stage": engine.zero_optimization_stage(),
         "wrapper": type(engine.optimizer).__name__,
+        "owners": {
+            layout.matrix.name: owner
+            for unit in base._units.values()
+            if unit.plan
+            for layout, owner in zip(unit.placement.layouts, unit.plan.owners, strict=True)
+        },
     }
     engine.destroy()
     return result
@@ -155,7 +161,10 @@ def interrupted(
     if load is not None:
         path, _ = engine.load_checkpoint(folder, tag=load)
         assert path is not None
-    losses = steps(engine, first, last)
+    lrs: list[float] = []
+    losses = steps(
+        engine, first, last, hook=lambda e: lrs.append(e.basic_optimizer.param_groups[0]["lr"])
+    )
     if save is not None:
         engine.save_checkpoint(folder, tag=save)
     result = {
@@ -166,6 +175,7 @@ def interrupted(
             {k: v for k, v in group.items() if k != "params"}
             for group in engine.basic_optimizer.param_groups
         ],
+        "lrs": lrs,
         "adam_steps": [
             float(s["step"]) for s in engine.basic_optimizer.state.values() if "exp_avg_sq" in s
         ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,9 +37,16 @@ def muon(w: Tensor, g: Tensor, m: Tensor, o: dict[str, Any]) -> None:
 
 
 def train(
-    options: dict[str, Any], count: int = 10, clip: float = 0.0, **model_options: Any
+    options: dict[str, Any],
+    count: int = 10,
+    clip: float = 0.0,
+    factors: Sequence[float] | None = None,
+    **model_options: Any,
 ) -> dict[str, Tensor]:
-    """Parameters after ``count`` steps on the global batches of ``models.tokens``."""
+    """Parameters after ``count`` steps on the global batches of ``models.tokens``.
+
+    ``factors``: of both learning rates, step by step.
+    """
     model = models.build(**model_options)
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     momenta = {n: torch.zeros_like(p) for n, p in named.items() if is_matrix(n)}
@@ -54,10 +62,12 @@ def train(
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         if clip:
             torch.nn.utils.clip_grad_norm_(named.values(), clip)
+        factor = factors[step] if factors else 1.0
+        adam.param_groups[0]["lr"] = options["scalar_lr"] * factor
         with torch.no_grad():
             for name, momentum in momenta.items():
                 w, g = named[name].data, named[name].grad
                 for k in range(len(w)) if w.ndim == 3 else [...]:
-                    muon(w[k], g[k], momentum[k], options)
+                    muon(w[k], g[k], momentum[k], {**options, "lr": options["lr"] * factor})
         adam.step()
     return {n: p.detach().clone() for n, p in model.named_parameters()}

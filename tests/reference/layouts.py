@@ -1,0 +1,270 @@
+"""A framework that shards with slicing only, and says where things are; built alike on every rank.
+
+Each ``Sequence`` holds values and, element by element, the rank that stores it. Both are cut by the
+same slices, so a matrix's values, holders and expected directions never pass through the package.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from spectral_dist.sharding.layout import Cut, Layout, Matrix, Tile, lay
+
+UNTOUCHED = -7.0
+
+
+@dataclass
+class Truth:
+    """One matrix: all of it, who stores each element, and where its direction is written."""
+
+    name: str
+    whole: Tensor
+    holders: Tensor
+    targets: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    """(view of the output, what goes there as a view of ``direction``)"""
+    direction: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def held(self, rank: int) -> int:
+        return int((self.holders == rank).sum())
+
+
+@dataclass
+class World:
+    """What one rank knows, and what it must end up with."""
+
+    layouts: list[Layout]
+    truths: list[Truth]
+    mine: list[Tensor]
+    expected: Callable[[], list[Tensor]]
+
+
+class Builder:
+    """Adds parameters, then says what rank ``rank`` of ``ranks`` stores."""
+
+    def __init__(self, rng: random.Random, ranks: int, rank: int, largest: int = 1 << 20) -> None:
+        self.rng, self.ranks, self.rank, self.largest = rng, ranks, rank, largest
+        self.layouts: list[Layout] = []
+        self.truths: list[Truth] = []
+        self.locals: list[list[tuple[Tensor, Tensor]]] = []  # (in, out) runs of each local tensor
+        self.count = 0
+
+    def new_values(self, numel: int) -> Tensor:
+        """Numbers that all differ (up to ``largest``), exact in float32."""
+        values = torch.arange(self.count, self.count + numel) % self.largest
+        self.count += numel
+        return values.float()
+
+    def bounds(self, numel: int, members: list[int] | None = None) -> list[int]:
+        """Uneven runs, some empty; of ranks that are no members, all."""
+        members = list(range(self.ranks)) if members is None else members
+        cuts = sorted(self.rng.choice([0, numel, *[self.rng.randint(0, numel)] * 5])
+                      for _ in members[1:])  # fmt: skip
+        ends = dict(zip(members, [*cuts, numel], strict=True))
+        result = [0]
+        for rank in range(self.ranks):
+            result.append(ends.get(rank, result[-1]))
+        return result
+
+    def owners(self, bounds: list[int]) -> Tensor:
+        runs = [torch.full((b - a,), r) for r, (a, b) in enumerate(zip(bounds, bounds[1:]))]
+        return torch.cat(runs)
+
+    def shapes(self) -> tuple[int, int]:
+        return self.rng.choice([(2, 3), (4, 4), (3, 8), (1, 5), (7, 2), (5, 5), (6, 1)])
+
+    def parts(self, rows: int, cols: int) -> list[list[tuple[int, int]]]:
+        """(first row, rows) blocks of each matrix of a parameter: one, or interleaved ones."""
+        if rows % 2 == 0 and rows >= 4 and self.rng.random() < 0.6:
+            half = rows // 2  # two groups of (q, k and v)
+            q = self.rng.randint(1, half - 1)
+            return [[(0, q), (half, q)], [(q, half - q), (half + q, half - q)]]
+        return [[(0, rows)]]
+
+    def flat_buffer(self) -> None:
+        """Stages 1 and 2: several parameters with gaps in one buffer, cut without regard to them."""
+        shapes = [self.shapes() for _ in range(self.rng.randint(1, 5))]
+        gaps = [self.rng.choice([0, 0, 3]) for _ in shapes]
+        numel = sum(m * n + gap for (m, n), gap in zip(shapes, gaps, strict=True)) + 2
+        even = self.rng.random() < 0.5
+        if even:
+            chunk = -(-numel // self.ranks)
+            numel = chunk * self.ranks
+            bounds, cut = list(range(0, numel + 1, chunk)), Cut.even(chunk, self.ranks)
+        else:
+            bounds = self.bounds(numel)
+            cut = Cut(tuple(bounds))
+        values, holders = self.new_values(numel), self.owners(bounds)
+        out = torch.full((numel,), UNTOUCHED)
+        tensor, base = self.add_local(values, out, bounds, before=self.rng.choice([0, 2]))
+        offset = 0
+        for (m, n), gap in zip(shapes, gaps, strict=True):
+            offset += gap
+            self.add_parameter((m, n), values, holders, out, cut, offset, base, tensor)
+            offset += m * n
+
+    def each_cut(self, whole_rows: bool) -> None:
+        """Stage 3 and FSDP2: every parameter cut on its own; runs lie one after the other."""
+        values_out_bounds = []
+        base = 0
+        tensor = len(self.locals)
+        for _ in range(self.rng.randint(1, 4)):
+            m, n = self.shapes()
+            if whole_rows:
+                chunk = -(-m // self.ranks)
+                bounds = [min(m, r * chunk) * n for r in range(self.ranks + 1)]
+            else:
+                bounds = self.bounds(m * n)
+            values, out = self.new_values(m * n), torch.full((m * n,), UNTOUCHED)
+            holders, cut = self.owners(bounds), Cut(tuple(bounds))
+            self.add_parameter((m, n), values, holders, out, cut, 0, base, tensor)
+            values_out_bounds.append((values, out, bounds))
+            base += bounds[self.rank + 1] - bounds[self.rank]
+        self.locals.append(
+            [(v[b[self.rank] : b[self.rank + 1]], o[b[self.rank] : b[self.rank + 1]])
+             for v, o, b in values_out_bounds]
+        )  # fmt: skip
+
+    def tensor_parallel(self, parallel: int) -> None:
+        """TP tiles by rows or columns; those of one TP rank flat in a buffer cut over its replicas.
+
+        TP rank t is ranks t, t + parallel, t + 2 parallel, ...
+        """
+        shapes = [
+            (self.rng.randint(2, 4) * parallel, self.rng.randint(2, 3) * parallel)
+            for _ in range(self.rng.randint(1, 4))
+        ]
+        by_rows = [self.rng.random() < 0.5 for _ in shapes]
+        wholes = [self.new_values(m * n).view(m, n) for m, n in shapes]
+        holders = [torch.full(shape, -1) for shape in shapes]
+        outs = [torch.full(shape, UNTOUCHED) for shape in shapes]
+        edges = [
+            sorted(
+                [0, m if rows else n, *self.rng.sample(range(1, m if rows else n), parallel - 1)]
+            )
+            for (m, n), rows in zip(shapes, by_rows, strict=True)
+        ]  # uneven tiles
+        tiles: list[list[Tile]] = [[] for _ in shapes]
+        tensor = len(self.locals)
+        mine: list[tuple[Tensor, Tensor]] = []
+        buffers = []
+        for t in range(parallel):
+            boxes = [
+                (slice(a[t], a[t + 1]), slice(None))
+                if rows
+                else (slice(None), slice(a[t], a[t + 1]))
+                for a, rows in zip(edges, by_rows, strict=True)
+            ]
+            cat = torch.cat([w[box].flatten() for w, box in zip(wholes, boxes, strict=True)])
+            bounds = self.bounds(len(cat), list(range(t, self.ranks, parallel)))
+            stored_by = self.owners(bounds)
+            out = torch.full((len(cat),), UNTOUCHED)
+            offset = 0
+            for i, (w, box) in enumerate(zip(wholes, boxes, strict=True)):
+                rows, cols = w[box].shape
+                run = slice(offset, offset + rows * cols)
+                holders[i][box] = stored_by[run].view(rows, cols)
+                row, col = (edges[i][t], 0) if by_rows[i] else (0, edges[i][t])
+                cut = Cut(tuple(bounds))
+                tiles[i].append(Tile(row, col, rows, cols, cut, offset, 0, tensor))
+                offset += rows * cols
+            if self.rank % parallel == t:
+                run = slice(bounds[self.rank], bounds[self.rank + 1])
+                mine.append((cat[run], out[run]))
+            buffers.append((out, boxes))
+        for i, (m, n) in enumerate(shapes):
+            truth = Truth(f"tp{len(self.truths)}", wholes[i], holders[i])
+            truth.direction = outs[i]
+            self.truths.append(truth)
+            self.rng.shuffle(tiles[i])
+            matrix = Matrix(truth.name, (m, n), ((0, m),))
+            self.layouts.append(Layout(matrix, tuple(tiles[i])))
+        first = len(self.truths) - len(shapes)
+        for out, boxes in buffers:
+            offset = 0
+            for i, box in enumerate(boxes):
+                view = self.truths[first + i].direction[box]
+                target = out[offset : offset + view.numel()].view(view.shape)
+                self.truths[first + i].targets.append((target, view))
+                offset += view.numel()
+        self.locals.append(mine)
+
+    def replicated(self) -> None:
+        """DDP: everyone has all of it."""
+        m, n = self.shapes()
+        values, out = self.new_values(m * n), torch.full((m * n,), UNTOUCHED)
+        cut = Cut((0, m * n))
+        tensor = len(self.locals)
+        self.locals.append([(values, out)])
+        everyone = torch.full((m * n,), -1)
+        self.add_parameter((m, n), values, everyone, out, cut, 0, 0, tensor, replicated=True)
+
+    def add_local(
+        self, values: Tensor, out: Tensor, bounds: list[int], before: int
+    ) -> tuple[int, int]:
+        run = slice(bounds[self.rank], bounds[self.rank + 1])
+        padding = torch.full((before,), UNTOUCHED)
+        self.locals.append([(padding, padding), (values[run], out[run])])
+        return len(self.locals) - 1, before
+
+    def add_parameter(
+        self,
+        shape: tuple[int, int],
+        values: Tensor,
+        holders: Tensor,
+        out: Tensor,
+        cut: Cut,
+        offset: int,
+        base: int,
+        tensor: int,
+        replicated: bool = False,
+    ) -> None:
+        m, n = shape
+        run = slice(offset, offset + m * n)
+        value, holder, target = (x[run].view(m, n) for x in (values, holders, out))
+        for part in self.parts(m, n):
+            rows = [row for first, count in part for row in range(first, first + count)]
+            truth = Truth(f"w{len(self.truths)}", value[rows], holder[rows])
+            truth.direction = torch.full((len(rows), n), UNTOUCHED)
+            truth.targets = [(target[row], truth.direction[k]) for k, row in enumerate(rows)]
+            self.truths.append(truth)
+            blocks = tuple((first * n, count) for first, count in part)
+            matrix = Matrix(truth.name, (len(rows), n), blocks)
+            self.layouts.append(
+                lay(matrix, cut, offset=offset, base=base, tensor=tensor, replicated=replicated)
+            )
+
+    def finish(self) -> World:
+        mine = [torch.cat([v for v, _ in local]) for local in self.locals]
+
+        def expected() -> list[Tensor]:
+            for truth in self.truths:
+                for target, view in truth.targets:
+                    target.copy_(view)
+            return [torch.cat([out for _, out in local]) for local in self.locals]
+
+        return World(self.layouts, self.truths, mine, expected)
+
+
+def random_world(seed: int, ranks: int, rank: int, *, replicated: bool, largest: int) -> World:
+    """Of every kind of sharding some; or replicated parameters, which come alone."""
+    rng = random.Random(seed)
+    builder = Builder(rng, ranks, rank, largest)
+    if replicated:
+        for _ in range(rng.randint(1, 7)):
+            builder.replicated()
+        return builder.finish()
+    kinds: list[Callable[[], None]] = [
+        builder.flat_buffer,
+        lambda: builder.each_cut(whole_rows=False),
+        lambda: builder.each_cut(whole_rows=True),
+    ]
+    if ranks > 1:
+        kinds += [lambda t=t: builder.tensor_parallel(t) for t in range(2, ranks + 1)]
+    for kind in rng.sample(kinds, rng.randint(1, len(kinds))):
+        kind()
+    return builder.finish()

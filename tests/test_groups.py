@@ -1,0 +1,608 @@
+"""Which parameters are matrices, how weights split, and what the user is told."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import spectral_dist
+from spectral_dist import groups
+from spectral_dist.groups import classify, matrices_of
+from tests import harness, models
+
+V = 61
+
+
+class Model(nn.Module):
+    """Children by keyword, in their order."""
+
+    def __init__(self, **children):
+        super().__init__()
+        for name, child in children.items():
+            setattr(self, name, child)
+
+
+def kinds(model, **options):
+    return {route.name: route.kind for route in classify(model, **options)}
+
+
+def matrices(model, **options):
+    return {route.name for route in classify(model, **options) if route.kind == "matrix"}
+
+
+def reasons(model, **options):
+    return {route.name: route.reason for route in classify(model, **options)}
+
+
+def blocks(*sizes):
+    return nn.ModuleList(Model(up=nn.Linear(8, n), down=nn.Linear(n, 8)) for n in sizes)
+
+
+def linear(rows, cols=4):
+    return nn.Linear(cols, rows, bias=False)
+
+
+def test_by_type():
+    model = Model(
+        embed=nn.Embedding(V, 8),
+        bag=nn.EmbeddingBag(10, 8),
+        layers=blocks(16, 12),
+        norm=nn.LayerNorm(8),
+        rms=nn.RMSNorm(8),
+        batch=nn.BatchNorm1d(8),
+        head=nn.Linear(8, V),
+    )
+    assert kinds(model) == {
+        "embed.weight": "scalar",
+        "bag.weight": "scalar",
+        "layers.0.up.weight": "matrix",
+        "layers.0.up.bias": "scalar",
+        "layers.0.down.weight": "matrix",
+        "layers.0.down.bias": "scalar",
+        "layers.1.up.weight": "matrix",
+        "layers.1.up.bias": "scalar",
+        "layers.1.down.weight": "matrix",
+        "layers.1.down.bias": "scalar",
+        "norm.weight": "scalar",
+        "norm.bias": "scalar",
+        "rms.weight": "scalar",
+        "batch.weight": "scalar",
+        "batch.bias": "scalar",
+        "head.weight": "scalar",
+        "head.bias": "scalar",
+    }
+    why = reasons(model)
+    assert why["embed.weight"] == "embedding"
+    assert "output head" in why["head.weight"]
+    assert why["norm.weight"] == "1-D"
+
+
+@pytest.mark.parametrize("shape", [(8,), (4, 8), (3, 4, 8)])
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_norms_are_no_matrices_whatever_their_shape(norm, shape):
+    assert matrices(Model(norm=norm(shape), linear=linear(3))) == {"linear.weight"}
+
+
+def test_tied_head_is_the_embedding_and_counts_once():
+    model = Model(embed=nn.Embedding(V, 8), layers=blocks(16), head=nn.Linear(8, V, bias=False))
+    model.head.weight = model.embed.weight
+    assert kinds(model)["embed.weight"] == "scalar"
+    assert "head.weight" not in kinds(model)
+    assert "tied" in reasons(model)["embed.weight"]
+    # registered before the embedding, the tied weight bears the head's name
+    model = Model(head=nn.Linear(8, V, bias=False), embed=nn.Embedding(V, 8), layers=blocks(16))
+    model.head.weight = model.embed.weight
+    assert kinds(model)["head.weight"] == "scalar"
+    assert "embed.weight" not in kinds(model)
+
+
+def test_an_inner_linear_of_the_vocabularys_size_is_no_head():
+    model = Model(embed=nn.Embedding(V, 8), layers=blocks(V, V), head=nn.Linear(8, V, bias=False))
+    inner = {f"layers.{i}.{name}.weight" for i in (0, 1) for name in ("up", "down")}
+    assert matrices(model) == inner
+    # tied heads are found by tying, never by size
+    model.head.weight = model.embed.weight
+    assert matrices(model) == inner
+
+
+def test_width_equal_to_the_vocabulary():
+    layers = nn.ModuleList(Model(up=linear(24, 16), down=linear(16, 24)) for _ in range(2))
+    model = Model(embed=nn.Embedding(16, 16), layers=layers, head=linear(16, 16))
+    inner = {f"layers.{i}.{name}.weight" for i in (0, 1) for name in ("up", "down")}
+    assert matrices(model) == inner
+
+
+def test_a_backbone_without_head_whose_width_is_the_vocabulary():
+    layers = nn.ModuleList(Model(up=linear(24, 16), down=linear(16, 24)) for _ in range(2))
+    model = Model(embed=nn.Embedding(16, 16), layers=layers, norm=nn.LayerNorm(16))
+    inner = {f"layers.{i}.{name}.weight" for i in (0, 1) for name in ("up", "down")}
+    assert matrices(model) == inner
+
+
+def test_the_last_linear_of_a_sequential_is_its_head():
+    model = nn.Sequential(
+        nn.Embedding(V, 8), linear(12, 8), linear(V, 12), linear(8, V), linear(V, 8)
+    )
+    assert matrices(model) == {"1.weight", "2.weight", "3.weight"}
+
+
+def test_a_model_without_embedding_has_no_head():
+    model = nn.Sequential(linear(8), linear(10, 8))
+    assert matrices(model) == {"0.weight", "1.weight"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_llama(tied):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=tied,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    leaves = [f"self_attn.{x}_proj" for x in "qkvo"] + [
+        f"mlp.{x}_proj" for x in ("gate", "up", "down")
+    ]
+    assert matrices(model) == {f"model.layers.{i}.{x}.weight" for i in (0, 1) for x in leaves}
+    head = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    assert "output head" in reasons(model)[head]
+    assert ("lm_head.weight" in kinds(model)) is not tied
+
+
+def test_convolutions_are_out_by_the_rest():
+    model = Model(
+        one=nn.Conv1d(3, 4, 5),
+        two=nn.Conv2d(3, 4, (5, 2)),
+        three=nn.Conv3d(3, 4, 2),
+        depthwise=nn.Conv2d(4, 4, 3, groups=4),
+        transposed=nn.ConvTranspose2d(3, 4, 2),
+    )
+    shapes = {r.name: [m.shape for m in r.matrices] for r in classify(model) if r.matrices}
+    assert shapes == {"one.weight": [(4, 15)], "two.weight": [(4, 30)], "three.weight": [(4, 24)]}
+
+
+def test_stacks_of_experts():
+    model = Model(linear=linear(3))
+    model.experts = nn.Parameter(torch.randn(3, 4, 6))
+    model.position = nn.Parameter(torch.randn(1, 9, 6))
+    model.table = nn.Parameter(torch.randn(5, 6))
+    by_name = {r.name: r for r in classify(model)}
+    assert by_name["experts"].kind == "matrix"
+    assert [m.shape for m in by_name["experts"].matrices] == [(4, 6)] * 3
+    assert len({m.name for m in by_name["experts"].matrices}) == 3
+    assert by_name["position"].kind == "scalar"
+    assert by_name["table"].kind == "scalar"
+
+
+def elements(matrix):
+    """Its elements of the flattened parameter, in order."""
+    n = matrix.shape[1]
+    found = [e for start, rows in matrix.blocks for e in range(start, start + rows * n)]
+    assert len(found) == matrix.numel
+    return found
+
+
+def numbered(*shape):
+    return torch.arange(torch.Size(shape).numel()).view(shape)
+
+
+def test_experts_hold_their_slices():
+    whole = numbered(3, 4, 6)
+    found = [elements(m) for m in matrices_of("e", (3, 4, 6), None)]
+    assert found == [whole[k].flatten().tolist() for k in range(3)]
+
+
+def test_attention_projection_is_three():
+    model = Model(attention=nn.MultiheadAttention(6, 2))
+    by_name = {r.name: r for r in classify(model)}
+    whole = numbered(18, 6)
+    wanted = [whole[a : a + 6].flatten().tolist() for a in (0, 6, 12)]
+    assert [elements(m) for m in by_name["attention.in_proj_weight"].matrices] == wanted
+    assert [m.shape for m in by_name["attention.out_proj.weight"].matrices] == [(6, 6)]
+    assert by_name["attention.in_proj_bias"].kind == "scalar"
+
+
+def test_separate_projections_of_attention_are_not_cut_in_three():
+    model = Model(attention=nn.MultiheadAttention(6, 2, kdim=5, vdim=7))
+    by_name = {r.name: r for r in classify(model, matrices=["[qkv]_proj_weight"])}
+    for name, shape in (("q", (6, 6)), ("k", (6, 5)), ("v", (6, 7))):
+        assert [m.shape for m in by_name[f"attention.{name}_proj_weight"].matrices] == [shape]
+
+
+def test_split_into_equal_parts():
+    model = Model(gate_up=linear(10))
+    (route,) = classify(model, split={"gate_up": 2})
+    whole = numbered(10, 4)
+    assert [m.shape for m in route.matrices] == [(5, 4), (5, 4)]
+    wanted = [whole[:5].flatten().tolist(), whole[5:].flatten().tolist()]
+    assert [elements(m) for m in route.matrices] == wanted
+
+
+def test_split_by_rows():
+    model = Model(qkv=linear(16))
+    (route,) = classify(model, split={"qkv": [8, 4, 4]})
+    whole = numbered(16, 4)
+    wanted = [part.flatten().tolist() for part in (whole[:8], whole[8:12], whole[12:])]
+    assert [elements(m) for m in route.matrices] == wanted
+    assert len({m.name for m in route.matrices}) == 3
+
+
+def test_split_interleaved_by_query_group():
+    # Megatron's layout: 3 groups of (2 heads of q, one of k, one of v), d = 2
+    whole = numbered(3, 8, 4)
+    (route,) = classify(Model(qkv=linear(24)), split={"qkv": [4, 2, 2]})
+    wanted = [whole[:, :4], whole[:, 4:6], whole[:, 6:]]
+    assert [m.shape for m in route.matrices] == [(12, 4), (6, 4), (6, 4)]
+    assert [elements(m) for m in route.matrices] == [w.flatten().tolist() for w in wanted]
+
+
+def test_split_of_every_expert():
+    whole = numbered(2, 6, 3)
+    found = matrices_of("gate_up", (2, 6, 3), [2, 4])
+    wanted = [whole[0, :2], whole[0, 2:], whole[1, :2], whole[1, 2:]]
+    assert [elements(m) for m in found] == [w.flatten().tolist() for w in wanted]
+    assert len({m.name for m in found}) == 4
+
+
+@pytest.mark.parametrize(
+    "split", [0, -2, 5, True, 2.5, "2", [], [3, 4], [0, 8], [-2, 10], [16], [1.5, 2.5], ["4", "4"]]
+)  # fmt: skip
+def test_split_that_does_not_fit(split):
+    with pytest.raises(ValueError, match="split"):
+        classify(Model(qkv=linear(8)), split={"qkv": split})
+
+
+def test_split_error_says_the_rows():
+    with pytest.raises(ValueError, match=r"qkv\.weight.*sum to 7, but the weight has 8 rows"):
+        classify(Model(qkv=linear(8)), split={"qkv": [3, 4]})
+
+
+@pytest.mark.parametrize("split", [3, "qkv", ["qkv"], [["qkv", 3]]])
+def test_split_that_is_no_mapping(split):
+    with pytest.raises(ValueError, match="split"):
+        classify(Model(qkv=linear(9)), split=split)
+
+
+def test_split_of_what_is_no_matrix():
+    model = Model(embed=nn.Embedding(V, 8), linear=linear(4, 8))
+    with pytest.raises(ValueError, match=r"'embed' matches embed\.weight, which is no matrix"):
+        classify(model, split={"embed": 1})
+
+
+def test_two_splits_of_one_weight_contradict():
+    with pytest.raises(ValueError, match="qkv"):
+        classify(Model(qkv=linear(12)), split={"qkv": 3, "weight": [4, 8]})
+
+
+def test_overrides():
+    model = Model(embed=nn.Embedding(V, 8), layers=blocks(16, 12), head=nn.Linear(8, V, bias=False))
+    assert matrices(model, matrices=[r"^head\.", "embed"], scalars=[r"layers\.1\..*weight"]) == {
+        "embed.weight",
+        "head.weight",
+        "layers.0.up.weight",
+        "layers.0.down.weight",
+    }
+    assert reasons(model, scalars=[r"0\.up\.weight"])["layers.0.up.weight"] == (
+        "scalars: '0\\\\.up\\\\.weight'"
+    )
+
+
+def test_override_of_a_table():
+    model = Model(linear=linear(3))
+    model.table = nn.Parameter(torch.randn(5, 6))
+    assert matrices(model, matrices=["table"]) == {"table", "linear.weight"}
+
+
+def test_override_of_a_grouped_convolution():
+    model = Model(conv=nn.Conv1d(4, 4, 3, groups=2))
+    (route, _) = classify(model, matrices=[r"conv\.weight"])
+    assert [m.shape for m in route.matrices] == [(4, 6)]
+
+
+@pytest.mark.parametrize("option", ["matrices", "scalars", "split"])
+def test_a_pattern_that_matches_nothing(option):
+    given = {"nowhere": 2} if option == "split" else ["nowhere"]
+    with pytest.raises(ValueError, match=rf"{option}: 'nowhere' matches no .*up\.weight"):
+        classify(Model(up=linear(8)), **{option: given})
+
+
+@pytest.mark.parametrize("option", ["matrices", "scalars", "split"])
+def test_a_pattern_that_is_no_regular_expression(option):
+    given = {"(": 2} if option == "split" else ["("]
+    with pytest.raises(ValueError, match=rf"{option}: '\(' is no regular expression"):
+        classify(Model(up=linear(8)), **{option: given})
+
+
+@pytest.mark.parametrize("option", ["matrices", "scalars"])
+def test_a_lone_string_is_not_taken_letter_by_letter(option):
+    """d, o, w and n would match nearly everything."""
+    model = Model(down=linear(8), window=linear(8), own=nn.Embedding(3, 4))
+    pattern = "down"
+    try:
+        found = kinds(model, **{option: pattern})
+    except ValueError as error:
+        assert option in str(error)  # noqa: PT017
+    else:
+        assert found == kinds(model, **{option: [pattern]})
+
+
+def test_contradicting_patterns():
+    with pytest.raises(
+        ValueError, match=r"up\.weight matches both matrices: 'up' and scalars: 'w'"
+    ):
+        classify(Model(up=linear(8), down=linear(8)), matrices=["up"], scalars=["w"])
+
+
+def test_a_bias_cannot_be_a_matrix():
+    with pytest.raises(ValueError, match=r"matches linear\.bias, which is 1-D"):
+        classify(Model(linear=nn.Linear(4, 4)), matrices=["bias"])
+
+
+def test_frozen_parameters_are_shown_and_left_out(capsys):
+    model = Model(first=linear(8), second=linear(8), third=nn.Linear(4, 4))
+    model.second.weight.requires_grad_(False)
+    assert kinds(model)["second.weight"] == "frozen"
+    found = spectral_dist.param_groups(model)
+    assert [id(p) for g in found for p in g["params"]] == [
+        id(model.first.weight),
+        id(model.third.weight),
+        id(model.third.bias),
+    ]
+    table = capsys.readouterr().err
+    assert "not trained" in table
+    assert "second.weight" in table
+
+
+def test_all_frozen():
+    with pytest.raises(ValueError, match="no parameter is trainable"):
+        classify(Model(up=linear(8)).requires_grad_(False))
+
+
+def test_no_matrix_at_all_is_an_error_with_the_table():
+    model = Model(embed=nn.Embedding(V, 8), norm=nn.LayerNorm(8))
+    with pytest.raises(ValueError, match=r'(?s)matrices=\["pattern"\].*AdamW +1 .*embed\.weight'):
+        spectral_dist.param_groups(model)
+    with pytest.raises(ValueError, match="no parameter is a matrix"):
+        spectral_dist.tag(model)
+
+
+def test_the_table(capsys):
+    model = Model(
+        embed=nn.Embedding(V, 8),
+        layers=blocks(16, 12),
+        qkv=linear(24, 8),
+        norm=nn.LayerNorm(8),
+        frozen=linear(5),
+        head=nn.Linear(8, V, bias=False),
+    )
+    model.frozen.weight.requires_grad_(False)
+    spectral_dist.param_groups(model, split={"qkv": 3})
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("which parameters are matrices") == 1
+    rows = [line.split(maxsplit=4) for line in captured.err.splitlines()[2:]]
+    numbers = {}
+    for kind, *counts, why in (r if r[0] != "not" else ["not trained", *" ".join(r[2:]).split(maxsplit=3)]
+                               for r in rows):  # fmt: skip
+        numbers.setdefault(kind, []).append((*[int(c.replace(",", "")) for c in counts], why))
+    # parameters, matrices, numbers
+    assert sorted(row[:3] for row in numbers["orthogonalized"]) == [
+        (5, 7, 2 * 8 * 16 + 2 * 8 * 12 + 24 * 8)
+    ]
+    assert sorted(row[:3] for row in numbers["AdamW"]) == [
+        (1, 0, V * 8),
+        (1, 0, V * 8),
+        (6, 0, 16 + 12 + 32),
+    ]
+    assert [row[:3] for row in numbers["not trained"]] == [(1, 0, 20)]
+
+
+def test_lazy_parameters():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = Model(lazy=nn.LazyLinear(4))
+    with pytest.raises(ValueError, match=r"lazy\.weight has no shape yet"):
+        classify(model)
+
+
+def test_integers_cannot_be_trained():
+    model = Model(linear=linear(4))
+    model.codes = nn.Parameter(torch.zeros(3, 3, dtype=torch.int64), requires_grad=False)
+    assert kinds(model)["codes"] == "frozen"
+    model.waves = nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64))
+    with pytest.raises(ValueError, match="waves is torch.complex64"):
+        classify(model)
+
+
+def test_zero_stage_3_hides_the_shape():
+    """DeepSpeed empties parameters and keeps their shape in ds_shape."""
+    model = Model(embed=nn.Embedding(V, 8), up=linear(12, 8), down=linear(8, 12), head=linear(V, 8))
+    for p in model.parameters():
+        p.ds_shape, p.data = p.shape, torch.empty(0)
+    assert matrices(model) == {"up.weight", "down.weight"}
+    assert {r.name: r.shape for r in classify(model)}["up.weight"] == (12, 8)
+
+
+def test_compiled_names():
+    model = Model(layers=blocks(16), head=linear(3, 8))
+    before = kinds(model)
+    model.layers[0] = torch.compile(model.layers[0], backend="eager")
+    assert kinds(model) == before
+    assert kinds(torch.compile(model, backend="eager")) == before
+
+
+# -- into groups
+
+
+def small():
+    return Model(
+        embed=nn.Embedding(V, 8), up=linear(12, 8), down=linear(8, 12), norm=nn.LayerNorm(8)
+    )
+
+
+def test_groups_are_the_matrices_then_the_rest():
+    model = small()
+    found = spectral_dist.param_groups(model)
+    assert [g["kind"] for g in found] == ["matrix", "scalar"]
+    assert [id(p) for p in found[0]["params"]] == [id(model.up.weight), id(model.down.weight)]
+    assert [id(p) for p in found[1]["params"]] == [
+        id(model.embed.weight),
+        id(model.norm.weight),
+        id(model.norm.bias),
+    ]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_bare_parameters_are_refused(named):
+    model = small()
+    params = model.named_parameters() if named else model.parameters()
+    with pytest.raises(ValueError, match=r"param_groups\(model\), or call spectral_dist\.tag"):
+        spectral_dist.Muon(params, lr=0.01)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_tagged_parameters_are_known(named, capsys):
+    model = small()
+    spectral_dist.tag(model, scalars=["down"], split={"up": 3})
+    assert capsys.readouterr().err.count("which parameters are matrices") == 1
+    optimizer = spectral_dist.Muon(
+        model.named_parameters() if named else model.parameters(), lr=0.01
+    )
+    first, second = optimizer.param_groups
+    assert [id(p) for p in first["params"]] == [id(model.up.weight)]
+    assert len(second["params"]) == 4
+    (route,) = (r for r in optimizer.all_routes if r.name == "up.weight")
+    assert len(route.matrices) == 3
+    assert capsys.readouterr().err == ""
+
+
+def test_one_tensor_as_params():
+    model = small()
+    spectral_dist.tag(model)
+    optimizer = spectral_dist.Muon([{"params": model.up.weight}], lr=0.01)
+    assert [g["kind"] for g in optimizer.param_groups] == ["matrix"]
+
+
+def test_tagged_frozen_parameters_must_be_left_out():
+    model = small()
+    model.down.weight.requires_grad_(False)
+    spectral_dist.tag(model)
+    with pytest.raises(ValueError, match=r"down\.weight is frozen"):
+        spectral_dist.Muon(model.parameters(), lr=0.01)
+    model.up.weight.requires_grad_(False)  # after it was tagged
+    with pytest.raises(ValueError, match=r"up\.weight is frozen"):
+        spectral_dist.Muon([model.up.weight], lr=0.01)
+
+
+def test_a_groups_own_options_stay_with_both_halves():
+    model = small()
+    spectral_dist.tag(model)
+    group = {
+        "params": list(model.parameters()),
+        "weight_decay": 0.3,
+        "lr": 0.005,
+        "momentum": 0.8,
+        "eps": 1e-6,
+        "nickname": "all",
+    }
+    matrix, scalar = spectral_dist.Muon([group], lr=0.01, weight_decay=0.1).param_groups
+    for half in (matrix, scalar):
+        assert half["weight_decay"] == 0.3
+        assert half["nickname"] == "all"
+        assert half["lr"] * half["lr_ratio"] == pytest.approx(0.005)
+    assert matrix["momentum"] == 0.8
+    assert scalar["eps"] == 1e-6
+    assert "eps" not in matrix
+    assert "momentum" not in scalar
+
+
+def test_groups_of_different_options():
+    model = small()
+    spectral_dist.tag(model)
+    optimizer = spectral_dist.Muon(
+        [
+            {"params": [model.up.weight], "momentum": 0.9},
+            {"params": [model.down.weight, model.embed.weight], "lr": 0.02},
+            {"params": list(model.norm.parameters()), "weight_decay": 0.0},
+        ],
+        lr=0.01,
+    )
+    found = [(g["kind"], len(g["params"]), g["lr"] * g["lr_ratio"]) for g in optimizer.param_groups]
+    assert found == [
+        ("matrix", 1, 0.01),
+        ("matrix", 1, pytest.approx(0.02)),
+        ("scalar", 1, pytest.approx(0.02)),
+        ("scalar", 2, 0.01),
+    ]
+    assert [g.get("momentum") for g in optimizer.param_groups] == [0.9, 0.95, None, None]
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.1, 0.1, 0.1, 0.0]
+
+
+def test_a_group_added_later():
+    model = small()
+    spectral_dist.tag(model)
+    optimizer = spectral_dist.Muon([model.up.weight], lr=0.01)
+    optimizer.add_param_group({"params": [model.embed.weight, model.down.weight]})
+    assert [g["kind"] for g in optimizer.param_groups] == ["matrix", "matrix", "scalar"]
+    for p in (model.up.weight, model.down.weight, model.embed.weight):
+        p.grad = torch.ones_like(p)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.step()
+    changed = [not torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+    assert changed == [True, True, True, False, False]
+
+
+# -- on real ranks
+
+
+def wrapped():
+    """Names under DistributedDataParallel, and what each rank prints."""
+    model = models.build(odd=False)
+    bare = [(r.name, r.kind) for r in classify(model)]
+    text = io.StringIO()
+    with contextlib.redirect_stderr(text):
+        spectral_dist.param_groups(nn.parallel.DistributedDataParallel(model))
+    ddp = [(r.name, r.kind) for r in classify(nn.parallel.DistributedDataParallel(model))]
+    return bare, ddp, text.getvalue()
+
+
+def test_distributed_data_parallel_and_one_table_for_all_ranks():
+    results = harness.run(2, wrapped)
+    for bare, ddp, _ in results:
+        assert ddp == bare
+        assert ("head.weight", "scalar") in ddp
+    assert results[0][2].count("which parameters are matrices") == 1
+    assert results[1][2] == ""
+
+
+def flattened(use_orig_params):
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = FullyShardedDataParallel(
+            models.build(odd=False), use_orig_params=use_orig_params, device_id=torch.device("cpu")
+        )
+    try:
+        groups.param_groups(model)
+    except ValueError as error:
+        return str(error)
+    return f"no error, {dist.get_world_size()} ranks"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fsdp1_is_refused(ranks):
+    for text in harness.run(ranks, flattened, False):
+        assert "flattened to 1-D by FSDP1" in text
+        assert "torch.distributed.fsdp.fully_shard" in text
+
+
+def test_fsdp1_with_original_parameters_is_refused():
+    """Its parameters keep their names, but a rank sees 1-D pieces of them, or nothing."""
+    for text in harness.run(2, flattened, True):
+        assert "FSDP1" in text
