@@ -59,7 +59,9 @@ def examine(config: dict[str, Any], model: Any) -> list[Row]:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
-        mp.spawn(_rank, (port, config, model.to_dict(), str(answer)), nprocs=RANKS)
+        mp.spawn(  # type: ignore[attr-defined,no-untyped-call]
+            _rank, (port, config, model.to_dict(), str(answer)), nprocs=RANKS
+        )
         found = json.loads(answer.read_text())
     if "error" in found:
         raise ValueError(found["error"])
@@ -177,7 +179,7 @@ class Examination:
         return deepspeed.initialize(model=llama.build(self.model, 0), config=config)[0]
 
     def step(self, engine: Any, factor: float = 1.0) -> None:
-        """One optimizer step on the fixed batch; fp16 may lower its loss scale a few times first."""
+        """One optimizer step on the fixed batch; fp16 may first have to lower its loss scale."""
         for _ in range(40):
             skipped = engine.skipped_steps
             for rows in self.micro_batches(engine):
@@ -221,7 +223,7 @@ class Examination:
         plain = llama.build(self.model, 0).to(engine.device, whole_dtype(engine))
         rows = self.batch().to(engine.device)
         plain(input_ids=rows, labels=rows).loss.backward()
-        gradients = {n: p.grad for n, p in plain.named_parameters()}
+        gradients = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
         options = engine.basic_optimizer.param_groups[0]
         worst, lowest, name = 0.0, 1.0, ""
         for route in engine.basic_optimizer.all_routes:
@@ -275,7 +277,7 @@ class Examination:
         return Row(
             "clipping acts on the gradient",
             abs(ratio - 1) < 0.02 and small < 0.5 * momentum,
-            f"clipped to 1e-4: update x {ratio:.3f} (1 is right), momentum x {small / momentum:.1e}",
+            f"clipped to 1e-4: update x {ratio:.3f} (right: 1), momentum x {small / momentum:.1e}",
         )
 
     def overflow(self, engine: Any) -> Row:
@@ -315,7 +317,7 @@ def whole_dtype(engine: Any) -> torch.dtype:
 
 
 def momentum_norm(engine: Any) -> float:
-    """Norm of the matrices' momentum over all ranks (up to a factor that is the same every time)."""
+    """Norm of the matrices' momentum over all ranks (up to a constant factor)."""
     states = engine.basic_optimizer.state.values()
     total = sum(float(s["exp_avg"].double().square().sum()) for s in states if len(s) == 2)
     number = torch.tensor(total, dtype=torch.float32, device=engine.device)

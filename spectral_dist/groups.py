@@ -335,7 +335,7 @@ def grouped(params: Iterable[Any], routes: Sequence[Route] = ()) -> list[dict[st
             if route.kind == "frozen" or not parameter.requires_grad:
                 raise ValueError(
                     f"{route.name} is frozen (requires_grad is False); leave it out, as"
-                    " spectral_dist.param_groups(model) does, or build the optimizer after unfreezing"
+                    " param_groups does, or build the optimizer after unfreezing it"
                 )
             halves[route.kind].append(route)
         for kind, half in halves.items():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,63 +15,15 @@ from torch import Tensor
 from spectral_dist import groups as routing
 from spectral_dist.groups import Route
 from spectral_dist.options import DTYPES, Options, group_options
+from spectral_dist.placement import Placer, WholeParameters
 from spectral_dist.polar import polar, resolve_dtype
 from spectral_dist.rules import adamw
 from spectral_dist.rules.muon import Muon as MuonRule
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group, Meter
 from spectral_dist.sharding.exchange import Exchange, Piece
-from spectral_dist.sharding.layout import Cut, Placement, lay
+from spectral_dist.sharding.layout import Placement
 from spectral_dist.sharding.plan import Plan, make_plan
-
-
-class Placer(Protocol):
-    """How a framework tells the core where the parameters of a group live."""
-
-    def prepare(self, optimizer: Muon) -> bool:
-        """Called first in every step; False means that this call is no step at all."""
-
-    def key(self, group: dict[str, Any], tensors: Sequence[Tensor]) -> object:
-        """Equal for two calls of ``place`` that would give the same answer."""
-
-    def place(
-        self, group: dict[str, Any], routes: Sequence[Route], tensors: Sequence[Tensor]
-    ) -> Placement:
-        """Where the parameters of ``routes`` live, given the group's current tensors."""
-
-
-class WholeParameters:
-    """The default placer: every rank of ``group`` holds every parameter, as in one process or DDP."""
-
-    def __init__(self, group: Group = None) -> None:
-        self.group = group
-
-    def prepare(self, optimizer: Muon) -> bool:
-        """Nothing to do."""
-        return True
-
-    def key(self, group: dict[str, Any], tensors: Sequence[Tensor]) -> object:
-        """A group's parameters never change."""
-        return group["id"]
-
-    def place(
-        self, group: dict[str, Any], routes: Sequence[Route], tensors: Sequence[Tensor]
-    ) -> Placement:
-        """One run per parameter."""
-        layouts = []
-        for index, (route, tensor) in enumerate(zip(routes, tensors, strict=True)):
-            if tuple(tensor.shape) != route.shape:
-                raise ValueError(
-                    f"{route.name} is now {tuple(tensor.shape)} but was {route.shape} when the"
-                    " optimizer was built, so something shards it. With DeepSpeed, write `import"
-                    " spectral_dist.integrations.deepspeed` before deepspeed.initialize"
-                )
-            if not tensor.is_contiguous():
-                raise ValueError(f"{route.name} is not contiguous; call .contiguous() on it first")
-            cut = Cut((0, tensor.numel()))
-            layouts += [lay(m, cut, tensor=index, replicated=True) for m in route.matrices]
-        spans = tuple((r.name, i, 0, t.numel()) for i, (r, t) in enumerate(zip(routes, tensors)))
-        return Placement(tuple(layouts), self.group, tensors[0].device, spans)
 
 
 @dataclass(frozen=True)
@@ -140,8 +92,8 @@ class Muon(torch.optim.Optimizer):
         return [route for routes in self.routes for route in routes]
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
-        """One optimizer step on the gradients that are there. Collective over the layouts' group."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One optimizer step on the gradients that are there. A collective call of the group."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -153,11 +105,12 @@ class Muon(torch.optim.Optimizer):
             raise ValueError(
                 "no parameter has a gradient; call backward() before step(), and zero_grad() after"
             )
-        for group, tensors in work:
-            unit = self._unit(group, tensors)
+        units = [self._unit(group, tensors) for group, tensors in work]
+        for unit, (_, tensors) in zip(units, work, strict=True):  # all, before anything changes
             self._warn_of_missing(unit, tensors)
             if self.options.check_finite:
                 self._check_finite(unit, tensors)
+        for unit, (group, tensors) in zip(units, work, strict=True):
             if group["kind"] == "matrix":
                 self._step_matrices(group, tensors, unit)
             else:
@@ -169,61 +122,45 @@ class Muon(torch.optim.Optimizer):
         for p in tensors:
             if "exp_avg" not in self.state[p]:
                 self.state[p].update(adamw.new_state(p))
-        grads = [p.grad for p in tensors]
+        grads = [p.grad for p in tensors if p.grad is not None]
         states = [self.state[p] for p in tensors]
         for state in states:  # a universal checkpoint hands one tensor to several states
             state["step"] = state["step"].clone()
         self._scalar_update(group, group["lr"] * group["lr_ratio"], tensors, grads, states)
 
     def _step_matrices(self, group: dict[str, Any], tensors: list[Tensor], unit: _Unit) -> None:
+        """Accumulate, exchange, direction, exchange, settle: the picture of the house."""
         exchange, rule = unit.exchange, self.rule
         assert exchange is not None
         lr = group["lr"] * group["lr_ratio"]
-        present = {i for i, p in enumerate(tensors) if p.grad is not None}
+        shapes = [layout.matrix.shape for layout in unit.placement.layouts]
         momenta = [self._momentum(p) for p in tensors]
-        grads = [
-            torch.zeros_like(m) if p.grad is None else p.grad.to(m.dtype)
-            for p, m in zip(tensors, momenta, strict=True)
-        ]
+        grads = [_like(p.grad, m) for p, m in zip(tensors, momenta, strict=True)]
+        present = {i for i, p in enumerate(tensors) if p.grad is not None}
         rule.accumulate(group, [momenta[i] for i in present], [grads[i] for i in present])
         for i in present:
             self.state[tensors[i]]["step"] = self.state[tensors[i]]["step"] + 1
         grad_of, momentum_of, weight_of = map(exchange.views, (grads, momenta, tensors))
-        shapes = [layout.matrix.shape for layout in unit.placement.layouts]
 
-        def values(pieces: list[Piece]) -> list[Tensor]:
-            if not pieces:
-                return []
+        def request(pieces: list[Piece]) -> list[Tensor]:
             return rule.request(
                 group, [momentum_of[p] for p in pieces], [grad_of[p] for p in pieces]
             )
 
-        def settle(route: Any, delivery: collectives.Pending) -> None:
-            flat = delivery.wait().to(device=tensors[0].device, dtype=momenta[0].dtype)
-            pairs = zip(route.returns, exchange.directions(route, flat), strict=True)
-            kept = [(piece, direction) for piece, direction in pairs if piece.tensor in present]
+        def direction(matrices: Tensor) -> Tensor:
+            return rule.direction(matrices, partial(self._polar, group))
+
+        def settle(pieces: list[Piece], directions: list[Tensor]) -> None:
+            kept = [i for i, piece in enumerate(pieces) if piece.tensor in present]
             rule.settle(
                 group,
                 lr,
-                [weight_of[piece] for piece, _ in kept],
-                [direction for _, direction in kept],
-                [shapes[piece.matrix] for piece, _ in kept],
+                [weight_of[pieces[i]] for i in kept],
+                [directions[i] for i in kept],
+                [shapes[pieces[i].matrix] for i in kept],
             )
 
-        orthogonalize = partial(self._polar, group)
-        collection = exchange.collect(exchange.routes[0], values)
-        delivered: tuple[Any, collectives.Pending] | None = None
-        for number, route in enumerate(exchange.routes):
-            arrived = collection.wait()
-            if number + 1 < len(exchange.routes):  # in flight while this bucket is computed
-                collection = exchange.collect(exchange.routes[number + 1], values)
-            matrices = exchange.matrices(route, arrived)
-            directions = [rule.direction(batch, orthogonalize) for batch in matrices]
-            if delivered is not None:
-                settle(*delivered)
-            delivered = route, exchange.deliver(route, directions)
-        if delivered is not None:
-            settle(*delivered)
+        exchange.run(request, direction, settle)
 
     def _polar(self, group: dict[str, Any], matrices: Tensor) -> Tensor:
         self.polar_calls += matrices.shape[0]
@@ -259,13 +196,13 @@ class Muon(torch.optim.Optimizer):
         unit = self._units.get(key)
         if unit is None:
             placement = self.placer.place(group, self.routes[group["id"]], tensors)
-            unit = self._units[key] = self._plan(group, placement, tensors[0].dtype)
+            unit = self._units[key] = self._plan(group, placement, tensors[0])
         return unit
 
-    def _plan(self, group: dict[str, Any], placement: Placement, dtype: torch.dtype) -> _Unit:
+    def _plan(self, group: dict[str, Any], placement: Placement, like: Tensor) -> _Unit:
         if group["kind"] == "scalar":
             return _Unit(placement)
-        wire = wire_dtype(group, dtype, placement.device)
+        wire = wire_dtype(group, like.dtype, placement.device)
         numel = max(1, math.floor(self.options.bucket_mb * 2**20 / wire.itemsize))
         plan = make_plan(placement.layouts, collectives.size(placement.group), numel)
         exchange = Exchange(
@@ -273,6 +210,7 @@ class Muon(torch.optim.Optimizer):
             plan,
             group=placement.group,
             device=placement.device,
+            home=self._momentum(like),
             wire_dtype=wire,
             meter=self.meter,
         )
@@ -296,7 +234,7 @@ class Muon(torch.optim.Optimizer):
         names = list(dict.fromkeys(name for text in texts for name in text.split(", ") if name))
         shown = ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
         raise ValueError(
-            f"the gradient of {shown} is NaN or infinite. Nothing of it was applied. Look for the"
+            f"the gradient of {shown} is NaN or infinite, and was not applied. Look for the"
             " cause (lr, data, fp16 without loss scaling); check_finite=False turns this check off"
         )
 
@@ -307,6 +245,11 @@ class Muon(torch.optim.Optimizer):
                 warnings.warn(
                     f"{name} has no gradient, so it is left as it is in this step", stacklevel=3
                 )
+
+
+def _like(value: Tensor | None, momentum: Tensor) -> Tensor:
+    """``value`` in the momentum's dtype, on its device; zeros for a missing gradient."""
+    return torch.zeros_like(momentum) if value is None else value.to(momentum)
 
 
 def wire_dtype(group: dict[str, Any], dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -119,7 +119,7 @@ def run(world: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     """``function(*args)`` on ``world`` ranks of a default gloo group; each rank's result.
 
     The function must be importable, and is to be called by all ranks alike. Raises RankError with
-    every rank's traceback; a rank that raises while others wait ends the pool, never hangs the test.
+    every rank's traceback; a rank that raises while others wait never hangs the test.
     """
     if world not in POOLS:
         POOLS[world] = Pool(world)

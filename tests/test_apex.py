@@ -1,7 +1,7 @@
 """scalar_backend "apex": what is said when NVIDIA's is not there, and what is handed to it.
 
-The real apex cannot be installed here: it is built from source with nvcc for a GPU, and this machine
-has neither. So its kernels are not run by any test; one stand-in, written from FusedAdam's
+The real apex cannot be installed here: it is built from source with nvcc for a GPU, and this
+machine has neither. So its kernels are not run by any test; one stand-in, written from FusedAdam's
 interface, checks what it would be given.
 """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -127,7 +129,7 @@ def test_stacked_tiles_are_the_row_major_elements(data):
     by_rows = data.draw(st.booleans())
     side = m if by_rows else n
     edges = sorted({0, side, *data.draw(st.lists(st.integers(0, side), max_size=3))})
-    boxes = list(zip(edges, edges[1:]))
+    boxes = list(pairwise(edges))
     boxes = data.draw(st.permutations(boxes))
     whole = torch.arange(m * n).view(m, n)
     cut = Cut((0, m * n))

@@ -717,8 +717,10 @@ def replicas(bucket_mb, odd):
     return different, first.polar_calls, second.polar_calls, dict(second.meter.bytes)
 
 
-@pytest.mark.parametrize(("ranks", "bucket_mb", "odd"),
-                         [(1, 64, True), (2, 64, True), (2, 0.01, False), (3, 0.01, True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ranks", "bucket_mb", "odd"),
+    [(1, 64, True), (2, 64, True), (2, 0.01, False), (3, 0.01, True)],
+)
 def test_replicas_equal_one_process_bitwise(ranks, bucket_mb, odd):
     results = harness.run(ranks, replicas, bucket_mb, odd)
     for different, alone, _, _ in results:

@@ -240,7 +240,7 @@ def test_option_that_no_parameter_of_a_tagged_group_has(which, name, value):
 @pytest.mark.parametrize(
     ("which", "changes", "match"),
     [(0, {"lr": -1}, "lr is -1"), (0, {"momentum": 2}, "momentum is 2"),
-     (1, {"betas": 0.9}, "betas is 0.9"), (0, {"scale": "spectral_norm"}, "here that is 'spectral'"),
+     (1, {"betas": 0.9}, "betas is 0.9"), (0, {"scale": "spectral_norm"}, "that is 'spectral'"),
      (0, {"polar": "svd", "polar_steps": 3}, "no effect"), (1, {"eps": "1e-8"}, "quoted")],
 )  # fmt: skip
 def test_bad_values_of_a_group(which, changes, match):
@@ -249,7 +249,7 @@ def test_bad_values_of_a_group(which, changes, match):
 
 
 def test_a_groups_exact_method_and_the_optimizers_steps():
-    """polar_steps of the optimizer would be ignored by a group whose method is exact, or fail late."""
+    """They do not go together: said when the optimizer is built, not in the first step."""
     with pytest.raises(ValueError, match="no effect"):
         grouped({"polar": "svd"}, polar_steps=7)
     with pytest.raises(ValueError, match="cubic5 has exactly 5"):
@@ -266,10 +266,10 @@ def test_lr_of_groups_is_a_ratio():
 
 def test_lr_zero_has_no_ratio():
     with pytest.raises(
-        ValueError, match="scalar_lr is 0.1, but it is kept as a ratio to lr, which is 0"
+        ValueError, match=r"scalar_lr is 0\.1, but it is kept as a ratio to lr, which is 0"
     ):
         grouped({}, lr=0, scalar_lr=0.1)
-    with pytest.raises(ValueError, match="a group's lr is 0.1, but"):
+    with pytest.raises(ValueError, match=r"a group's lr is 0\.1, but"):
         grouped({"lr": 0.1}, lr=0)
     assert grouped({}, lr=0).param_groups[1]["lr_ratio"] == 1
     assert grouped({}, lr=0.1, scalar_lr=0).param_groups[1]["lr_ratio"] == 0

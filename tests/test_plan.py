@@ -149,7 +149,7 @@ def test_of_equally_loaded_holders_it_goes_to_the_one_with_most():
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(2, 3), st.lists(st.tuples(sides, sides), min_size=1, max_size=7), st.booleans())
 def test_largest_load_is_within_four_thirds_of_the_best(ranks, shapes, everywhere):
-    """Graham's bound 4/3 - 1/(3 P) against all assignments, when every rank may own every matrix."""
+    """Graham's bound 4/3 - 1/(3 P) against all assignments, if every rank may own all."""
     layouts = []
     for i, (m, n) in enumerate(shapes):
         m, n = m + 1, n + 1  # at least one element for each rank
@@ -213,11 +213,11 @@ def test_equal_shapes_are_neighbours():
     layouts = [layout(i, s, Cut((0, 16))) for i, s in enumerate(shapes)]
     (bucket,) = make_plan(layouts, 1, HUGE).buckets
     order = [shapes[i] for i in bucket.matrices[0]]
-    assert sum(a != b for a, b in zip(order, order[1:])) == 1
+    assert sum(a != b for a, b in itertools.pairwise(order)) == 1
 
 
 def test_thousands_of_matrices_on_a_thousand_ranks():
-    """2000 matrices that all of 1024 ranks hold: seconds. The bound is loose: others use this CPU."""
+    """2000 matrices that all of 1024 ranks hold: seconds. A loose bound: others use this CPU."""
     shapes = [(1024, 4096), (4096, 1024), (1024, 1024), (1024, 2816)] * 500
     layouts = [layout(i, (m, n), Cut.even(m * n // 1024, 1024)) for i, (m, n) in enumerate(shapes)]
     begin = time.perf_counter()

@@ -11,7 +11,7 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from spectral_dist.groups import Route
-from spectral_dist.optimizer import Muon, WholeParameters
+from spectral_dist.placement import WholeParameters
 from spectral_dist.sharding.layout import Cut, Placement, lay
 
 
@@ -31,7 +31,7 @@ class ZeroPlacer:
         """False while the engine is being built: FP16_UnfusedOptimizer then calls step() once."""
         self._options: list[dict[str, Any]] = []
 
-    def start(self, optimizer: Muon) -> None:
+    def start(self, optimizer: torch.optim.Optimizer) -> None:
         """Take steps from now on; remember each group's options."""
         self._options = [
             {k: v for k, v in group.items() if k not in ("params", "lr")}
@@ -39,7 +39,7 @@ class ZeroPlacer:
         ]
         self.ready = True
 
-    def prepare(self, optimizer: Muon) -> bool:
+    def prepare(self, optimizer: torch.optim.Optimizer) -> bool:
         """Undo what loading a universal checkpoint does to groups and states."""
         groups = optimizer.param_groups
         if self.ready and len(groups) == len(self._options):
@@ -76,7 +76,7 @@ def _place_flat(
     layouts, spans = [], []
     for route in routes:
         parameter = route.parameter
-        offset, numel = parameter.data.storage_offset(), parameter.numel()
+        offset, numel = int(parameter.data.storage_offset()), parameter.numel()
         if parameter.data.untyped_storage().nbytes() < ranks * flat.numel() * parameter.itemsize:
             raise RuntimeError(
                 f"{route.name} is no view of its ZeRO group's flat buffer of {ranks} x"

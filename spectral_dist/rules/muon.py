@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 SCALES: dict[str, Callable[[int, int], float]] = {
-    # RMS 0.2 for an orthogonal direction, so that AdamW's lr and decay carry over (2502.16982 eq. 4)
+    # RMS 0.2 for an orthogonal direction: AdamW's lr and decay carry over (2502.16982 eq. 4)
     "match_rms_adamw": lambda m, n: 0.2 * math.sqrt(max(m, n)),
     "original": lambda m, n: math.sqrt(max(1.0, m / n)),
     "spectral": lambda m, n: math.sqrt(m / n),
@@ -20,7 +20,7 @@ SCALES: dict[str, Callable[[int, int], float]] = {
 
 
 class Muon:
-    """M <- beta M + (1 - beta) G;  U = polar((1 - beta) G + beta M or M);  W <- (1 - lr wd) W - lr s U.
+    """M <- beta M + (1 - beta) G;  U = polar(M or its Nesterov form);  W <- (1 - lr wd) W - lr s U.
 
     All but ``direction`` is elementwise and works on shards. ``options`` is the parameter group:
     momentum (beta), nesterov, weight_decay (wd), scale (s).

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group, Meter, Pending
 from spectral_dist.sharding.layout import Layout
 from spectral_dist.sharding.plan import Bucket, Plan
+
+Tiles: TypeAlias = tuple[tuple[int, int, int, int], ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +37,12 @@ class Batch:
 
     matrices: tuple[int, ...]
     shape: tuple[int, int]
-    tiles: tuple[tuple[int, int, int, int], ...] | None
+    tiles: Tiles
     """(row, col, rows, cols) of each matrix's tiles in order; None if they are its rows in order"""
 
     @property
     def numel(self) -> int:
+        """Elements of all its matrices."""
         return len(self.matrices) * self.shape[0] * self.shape[1]
 
     def join(self, flat: Tensor) -> Tensor:
@@ -93,17 +97,14 @@ class Route:
 
 
 def _batches(layouts: Sequence[Layout], mine: Sequence[int]) -> list[Batch]:
-    by_shape: dict[object, list[int]] = {}
+    by_shape: dict[tuple[tuple[int, int], Tiles], list[int]] = {}
     for i in mine:
         layout = layouts[i]
-        tiles = None
+        tiles: Tiles = None
         if not layout.stacked():
             tiles = tuple((t.row, t.col, t.rows, t.cols) for t in layout.tiles)
         by_shape.setdefault((layout.matrix.shape, tiles), []).append(i)
-    batches = []
-    for (shape, tiles), indices in by_shape.items():  # type: ignore[misc]
-        batches.append(Batch(tuple(indices), shape, tiles))
-    return batches
+    return [Batch(tuple(ids), shape, tiles) for (shape, tiles), ids in by_shape.items()]
 
 
 def _pieces(layout: Layout, index: int, rank: int) -> list[Piece]:
@@ -161,6 +162,7 @@ class Exchange:
         plan: who owns what, and in which bucket.
         group: the ranks that share the matrices; None for this process alone.
         device: where matrices are computed and collectives run.
+        home: a tensor with the dtype and device in which directions are wanted back.
         wire_dtype: of the elements sent; also rounded to when nothing is sent, so that the
             numbers do not depend on the layout.
         meter: counts calls and bytes.
@@ -173,9 +175,11 @@ class Exchange:
         *,
         group: Group,
         device: torch.device,
+        home: Tensor,
         wire_dtype: torch.dtype,
         meter: Meter,
     ) -> None:
+        self.home_device, self.home_dtype = home.device, home.dtype
         self.group, self.device, self.wire_dtype, self.meter = group, device, wire_dtype, meter
         rank, ranks = collectives.rank(group), collectives.size(group)
         lines = [f"{x.describe()} owner {o}" for x, o in zip(layouts, plan.owners, strict=True)]
@@ -205,36 +209,66 @@ class Exchange:
         views: list[Tensor] = []
         for index, sizes in self._splits.items():
             flat = tensors[index].detach().view(-1)
-            views += flat.split([*sizes, flat.numel() - sum(sizes)])[1::2]
+            views += torch.split(flat, [*sizes, flat.numel() - sum(sizes)])[1::2]
         return dict(zip(self.pieces, views, strict=True))
 
-    def collect(self, route: Route, values: Callable[[list[Piece]], list[Tensor]]) -> Pending:
-        """Begin bringing a bucket's matrices to their owners. ``values`` gives the pieces' values."""
-        sent = self._pack(values(route.gives))
+    def run(
+        self,
+        request: Callable[[list[Piece]], list[Tensor]],
+        direction: Callable[[Tensor], Tensor],
+        settle: Callable[[list[Piece], list[Tensor]], None],
+    ) -> None:
+        """Take every matrix to its owner and its direction back, bucket by bucket.
+
+        The next bucket's exchange is in flight while this one is computed, and this one's return
+        while the next is; so two buckets are in memory.
+
+        Args:
+            request: what must be orthogonalized of these runs of this rank.
+            direction: of a batch of whole matrices (k, m, n) in the wire's dtype.
+            settle: what to do with the directions of these runs.
+        """
+        if not self.routes:
+            return
+        collection = self._collect(self.routes[0], request)
+        returning: tuple[Route, Pending] | None = None
+        for number, route in enumerate(self.routes):
+            arrived = collection.wait()
+            if number + 1 < len(self.routes):
+                collection = self._collect(self.routes[number + 1], request)
+            directions = [direction(batch) for batch in self._matrices(route, arrived)]
+            if returning is not None:
+                settle(returning[0].returns, self._directions(*returning))
+            returning = route, self._deliver(route, directions)
+        if returning is not None:
+            settle(returning[0].returns, self._directions(*returning))
+
+    def _collect(self, route: Route, request: Callable[[list[Piece]], list[Tensor]]) -> Pending:
+        """Begin bringing a bucket's matrices to their owners."""
+        sent = self._pack(request(route.gives) if route.gives else [])
         if self.replicated or not route.moves:
             return Pending(sent)
         return collectives.all_to_all(
             sent, route.gives_sizes, route.takes_sizes, self.group, self.meter
         )
 
-    def matrices(self, route: Route, received: Tensor) -> list[Tensor]:
+    def _matrices(self, route: Route, received: Tensor) -> list[Tensor]:
         """The bucket's owned matrices, one (k, m, n) tensor in the wire's dtype for each batch."""
         if not route.batches:
             return []
-        arrived = received.split(route.arrivals)
+        arrived = torch.split(received, route.arrivals)
         flat = torch.cat([arrived[i] for i in route.placing])
-        parts = flat.split([batch.numel for batch in route.batches])
+        parts = torch.split(flat, [batch.numel for batch in route.batches])
         return [batch.join(part) for batch, part in zip(route.batches, parts, strict=True)]
 
-    def deliver(self, route: Route, directions: list[Tensor]) -> Pending:
+    def _deliver(self, route: Route, directions: list[Tensor]) -> Pending:
         """Begin returning the batches' directions to whoever stores the matrices."""
         flat = self._pack([b.cut(d) for b, d in zip(route.batches, directions, strict=True)])
         if self.replicated:
             padding = flat.new_zeros(route.padded - flat.numel())
             return collectives.all_gather(torch.cat([flat, padding]), self.group, self.meter)
         if route.arrivals:
-            lengths = [route.arrivals[i] for i in route.placing]
-            parts = flat.split(lengths)
+            parts = torch.split(flat, [route.arrivals[i] for i in route.placing])
             flat = torch.cat([parts[i] for i in route.returning])
         if not route.moves:
             return Pending(flat)
@@ -242,12 +276,13 @@ class Exchange:
             flat, route.takes_sizes, route.gives_sizes, self.group, self.meter
         )
 
-    def directions(self, route: Route, received: Tensor) -> list[Tensor]:
-        """The directions of ``route.returns``, piece by piece."""
+    def _directions(self, route: Route, pending: Pending) -> list[Tensor]:
+        """The directions of ``route.returns``, run by run."""
+        received = pending.wait().to(device=self.home_device, dtype=self.home_dtype)
         if self.replicated:
             parts = received.view(-1, route.padded)
             received = torch.cat([p[:n] for p, n in zip(parts, route.owned, strict=True)])
-        return list(received.split([piece.length for piece in route.returns]))
+        return list(torch.split(received, [piece.length for piece in route.returns]))
 
     def _pack(self, parts: list[Tensor]) -> Tensor:
         """One flat tensor of the wire's dtype on the exchange's device."""

@@ -35,8 +35,8 @@ class Plan:
 
 def cost(shape: tuple[int, int]) -> float:
     """Multiply-adds of one Newton-Schulz step: s^2 (2 l + s) with s the short side, l the long."""
-    s, l = sorted(shape)
-    return float(s * s * (2 * l + s))
+    short, long = sorted(shape)
+    return float(short * short * (2 * long + short))
 
 
 def choose_owners(

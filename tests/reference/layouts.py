@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ class Builder:
         return result
 
     def owners(self, bounds: list[int]) -> Tensor:
-        runs = [torch.full((b - a,), r) for r, (a, b) in enumerate(zip(bounds, bounds[1:]))]
+        runs = [torch.full((b - a,), r) for r, (a, b) in enumerate(pairwise(bounds))]
         return torch.cat(runs)
 
     def shapes(self) -> tuple[int, int]:
@@ -86,7 +87,7 @@ class Builder:
         return [[(0, rows)]]
 
     def flat_buffer(self) -> None:
-        """Stages 1 and 2: several parameters with gaps in one buffer, cut without regard to them."""
+        """Stages 1 and 2: several parameters with gaps in one buffer, cut regardless of them."""
         shapes = [self.shapes() for _ in range(self.rng.randint(1, 5))]
         gaps = [self.rng.choice([0, 0, 3]) for _ in shapes]
         numel = sum(m * n + gap for (m, n), gap in zip(shapes, gaps, strict=True)) + 2
