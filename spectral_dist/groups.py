@@ -19,7 +19,12 @@ from spectral_dist.sharding.layout import Matrix
 Split: TypeAlias = int | list[int]
 """Equal parts, or the rows of each part: how one weight holds several matrices."""
 TAG = "spectral_dist_route"
+NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+FSDP1 = (
+    "{} was flattened to 1-D by FSDP1 (FullyShardedDataParallel), which loses its matrices; shard"
+    " with torch.distributed.fsdp.fully_shard instead"
+)
 
 
 @dataclass(frozen=True)
@@ -55,18 +60,17 @@ def output_heads(model: nn.Module) -> dict[int, str]:
     if heads or not embeddings:
         return heads
     # The vocabulary is the largest embedding, and a head has an output for each of its entries. A
-    # block's inner Linear may have as many by chance, so a head lies outside numbered blocks, or it
-    # is the very last Linear; of several, it is the last.
+    # Linear inside a numbered block may have as many by chance; of several others, it is the last.
     vocabulary = max(m.num_embeddings for m in embeddings)
     candidates = [
         (name, m)
         for name, m in model.named_modules()
         if isinstance(m, nn.Linear) and full_shape(m.weight)[0] == vocabulary
     ]
-    outside = [m for name, m in candidates if not any(map(str.isdigit, name.split(".")))]
-    last = [m for _, m in candidates if m is linears[-1]]
-    for m in outside[-1:] or last:
-        heads[id(m.weight)] = "output head (as many outputs as the embedding has entries)"
+    for name, m in candidates[::-1]:
+        if not any(map(str.isdigit, name.split(".")[:-1])):
+            heads[id(m.weight)] = "output head (as many outputs as the embedding has entries)"
+            break
     return heads
 
 
@@ -77,9 +81,11 @@ def _kind(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> tuple[str, st
         return "scalar", f"{len(shape)}-D"
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "scalar", "embedding"
+    if isinstance(module, NORMS):
+        return "scalar", name
     if isinstance(module, nn.Linear) and leaf == "weight":
         return "matrix", name
-    if isinstance(module, nn.MultiheadAttention) and leaf == "in_proj_weight":
+    if isinstance(module, nn.MultiheadAttention) and leaf.endswith("_proj_weight"):
         return "matrix", f"{name}, q, k and v each"
     if isinstance(module, CONVOLUTIONS) and leaf == "weight":
         if module.groups > 1:
@@ -100,6 +106,8 @@ def _row_parts(rows: int, split: Split, where: str) -> list[list[tuple[int, int]
         raise ValueError(
             f"split {where}: {split!r} is neither a number of parts nor a list of rows"
         )
+    if isinstance(split, list | tuple) and not all(type(part) is int for part in split):
+        raise ValueError(f"split {where}: {split!r} must list whole numbers of rows")
     if isinstance(split, int):
         if split < 1 or rows % split:
             raise ValueError(f"split {where}: {rows} rows cannot be cut into {split} equal parts")
@@ -142,7 +150,7 @@ class _Patterns:
 
     def __init__(self, option: str, patterns: Iterable[str]) -> None:
         self.option = option
-        self.used = dict.fromkeys(patterns, False)
+        self.used = dict.fromkeys([patterns] if isinstance(patterns, str) else patterns, False)
         for pattern in self.used:
             try:
                 re.compile(pattern)
@@ -151,13 +159,17 @@ class _Patterns:
                     f"{option}: {pattern!r} is no regular expression: {error}"
                 ) from None
 
-    def find(self, name: str) -> str | None:
+    def find(self, name: str, alone: bool = False) -> str | None:
+        """The first pattern that matches, or None. ``alone``: that a second does is an error."""
         matches = [p for p in self.used if re.search(p, name)]
+        if alone and len(matches) > 1:
+            raise ValueError(f"{self.option}: {matches} all match {name}; make them narrower")
         for pattern in matches:
             self.used[pattern] = True
         return matches[0] if matches else None
 
     def check(self, names: Sequence[str]) -> None:
+        """Raise if a pattern has not been used."""
         for pattern, used in self.used.items():
             if not used:
                 raise ValueError(
@@ -184,14 +196,21 @@ def classify(
             fit, FSDP1's flattened parameters, uninitialised parameters, or no matrix at all.
     """
     model = unwrap(model)
+    if not isinstance(split or {}, Mapping):
+        raise ValueError(
+            f'split is {split!r}; write pattern and parts, as in {{"qkv": [512, 128, 128]}}'
+        )
+    for module in model.modules():
+        if type(module).__name__ == "FullyShardedDataParallel":
+            raise ValueError(FSDP1.format("the model"))
     forced = {k: _Patterns(k, p) for k, p in (("matrices", matrices), ("scalars", scalars))}
     splits = _Patterns("split", split or {})
     heads = output_heads(model)
     routes = []
     for name, parameter, module in _named(model):
         leaf = name.rsplit(".", 1)[-1]
-        shape = full_shape(parameter)
         _check_usable(name, parameter)
+        shape = full_shape(parameter)
         kind, reason = _kind(module, leaf, shape)
         if id(parameter) in heads:
             kind, reason = "scalar", heads[id(parameter)]
@@ -210,13 +229,13 @@ def classify(
         elif asked["scalars"]:
             kind, reason = "scalar", f"scalars: {asked['scalars']!r}"
         found: tuple[Matrix, ...] = ()
-        pattern = splits.find(name)
+        pattern = splits.find(name, alone=True)
         if not parameter.requires_grad:
             kind, reason = "frozen", "requires_grad is False"
         elif kind == "matrix":
             parts = split[pattern] if split and pattern else None
-            if isinstance(module, nn.MultiheadAttention) and parts is None and leaf != "weight":
-                parts = 3
+            if isinstance(module, nn.MultiheadAttention) and leaf == "in_proj_weight":
+                parts = 3 if parts is None else parts
             if isinstance(module, CONVOLUTIONS):
                 shape = (shape[0], math.prod(shape[1:]))
             found = matrices_of(name, shape, parts)
@@ -255,10 +274,7 @@ def _check_usable(name: str, parameter: nn.Parameter) -> None:
     if nn.parameter.is_lazy(parameter):
         raise ValueError(f"{name} has no shape yet; run one forward before building the optimizer")
     if type(parameter).__name__ == "FlatParameter" or hasattr(parameter, "_is_flat_param"):
-        raise ValueError(
-            f"{name} was flattened to 1-D by FSDP1 (FullyShardedDataParallel), which loses its"
-            " matrices; shard with torch.distributed.fsdp.fully_shard instead"
-        )
+        raise ValueError(FSDP1.format(name))
     if parameter.requires_grad and not parameter.is_floating_point():
         raise ValueError(f"{name} is {parameter.dtype}; only real floating-point can be trained")
 
@@ -303,6 +319,23 @@ def tag(
         setattr(route.parameter, TAG, route)
 
 
+def _route_of(item: Any, known: dict[int, Route]) -> Route:
+    name, parameter = item if isinstance(item, tuple) else ("", item)
+    route: Route | None = known.get(id(parameter)) or getattr(parameter, TAG, None)
+    if route is None:
+        what = name or f"a parameter of shape {tuple(parameter.shape)}"
+        raise ValueError(
+            f"{what}: bare parameters do not tell matrices from embeddings and heads; pass"
+            " spectral_dist.param_groups(model), or call spectral_dist.tag(model) first"
+        )
+    if route.kind == "frozen" or not parameter.requires_grad:
+        raise ValueError(
+            f"{route.name} is frozen (requires_grad is False); leave it out, as param_groups"
+            " does, or build the optimizer after unfreezing it"
+        )
+    return route
+
+
 def grouped(params: Iterable[Any], routes: Sequence[Route] = ()) -> list[dict[str, Any]]:
     """Split parameters, or groups of them, into groups of one kind, by ``routes`` or tags.
 
@@ -322,31 +355,23 @@ def grouped(params: Iterable[Any], routes: Sequence[Route] = ()) -> list[dict[st
             continue
         parameters = group["params"]
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        halves: dict[str, list[Route]] = {"matrix": [], "scalar": []}
+        halves: dict[tuple[str, torch.dtype], list[Route]] = {}
         for item in parameters:
-            name, parameter = item if isinstance(item, tuple) else ("", item)
-            route = known.get(id(parameter)) or getattr(parameter, TAG, None)
-            if route is None:
-                what = name or f"a parameter of shape {tuple(parameter.shape)}"
+            route = _route_of(item, known)
+            # float64 parameters keep float64 states, so they are exchanged on their own
+            wide = torch.promote_types(route.parameter.dtype, torch.float32)
+            halves.setdefault((route.kind, wide), []).append(route)
+        own = {k: v for k, v in group.items() if k != "params"}
+        for name in own.keys() & OPTION_NAMES:
+            if not any(applies(name, kind) for kind, _ in halves):
                 raise ValueError(
-                    f"{what}: bare parameters do not tell matrices from embeddings and heads; pass"
-                    " spectral_dist.param_groups(model), or call spectral_dist.tag(model) first"
+                    f"a parameter group sets {name}, which none of its parameters has"
+                    f" ({', '.join(route.name for half in halves.values() for route in half)})"
                 )
-            if route.kind == "frozen" or not parameter.requires_grad:
-                raise ValueError(
-                    f"{route.name} is frozen (requires_grad is False); leave it out, as"
-                    " param_groups does, or build the optimizer after unfreezing it"
-                )
-            halves[route.kind].append(route)
-        for kind, half in halves.items():
-            if half:
-                own = {
-                    k: v
-                    for k, v in group.items()
-                    if k != "params" and (k not in OPTION_NAMES or applies(k, kind))
-                }
-                own.update(params=[r.parameter for r in half], routes=half, kind=kind)
-                result.append(own)
+        for (kind, _), half in sorted(halves.items(), key=lambda item: item[0][0]):
+            mine = {k: v for k, v in own.items() if k not in OPTION_NAMES or applies(k, kind)}
+            mine.update(params=[r.parameter for r in half], routes=half, kind=kind)
+            result.append(mine)
     return result
 
 

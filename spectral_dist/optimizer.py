@@ -249,7 +249,7 @@ class Muon(torch.optim.Optimizer):
 
 def _like(value: Tensor | None, momentum: Tensor) -> Tensor:
     """``value`` in the momentum's dtype, on its device; zeros for a missing gradient."""
-    return torch.zeros_like(momentum) if value is None else value.to(momentum)
+    return torch.zeros_like(momentum) if value is None else value.to(momentum).contiguous()
 
 
 def wire_dtype(group: dict[str, Any], dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -111,6 +112,9 @@ class Options:
             isinstance(b, int | float) and 0 <= b < 1 for b in self.betas
         ):
             fail("betas", "write two numbers in [0, 1), as in [0.9, 0.95]")
+        for name in ("scale", "strategy", "scalar_backend", "polar", "polar_dtype"):
+            if not isinstance(getattr(self, name), str):
+                fail(name, "it must be a name")
         for name in ("nesterov", "check_finite"):
             if not isinstance(getattr(self, name), bool):
                 fail(name, "it must be true or false")
@@ -128,7 +132,7 @@ class Options:
             fail("scalar_backend", f"unknown backend{suggest(str(self.scalar_backend), BACKENDS)}")
         if self.bucket_mb <= 0:
             fail("bucket_mb", "it must be above 0")
-        if self.wire_dtype not in (None, "float32", "bfloat16"):
+        if self.wire_dtype is not None and self.wire_dtype not in ["float32", "bfloat16"]:
             fail(
                 "wire_dtype", "write 'float32' or 'bfloat16' (float16 would overflow unnormalised)"
             )
@@ -176,6 +180,11 @@ class Options:
         return lr / self.lr
 
 
+FRAMEWORK_KEYS = {
+    *("name", "initial_lr", "swa_lr", "param_names", "is_expert_group", "moe", "lr_mult"),
+    *("max_lr", "min_lr", "base_momentum", "max_momentum", "last_batch_iteration"),
+}
+"""Keys that schedulers and frameworks keep in parameter groups for themselves."""
 OPTION_NAMES = frozenset(f.name for f in fields(Options))
 
 
@@ -197,9 +206,14 @@ def group_options(group: Mapping[str, Any], base: Options) -> dict[str, Any]:
         near = difflib.get_close_matches(name, OPTION_NAMES, n=1, cutoff=0.85)
         if name in OPTION_NAMES and name not in full:
             raise ValueError(f"a parameter group of kind {kind!r} has no option {name!r}")
-        if name not in OPTION_NAMES and name not in full and near:
-            raise ValueError(
-                f"a parameter group: unknown option {name!r}; did you mean {near[0]!r}?"
+        if name not in OPTION_NAMES and name not in full and name not in FRAMEWORK_KEYS:
+            if near:
+                raise ValueError(
+                    f"a parameter group: unknown option {name!r}; did you mean {near[0]!r}?"
+                )
+            warnings.warn(
+                f"a parameter group has a key {name!r}, which is no option here and has no effect",
+                stacklevel=3,
             )
     Options.from_user({k: v for k, v in own.items() if k in OPTION_NAMES}, "a parameter group")
     lr = own.pop("lr", None)
@@ -207,4 +221,7 @@ def group_options(group: Mapping[str, Any], base: Options) -> dict[str, Any]:
         full["lr_ratio"] = base.ratio(lr, "a group's lr")
     if "betas" in own:
         own["betas"] = tuple(own["betas"])
-    return {**full, **own}
+    full.update(own)
+    if kind == "matrix":
+        polar.check(full["polar"], full["polar_steps"], full["polar_dtype"])
+    return full

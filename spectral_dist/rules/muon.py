@@ -52,10 +52,18 @@ class Muon:
         directions: Sequence[Tensor],
         shapes: Sequence[tuple[int, int]],
     ) -> None:
-        """W <- (1 - lr wd) W - lr s U, in place. ``shapes`` are those of the whole matrices."""
+        """W <- (1 - lr wd) W - lr s U, in place. ``shapes`` are those of the whole matrices.
+
+        Half-precision weights are updated in the directions' dtype and rounded once.
+        """
         if not weights:
             return
         scale = SCALES[options["scale"]]
         factors = [-lr * scale(*shape) for shape in shapes]
-        torch._foreach_mul_(list(weights), 1 - lr * options["weight_decay"])
-        torch._foreach_add_(list(weights), list(torch._foreach_mul(list(directions), factors)))
+        wide = [
+            w.to(d.dtype) for w, d in zip(weights, directions, strict=True)
+        ]  # w itself if equal
+        torch._foreach_mul_(wide, 1 - lr * options["weight_decay"])
+        torch._foreach_add_(wide, list(torch._foreach_mul(list(directions), factors)))
+        if wide[0] is not weights[0]:
+            torch._foreach_copy_(list(weights), wide)

@@ -182,7 +182,9 @@ class Exchange:
         self.home_device, self.home_dtype = home.device, home.dtype
         self.group, self.device, self.wire_dtype, self.meter = group, device, wire_dtype, meter
         rank, ranks = collectives.rank(group), collectives.size(group)
-        lines = [f"{x.describe()} owner {o}" for x, o in zip(layouts, plan.owners, strict=True)]
+        collectives.assert_same([layout.describe() for layout in layouts], group, device)
+        lines = [f"{x.matrix.name} owner {o}" for x, o in zip(layouts, plan.owners, strict=True)]
+        lines += [f"bucket {bucket}" for bucket in plan.buckets] + [f"wire {wire_dtype}"]
         collectives.assert_same(lines, group, device)
         self.replicated = ranks > 1 and any(layout.replicated for layout in layouts)
         route = _replicated_route if self.replicated else _sharded_route

@@ -65,7 +65,7 @@ def choose_owners(
     heap = [(load, r) for r, load in enumerate(loads)]
     heapq.heapify(heap)
     for negative, i, candidates in sorted(open_, key=lambda item: item[:2]):
-        if len(candidates) == ranks:
+        if len(candidates) == ranks and _alike(layouts[i]):
             while heap[0][0] != loads[heap[0][1]]:  # an entry that a later load has outdated
                 heapq.heappop(heap)
             owner = heap[0][1]
@@ -76,6 +76,11 @@ def choose_owners(
         loads[owner] -= negative
         heapq.heappush(heap, (loads[owner], owner))
     return owners, moves, loads
+
+
+def _alike(layout: Layout) -> bool:
+    """Whether the ranks' shares are equal, but for the last ones': then no tie needs breaking."""
+    return layout.replicated or all(isinstance(t.cut.bounds, range) for t in layout.tiles)
 
 
 def chunks(
@@ -109,7 +114,9 @@ def make_plan(layouts: Sequence[Layout], ranks: int, bucket_numel: int) -> Plan:
     flight while that one is computed.
     """
     owners, moves, loads = choose_owners(layouts, ranks)
-    replicated = any(layout.replicated for layout in layouts) and ranks > 1
+    if ranks > 1 and len({layout.replicated for layout in layouts}) > 1:
+        raise ValueError("replicated and sharded matrices need an exchange each, not one for both")
+    replicated = bool(layouts) and layouts[0].replicated and ranks > 1
     # directions of replicated matrices are gathered on every rank: share the bound among owners
     limit = max(1, bucket_numel // ranks) if replicated else bucket_numel
     still = [i for i, m in enumerate(moves) if not m]
