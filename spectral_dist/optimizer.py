@@ -221,8 +221,7 @@ class Muon(torch.optim.Optimizer):
         device = unit.placement.device
         bad = torch.zeros((), dtype=torch.bool, device=device)
         if grads:
-            largest = torch._foreach_norm(grads, ord=math.inf)
-            bad = (~torch.isfinite(torch.stack(largest)).all()).to(device)
+            bad = (~torch.isfinite(torch.stack(_extremes(grads))).all()).to(device)
         if not collectives.any_rank(bad, unit.placement.group, self.meter):
             return
         mine = []
@@ -245,6 +244,13 @@ class Muon(torch.optim.Optimizer):
                 warnings.warn(
                     f"{name} has no gradient, so it is left as it is in this step", stacklevel=3
                 )
+
+
+def _extremes(grads: list[Tensor]) -> list[Tensor]:
+    """Numbers that are finite exactly if the gradients are (sums would overflow)."""
+    if grads[0].device.type == "cpu":  # where the norm takes twenty times as long
+        return [extreme for grad in grads for extreme in torch.aminmax(grad)]
+    return list(torch._foreach_norm(grads, ord=math.inf))
 
 
 def _like(value: Tensor | None, momentum: Tensor) -> Tensor:

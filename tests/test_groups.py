@@ -133,6 +133,14 @@ def test_the_last_linear_of_a_sequential_is_its_head():
     assert matrices(model) == {"1.weight", "2.weight", "3.weight"}
 
 
+def test_a_head_inside_a_numbered_part():
+    """Backbone and head as two parts of a Sequential, as pipelines have them."""
+    backbone = Model(embed=nn.Embedding(V, 8), layers=blocks(16, 12))
+    model = nn.Sequential(backbone, Model(norm=nn.LayerNorm(8), proj=nn.Linear(8, V)))
+    inner = {f"0.layers.{i}.{name}.weight" for i in (0, 1) for name in ("up", "down")}
+    assert matrices(model) == inner
+
+
 def test_a_model_without_embedding_has_no_head():
     model = nn.Sequential(linear(8), linear(10, 8))
     assert matrices(model) == {"0.weight", "1.weight"}
@@ -208,9 +216,10 @@ def test_attention_projection_is_three():
     assert by_name["attention.in_proj_bias"].kind == "scalar"
 
 
-def test_separate_projections_of_attention_are_not_cut_in_three():
+@pytest.mark.parametrize("asked", [[], ["[qkv]_proj_weight"]])
+def test_separate_projections_of_attention_are_not_cut_in_three(asked):
     model = Model(attention=nn.MultiheadAttention(6, 2, kdim=5, vdim=7))
-    by_name = {r.name: r for r in classify(model, matrices=["[qkv]_proj_weight"])}
+    by_name = {r.name: r for r in classify(model, matrices=asked)}
     for name, shape in (("q", (6, 6)), ("k", (6, 5)), ("v", (6, 7))):
         assert [m.shape for m in by_name[f"attention.{name}_proj_weight"].matrices] == [shape]
 
@@ -398,10 +407,11 @@ def test_the_table(capsys):
     ]
 
 
-def test_lazy_parameters():
+@pytest.mark.parametrize("embedding", [False, True])
+def test_lazy_parameters(embedding):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = Model(lazy=nn.LazyLinear(4))
+        model = Model(embed=nn.Embedding(V, 8) if embedding else None, lazy=nn.LazyLinear(4))
     with pytest.raises(ValueError, match=r"lazy\.weight has no shape yet"):
         classify(model)
 
@@ -504,17 +514,26 @@ def test_a_groups_own_options_stay_with_both_halves():
         "lr": 0.005,
         "momentum": 0.8,
         "eps": 1e-6,
-        "nickname": "all",
+        "name": "all",
     }
     matrix, scalar = spectral_dist.Muon([group], lr=0.01, weight_decay=0.1).param_groups
     for half in (matrix, scalar):
         assert half["weight_decay"] == 0.3
-        assert half["nickname"] == "all"
+        assert half["name"] == "all"
         assert half["lr"] * half["lr_ratio"] == pytest.approx(0.005)
     assert matrix["momentum"] == 0.8
     assert scalar["eps"] == 1e-6
     assert "eps" not in matrix
     assert "momentum" not in scalar
+
+
+def test_an_empty_group():
+    """Code that sorts parameters into decayed and others may find none of one kind."""
+    model = small()
+    spectral_dist.tag(model)
+    groups = [{"params": model.parameters()}, {"params": [], "weight_decay": 0.0}]
+    optimizer = spectral_dist.Muon(groups, lr=0.01)
+    assert [len(g["params"]) for g in optimizer.param_groups if g["params"]] == [2, 3]
 
 
 def test_groups_of_different_options():

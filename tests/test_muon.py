@@ -341,7 +341,15 @@ def test_bfloat16_scalars_are_rounded_once():
     assert torch.equal(p, reference_p.bfloat16())
 
 
-@pytest.mark.parametrize("options", [{"wire_dtype": "bfloat16"}, {"polar_dtype": "bfloat16"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"wire_dtype": "bfloat16"},
+        {"polar_dtype": "bfloat16"},
+        {"polar_dtype": "bfloat16", "wire_dtype": "float32"},
+        {"polar_dtype": "float16"},
+    ],
+)
 def test_reduced_precision_stays_near(options):
     model, other = Weights(a=(12, 20)), Weights(a=(12, 20))
     one, two = muon(model, **options), muon(other)
@@ -353,7 +361,9 @@ def test_reduced_precision_stays_near(options):
     assert 1e-5 < difference < 0.1
 
 
-@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "float64")])
+@pytest.mark.parametrize(
+    "dtypes", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float32", "float64")]
+)
 def test_a_group_of_several_dtypes_is_each_alone(dtypes):
     """Some layers are often kept in a wider dtype."""
     one, other = (Weights(dtype=getattr(torch, d), seed=i, a=(4, 6)) for i, d in enumerate(dtypes))
@@ -689,7 +699,7 @@ def test_groups_of_a_state_dict_are_plain():
 # -- replicas
 
 
-def local_run(model, count, same_batch, skip_reference=False, group=None, **options):
+def local_run(model, count, same_batch, group=None, **options):
     """``count`` steps; returns the optimizer."""
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     optimizer = spectral_dist.Muon(
@@ -705,13 +715,14 @@ def local_run(model, count, same_batch, skip_reference=False, group=None, **opti
     return optimizer
 
 
-def replicas(bucket_mb, odd):
-    """Equal gradients on every rank: (differing parameters, polar calls, meter, memory)."""
+def replicas(bucket_mb, odd, **options):
+    """Equal gradients on every rank: (differing parameters, polar calls of both, bytes sent)."""
+    options = {**OPTIONS, **options, "bucket_mb": bucket_mb}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the unused weight
         alone, shared = models.build(odd=odd), models.build(odd=odd)
-        first = local_run(alone, 4, True, **OPTIONS)
-        second = local_run(shared, 4, True, group=dist.group.WORLD, bucket_mb=bucket_mb, **OPTIONS)
+        first = local_run(alone, 4, True, **options)
+        second = local_run(shared, 4, True, group=dist.group.WORLD, **options)
     a, b = values(alone), values(shared)
     different = [name for name in a if not torch.equal(a[name], b[name])]
     return different, first.polar_calls, second.polar_calls, dict(second.meter.bytes)
@@ -732,6 +743,16 @@ def test_replicas_equal_one_process_bitwise(ranks, bucket_mb, odd):
         assert results[0][3] == {}
     else:
         assert all(result[2] > 0 and result[3]["all_gather"] > 0 for result in results)
+
+
+def test_the_wire_is_as_wide_as_the_polar_factor():
+    """float16 would overflow before it is normalised, so what it computes travels in float32."""
+    sent = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        results = harness.run(2, replicas, 64, False, polar_dtype=dtype)
+        assert [different for different, *_ in results] == [[], []]
+        sent[dtype] = results[0][3]["all_gather"]
+    assert sent["float32"] == sent["float16"] == 2 * sent["bfloat16"]
 
 
 def data_parallel():

@@ -288,7 +288,8 @@ class Exchange:
 
     def _pack(self, parts: list[Tensor]) -> Tensor:
         """One flat tensor of the wire's dtype on the exchange's device."""
-        if not parts:
-            return torch.empty(0, dtype=self.wire_dtype, device=self.device)
-        flat = torch.cat([part.reshape(-1) for part in parts])
-        return flat.to(device=self.device, dtype=self.wire_dtype)
+        sizes = [part.numel() for part in parts]
+        flat = torch.empty(sum(sizes), dtype=self.wire_dtype, device=self.device)
+        if parts:  # one pass that casts as it copies
+            torch._foreach_copy_(list(torch.split(flat, sizes)), [p.reshape(-1) for p in parts])
+        return flat

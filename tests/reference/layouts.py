@@ -137,8 +137,10 @@ class Builder:
         """
         shapes = [
             (self.rng.randint(2, 4) * parallel, self.rng.randint(2, 3) * parallel)
-            for _ in range(self.rng.randint(1, 4))
+            for _ in range(self.rng.randint(1, 6))
         ]
+        if self.rng.random() < 0.6:  # of one shape, but not tiled alike: not one batch
+            shapes = shapes[:1] * len(shapes)
         by_rows = [self.rng.random() < 0.5 for _ in shapes]
         wholes = [self.new_values(m * n).view(m, n) for m, n in shapes]
         holders = [torch.full(shape, -1) for shape in shapes]
