@@ -40,3 +40,7 @@ def doctor(
         table.add_row(row.check, "[green]ok[/]" if row.passed else "[red]FAILED[/]", row.seen)
     console.print(table)
     raise typer.Exit(0 if all(row.passed for row in rows) else 1)
+
+
+if __name__ == "__main__":
+    app()

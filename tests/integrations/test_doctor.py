@@ -1,0 +1,125 @@
+"""The doctor passes good configs and fails each fault that it exists for."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from tests import harness
+from tests.integrations import engine
+
+MODEL = {
+    "model_type": "llama", "vocab_size": 128, "hidden_size": 32, "intermediate_size": 80,
+    "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "max_position_embeddings": 64, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def config(stage: int, **changes: Any) -> dict[str, Any]:
+    return engine.config(stage, 2, **changes)
+
+
+def rows(configuration: dict[str, Any], fault: str) -> dict[str, bool]:
+    """The table on this rank, with a fault built in."""
+    from spectral_dist import doctor, optimizer
+    from spectral_dist.launch.engines import prepare_deepspeed
+
+    accelerator = prepare_deepspeed().get_accelerator()
+    accelerator.is_fp16_supported = lambda: True
+    whole = optimizer.polar
+
+    def halves(x: torch.Tensor, **options: Any) -> torch.Tensor:
+        return torch.cat([whole(part.contiguous(), **options) for part in x.chunk(2, 1)], 1)
+
+    def sized(x: torch.Tensor, **options: Any) -> torch.Tensor:
+        return whole(x, **options) * x.norm(dim=(1, 2), keepdim=True)
+
+    def twice(self: Any, group: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
+        self.polar_calls += 2 * len(x)
+        return whole(x)
+
+    patches = {
+        "": mock.patch.object(optimizer, "polar", whole),
+        "local shards": mock.patch.object(optimizer, "polar", halves),
+        "update clipped": mock.patch.object(optimizer, "polar", sized),
+        "twice": mock.patch.object(optimizer.Muon, "_polar", twice),
+    }
+    with patches[fault]:
+        return {row.check: row.passed for row in doctor.Examination(configuration, MODEL).run()}
+
+
+def failed(configuration: dict[str, Any], fault: str = "") -> list[str]:
+    tables = harness.run(2, rows, configuration, fault)
+    assert tables[0] == tables[1]
+    assert len(tables[0]) == 5
+    return [check for check, passed in tables[0].items() if not passed]
+
+
+@pytest.mark.parametrize(
+    "configuration",
+    [
+        config(0, fp16={"enabled": True}),
+        config(1, bf16={"enabled": True}, accumulation=3),
+        config(2),
+        config(3, fp16={"enabled": True}, gradient_clipping=1.0),
+    ],
+    ids=["stage 0 fp16", "stage 1 bf16", "stage 2", "stage 3 fp16"],
+)
+def test_good_configs_pass(configuration: dict[str, Any]) -> None:
+    assert failed(configuration) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "check"),
+    [
+        ("local shards", "direction = polar factor of the whole gradient"),
+        ("update clipped", "clipping acts on the gradient"),
+        ("twice", "every matrix orthogonalized once per step"),
+    ],
+)
+def test_each_fault_is_seen(fault: str, check: str) -> None:
+    assert check in failed(config(1), fault)
+
+
+def test_an_unchecked_overflow_is_seen() -> None:
+    assert failed(config(0, options={"check_finite": False})) == [
+        "an overflowing step changes nothing"
+    ]
+
+
+def run(folder: Path, configuration: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+    (folder / "ds.json").write_text(json.dumps(configuration))
+    (folder / "model.json").write_text(json.dumps(MODEL))
+    return subprocess.run(
+        [sys.executable, "-m", "spectral_dist.cli", "doctor", "--config", "ds.json",
+         "--model", "model.json"], cwd=folder, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+def test_command_prints_a_table_and_its_exit_status_says_it(tmp_path: Path) -> None:
+    good = run(tmp_path, config(2))
+    assert good.returncode == 0, good.stderr[-2000:]
+    assert good.stdout.count(" ok ") == 5
+    bad = run(tmp_path, config(0, options={"check_finite": False}))
+    assert bad.returncode == 1
+    assert bad.stdout.count("FAILED") == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"options": {"momentun": 0.9}}, "did you mean 'momentum'"),
+        ({"optimizer": {"type": "AdamW"}}, "doctor checks spectral optimizers"),
+    ],
+)
+def test_errors_by_text(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    bad = run(tmp_path, config(1, **changes))
+    assert bad.returncode == 2
+    assert words in " ".join(bad.stderr.split())
