@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from spectral_dist.heads import full_shape, output_heads
 from spectral_dist.options import OPTION_NAMES, applies
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.layout import Matrix
@@ -37,41 +38,6 @@ class Route:
     kind: str
     reason: str
     matrices: tuple[Matrix, ...] = ()
-
-
-def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """The unsharded shape; ZeRO-3 empties parameters and keeps their shape in ``ds_shape``."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def output_heads(model: nn.Module) -> dict[int, str]:
-    """ids of parameters that map to the vocabulary, with how each was found."""
-    heads: dict[int, str] = {}
-    embeddings = [m for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
-    embedded = {id(m.weight) for m in embeddings}
-    get = getattr(model, "get_output_embeddings", None)
-    head = get() if callable(get) else None
-    if isinstance(head, nn.Module) and isinstance(getattr(head, "weight", None), nn.Parameter):
-        heads[id(head.weight)] = "output head (get_output_embeddings)"
-    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    for linear in linears:
-        if id(linear.weight) in embedded:
-            heads[id(linear.weight)] = "output head tied to the embedding"
-    if heads or not embeddings:
-        return heads
-    # The vocabulary is the largest embedding, and a head has an output for each of its entries. A
-    # Linear inside a numbered block may have as many by chance; of several others, it is the last.
-    vocabulary = max(m.num_embeddings for m in embeddings)
-    candidates = [
-        (name, m)
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear) and full_shape(m.weight)[0] == vocabulary
-    ]
-    for name, m in candidates[::-1]:
-        if not any(map(str.isdigit, name.split(".")[:-1])):
-            heads[id(m.weight)] = "output head (as many outputs as the embedding has entries)"
-            break
-    return heads
 
 
 def _kind(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> tuple[str, str]:
@@ -150,6 +116,8 @@ class _Patterns:
 
     def __init__(self, option: str, patterns: Iterable[str]) -> None:
         self.option = option
+        if not isinstance(patterns, Iterable):
+            raise ValueError(f"{option} is {patterns!r}; write a list of regular expressions")
         self.used = dict.fromkeys([patterns] if isinstance(patterns, str) else patterns, False)
         for pattern in self.used:
             try:
@@ -205,11 +173,12 @@ def classify(
             raise ValueError(FSDP1.format("the model"))
     forced = {k: _Patterns(k, p) for k, p in (("matrices", matrices), ("scalars", scalars))}
     splits = _Patterns("split", split or {})
+    for name, parameter, _ in _named(model):
+        _check_usable(name, parameter)
     heads = output_heads(model)
     routes = []
     for name, parameter, module in _named(model):
         leaf = name.rsplit(".", 1)[-1]
-        _check_usable(name, parameter)
         shape = full_shape(parameter)
         kind, reason = _kind(module, leaf, shape)
         if id(parameter) in heads:
@@ -363,7 +332,7 @@ def grouped(params: Iterable[Any], routes: Sequence[Route] = ()) -> list[dict[st
             halves.setdefault((route.kind, wide), []).append(route)
         own = {k: v for k, v in group.items() if k != "params"}
         for name in own.keys() & OPTION_NAMES:
-            if not any(applies(name, kind) for kind, _ in halves):
+            if halves and not any(applies(name, kind) for kind, _ in halves):
                 raise ValueError(
                     f"a parameter group sets {name}, which none of its parameters has"
                     f" ({', '.join(route.name for half in halves.values() for route in half)})"

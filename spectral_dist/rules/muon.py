@@ -65,5 +65,6 @@ class Muon:
         ]  # w itself if equal
         torch._foreach_mul_(wide, 1 - lr * options["weight_decay"])
         torch._foreach_add_(wide, list(torch._foreach_mul(list(directions), factors)))
-        if wide[0] is not weights[0]:
-            torch._foreach_copy_(list(weights), wide)
+        half = [i for i, weight in enumerate(weights) if wide[i] is not weight]
+        if half:
+            torch._foreach_copy_([weights[i] for i in half], [wide[i] for i in half])
