@@ -1,0 +1,52 @@
+# Sourced by the scripts beside it: where things are, and the environment they run in.
+# It sets ROOT (the repository) and PYTHON (of .venv there; set it yourself for another one).
+
+TORCH=2.13.0 # the one place that pins torch
+
+export PATH # in an empty environment bash has one, but does not hand it on
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
+
+# install EXTRAS [REQUIREMENT...]: .venv with torch, this package editable with EXTRAS, and more.
+# Done once: what was asked for and setup.cfg are remembered in .venv.
+install() {
+  local extras=$1 venv=$ROOT/.venv candidate
+  shift
+  PYTHON=$venv/bin/python
+  if [ ! -x "$PYTHON" ]; then
+    for candidate in python3.11 python3.12 python3.13 python3; do
+      if command -v "$candidate" >/dev/null &&
+        "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        "$candidate" -m venv "$venv"
+        break
+      fi
+    done
+    if [ ! -x "$PYTHON" ]; then
+      echo "error: no Python 3.11 or newer with the venv module on PATH" >&2
+      return 1
+    fi
+  fi
+  local wanted stamp
+  wanted="torch==$TORCH $extras $* $(cksum <"$ROOT/setup.cfg")"
+  stamp=$venv/.spectral-dist-$extras
+  if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing torch $TORCH and spectral-dist[$extras] into $venv (once) ..."
+    # torch first: deepspeed looks for it while it is being built.
+    "$PYTHON" -m pip install --quiet "torch==$TORCH"
+    "$PYTHON" -m pip install --quiet "torch==$TORCH" --editable "$ROOT[$extras]" "$@"
+    echo "$wanted" >"$stamp"
+  fi
+}
+
+# accelerators: how many GPUs this host has.
+accelerators() {
+  { nvidia-smi -L 2>/dev/null || true; } | wc -l
+}
+
+# fit RANKS: run on the CPU when this host has too few GPUs for them.
+fit() {
+  if [ "$(accelerators)" -lt "$1" ]; then
+    export CUDA_VISIBLE_DEVICES="" DS_ACCELERATOR=cpu
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  fi
+}

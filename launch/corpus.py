@@ -1,0 +1,295 @@
+"""Text to train on: found or given, split by name, tokenized once, cached.
+
+The default corpus is the Python source that every installation already has (standard library and
+torch), so that a first run downloads nothing. `load` returns memory-mapped tokens.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+FORMAT = 1  # part of the cache key: raise it when the same input gives other tokens
+END = "<|endoftext|>"
+SPLIT_PERMILLE = 20  # of the documents, for validation
+PIECE = 1 << 16  # characters: a text file is cut at line ends into documents of about this size
+SAMPLE_BYTES = 8 << 20  # of training text, for training the tokenizer
+PYTHON_BYTES = 48 << 20  # of the default corpus: tokenizing it all would make a first run wait
+PYTHON_FILE_BYTES = 200_000  # above it are mostly generated tables
+PYTHON_SKIPPED = {"site-packages", "dist-packages", "encodings"}  # others' code; more tables
+SUFFIXES = (".txt", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file: `name` decides the split, `size` (bytes) and `stamp` tell whether it changed."""
+
+    name: str
+    path: Path
+    size: int
+    stamp: int = 0
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Tokens of both parts (1-D, unsigned), the tokenizer, and each token's length in bytes."""
+
+    train: NDArray[np.unsignedinteger[Any]]
+    validation: NDArray[np.unsignedinteger[Any]]
+    tokenizer: Tokenizer
+    token_bytes: NDArray[np.int64]
+    manifest: dict[str, Any]
+    key: str
+
+
+def load(paths: Sequence[Path], vocab_size: int, cache: Path | None = None) -> Corpus:
+    """Tokens of the files under `paths` (none: the default corpus), built at first use.
+
+    Several processes may call this at once: each would build the same, the first rename stays.
+    ValueError: nothing found, unreadable lines, too little text, a vocabulary below 257.
+    """
+    if vocab_size < 257:
+        raise ValueError(f"a byte-level vocabulary needs 257 entries or more, not {vocab_size}")
+    sources = text_sources(paths) if paths else python_sources()
+    key = cache_key(sources, vocab_size)
+    folder = (cache or cache_folder()) / key
+    if not folder.exists():
+        _build(sources, vocab_size, folder)
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    dtype = np.dtype(manifest["dtype"])
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return Corpus(
+        train=np.memmap(folder / "train.bin", dtype=dtype, mode="r"),
+        validation=np.memmap(folder / "validation.bin", dtype=dtype, mode="r"),
+        tokenizer=tokenizer,
+        token_bytes=byte_lengths(tokenizer),
+        manifest=manifest,
+        key=key,
+    )
+
+
+def cache_folder() -> Path:
+    """$SPECTRAL_DIST_CACHE, or ~/.cache/spectral_dist."""
+    return Path(os.environ.get("SPECTRAL_DIST_CACHE") or "~/.cache/spectral_dist").expanduser()
+
+
+def cache_key(sources: Sequence[Source], vocab_size: int) -> str:
+    """A hash of everything the tokens depend on."""
+    listed = [[source.name, source.size, source.stamp] for source in sources]
+    text = json.dumps([FORMAT, vocab_size, listed])
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def python_sources() -> list[Source]:
+    """A fixed sample, PYTHON_BYTES at most, of the .py files of the standard library and torch."""
+    spec = find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise ValueError("the default corpus needs an installed torch: give --data instead")
+    roots = {"python": Path(sysconfig.get_path("stdlib")), "torch": Path(spec.origin).parent}
+    found = []
+    for label, root in roots.items():
+        for folder, below, files in os.walk(root):
+            below[:] = [name for name in below if name not in PYTHON_SKIPPED]
+            for path in (Path(folder, file) for file in files if file.endswith(".py")):
+                size = path.stat().st_size
+                if 0 < size <= PYTHON_FILE_BYTES:
+                    name = f"{label}/{path.relative_to(root).as_posix()}"
+                    found.append(Source(name, path, size))
+    # The order of a hash mixes both trees, and cutting it off leaves a fair sample of both.
+    found.sort(key=lambda source: _digest("order", source.name))
+    kept, total = [], 0
+    for source in found:
+        total += source.size
+        if total > PYTHON_BYTES:
+            break
+        kept.append(source)
+    if not kept:
+        raise ValueError(f"no Python source under {', '.join(map(str, roots.values()))}")
+    return kept
+
+
+def text_sources(paths: Sequence[Path]) -> list[Source]:
+    """The .txt and .jsonl files given, or anywhere below the directories given."""
+    sources = []
+    for path in paths:
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+            if not found:
+                raise ValueError(f"no .txt or .jsonl file below {path}")
+            sources += [_source(file.relative_to(path).as_posix(), file) for file in found]
+        elif not path.is_file():
+            raise ValueError(f"no such file or directory: {path}")
+        elif path.suffix not in SUFFIXES:
+            raise ValueError(f"{path}: expected a .txt or .jsonl file, or a directory of them")
+        else:
+            sources.append(_source(path.name, path))
+    return sources
+
+
+def _source(name: str, path: Path) -> Source:
+    status = path.stat()
+    return Source(name, path, status.st_size, status.st_mtime_ns)
+
+
+def documents(source: Source) -> Iterator[tuple[str, str]]:
+    """Name and text of each document: a whole .py file, a line of .jsonl, a piece of .txt.
+
+    ValueError: a .jsonl line without a string under "text"; it names file and line.
+    """
+    with source.path.open(encoding="utf-8", errors="replace", newline="") as file:
+        if source.path.suffix == ".py":
+            yield source.name, file.read()
+        elif source.path.suffix == ".jsonl":
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield f"{source.name}:{number}", _text_field(line, f"{source.path}:{number}")
+        else:
+            number = 0
+            while lines := file.readlines(PIECE):
+                yield f"{source.name}#{number}", "".join(lines)
+                number += 1
+
+
+def _text_field(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    text = record.get("text") if isinstance(record, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f'{where}: expected an object with a string under "text"')
+    return text
+
+
+def validation_names(names: Sequence[str]) -> set[str]:
+    """The documents held out: those whose name hashes low, and never none or all of them."""
+    if len(set(names)) < 2:
+        raise ValueError(
+            f"too little text: {len(set(names))} document(s), and both training and validation "
+            f"need one (a line of .jsonl is a document, or {PIECE} characters of .txt)"
+        )
+    chosen = {name for name in names if _digest("split", name) % 1000 < SPLIT_PERMILLE}
+    if not chosen or len(chosen) == len(set(names)):
+        chosen = {min(names, key=lambda name: (_digest("split", name), name))}
+    return chosen
+
+
+def _digest(purpose: str, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{purpose}:{name}".encode()).digest()[:8], "big")
+
+
+def byte_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:
+    """Bytes of text that each token stands for; 0 for the end-of-text token."""
+    # A byte-level vocabulary writes every byte as one character.
+    lengths = np.zeros(tokenizer.get_vocab_size(), np.int64)
+    for token, number in tokenizer.get_vocab().items():
+        lengths[number] = 0 if token == END else len(token)
+    return lengths
+
+
+def bits_per_byte(nats: float, tokens: int, size: int) -> float:
+    """Mean loss of `nats` per token over `tokens` tokens that stand for `size` bytes of text."""
+    return float(nats * tokens / (np.log(2) * size))
+
+
+def _build(sources: Sequence[Source], vocab_size: int, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+    try:
+        names, sample = _survey(sources)
+        held_out = validation_names(names)
+        tokenizer = train_tokenizer(
+            [text for name, text in sample if name not in held_out], vocab_size
+        )
+        tokenizer.save(str(building / "tokenizer.json"))
+        manifest = _encode(sources, tokenizer, held_out, building)
+        manifest["vocab_size"] = vocab_size
+        (building / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        try:
+            building.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process was first, with the same content
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _survey(sources: Sequence[Source]) -> tuple[list[str], list[tuple[str, str]]]:
+    """All documents' names, and the first SAMPLE_BYTES of them with their text."""
+    names, sample, size = [], [], 0
+    for source in sources:
+        for name, text in documents(source):
+            if not text:
+                continue
+            names.append(name)
+            if size < SAMPLE_BYTES:
+                sample.append((name, text))
+                size += len(text.encode())
+    return names, sample
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE: it can write any text, and its tokens' bytes add up to the text's."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def _encode(
+    sources: Sequence[Source], tokenizer: Tokenizer, held_out: set[str], folder: Path
+) -> dict[str, Any]:
+    """Write train.bin and validation.bin; return their counts."""
+    # Text that spells the end-of-text token is text: the token itself is added by its number.
+    tokenizer.encode_special_tokens = True
+    end = tokenizer.token_to_id(END)
+    dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32)
+    parts = {part: {"documents": 0, "bytes": 0, "tokens": 0} for part in ("train", "validation")}
+    with (folder / "train.bin").open("wb") as train, (folder / "validation.bin").open("wb") as held:
+        files = {"train": train, "validation": held}
+        for batch in _batches(sources):
+            encoded = tokenizer.encode_batch_fast([text for _, text in batch])
+            for (name, text), encoding in zip(batch, encoded, strict=True):
+                part = "validation" if name in held_out else "train"
+                files[part].write(np.array([*encoding.ids, end], dtype).tobytes())
+                counts = parts[part]
+                counts["documents"] += 1
+                counts["bytes"] += len(text.encode())
+                counts["tokens"] += len(encoding.ids) + 1
+    tokenizer.encode_special_tokens = False
+    return {"dtype": dtype.name, **parts}
+
+
+def _batches(sources: Sequence[Source], size: int = 1 << 21) -> Iterator[list[tuple[str, str]]]:
+    """Documents in lists of about `size` characters: enough for the tokenizer's threads."""
+    batch, total = [], 0
+    for source in sources:
+        for name, text in documents(source):
+            if text:
+                batch.append((name, text))
+                total += len(text)
+            if total >= size:
+                yield batch
+                batch, total = [], 0
+    if batch:
+        yield batch

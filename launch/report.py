@@ -1,0 +1,152 @@
+"""What a run leaves behind: metrics.jsonl, TensorBoard, a plot, a table; and runs side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class Log:
+    """metrics.jsonl and TensorBoard of one run; what a resumed run repeats is dropped."""
+
+    def __init__(self, out: Path, done: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        out.mkdir(parents=True, exist_ok=True)
+        path = out / "metrics.jsonl"
+        kept = [record for record in read_metrics(out) if record["step"] <= done] if done else []
+        self._file = path.open("w", encoding="utf-8")
+        for record in kept:
+            self._file.write(json.dumps(record) + "\n")
+        self._board = SummaryWriter(out / "tensorboard", purge_step=done + 1 if done else None)
+
+    def add(self, part: str, step: int, values: dict[str, float]) -> None:
+        """One line, and one point per value."""
+        self._file.write(json.dumps({"part": part, "step": step, **values}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(f"{part}/{name}", value, step)
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The records of a run. ValueError: it has none."""
+    path = out / "metrics.jsonl"
+    if not path.is_file():
+        raise ValueError(f"no run in {out}: {path} does not exist")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def plot(runs: Sequence[Path], target: Path) -> None:
+    """Training loss and validation bits per byte of one or more runs, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for run in runs:
+        records = read_metrics(run)
+        train = [r for r in records if r["part"] == "train"]
+        held_out = {r["step"]: r for r in records if r["part"] == "validation"}
+        left.plot([r["step"] for r in train], [r["loss"] for r in train], label=run.name)
+        bits = [r["bits_per_byte"] for r in held_out.values()]
+        right.plot(list(held_out), bits, marker=".", label=run.name)
+    left.set(title="training", xlabel="step", ylabel="loss (nats per token)")
+    right.set(title="validation", xlabel="step", ylabel="bits per byte")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(target, dpi=120)
+    pyplot.close(figure)
+
+
+def _share(part: str) -> Callable[[dict[str, Any]], str]:
+    def cell(s: dict[str, Any]) -> str:
+        whole = s["forward_backward_seconds"] + s["optimizer_seconds"]
+        return f"{s[part]:.1f} s ({s[part] / whole:.0%})" if whole else "-"
+
+    return cell
+
+
+def _speed(s: dict[str, Any]) -> str:
+    per_step = s["forward_backward_seconds"] + s["optimizer_seconds"]
+    return f"{s['tokens_since_start'] / per_step:,.0f}" if per_step else "-"
+
+
+ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "optimizer": lambda s: s["optimizer"],
+    "parameters": lambda s: f"{s['parameters']:,}",
+    "ranks": lambda s: str(s["ranks"]),
+    "steps, tokens": lambda s: f"{s['step']}, {s['tokens']:,}",
+    "validation bits per byte": lambda s: f"{s['validation_bits_per_byte']:.4f}",
+    "validation loss (nats per token)": lambda s: f"{s['validation_loss']:.4f}",
+    "forward + backward": _share("forward_backward_seconds"),
+    "optimizer step": _share("optimizer_seconds"),
+    "tokens per second": _speed,
+    "matrices orthogonalized": lambda s: f"{s['matrices_orthogonalized']:,}",
+    "bytes sent by the optimizer": lambda s: f"{s['optimizer_bytes_sent']:,}",
+    "optimizer state, bytes per rank": lambda s: " ".join(
+        f"{b:,}" for b in s["optimizer_state_bytes"]
+    ),
+    "wall time": lambda s: f"{s['seconds']:.1f} s",
+    "sample": lambda s: escape(s["sample"].strip()),
+}
+
+
+def table(summaries: dict[str, dict[str, Any]]) -> Table:
+    """One column per run."""
+    result = Table()
+    result.add_column()
+    for name in summaries:
+        result.add_column(name, overflow="fold")
+    for label, cell in ROWS.items():
+        if label == "sample":
+            result.add_section()
+        result.add_row(label, *(cell(summary) for summary in summaries.values()))
+    return result
+
+
+def show(runs: Sequence[Path], target: Path) -> None:
+    """Print the table of finished runs and the path of their plot. ValueError: not finished."""
+    summaries = {}
+    for run in runs:
+        path = run / "summary.json"
+        if not path.is_file():
+            raise ValueError(f"no finished run in {run}: {path} does not exist")
+        summaries[run.name] = json.loads(path.read_text(encoding="utf-8"))
+    plot(runs, target)
+    console = Console()
+    console.print(table(summaries))
+    console.print(f"plot: {target.resolve()}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="folders of finished runs")],
+    plot_path: Annotated[Path, typer.Option("--plot")] = Path("runs/compare.png"),
+) -> None:
+    """Show finished runs side by side, in one table and one plot."""
+    show(runs, plot_path)
+
+
+@app.callback()
+def _several_commands() -> None:
+    """Look at finished runs."""
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Template: pretraining with torchrun. As it stands it runs 2 ranks on this host.
+# On several nodes, run it on each:
+#   NODES=2 NODE_RANK=0 MASTER_ADDR=node0 RANKS_PER_NODE=8 launch/torchrun.sh    (on node0)
+#   NODES=2 NODE_RANK=1 MASTER_ADDR=node0 RANKS_PER_NODE=8 launch/torchrun.sh    (on node1)
+# Arguments go to launch/pretrain.py (--help lists them), e.g. --out runs/a --save-every 500.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+NODES=${NODES:-1}                   # how many hosts
+NODE_RANK=${NODE_RANK:-0}           # this host's number, 0 to NODES - 1
+RANKS_PER_NODE=${RANKS_PER_NODE:-2} # one per GPU; too few GPUs: on the CPU
+MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} # node 0, as the others see it
+MASTER_PORT=${MASTER_PORT:-29500}   # free there, and open to the others
+MODEL=${MODEL:-$ROOT/configs/models/quickstart.json}
+CONFIG=${CONFIG:-$ROOT/configs/deepspeed/zero2.json}
+
+fit "$RANKS_PER_NODE"
+exec "$PYTHON" -m torch.distributed.run \
+  --nnodes "$NODES" --node_rank "$NODE_RANK" --nproc_per_node "$RANKS_PER_NODE" \
+  --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
+  "$ROOT/launch/pretrain.py" --model "$MODEL" --config "$CONFIG" "$@"

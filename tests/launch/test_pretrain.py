@@ -1,0 +1,153 @@
+"""Runs of launch/pretrain.py: they train, report, stop and go on as if they had not."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from spectral_dist.launch import engines, report
+from spectral_dist.launch.pretrain import app
+from tests.launch.jobs import STEPS, Job
+
+TORCH = ("--engine", "torch", "--batch", "8", "--steps", str(STEPS), "--lr", "0.01")
+ADAMW = {
+    "type": "AdamW",
+    "params": {"lr": 0.01, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True},
+}
+MUON = {"type": "SpectralMuon", "params": {"lr": 0.01, "weight_decay": 0.1}}
+MATRICES = 2 * 7  # of the model in jobs.py: layers times the attention's four and the MLP's three
+SUMMARY = (  # numbers that the table shows
+    *("parameters", "ranks", "step", "tokens", "tokens_since_start", "validation_loss", "seconds"),
+    *("optimizer_bytes_sent", "matrices_orthogonalized"),
+)
+IN_MATRICES = 2 * (4 * 32 * 32 + 3 * 32 * 48)
+
+
+def _check_report(job: Job, out: str, printed: str) -> None:
+    summary: dict[str, Any] = job.summary(out)
+    validation = job.losses(out, "validation")
+    assert len(validation) == 3  # before, in the middle, at the end
+    assert validation[0] == pytest.approx(math.log(320), rel=0.02)  # nothing learned yet
+    assert validation[-1] < validation[0] - 0.3
+    assert summary["validation_loss"] == validation[-1]
+    assert summary["tokens"] == STEPS * 8 * 16
+    assert summary["sample"].startswith("def ")
+    assert (job.folder / out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert list((job.folder / out / "tensorboard").iterdir())
+    assert "validation bits per byte" in printed
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_torch_engine_alone_and_resumed(job: Job, optimizer: str) -> None:
+    options = (*TORCH, "--optimizer", optimizer)
+    _check_report(job, "whole", job.alone("whole", *options))
+    job.alone("parts", *options, "--stop-at", "3")
+    assert len(job.losses("parts")) == 3
+    job.alone("parts", *options, "--resume")
+    assert job.losses("parts") == job.losses("whole")
+    assert job.losses("parts", "validation") == job.losses("whole", "validation")
+    summary: dict[str, Any] = job.summary("whole")
+    assert summary["optimizer_bytes_sent"] == 0
+    assert summary["matrices_orthogonalized"] == (MATRICES * STEPS if optimizer == "muon" else 0)
+
+
+def test_a_run_is_not_mixed_with_another(job: Job) -> None:
+    options = (*TORCH, "--optimizer", "adamw")
+    job.alone("parts", *options, "--stop-at", "3")
+    refused = job.alone("parts", *options, "--resume", "--seed", "1", fails=True)
+    assert "its seed was 0, now it is 1" in refused
+    assert "holds a run" in job.alone("parts", *options, fails=True)
+    assert "no checkpoint to resume" in job.alone("new", *options, "--resume", fails=True)
+
+
+def test_torch_engine_on_two_ranks_sees_the_same_data(job: Job) -> None:
+    options = (*TORCH, "--optimizer", "muon")
+    job.alone("one", *options, "--micro-batch", "2")
+    job.ranks(2, "two", *options, "--micro-batch", "2", "--stop-at", "3")
+    job.ranks(2, "two", *options, "--micro-batch", "2", "--resume")
+    refused = job.alone("two", *options, "--resume", fails=True)
+    assert "was saved by 2 rank(s)" in refused
+    assert job.losses("two") == pytest.approx(job.losses("one"), rel=1e-5)
+    assert job.losses("two", "validation") == pytest.approx(
+        job.losses("one", "validation"), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=lambda optimizer: optimizer["type"])
+def test_deepspeed_resumes_as_if_it_had_not_stopped(job: Job, optimizer: dict[str, Any]) -> None:
+    options = ("--config", str(job.config("zero2", 2, optimizer)))
+    _check_report(job, "whole", job.ranks(2, "whole", *options))
+    job.ranks(2, "parts", *options, "--stop-at", "3")
+    job.ranks(2, "parts", *options, "--resume")
+    assert job.losses("parts") == job.losses("whole")
+    assert job.losses("parts", "validation") == job.losses("whole", "validation")
+    # ZeRO-2 halves the state: 8 bytes a number under AdamW, 4 in a matrix under Muon.
+    summary: dict[str, Any] = job.summary("whole")
+    whole = 8 * summary["parameters"] - (4 * IN_MATRICES if optimizer is MUON else 0)
+    assert sum(summary["optimizer_state_bytes"]) == pytest.approx(whole, rel=0.01)
+
+
+def _finished(folder: Path, bits: float) -> Path:
+    folder.mkdir()
+    rows = [{"part": "train", "step": s, "loss": 9.0 - s} for s in (1, 2)]
+    rows += [{"part": "validation", "step": s, "bits_per_byte": bits + 2 - s} for s in (0, 2)]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    summary = dict.fromkeys(SUMMARY, 3) | {"optimizer": folder.name, "sample": "def [x]:"}
+    summary |= {"validation_bits_per_byte": bits, "optimizer_state_bytes": [1000, 2000]}
+    summary |= {"forward_backward_seconds": 3.0, "optimizer_seconds": 1.0}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_runs_side_by_side(tmp_path: Path) -> None:
+    runs = [str(_finished(tmp_path / name, bits)) for name, bits in (("a", 2.5), ("b", 2.25))]
+    target = tmp_path / "both.png"
+    result = CliRunner().invoke(report.app, ["compare", *runs, "--plot", str(target)])
+    assert result.exit_code == 0, result.output
+    lines = {line.split("│")[1].strip(): line for line in result.output.splitlines() if "│" in line}
+    assert [cell.strip() for cell in lines["validation bits per byte"].split("│")[2:4]] == [
+        "2.5000",
+        "2.2500",
+    ]
+    assert "1.0 s (25%)" in lines["optimizer step"]
+    assert "def [x]:" in lines["sample"]
+    assert str(target) in result.output
+    assert target.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no finished run"):
+        report.show([tmp_path], target)
+
+
+def test_zero_init_changes_nothing(job: Job) -> None:
+    options = ("--config", str(job.config("zero3_adamw", 3, ADAMW)))
+    job.ranks(2, "plain", *options)
+    job.ranks(2, "sharded", *options, "--zero-init")
+    assert job.losses("sharded") == pytest.approx(job.losses("plain"), rel=1e-6)
+    plain, sharded = job.summary("plain"), job.summary("sharded")
+    assert sharded["parameters"] == plain["parameters"]
+
+
+def test_what_would_be_ignored_is_refused(job: Job) -> None:
+    config = job.config("zero2_adamw", 2, ADAMW)
+
+    def refusal(*options: str) -> str:
+        result = CliRunner().invoke(app, [*job.arguments("a"), *options])
+        assert result.exit_code == 2
+        return result.output
+
+    deepspeed = ("--config", str(config))
+    assert "--lr: with --engine deepspeed" in refusal(*deepspeed, "--lr", "1")
+    assert "belong to --engine deepspeed" in refusal(*TORCH, *deepspeed)
+    assert "needs --config" in refusal()
+    assert "--steps is needed" in refusal("--engine", "torch")
+    with pytest.raises(ValueError, match="--zero-init needs ZeRO stage 3"):
+        engines.DeepSpeedEngine(config, None, 0, None, zero_init=True)
+    assert not (job.folder / "a").exists()
+
+
+def test_bad_data_ends_all_ranks(job: Job) -> None:
+    (job.folder / "data" / "bad.jsonl").write_text('{"txt": 1}\n')
+    printed = job.ranks(2, "a", *TORCH, "--optimizer", "adamw", fails=True)
+    assert printed.count("bad.jsonl:1: expected an object") == 2

@@ -1,0 +1,58 @@
+"""The shell scripts parse, pin torch once, and start ranks as they say."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch.jobs import ROOT, Job
+
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh")) + [ROOT / "launch/slurm.sbatch"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_scripts_parse(script: Path) -> None:
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert script.name == "common.sh" or "set -euo pipefail" in script.read_text()
+    # Slurm reads its own file; common.sh is sourced.
+    assert os.access(script, os.X_OK) or script.name in ("common.sh", "slurm.sbatch")
+
+
+def test_torch_is_pinned_in_one_place() -> None:
+    import torch
+
+    pin = torch.__version__.split("+")[0]
+    found = [path.name for path in SCRIPTS if pin in path.read_text()]
+    assert found == ["common.sh"]
+    assert pin not in (ROOT / "setup.cfg").read_text()
+
+
+@pytest.mark.parametrize("name", ["torchrun.sh", "deepspeed.sh", "mpirun.sh", "slurm.sbatch"])
+def test_templates_run_two_ranks_here(job: Job, name: str) -> None:
+    if name == "mpirun.sh":
+        mpi_or_skip()
+    adamw = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
+    job.env |= {
+        "PYTHON": sys.executable,
+        "MODEL": str(job.folder / "model.json"),
+        "CONFIG": str(job.config("ds", 1, adamw)),
+        "OUT": str(job.folder / "a"),
+        "MASTER_PORT": str(29600 + os.getpid() % 1000),
+    }
+    job.run(["bash", str(ROOT / "launch" / name)], "a", "--stop-at", "2")
+    assert job.summary("a")["ranks"] == 2
+    assert len(job.losses("a")) == 2
+    if name == "slurm.sbatch":  # a requeued job goes on by itself
+        job.run(["bash", str(ROOT / "launch" / name)], "a", "--stop-at", "3")
+        assert len(job.losses("a")) == 3
+
+
+def mpi_or_skip() -> str:
+    """The mpiexec of this environment."""
+    pytest.importorskip("mpi4py")
+    mpiexec = Path(sys.executable).with_name("mpiexec")
+    if not mpiexec.exists():
+        pytest.skip("no MPI in this environment: launch/test.sh installs one")
+    return str(mpiexec)
