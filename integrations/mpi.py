@@ -86,7 +86,5 @@ def _set(name: str, value: object) -> None:
 
 
 def _address() -> str:
-    """This host's address as other nodes see it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("10.255.255.255", 1))  # sends nothing: it only asks for the route
-        return str(probe.getsockname()[0])
+    """This host's name, which the other nodes of a cluster resolve."""
+    return socket.gethostname()

@@ -3,6 +3,6 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-install deepspeed,train,mpi,test mpich==5.0.2 # an MPI to start ranks with, from PyPI
+install deepspeed,train,mpi,test
 cd "$ROOT"
 exec "$PYTHON" -m pytest "$@"
