@@ -100,12 +100,10 @@ def adapted(config: dict[str, Any], accumulation: int | None = None) -> dict[str
     result = copy.deepcopy(config)
     per_rank = accumulation_of(config)
     result.pop("scheduler", None)
-    result["optimizer"].setdefault("params", {})
-    ratio = float(result["optimizer"]["params"].get("lr", 1e-3) or 1e-3)
-    for name in ("scalar_lr",):
-        if result["optimizer"]["params"].get(name) is not None:
-            result["optimizer"]["params"][name] *= LR / ratio
-    result["optimizer"]["params"]["lr"] = LR
+    params = result["optimizer"].setdefault("params", {})
+    if params.get("scalar_lr") and params.get("lr"):
+        params["scalar_lr"] *= LR / params["lr"]
+    params["lr"] = LR
     chosen = accumulation or per_rank
     result["gradient_accumulation_steps"] = chosen
     result["train_micro_batch_size_per_gpu"] = per_rank // chosen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -59,7 +60,9 @@ def rank(group: Group) -> int:
 
 def is_first() -> bool:
     """Whether this process is rank 0 of the job (or alone)."""
-    return not dist.is_initialized() or dist.get_rank() == 0
+    if dist.is_initialized():
+        return dist.get_rank() == 0
+    return os.environ.get("RANK", "0") == "0"  # torchrun's, before init_process_group
 
 
 def all_to_all(
