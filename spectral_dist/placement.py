@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, Protocol
 
 import torch
@@ -46,14 +47,17 @@ class WholeParameters:
         self, group: dict[str, Any], routes: Sequence[Route], tensors: Sequence[Tensor]
     ) -> Placement:
         """One run per parameter."""
+        for route, tensor in zip_longest(routes, tensors):
+            now = None if tensor is None else tuple(tensor.shape)
+            if route is None or now != route.shape:
+                raise ValueError(
+                    f"{route.name if route else 'a parameter'} is now {now} but was"
+                    f" {route.shape if route else None} when the optimizer was built, so something"
+                    " shards it. With DeepSpeed, write `import spectral_dist.integrations.deepspeed`"
+                    " before deepspeed.initialize"
+                )
         layouts = []
         for index, (route, tensor) in enumerate(zip(routes, tensors, strict=True)):
-            if tuple(tensor.shape) != route.shape:
-                raise ValueError(
-                    f"{route.name} is now {tuple(tensor.shape)} but was {route.shape} when the"
-                    " optimizer was built, so something shards it. With DeepSpeed, write `import"
-                    " spectral_dist.integrations.deepspeed` before deepspeed.initialize"
-                )
             if not tensor.is_contiguous():
                 raise ValueError(f"{route.name} is not contiguous; call .contiguous() on it first")
             cut = Cut((0, tensor.numel()))

@@ -295,3 +295,16 @@ def test_buckets_change_no_bit(bucket_mb):
     assert first.polar_calls == second.polar_calls
     (unit,) = (u for u in second._units.values() if u.plan is not None)
     assert len(unit.plan.buckets) > 1
+
+
+def test_parameters_that_a_framework_has_flattened_are_refused():
+    """As under DeepSpeed when its integration is not imported: nothing may be taken for whole."""
+    model = Weights(a=(4, 6), b=(6, 4))
+    optimizer = muon(model)
+    flat = nn.Parameter(torch.randn(48))
+    flat.grad = torch.randn(48)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(
+        ValueError, match=r"a\.weight is now \(48,\) but was \(4, 6\).*integrations"
+    ):
+        optimizer.step()

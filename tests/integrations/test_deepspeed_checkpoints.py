@@ -83,9 +83,10 @@ def test_universal_over_2_4_3_ranks(stages: tuple[int, int, int], tmp_path: Path
         assert 0 <= result["state_bytes"] - 43200 / 3 <= 100  # no second moment for matrices
 
 
-def test_a_scheduler_keeps_the_ratio_of_the_learning_rates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_scheduler_keeps_the_ratio_of_the_learning_rates(stage: int, tmp_path: Path) -> None:
     """DeepSpeed writes one lr into every group; scalar_lr must stay a quarter of it."""
-    config = {**configuration(2, 2), **SCHEDULER}
+    config = {**configuration(stage, 2), **SCHEDULER}
     whole = harness.run(2, engine.interrupted, config, str(tmp_path), first=0, last=6)[0]
     assert [g["lr"] for g in whole["groups"]] == [whole["groups"][0]["lr"]] * 2
     assert [g["lr_ratio"] for g in whole["groups"]] == [1.0, pytest.approx(0.25)]

@@ -29,6 +29,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "small bucket_mb": {"options": {"bucket_mb": 0.004}},
     "zero.Init": {"zero_init": True},
     "client optimizer": {"client": True},
+    "client optimizer, offload": {
+        "client": True, "zero_force_ds_cpu_optimizer": False,
+        "zero": {"offload_optimizer": {"device": "cpu", "pin_memory": False}},
+    },
     "tied head": {"tied": True},
     "everything": {
         "accumulation": ..., "gradient_clipping": 0.3, "client": True,
@@ -37,7 +41,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 ACCUMULATION = {2: 3, 3: 2, 4: 3}  # micro-batches a rank, of 12 sequences in all
 # stages at which a setting means something
-ONLY = {"zero.Init": {3}, "sub-groups": {3}, "parameter_alignment": {1, 2}, "offload": {1, 2, 3}}
+ONLY = {
+    "zero.Init": {3},
+    "sub-groups": {3},
+    "parameter_alignment": {1, 2},
+    "offload": {1, 2, 3},
+    "client optimizer, offload": {1, 2, 3},
+}
 
 
 def matrices(model: models.Tiny) -> int:

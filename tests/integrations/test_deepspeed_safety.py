@@ -120,6 +120,8 @@ def error_of(configuration: dict[str, Any], trouble: str = "") -> str:
     if trouble == "second engine":
         first = engine.engine_for(engine.config(1, 2), model=model)
         assert first is not None
+    if trouble == "engine in an engine":
+        model = engine.engine_for(engine.config(1, 2), model=model)
     if trouble == "second use of an optimizer":
         other = models.build(odd=False)
         kept = spectral_dist.Muon(spectral_dist.param_groups(other), lr=0.02)
@@ -141,12 +143,18 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "frozen": ({}, "all frozen", "requires_grad is False"),
     "use_muon": ({}, "use_muon", "use_muon"),
     "engine twice": ({}, "second engine", "already wrapped"),
+    "engine in an engine": ({}, "engine in an engine", "already wrapped"),
     "optimizer twice": ({}, "second use of an optimizer", "already belongs"),
     "hpZ": ({"zero": {"stage": 3, "zero_hpz_partition_size": 2}}, "", "zero_hpz_partition_size"),
     "offload ratio": (
         {"zero": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
         "", "offload_optimizer.ratio",
     ),
+    "NVMe": (
+        {"zero": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}},
+        "", "nvme",
+    ),
+    "autocast": ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, "", "torch_autocast"),
     "elastic": ({"zero": {"elastic_checkpoint": True}}, "", "elastic_checkpoint"),
 }  # fmt: skip
 
