@@ -53,8 +53,8 @@ class WholeParameters:
                 raise ValueError(
                     f"{route.name if route else 'a parameter'} is now {now} but was"
                     f" {route.shape if route else None} when the optimizer was built, so something"
-                    " shards it. With DeepSpeed, write `import spectral_dist.integrations.deepspeed`"
-                    " before deepspeed.initialize"
+                    " shards it. With DeepSpeed, write `import"
+                    " spectral_dist.integrations.deepspeed` before deepspeed.initialize"
                 )
         layouts = []
         for index, (route, tensor) in enumerate(zip(routes, tensors, strict=True)):
