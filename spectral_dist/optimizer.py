@@ -14,9 +14,9 @@ from torch import Tensor
 
 from spectral_dist import groups as routing
 from spectral_dist.groups import Route
-from spectral_dist.options import DTYPES, Options, group_options
+from spectral_dist.options import Options, group_options
 from spectral_dist.placement import Placer, WholeParameters
-from spectral_dist.polar import polar, resolve_dtype
+from spectral_dist.polar import DTYPES, polar, resolve_dtype
 from spectral_dist.rules import adamw
 from spectral_dist.rules.muon import Muon as MuonRule
 from spectral_dist.sharding import collectives

@@ -9,18 +9,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
-
 from spectral_dist import polar
+from spectral_dist.polar import DTYPES
 from spectral_dist.rules.adamw import BACKENDS
 from spectral_dist.rules.muon import SCALES
 
-DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
 SCALE_ALIASES = {
     "moonlight": "match_rms_adamw",
     "shape_scaling": "original",

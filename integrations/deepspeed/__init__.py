@@ -27,6 +27,7 @@ from spectral_dist.integrations.deepspeed.fp16 import scale_loss_at_stage0
 from spectral_dist.integrations.deepspeed.placement import ZeroPlacer
 from spectral_dist.optimizer import Muon
 from spectral_dist.options import ROUTING, Options
+from spectral_dist.placement import WholeParameters
 
 _building: ContextVar[DeepSpeedEngine | None] = ContextVar("engine being built", default=None)
 _engines: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DeepSpeedEngine]]
@@ -47,9 +48,7 @@ class SpectralMuon(Muon):
                 "SpectralMuon is the optimizer that DeepSpeed builds from its JSON; in code, write"
                 " spectral_dist.Muon(spectral_dist.param_groups(model), ...)"
             )
-        Options.from_user(
-            options, type(self).__name__
-        )  # before the table, so that errors stand out
+        Options.from_user(options, type(self).__name__)  # before the table: errors stand out
         routes = routing.classify(engine.module, **given)
         routing.show(routes)
         super().__init__(routing.grouped(_trainable(params), routes), **options)
@@ -103,6 +102,11 @@ def _configure(
     token = _building.set(engine)
     try:
         original(engine, client, parameters)
+    except BaseException:
+        del _engines[engine.module]  # so that a second try with a mended config is not refused
+        if client is not None:
+            client.placer = WholeParameters()
+        raise
     finally:
         _building.reset(token)
     engine.basic_optimizer.placer.start(engine.basic_optimizer)

@@ -12,7 +12,7 @@ from spectral_dist.polar import exact, newton_schulz
 from spectral_dist.polar.scaling import unit_frobenius
 from spectral_dist.polar.schedules import SCHEDULES, rows
 
-__all__ = ["METHODS", "check", "polar", "resolve_dtype"]
+__all__ = ["DTYPES", "METHODS", "check", "polar", "resolve_dtype"]
 
 _GRAM = "gram_"
 _EXACT = ("svd", "eigh")
@@ -20,7 +20,7 @@ _EXACT = ("svd", "eigh")
 METHODS: tuple[str, ...] = (*SCHEDULES, *(_GRAM + name for name in SCHEDULES), *_EXACT)
 """Every name that ``method`` may have."""
 
-_DTYPES = {
+DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "float32": torch.float32,
@@ -146,11 +146,11 @@ def resolve_dtype(
 def _dtype(compute_dtype: torch.dtype | str | None) -> torch.dtype | None:
     if compute_dtype is None or compute_dtype == "auto":
         return None
-    if isinstance(compute_dtype, str) and compute_dtype in _DTYPES:
-        return _DTYPES[compute_dtype]
-    if isinstance(compute_dtype, torch.dtype) and compute_dtype in _DTYPES.values():
+    if isinstance(compute_dtype, str) and compute_dtype in DTYPES:
+        return DTYPES[compute_dtype]
+    if isinstance(compute_dtype, torch.dtype) and compute_dtype in DTYPES.values():
         return compute_dtype
-    known = _known(compute_dtype, ("auto", *_DTYPES))
+    known = _known(compute_dtype, ("auto", *DTYPES))
     raise ValueError(f"unknown compute_dtype {compute_dtype!r}{known}")
 
 

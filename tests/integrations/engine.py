@@ -176,6 +176,11 @@ def interrupted(
             for group in engine.basic_optimizer.param_groups
         ],
         "lrs": lrs,
+        "second_moments": sum(  # that ZeRO still keeps of matrices, beside the optimizer
+            "exp_avg_sq" in (getattr(r.parameter, "_hp_mapping", None).optim_fragment or {})
+            for r in engine.basic_optimizer.all_routes
+            if r.kind == "matrix" and getattr(r.parameter, "_hp_mapping", None)
+        ),
         "adam_steps": [
             float(s["step"]) for s in engine.basic_optimizer.state.values() if "exp_avg_sq" in s
         ],

@@ -81,6 +81,7 @@ def test_universal_over_2_4_3_ranks(stages: tuple[int, int, int], tmp_path: Path
         assert [g["kind"] for g in result["groups"]] == ["matrix", "scalar"]
         assert result["groups"][1]["lr_ratio"] == pytest.approx(0.25)
         assert 0 <= result["state_bytes"] - 43200 / 3 <= 100  # no second moment for matrices
+        assert result["second_moments"] == 0
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

@@ -166,6 +166,25 @@ def test_bad_input_is_refused_on_every_rank(case: str) -> None:
     assert all(words in message for message in messages), messages
 
 
+def second_try() -> list[str]:
+    """A misspelt option, mended, with the same model."""
+    model = models.build(odd=False)
+    seen = []
+    for options in ({"momentun": 0.9}, {"momentum": 0.9}):
+        try:
+            engine.engine_for(engine.config(1, 2, options=options), model=model)
+            seen.append("built")
+        except ValueError as caught:
+            seen.append("did you mean" if "did you mean" in str(caught) else str(caught))
+            kept = caught  # as a notebook keeps the last traceback, and with it the engine
+            assert kept is not None
+    return seen
+
+
+def test_a_refused_config_leaves_the_model_usable() -> None:
+    assert harness.run(2, second_try) == [["did you mean", "built"]] * 2
+
+
 def poisoned(stage: int, kind: str) -> str:
     """A good step, and one with a NaN gradient on one rank."""
     configuration = engine.config(stage, 2, **({kind: {"enabled": True}} if kind else {}))
