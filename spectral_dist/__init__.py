@@ -2,10 +2,12 @@
 
 from spectral_dist._version import __version__
 from spectral_dist.groups import param_groups, tag
-from spectral_dist.optimizer import Muon
+from spectral_dist.integrations.fsdp import MeshPlacer
+from spectral_dist.optimizer import SpectralOptimizer
+from spectral_dist.optimizers import ROOT, Muon, PolarGrad
 from spectral_dist.rules.adamw import BACKENDS, Update
 
-__all__ = ["Muon", "__version__", "param_groups", "tag"]
+__all__ = ["ROOT", "Muon", "PolarGrad", "__version__", "param_groups", "tag"]
 
 
 def _apex() -> Update:
@@ -14,5 +16,6 @@ def _apex() -> Update:
     return FusedAdamW()
 
 
-# Here, above all floors, since rules/ may not know integrations/.
+# Here, above all floors, since those below may not know integrations/.
 BACKENDS["apex"] = _apex
+SpectralOptimizer.placer_type = MeshPlacer

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -40,6 +41,77 @@ def doctor(
         table.add_row(row.check, "[green]ok[/]" if row.passed else "[red]FAILED[/]", row.seen)
     console.print(table)
     raise typer.Exit(0 if all(row.passed for row in rows) else 1)
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option(help="The JSON to write, for ROOT's coefficients.")],
+    model: Annotated[
+        Path | None, typer.Option(help="A LlamaConfig JSON: the shapes of its matrices.")
+    ] = None,
+    shape: Annotated[list[str] | None, typer.Option(help="Another shape, as 512x2048.")] = None,
+    spectra: Annotated[
+        list[Path] | None, typer.Option(help="What calibrate.Recorder saved in a training run.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Newton-Schulz steps to fit.")] = 5,
+) -> None:
+    """Fit ROOT's Newton-Schulz coefficients to the shapes of a model's matrices."""
+    from spectral_dist import calibrate as calibration
+
+    try:
+        counts = {calibration.parse_shape(text): 0 for text in shape or []}
+        counts |= _matrix_shapes(model) if model else {}
+        if not counts:
+            raise ValueError("no shape to calibrate; give --model, or --shape 512x2048")
+        captured = calibration.read_spectra(spectra or [])
+        if captured and not set(captured) & set(counts):
+            shapes = ", ".join(calibration.key(s) for s in captured)
+            raise ValueError(f"the spectra are of {shapes}: none of the shapes asked for")
+        heads = ("shape", "no.", "a, b, c", "error", "jordan", "published", "spectra")
+        table = Table(*heads, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits into 80 columns
+        found = {}
+        for size in sorted(counts):
+            fitted = calibration.calibrate(size, captured.get(size), steps)
+            found[size] = fitted
+            table.add_row(
+                calibration.key(size),
+                str(counts[size] or "-"),
+                "{:.4f} {:.4f} {:.4f}".format(*fitted.row),
+                f"{fitted.error:.4f}",
+                f"{fitted.jordan:.4f}",
+                calibration.published_error(size, captured.get(size), steps),
+                str(fitted.spectra or "none"),
+            )
+        calibration.write(out, found, steps)
+    except ValueError as error:
+        Console(stderr=True).print(f"spectral-dist calibrate: {error}", style="red", markup=False)
+        raise typer.Exit(2) from None
+    table.title = f"{out}: relative error to the exact polar factor after {steps} steps"
+    notes = []
+    if not captured:
+        notes.append("random matrices alone: real momentum may fare worse than with jordan;\n"
+                     "--spectra takes what calibrate.Recorder has seen of it")  # fmt: skip
+    if any("*" in str(cell) for cell in table.columns[5].cells):
+        notes.append("* unstable: not to be used")
+    table.caption = "\n".join(notes)
+    Console().print(table)
+
+
+def _matrix_shapes(model: Path) -> dict[tuple[int, int], int]:
+    """How many matrices of each (min, max) a model has. ValueError."""
+    import torch
+
+    from spectral_dist.groups import classify
+    from spectral_dist.launch import llama
+
+    config = llama.load_config(model)
+    with torch.device("meta"):
+        routes = classify(llama.build(config, seed=0))
+    counts: dict[tuple[int, int], int] = {}
+    for matrix in (matrix for route in routes for matrix in route.matrices):
+        size = (min(matrix.shape), max(matrix.shape))
+        counts[size] = counts.get(size, 0) + 1
+    return counts
 
 
 if __name__ == "__main__":

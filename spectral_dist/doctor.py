@@ -21,11 +21,14 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from spectral_dist.polar import polar
+from spectral_dist.polar.reductions import quantile
 from spectral_dist.rules.muon import SCALES
+from spectral_dist.rules.root import shape_key
 from spectral_dist.sharding.layout import Matrix
 
 RANKS = 2
-LENGTH = 32
+LENGTH = 256
+"""Of a row: the gradients need full rank, or their exact polar factor is that of rounding."""
 LR = 0.05
 """Large against bfloat16's rounding of a weight, so that a step can be read off the weights."""
 
@@ -95,15 +98,17 @@ def shrink(model: Any, full: bool = False) -> tuple[Any, str]:
     )
 
 
-def adapted(config: dict[str, Any], accumulation: int | None = None) -> dict[str, Any]:
+def adapted(
+    config: dict[str, Any], lr: float = LR, accumulation: int | None = None
+) -> dict[str, Any]:
     """The user's config with what depends on the job's size set for two ranks and a fixed lr."""
     result = copy.deepcopy(config)
     per_rank = accumulation_of(config)
     result.pop("scheduler", None)
     params = result["optimizer"].setdefault("params", {})
     if params.get("scalar_lr") and params.get("lr"):
-        params["scalar_lr"] *= LR / params["lr"]
-    params["lr"] = LR
+        params["scalar_lr"] *= lr / params["lr"]
+    params["lr"] = lr
     chosen = accumulation or per_rank
     result["gradient_accumulation_steps"] = chosen
     result["train_micro_batch_size_per_gpu"] = per_rank // chosen
@@ -151,19 +156,29 @@ class Examination:
         from transformers import LlamaConfig
 
         self.config, self.model = config, LlamaConfig.from_dict(model)
+        # a step of PolarGrad is as large as the gradient, that of the others is not
+        self.sized = str(config["optimizer"]["type"]).lower() == "spectralpolargrad"
+        self.lr = LR
 
     def run(self) -> list[Row]:
         """All checks. Each engine starts from the same weights and sees the same batch."""
         engine = self.engine(adapted(self.config))
+        gradients = self.gradients(engine)
+        norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+        self.clip(gradients, norm)
+        if self.sized:
+            self.lr = self.visible_lr(engine, gradients)
+            engine.destroy()
+            engine = self.engine(adapted(self.config, self.lr))
         before = whole(engine)
         calls = self.calls(engine)
         self.step(engine)
         calls = self.calls(engine) - calls
         after, momentum = whole(engine), momentum_norm(engine)
         matrices = {m.name: m for r in engine.basic_optimizer.all_routes for m in r.matrices}
-        rows = [self.once(calls, len(matrices)), self.direction(engine, before, after)]
+        rows = [self.once(calls, len(matrices)), self.direction(engine, gradients, before, after)]
         rows.append(self.accumulation(before, after))
-        rows.append(self.clipping(before, after, momentum))
+        rows.append(self.clipping(norm, before, after, momentum))
         rows.append(self.overflow(engine))
         return rows
 
@@ -214,14 +229,41 @@ class Examination:
             f" {accumulation_of(self.config)} micro-batches on {RANKS} ranks",
         )
 
-    def direction(self, engine: Any, before: dict[str, Tensor], after: dict[str, Tensor]) -> Row:
-        """The step's direction against the exact polar factor of an independent gradient."""
+    def gradients(self, engine: Any) -> dict[str, Tensor]:
+        """Of the whole batch, without DeepSpeed."""
         from spectral_dist.launch import llama
 
         plain = llama.build(self.model, 0).to(engine.device, whole_dtype(engine))
         rows = self.batch().to(engine.device)
         plain(input_ids=rows, labels=rows).loss.backward()
-        gradients = {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+        return {n: p.grad for n, p in plain.named_parameters() if p.grad is not None}
+
+    def clip(self, gradients: dict[str, Tensor], norm: float) -> None:
+        """As the config does, in place: it changes the size of PolarGrad's steps."""
+        limit = float(self.config.get("gradient_clipping", 1.0))
+        for gradient in gradients.values():
+            if 0 < limit < norm:
+                gradient.mul_(limit / norm)
+
+    def visible_lr(self, engine: Any, gradients: dict[str, Tensor]) -> float:
+        """For PolarGrad: the lr at which every matrix moves at least as far as with Muon at LR."""
+        options = engine.basic_optimizer.param_groups[0]
+        factors = []
+        for route in engine.basic_optimizer.all_routes:
+            for matrix in route.matrices:
+                step = expected(options, of(matrix, gradients[route.name]))
+                wanted = SCALES["match_rms_adamw"](*matrix.shape) * min(matrix.shape) ** 0.5
+                factors.append(wanted / max(float(step.norm()), 1e-30))
+        return LR * max(factors)
+
+    def direction(
+        self,
+        engine: Any,
+        gradients: dict[str, Tensor],
+        before: dict[str, Tensor],
+        after: dict[str, Tensor],
+    ) -> Row:
+        """The first step against the rule on an independent whole gradient."""
         options = engine.basic_optimizer.param_groups[0]
         worst, lowest, name = 0.0, 1.0, ""
         for route in engine.basic_optimizer.all_routes:
@@ -229,9 +271,8 @@ class Examination:
                 g, w0, w1 = (
                     of(matrix, tensors[route.name]) for tensors in (gradients, before, after)
                 )
-                moved = (1 - LR * options["weight_decay"]) * w0 - w1
-                moved /= LR * SCALES[options["scale"]](*matrix.shape)
-                asked = polar(g, method=options["polar"], steps=options["polar_steps"])
+                moved = ((1 - self.lr * options["weight_decay"]) * w0 - w1) / self.lr
+                asked = expected(options, g)
                 error = float((moved - asked).norm() / asked.norm())
                 if error > worst:
                     worst, name = error, matrix.name
@@ -245,12 +286,12 @@ class Examination:
             "direction = polar factor of the whole gradient",
             worst < limit,
             f"largest error {worst:.1e} ({name}; limit {limit:g}); its cosine to the exact polar"
-            f" factor is {lowest:.3f}, polar={options['polar']}",
+            f" factor is {lowest:.3f}, polar={options.get('polar', 'AdaNewton')}",
         )
 
     def accumulation(self, before: dict[str, Tensor], after: dict[str, Tensor]) -> Row:
         """The same batch in one micro-batch must give the same step."""
-        engine = self.engine(adapted(self.config, accumulation=1))
+        engine = self.engine(adapted(self.config, self.lr, accumulation=1))
         self.step(engine)
         error = relative(whole(engine), after, before)
         limit = 1e-3 if whole_dtype(engine) == torch.float32 else 0.5
@@ -261,21 +302,34 @@ class Examination:
             f"steps differ by {error:.1e} of a step (limit {limit:g})",
         )
 
-    def clipping(self, before: dict[str, Tensor], after: dict[str, Tensor], momentum: float) -> Row:
-        """Clipping must shrink the gradient, not the orthogonalized update."""
-        config = adapted(self.config)
-        config["gradient_clipping"] = 1e-4
+    def clipping(
+        self,
+        norm: float,
+        before: dict[str, Tensor],
+        after: dict[str, Tensor],
+        momentum: float,
+    ) -> Row:
+        """Clipping must act on the gradient: the update shrinks with it under PolarGrad alone."""
+        norm = min(norm, float(self.config.get("gradient_clipping", 1.0)) or norm)
+        factor = 0.1 if self.sized else 1e-4 / norm
+        config = adapted(self.config, self.lr)
+        config["gradient_clipping"] = factor * norm
         engine = self.engine(config)
         self.step(engine)
         clipped, small = whole(engine), momentum_norm(engine)
+        options = engine.basic_optimizer.param_groups[0]
         names = [r.name for r in engine.basic_optimizer.all_routes if r.kind == "matrix"]
         engine.destroy()
-        step = length(after, before, names)
-        ratio = length(clipped, before, names) / step
+        decay = 1 - self.lr * options["weight_decay"]
+        start = {name: decay * before[name] for name in names}
+        ratio = length(clipped, start, names) / length(after, start, names)
+        right = factor if self.sized else 1.0
+        follows = bool(options.get("polar_first")) or small < 0.5 * momentum
         return Row(
             "clipping acts on the gradient",
-            abs(ratio - 1) < 0.02 and small < 0.5 * momentum,
-            f"clipped to 1e-4: update x {ratio:.3f} (right: 1), momentum x {small / momentum:.1e}",
+            abs(ratio / right - 1) < (0.1 if self.sized else 0.02) and follows,
+            f"clipped to {factor:.1e} of its norm: update x {ratio:.3f} (right: {right:g}),"
+            f" momentum x {small / momentum:.1e}",
         )
 
     def overflow(self, engine: Any) -> Row:
@@ -291,6 +345,23 @@ class Examination:
         same = same and all(torch.equal(weights[n], w) for n, w in whole(engine).items())
         engine.destroy()
         return Row("an overflowing step changes nothing", same, how if same else f"{how}, changed")
+
+
+def expected(options: dict[str, Any], g: Tensor) -> Tensor:
+    """What the first step must subtract from a matrix over lr, from its gradient; float64."""
+    shape = (g.shape[-2], g.shape[-1])
+    size = SCALES[options["scale"]](*shape) if "scale" in options else 1.0
+    if "coefficients" in options:  # ROOT
+        limit = quantile(g.abs()[None], options["quantile"])
+        rows = [options["coefficients"][shape_key(shape)]] * options["polar_steps"]
+        return polar(g.clamp(-limit, limit), method=rows).mul_(size)
+    factor = polar(g, method=options["polar"], steps=options["polar_steps"])
+    if "nu_power" in options:  # PolarGrad: momentum is (1 - beta) G, or (1 - beta) U
+        power, keeps = options["nu_power"], 1 - options["momentum"]
+        size = (
+            keeps ** (1 if options["polar_first"] else power) * float((g * factor).sum()) ** power
+        )
+    return factor.mul_(size)
 
 
 def of(matrix: Matrix, parameter: Tensor) -> Tensor:

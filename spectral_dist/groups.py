@@ -38,6 +38,8 @@ class Route:
     kind: str
     reason: str
     matrices: tuple[Matrix, ...] = ()
+    replicas: Any = None
+    """the process group of the DistributedDataParallel that it was found in"""
 
 
 def _kind(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> tuple[str, str]:
@@ -163,7 +165,7 @@ def classify(
         ValueError: a pattern that matches nothing or contradicts another, a split that does not
             fit, FSDP1's flattened parameters, uninitialised parameters, or no matrix at all.
     """
-    model = unwrap(model)
+    model, replicas = unwrap(model)
     if not isinstance(split or {}, Mapping):
         raise ValueError(
             f'split is {split!r}; write pattern and parts, as in {{"qkv": [512, 128, 128]}}'
@@ -210,7 +212,7 @@ def classify(
             found = matrices_of(name, shape, parts)
         elif pattern:
             raise ValueError(f"split: {pattern!r} matches {name}, which is no matrix ({reason})")
-        routes.append(Route(name, parameter, full_shape(parameter), kind, reason, found))
+        routes.append(Route(name, parameter, full_shape(parameter), kind, reason, found, replicas))
     names = [route.name for route in routes if route.kind != "frozen"]
     for patterns in (*forced.values(), splits):
         patterns.check(names)
@@ -218,15 +220,16 @@ def classify(
     return routes
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The user's module inside DistributedDataParallel and torch.compile."""
+def unwrap(model: nn.Module) -> tuple[nn.Module, Any]:
+    """The user's module inside DistributedDataParallel and torch.compile; DDP's process group."""
+    replicas = None
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
+            model, replicas = model.module, model.process_group
         elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
             model = model._orig_mod  # type: ignore[assignment]
         else:
-            return model
+            return model, replicas
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
@@ -265,7 +268,7 @@ def param_groups(
     scalars: Iterable[str] = (),
     split: Mapping[str, Split] | None = None,
 ) -> list[dict[str, Any]]:
-    """Groups for ``spectral_dist.Muon``: the matrices, then the rest. Options as in ``classify``.
+    """Groups for our optimizers: the matrices, then the rest. Options as in ``classify``.
 
     Groups may be given options of their own (``groups[1]["lr"] = 3e-4``) before they are used.
     """

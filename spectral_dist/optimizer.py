@@ -1,58 +1,56 @@
-"""The one step() loop: where a rule on whole matrices meets wherever the matrices live."""
+"""The one step() loop: rules on whole matrices, AdamW on the rest, wherever they live."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from spectral_dist import groups as routing
 from spectral_dist.groups import Route
+from spectral_dist.matrix_step import Handle, MatrixStep, Unit
+from spectral_dist.monitor import Monitor
 from spectral_dist.options import Options, group_options
 from spectral_dist.placement import Placer, WholeParameters
-from spectral_dist.polar import DTYPES, polar, resolve_dtype
+from spectral_dist.polar import DTYPES, resolve_dtype
 from spectral_dist.rules import adamw
-from spectral_dist.rules.muon import Muon as MuonRule
+from spectral_dist.rules.rule import Rule
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group, Meter
-from spectral_dist.sharding.exchange import Exchange, Piece
+from spectral_dist.sharding.exchange import Exchange
 from spectral_dist.sharding.layout import Placement
-from spectral_dist.sharding.plan import Plan, make_plan
+from spectral_dist.sharding.plan import make_plan
 
 
-@dataclass(frozen=True)
-class _Unit:
-    """A placement, and for matrices its plan and exchange."""
-
-    placement: Placement
-    plan: Plan | None = None
-    exchange: Exchange | None = None
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon for matrices and AdamW for the rest, with the same numbers under every layout.
+class SpectralOptimizer(torch.optim.Optimizer):
+    """A rule for matrices and AdamW for the rest, with the same numbers under every layout.
 
     Args:
         params: ``spectral_dist.param_groups(model)``; or parameters, or groups of them, that
             ``spectral_dist.tag(model)`` has tagged.
         lr: learning rate of the matrices, and of the rest unless ``scalar_lr`` is given.
-        process_group: the ranks that hold replicas (DistributedDataParallel): each matrix is then
-            orthogonalized on one of them. None: this process alone.
-        options: see ``spectral_dist.options.Options`` for names and defaults.
+        process_group: the ranks that hold replicas of plain parameters; each matrix is then
+            orthogonalized on one of them. None: those of the DistributedDataParallel that
+            ``param_groups`` was given, or this process alone.
+        options: see ``spectral_dist.options`` for names and defaults.
 
     Attributes:
         polar_calls: matrices this rank has orthogonalized.
+        observers: called with the names and values (k, m, n) of all that is orthogonalized here.
+        monitor: see ``spectral_dist.monitor``.
         meter: calls and bytes of this rank's exchanges; ``comm_bytes`` is their sum.
 
     Raises:
         ValueError: unknown or bad options, frozen or untagged parameters.
     """
+
+    rule: Rule
+    option_type: ClassVar[type[Options]]
+    placer_type: ClassVar[Callable[[Group, bool], Placer]] = WholeParameters
 
     def __init__(
         self,
@@ -62,24 +60,29 @@ class Muon(torch.optim.Optimizer):
         process_group: Group = None,
         **options: Any,
     ) -> None:
-        self.options = Options.from_user({"lr": lr, **options}, type(self).__name__)
-        self.rule = MuonRule()
-        self.placer: Placer = WholeParameters(process_group)
+        self.options = self.option_type.from_user({"lr": lr, **options}, type(self).__name__)
+        self.placer: Placer = type(self).placer_type(process_group, self.options.replicate_momentum)
         self.meter = Meter()
         self.polar_calls = 0
         self.routes: list[list[Route]] = []
-        self._units: dict[object, _Unit] = {}
+        self._units: dict[object, list[Unit]] = {}
         self._warned: set[str] = set()
+        self.observers: list[Callable[[Sequence[str], Tensor], None]] = []
+        self.monitor: Monitor | None = None
         self._scalar_update = adamw.BACKENDS[self.options.scalar_backend]()
         super().__init__(routing.grouped(params), {"lr": self.options.lr})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters; a group of both kinds becomes two."""
         for group in routing.grouped([param_group]):
-            options = group_options(group, self.options)
+            options = self.complete(group_options(group, self.options), group["routes"])
             options["id"] = len(self.routes)
             self.routes.append(group["routes"])
             super().add_param_group({**options, "params": group["params"]})
+
+    def complete(self, options: dict[str, Any], routes: Sequence[Route]) -> dict[str, Any]:
+        """Options of a group that depend on its matrices."""
+        return options
 
     @property
     def comm_bytes(self) -> int:
@@ -91,6 +94,18 @@ class Muon(torch.optim.Optimizer):
         """The route of every parameter in the optimizer."""
         return [route for routes in self.routes for route in routes]
 
+    @property
+    def device(self) -> torch.device:
+        """Where matrices are computed."""
+        units = [unit for group in self.param_groups for unit in self.units(group)]
+        return units[0].placement.device
+
+    def steps_taken(self) -> int:
+        """By the matrices that are there now."""
+        matrices = [p for g in self.param_groups if g["kind"] == "matrix" for p in g["params"]]
+        counts = [self.state[p]["step"] for p in matrices if "step" in self.state.get(p, {})]
+        return int(max(map(float, counts), default=0.0))
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One optimizer step on the gradients that are there. A collective call of the group."""
@@ -100,85 +115,139 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         if not self.placer.prepare(self):
             return loss
-        work = [(g, list(g["params"])) for g in self.param_groups if g["params"]]
-        if all(p.grad is None for _, tensors in work for p in tensors):
+        work = [(group, unit) for group in self.param_groups for unit in self.units(group)]
+        weights = [[group["params"][i] for i in unit.tensors] for group, unit in work]
+        grads = [[self.placer.gradient(p) for p in tensors] for tensors in weights]
+        if all(grad is None for found in grads for grad in found):
             raise ValueError(
                 "no parameter has a gradient; call backward() before step(), and zero_grad() after"
+                " (or was the model wrapped or sharded after param_groups(model)?)"
             )
-        units = [self._unit(group, tensors) for group, tensors in work]
-        for unit, (_, tensors) in zip(units, work, strict=True):  # all, before anything changes
-            self._warn_of_missing(unit, tensors)
-            if self.options.check_finite:
-                self._check_finite(unit, tensors)
-        for unit, (group, tensors) in zip(units, work, strict=True):
-            if group["kind"] == "matrix":
-                self._step_matrices(group, tensors, unit)
-            else:
-                self._step_scalars(group, tensors)
+        if self.monitor:
+            self.monitor.begin(self.steps_taken() + 1)
+        for (_, unit), found in zip(work, grads, strict=True):  # all, before anything changes
+            self._warn_of_missing(unit, found)
+        if self.options.check_finite:
+            self._check_finite([unit for _, unit in work], grads)
+        for (group, unit), tensors, found in zip(work, weights, grads, strict=True):
+            step = self._step_matrices if group["kind"] == "matrix" else self._step_scalars
+            step(group, unit, tensors, found)
+        if self.monitor:
+            self.monitor.write(self.meter)
         return loss
 
-    def _step_scalars(self, group: dict[str, Any], tensors: list[Tensor]) -> None:
-        tensors = [p for p in tensors if p.grad is not None]
-        for p in tensors:
-            if "exp_avg" not in self.state[p]:
-                self.state[p].update(adamw.new_state(p))
-        grads = [p.grad for p in tensors if p.grad is not None]
-        states = [self.state[p] for p in tensors]
-        for state in states:  # a universal checkpoint hands one tensor to several states
-            state["step"] = state["step"].clone()
-        self._scalar_update(group, group["lr"] * group["lr_ratio"], tensors, grads, states)
-
-    def _step_matrices(self, group: dict[str, Any], tensors: list[Tensor], unit: _Unit) -> None:
-        """Accumulate, exchange, direction, exchange, settle: the picture of the house."""
-        exchange, rule = unit.exchange, self.rule
-        assert exchange is not None
-        lr = group["lr"] * group["lr_ratio"]
-        shapes = [layout.matrix.shape for layout in unit.placement.layouts]
-        momenta = [self._momentum(p) for p in tensors]
-        grads = [_like(p.grad, m) for p, m in zip(tensors, momenta, strict=True)]
-        present = {i for i, p in enumerate(tensors) if p.grad is not None}
-        rule.accumulate(group, [momenta[i] for i in present], [grads[i] for i in present])
-        for i in present:
-            self.state[tensors[i]]["step"] = self.state[tensors[i]]["step"] + 1
-        grad_of, momentum_of, weight_of = map(exchange.views, (grads, momenta, tensors))
-
-        def request(pieces: list[Piece]) -> list[Tensor]:
-            return rule.request(
-                group, [momentum_of[p] for p in pieces], [grad_of[p] for p in pieces]
-            )
-
-        def direction(matrices: Tensor) -> Tensor:
-            return rule.direction(matrices, partial(self._polar, group))
-
-        def settle(pieces: list[Piece], directions: list[Tensor]) -> None:
-            kept = [i for i, piece in enumerate(pieces) if piece.tensor in present]
-            rule.settle(
-                group,
-                lr,
-                [weight_of[pieces[i]] for i in kept],
-                [directions[i] for i in kept],
-                [shapes[pieces[i].matrix] for i in kept],
-            )
-
-        exchange.run(request, direction, settle)
-
-    def _polar(self, group: dict[str, Any], matrices: Tensor) -> Tensor:
-        self.polar_calls += matrices.shape[0]
-        return polar(
-            matrices,
-            method=group["polar"],
-            steps=group["polar_steps"],
-            compute_dtype=group["polar_dtype"],
+    def _step_scalars(
+        self,
+        group: dict[str, Any],
+        unit: Unit,
+        tensors: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+    ) -> None:
+        present = [(p, g) for p, g in zip(tensors, grads, strict=True) if g is not None]
+        states = []
+        for p, _ in present:
+            state = self.state[p]
+            state["step"] = state["step"].clone()  # a universal checkpoint shares it among states
+            states.append({name: self.placer.local(value) for name, value in state.items()})
+        self._scalar_update(
+            group,
+            group["lr"] * group["lr_ratio"],
+            [self.placer.local(p) for p, _ in present],
+            [g for _, g in present],
+            states,
         )
 
-    def _momentum(self, p: Tensor) -> Tensor:
+    def _step_matrices(
+        self,
+        group: dict[str, Any],
+        unit: Unit,
+        tensors: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+    ) -> None:
+        assert unit.exchange is not None
+        for p, grad in zip(tensors, grads, strict=True):
+            if grad is not None:
+                self.state[p]["step"] = self.state[p]["step"] + 1
+        weights = [self.placer.local(p) for p in tensors]
+        momenta = [self.placer.local(self.state[p]["exp_avg"]) for p in tensors]
+        watch = self.monitor.watch(unit, group, self.rule) if self.monitor else None
+        handle = Handle(group, unit.names, self.observers, watch)
+        unit.exchange.run(MatrixStep(self.rule, group, unit, weights, grads, momenta, handle))
+        self.polar_calls += handle.polar_calls
+
+    def units(self, group: dict[str, Any]) -> list[Unit]:
+        """The group's parameters by where they live, with their states there from the first call.
+
+        A collective call, the first time.
+        """
+        tensors = list(group["params"])
+        if not tensors:
+            return []
+        self.placer.prepare(self)
+        key = self.placer.key(group, tensors)
+        if key not in self._units:
+            located = self.placer.place(group, self.routes[group["id"]], tensors)
+            self._units[key] = [self._plan(group, *found, tensors) for found in located]
+        for unit in self._units[key]:
+            for index, i in enumerate(unit.tensors):
+                self._ensure_state(group, unit, index, tensors[i])
+        return self._units[key]
+
+    def _plan(
+        self,
+        group: dict[str, Any],
+        placement: Placement,
+        indices: tuple[int, ...],
+        tensors: Sequence[Tensor],
+    ) -> Unit:
+        if group["kind"] == "scalar":
+            return Unit(placement, indices)
+        like = tensors[indices[0]]
+        wide = torch.promote_types(like.dtype, torch.float32)
+        wire = wire_dtype(group, like.dtype, placement.device)
+        numel = max(1, math.floor(self.options.bucket_mb * 2**20 / wire.itemsize))
+        ranks, replicas = map(collectives.size, (placement.group, placement.replicas))
+        plan = make_plan(placement.layouts, ranks, numel, replicas)
+        exchange = Exchange(
+            placement.layouts,
+            plan,
+            group=placement.group,
+            replicas=placement.replicas,
+            device=placement.device,
+            home=torch.empty(0, dtype=wide, device=like.device),
+            wire_dtype=wire,
+            meter=self.meter,
+        )
+        return Unit(placement, indices, plan, exchange)
+
+    def _ensure_state(self, group: dict[str, Any], unit: Unit, index: int, p: Tensor) -> None:
+        """Every parameter has its state from the start, so that all ranks have the same keys."""
         state = self.state[p]
-        if "exp_avg" not in state:
-            dtype = torch.promote_types(p.dtype, torch.float32)
+        if "exp_avg" in state:
+            kept = unit.kept.numel.get(index, 0) if unit.alone else None
+            if kept is not None and state["exp_avg"].numel() != kept:  # loaded whole
+                state["exp_avg"] = unit.kept.pack(index, state["exp_avg"])
+            return
+        if group["kind"] == "scalar":
+            state.update(adamw.new_state(p))
+        else:
             state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(p, dtype=dtype)
-        momentum: Tensor = state["exp_avg"]
-        return momentum
+            state["exp_avg"] = unit.momentum(index, p, self.placer.local(p))
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's.
+
+        Raises:
+            ValueError: momentum is at owners alone (DistributedDataParallel), so that no rank has
+                the whole of it.
+        """
+        if any(unit.alone for units in self._units.values() for unit in units):
+            raise ValueError(
+                "under DistributedDataParallel a matrix's momentum is on its owner alone, so no"
+                " rank's state_dict() is whole. Write spectral_dist.checkpoint.save(folder, model,"
+                " optimizer) on every rank, or build the optimizer with replicate_momentum=True"
+            )
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but states keep the dtype they were saved in, whatever the parameter's."""
@@ -191,55 +260,45 @@ class Muon(torch.optim.Optimizer):
                 if kept is not None and isinstance(value, Tensor) and value.dtype != kept.dtype:
                     self.state[p][name] = value.to(p.device, copy=True)
 
-    def _unit(self, group: dict[str, Any], tensors: list[Tensor]) -> _Unit:
-        key = self.placer.key(group, tensors)
-        unit = self._units.get(key)
-        if unit is None:
-            placement = self.placer.place(group, self.routes[group["id"]], tensors)
-            unit = self._units[key] = self._plan(group, placement, tensors[0])
-        return unit
+    def _check_finite(
+        self, units: Sequence[Unit], grads: Sequence[Sequence[Tensor | None]]
+    ) -> None:
+        """Raise on every rank that shares parameters with one that has a bad gradient."""
+        by_ranks: dict[tuple[Any, ...], list[int]] = {}
+        for i, unit in enumerate(units):
+            where = unit.placement
+            key = (id(where.group), id(where.replicas), where.device)
+            by_ranks.setdefault(key, []).append(i)
+        for indices in by_ranks.values():
+            where = units[indices[0]].placement
+            found = [g for i in indices for g in grads[i] if g is not None and g.numel()]
+            bad = torch.zeros((), dtype=torch.bool, device=where.device)
+            if found:
+                bad = (~torch.isfinite(torch.stack(_extremes(found))).all()).to(where.device)
+            if not collectives.any_rank(bad, (where.group, where.replicas), self.meter):
+                continue
+            mine = []
+            for i in indices:
+                for name, index, start, numel in units[i].placement.spans:
+                    grad = grads[i][index]
+                    if grad is None:
+                        continue
+                    if not grad.reshape(-1)[start : start + numel].isfinite().all():
+                        mine.append(name)
+            texts = [", ".join(mine)]
+            for group in (where.group, where.replicas):
+                texts = collectives.gather_texts(", ".join(texts), group)
+            names = list(dict.fromkeys(n for text in texts for n in text.split(", ") if n))
+            shown = ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
+            raise ValueError(
+                f"the gradient of {shown} is NaN or infinite, and was not applied. Look for the"
+                " cause (lr, data, fp16 without loss scaling); check_finite=False turns this check"
+                " off"
+            )
 
-    def _plan(self, group: dict[str, Any], placement: Placement, like: Tensor) -> _Unit:
-        if group["kind"] == "scalar":
-            return _Unit(placement)
-        wire = wire_dtype(group, like.dtype, placement.device)
-        numel = max(1, math.floor(self.options.bucket_mb * 2**20 / wire.itemsize))
-        plan = make_plan(placement.layouts, collectives.size(placement.group), numel)
-        exchange = Exchange(
-            placement.layouts,
-            plan,
-            group=placement.group,
-            device=placement.device,
-            home=self._momentum(like),
-            wire_dtype=wire,
-            meter=self.meter,
-        )
-        return _Unit(placement, plan, exchange)
-
-    def _check_finite(self, unit: _Unit, tensors: list[Tensor]) -> None:
-        grads = [p.grad for p in tensors if p.grad is not None and p.numel()]
-        device = unit.placement.device
-        bad = torch.zeros((), dtype=torch.bool, device=device)
-        if grads:
-            bad = (~torch.isfinite(torch.stack(_extremes(grads))).all()).to(device)
-        if not collectives.any_rank(bad, unit.placement.group, self.meter):
-            return
-        mine = []
-        for name, index, start, numel in unit.placement.spans:
-            grad = tensors[index].grad
-            if grad is not None and not grad.reshape(-1)[start : start + numel].isfinite().all():
-                mine.append(name)
-        texts = collectives.gather_texts(", ".join(mine), unit.placement.group)
-        names = list(dict.fromkeys(name for text in texts for name in text.split(", ") if name))
-        shown = ", ".join(names[:5]) + f" and {len(names) - 5} more" * (len(names) > 5)
-        raise ValueError(
-            f"the gradient of {shown} is NaN or infinite, and was not applied. Look for the"
-            " cause (lr, data, fp16 without loss scaling); check_finite=False turns this check off"
-        )
-
-    def _warn_of_missing(self, unit: _Unit, tensors: list[Tensor]) -> None:
+    def _warn_of_missing(self, unit: Unit, grads: Sequence[Tensor | None]) -> None:
         for name, index, _, _ in unit.placement.spans:
-            if tensors[index].grad is None and name not in self._warned:
+            if grads[index] is None and name not in self._warned:
                 self._warned.add(name)
                 warnings.warn(
                     f"{name} has no gradient, so it is left as it is in this step", stacklevel=3
@@ -253,11 +312,6 @@ def _extremes(grads: list[Tensor]) -> list[Tensor]:
     return list(torch._foreach_norm(grads, ord=math.inf))
 
 
-def _like(value: Tensor | None, momentum: Tensor) -> Tensor:
-    """``value`` in the momentum's dtype, on its device; zeros for a missing gradient."""
-    return torch.zeros_like(momentum) if value is None else value.to(momentum).contiguous()
-
-
 def wire_dtype(group: dict[str, Any], dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which a group's matrices travel: bfloat16 if their polar factor is computed so.
 
@@ -265,5 +319,6 @@ def wire_dtype(group: dict[str, Any], dtype: torch.dtype, device: torch.device) 
     """
     if group["wire_dtype"] is not None:
         return DTYPES[group["wire_dtype"]]
-    computed = resolve_dtype(group["polar"], group["polar_dtype"], dtype, device)
+    method = group.get("polar", "jordan")  # AdaNewton is computed as jordan is
+    computed = resolve_dtype(method, group["polar_dtype"], dtype, device)
     return computed if computed == torch.bfloat16 else torch.promote_types(dtype, torch.float32)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn, Self
 
 from spectral_dist import polar
 from spectral_dist.polar import DTYPES
@@ -35,14 +36,11 @@ def suggest(word: str, words: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Options:
-    """Options of the Muon optimizer; every integration takes these names, with these defaults."""
+    """What every optimizer takes; every integration takes these names, with these defaults."""
 
     lr: float = 1e-3
     momentum: float = 0.95
-    nesterov: bool = True
     weight_decay: float = 0.1
-    scale: str = "match_rms_adamw"
-    polar: str = "jordan"
     polar_steps: int | None = None
     polar_dtype: str = "auto"
     wire_dtype: str | None = None
@@ -54,9 +52,10 @@ class Options:
     scalar_backend: str = "torch"
     check_finite: bool = True
     bucket_mb: float = 64.0
+    replicate_momentum: bool = False
 
     @classmethod
-    def from_user(cls, given: Mapping[str, Any], where: str = "Muon") -> Options:
+    def from_user(cls, given: Mapping[str, Any], where: str = "Muon") -> Self:
         """Options from keywords or JSON, checked; unknown names and bad values are ValueErrors."""
         known = {f.name for f in fields(cls)}
         for name in given:
@@ -77,22 +76,22 @@ class Options:
                 f"{where}: betas is {values['betas']!r}; write two numbers, as in [0.9, 0.95]"
             ) from None
         options = cls(**values)
-        options._check(where)
+        options.check(where)
         return options
 
-    def _check(self, where: str) -> None:
-        def fail(name: str, what: str) -> None:
-            raise ValueError(f"{where}: {name} is {getattr(self, name)!r}; {what}")
+    def numbers(self) -> dict[str, tuple[float, float]]:
+        """The options that are numbers, and their bounds: at least the first, below the second."""
+        names = ("lr", "weight_decay", "scalar_lr", "scalar_weight_decay", "eps", "bucket_mb")
+        return {**dict.fromkeys(names, (0.0, math.inf)), "momentum": (0.0, 1.0)}
 
-        for name, low, high in (
-            ("lr", 0.0, math.inf),
-            ("weight_decay", 0.0, math.inf),
-            ("scalar_lr", 0.0, math.inf),
-            ("scalar_weight_decay", 0.0, math.inf),
-            ("momentum", 0.0, 1.0),
-            ("eps", 0.0, math.inf),
-            ("bucket_mb", 0.0, math.inf),
-        ):
+    def fail(self, where: str, name: str, what: str) -> NoReturn:
+        """Raise the ValueError that a bad option gets."""
+        raise ValueError(f"{where}: {name} is {getattr(self, name)!r}; {what}")
+
+    def check(self, where: str) -> None:
+        """ValueError for the first bad value; subclasses add their own."""
+        fail = partial(self.fail, where)
+        for name, (low, high) in self.numbers().items():
             value = getattr(self, name)
             if value is None and name.startswith("scalar_"):
                 continue
@@ -105,20 +104,12 @@ class Options:
             isinstance(b, int | float) and 0 <= b < 1 for b in self.betas
         ):
             fail("betas", "write two numbers in [0, 1), as in [0.9, 0.95]")
-        for name in ("scale", "strategy", "scalar_backend", "polar", "polar_dtype"):
-            if not isinstance(getattr(self, name), str):
-                fail(name, "it must be a name")
-        for name in ("nesterov", "check_finite"):
-            if not isinstance(getattr(self, name), bool):
-                fail(name, "it must be true or false")
-        if self.scale not in SCALES:
-            alias = SCALE_ALIASES.get(str(self.scale))
-            meant = (
-                f"here that is {alias!r}"
-                if alias
-                else f"unknown scale{suggest(str(self.scale), SCALES)}"
-            )
-            fail("scale", meant)
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type == "str" and not isinstance(value, str):
+                fail(field.name, "it must be a name")
+            if field.type == "bool" and not isinstance(value, bool):
+                fail(field.name, "it must be true or false")
         if self.strategy not in ("auto", "owner"):
             fail("strategy", "this release has 'owner' (one rank gets the whole matrix) and 'auto'")
         if self.scalar_backend not in BACKENDS:
@@ -131,26 +122,11 @@ class Options:
             )
         if self.polar_dtype not in ("auto", *DTYPES):
             fail("polar_dtype", f"unknown dtype{suggest(str(self.polar_dtype), ('auto', *DTYPES))}")
-        try:
-            polar.check(self.polar, self.polar_steps, self.polar_dtype)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
 
     def matrix_group(self) -> dict[str, Any]:
         """What a parameter group of matrices carries; plain values, so that checkpoints can."""
-        return {
-            "kind": "matrix",
-            "lr": self.lr,
-            "lr_ratio": 1.0,
-            "momentum": self.momentum,
-            "nesterov": self.nesterov,
-            "weight_decay": self.weight_decay,
-            "scale": self.scale,
-            "polar": self.polar,
-            "polar_steps": self.polar_steps,
-            "polar_dtype": self.polar_dtype,
-            "wire_dtype": self.wire_dtype,
-        }
+        own = {f.name: getattr(self, f.name) for f in fields(self) if applies(f.name, "matrix")}
+        return {"kind": "matrix", "lr_ratio": 1.0, **own}
 
     def scalar_group(self) -> dict[str, Any]:
         """What a parameter group on AdamW carries."""
@@ -173,18 +149,92 @@ class Options:
         return lr / self.lr
 
 
+@dataclass(frozen=True)
+class PolarOptions(Options):
+    """Of the optimizers whose polar factor can be chosen."""
+
+    polar: str | Sequence[Sequence[float]] = "jordan"
+
+    def check(self, where: str) -> None:
+        """Also the polar method, with its steps and dtype."""
+        super().check(where)
+        try:
+            polar.check(self.polar, self.polar_steps, self.polar_dtype)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+
+@dataclass(frozen=True)
+class _ScaledOptions(Options):
+    nesterov: bool = True
+    scale: str = "match_rms_adamw"
+
+    def check(self, where: str) -> None:
+        """Also the scale."""
+        super().check(where)
+        if self.scale not in SCALES:
+            alias = SCALE_ALIASES.get(self.scale)
+            meant = f"here that is {alias!r}" if alias else "unknown scale"
+            self.fail(where, "scale", meant + suggest(self.scale, SCALES) * (alias is None))
+
+
+@dataclass(frozen=True)
+class MuonOptions(_ScaledOptions, PolarOptions):
+    """Muon's options."""
+
+
+@dataclass(frozen=True)
+class PolarGradOptions(PolarOptions):
+    """PolarGrad's options."""
+
+    polar: str | Sequence[Sequence[float]] = "qdwh"
+    polar_first: bool = False
+    nu_power: float = 1.0
+
+    def numbers(self) -> dict[str, tuple[float, float]]:
+        """Also nu_power."""
+        return {**super().numbers(), "nu_power": (0.0, math.inf)}
+
+
+@dataclass(frozen=True)
+class ROOTOptions(_ScaledOptions):
+    """ROOT's options. ``coefficients``: 'published', 'jordan' or a file of `calibrate`'s."""
+
+    polar_steps: int = 5
+    quantile: float = 0.9
+    coefficients: str = "published"
+    adapt_every: int = 0
+
+    def check(self, where: str) -> None:
+        """Also quantile and whole numbers."""
+        super().check(where)
+        if isinstance(self.quantile, bool) or not 0 < self.quantile <= 1:
+            self.fail(where, "quantile", "it must be above 0 and at most 1, which clamps nothing")
+        for name, least in (("polar_steps", 1), ("adapt_every", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                self.fail(where, name, f"it must be a whole number, at least {least}")
+
+
 FRAMEWORK_KEYS = {
     *("name", "initial_lr", "swa_lr", "param_names", "is_expert_group", "moe", "lr_mult"),
     *("max_lr", "min_lr", "base_momentum", "max_momentum", "last_batch_iteration"),
 }
 """Keys that schedulers and frameworks keep in parameter groups for themselves."""
-OPTION_NAMES = frozenset(f.name for f in fields(Options))
+OPTION_NAMES = frozenset(
+    f.name for cls in (MuonOptions, PolarGradOptions, ROOTOptions) for f in fields(cls)
+)
+_SCALAR_ONLY = ("scalar_lr", "scalar_weight_decay", "betas", "eps")
+_WHOLE = ("strategy", "scalar_backend", "check_finite", "bucket_mb", "replicate_momentum",
+          "adapt_every")  # fmt: skip
+"""Of the optimizer, not of a group."""
 
 
 def applies(name: str, kind: str) -> bool:
-    """Whether a parameter group of this kind has the option."""
-    groups = {"matrix": Options().matrix_group(), "scalar": Options().scalar_group()}
-    return name in groups[kind]
+    """Whether a parameter group of this kind can have the option."""
+    if kind == "scalar":
+        return name in ("lr", "weight_decay", "betas", "eps")
+    return name in OPTION_NAMES and name not in (*_SCALAR_ONLY, *_WHOLE)
 
 
 def group_options(group: Mapping[str, Any], base: Options) -> dict[str, Any]:
@@ -208,13 +258,13 @@ def group_options(group: Mapping[str, Any], base: Options) -> dict[str, Any]:
                 f"a parameter group has a key {name!r}, which is no option here and has no effect",
                 stacklevel=3,
             )
-    Options.from_user({k: v for k, v in own.items() if k in OPTION_NAMES}, "a parameter group")
+    type(base).from_user({k: v for k, v in own.items() if k in OPTION_NAMES}, "a parameter group")
     lr = own.pop("lr", None)
     if lr is not None:
         full["lr_ratio"] = base.ratio(lr, "a group's lr")
     if "betas" in own:
         own["betas"] = tuple(own["betas"])
     full.update(own)
-    if kind == "matrix":
+    if kind == "matrix" and "polar" in full:
         polar.check(full["polar"], full["polar_steps"], full["polar_dtype"])
     return full

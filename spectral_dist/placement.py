@@ -13,6 +13,9 @@ from spectral_dist.groups import Route
 from spectral_dist.sharding.collectives import Group
 from spectral_dist.sharding.layout import Cut, Placement, lay
 
+Located = tuple[Placement, tuple[int, ...]]
+"""A placement, and which of the group's tensors it is of; its layouts count those from 0."""
+
 
 class Placer(Protocol):
     """How a framework tells the core where the parameters of a group live."""
@@ -25,15 +28,28 @@ class Placer(Protocol):
 
     def place(
         self, group: dict[str, Any], routes: Sequence[Route], tensors: Sequence[Tensor]
-    ) -> Placement:
+    ) -> list[Located]:
         """Where the parameters of ``routes`` live, given the group's current tensors."""
+
+    def everyone(self) -> list[Group]:
+        """Groups that span the ranks which train the model together, one after the other."""
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """What this rank stores of a parameter or state: a plain tensor on the same memory."""
+
+    def gradient(self, tensor: Tensor) -> Tensor | None:
+        """The part of a parameter's gradient that belongs to ``local(tensor)``."""
 
 
 class WholeParameters:
-    """The default placer: every rank of ``group`` has every parameter, as one process or DDP."""
+    """Every rank of ``group`` has every parameter, as one process or DDP.
 
-    def __init__(self, group: Group = None) -> None:
-        self.group = group
+    ``everywhere``: whether every rank is to keep all momentum, and not the matrix's owner alone.
+    """
+
+    def __init__(self, group: Group = None, everywhere: bool = False) -> None:
+        self.group, self.everywhere = group, everywhere
+        self._wrapped: Group = None
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> bool:
         """Nothing to do."""
@@ -45,7 +61,7 @@ class WholeParameters:
 
     def place(
         self, group: dict[str, Any], routes: Sequence[Route], tensors: Sequence[Tensor]
-    ) -> Placement:
+    ) -> list[Located]:
         """One run per parameter."""
         for route, tensor in zip_longest(routes, tensors):
             now = None if tensor is None else tuple(tensor.shape)
@@ -58,10 +74,35 @@ class WholeParameters:
                 )
         layouts = []
         for index, (route, tensor) in enumerate(zip(routes, tensors, strict=True)):
-            if not tensor.is_contiguous():
-                raise ValueError(f"{route.name} is not contiguous; call .contiguous() on it first")
+            check_contiguous(route, tensor)
             cut = Cut((0, tensor.numel()))
-            layouts += [lay(m, cut, tensor=index, replicated=True) for m in route.matrices]
+            layouts += [lay(m, cut, tensor=index) for m in route.matrices]
         pairs = enumerate(zip(routes, tensors, strict=True))
         spans = tuple((r.name, i, 0, t.numel()) for i, (r, t) in pairs)
-        return Placement(tuple(layouts), self.group, tensors[0].device, spans)
+        placement = Placement(
+            tuple(layouts), None, tensors[0].device, spans, self._replicas(routes), self.everywhere
+        )
+        return [(placement, tuple(range(len(tensors))))]
+
+    def _replicas(self, routes: Sequence[Route]) -> Group:
+        """The ranks that hold replicas: what the user said, or the model's DDP wrapper."""
+        self._wrapped = routes[0].replicas
+        return self._wrapped if self.group is None else self.group
+
+    def everyone(self) -> list[Group]:
+        """The replicas."""
+        return [self._wrapped if self.group is None else self.group]
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """The tensor itself."""
+        return tensor
+
+    def gradient(self, tensor: Tensor) -> Tensor | None:
+        """Its ``grad``."""
+        return tensor.grad
+
+
+def check_contiguous(route: Route, local: Tensor) -> None:
+    """ValueError if the parameter's elements do not lie in row-major order."""
+    if not local.is_contiguous():
+        raise ValueError(f"{route.name} is not contiguous; call .contiguous() on it first")

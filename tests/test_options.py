@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 
 import pytest
 import torch
 from torch import nn
 
 import spectral_dist
-from spectral_dist.options import Options
+from spectral_dist.options import MuonOptions, Options, PolarGradOptions, ROOTOptions
+
+ALL = (MuonOptions, PolarGradOptions, ROOTOptions)
+OF_ALL = {f.name for f in fields(Options)}
 
 
-def refuses(match, where="Muon", **given):
+def refuses(match, where="Muon", kind=None, **given):
+    """By every optimizer that has the options, or by one."""
+    known = [cls for cls in ALL if given.keys() <= {f.name for f in fields(cls)}] or [MuonOptions]
+    for cls in [kind] if kind else known:
+        _refuses(cls, match, where, given)
+
+
+def _refuses(cls, match, where, given):
     with pytest.raises(ValueError, match=match) as error:
-        Options.from_user(given, where)
+        cls.from_user(given, where)
     assert str(error.value).startswith(f"{where}: ")
 
 
@@ -24,13 +35,52 @@ def model():
 
 
 def test_defaults():
-    options = Options.from_user({})
-    assert options == Options(
+    options = MuonOptions.from_user({})
+    assert options == MuonOptions(
         lr=1e-3, momentum=0.95, nesterov=True, weight_decay=0.1, scale="match_rms_adamw",
         polar="jordan", polar_steps=None, polar_dtype="auto", wire_dtype=None, strategy="auto",
         scalar_lr=None, scalar_weight_decay=None, betas=(0.9, 0.95), eps=1e-8,
-        scalar_backend="torch", check_finite=True, bucket_mb=64.0,
+        scalar_backend="torch", check_finite=True, bucket_mb=64.0, replicate_momentum=False,
     )  # fmt: skip
+
+
+def test_defaults_of_the_other_optimizers():
+    """What they share has one default; the rest is their papers'."""
+    shared = {name: getattr(MuonOptions(), name) for name in OF_ALL}
+    assert PolarGradOptions.from_user({}) == PolarGradOptions(
+        **shared, polar="qdwh", polar_first=False, nu_power=1.0
+    )
+    assert ROOTOptions.from_user({}) == ROOTOptions(
+        **{**shared, "polar_steps": 5}, nesterov=True, scale="match_rms_adamw", quantile=0.9,
+        coefficients="published", adapt_every=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("cls", "name"),
+    [(MuonOptions, "quantile"), (MuonOptions, "polar_first"), (MuonOptions, "nu_power"),
+     (PolarGradOptions, "nesterov"), (PolarGradOptions, "scale"), (PolarGradOptions, "adapt_every"),
+     (ROOTOptions, "polar"), (ROOTOptions, "polar_first")],
+)  # fmt: skip
+def test_options_of_another_optimizer_are_unknown(cls, name):
+    refuses(f"unknown option '{name}'.* Known: ", kind=cls, **{name: 1})
+
+
+@pytest.mark.parametrize("value", ["1", True, None, -1, float("nan"), [1.0]])
+def test_bad_nu_power(value):
+    refuses("nu_power is ", nu_power=value)
+
+
+@pytest.mark.parametrize("value", ["0.9", True, 0, 1.01, -0.5, float("nan")])
+def test_bad_quantile(value):
+    with pytest.raises((ValueError, TypeError)):
+        ROOTOptions.from_user({"quantile": value})
+    assert ROOTOptions.from_user({"quantile": 1}).quantile == 1
+
+
+@pytest.mark.parametrize("value", [-1, 2.0, "3", True, None])
+def test_bad_adapt_every(value):
+    refuses("adapt_every is .*whole number", adapt_every=value)
 
 
 def test_json_values():
@@ -38,9 +88,10 @@ def test_json_values():
         "polar": "polar_express", "polar_steps": 8, "polar_dtype": "bfloat16",
         "wire_dtype": "bfloat16", "strategy": "owner", "scalar_lr": 1e-3,
         "scalar_weight_decay": null, "betas": [0.9, 0.999], "eps": 1e-10,
-        "scalar_backend": "torch", "check_finite": false, "bucket_mb": 16}"""
+        "scalar_backend": "torch", "check_finite": false, "bucket_mb": 16,
+        "replicate_momentum": true}"""
     given = json.loads(text)
-    options = Options.from_user(given)
+    options = MuonOptions.from_user(given)
     assert options.betas == (0.9, 0.999)
     for name, value in given.items():
         if name != "betas":
@@ -99,7 +150,7 @@ def test_numbers_that_may_not_be_missing(name):
 
 def test_zero():
     for name in set(NUMBERS) - {"bucket_mb"}:
-        assert getattr(Options.from_user({name: 0}), name) == 0
+        assert getattr(MuonOptions.from_user({name: 0}), name) == 0
     refuses("bucket_mb is 0; it must be above 0", bucket_mb=0)
 
 
@@ -116,7 +167,7 @@ def test_bad_betas(value):
     refuses(r"betas is .*in \[0\.9, 0\.95\]", betas=value)
 
 
-@pytest.mark.parametrize("name", ["nesterov", "check_finite"])
+@pytest.mark.parametrize("name", ["nesterov", "check_finite", "replicate_momentum", "polar_first"])
 @pytest.mark.parametrize("value", ["true", 1, 0, None, [], 0.5])
 def test_bad_switches(name, value):
     refuses(f"{name} is .*true or false", **{name: value})
@@ -158,10 +209,10 @@ def test_strategies_of_later_releases(value):
     refuses(f"strategy is '{value}'; this release has 'owner'", strategy=value)
 
 
-@pytest.mark.parametrize("method", ["svd", "eigh"])
+@pytest.mark.parametrize("method", ["svd", "eigh", "qdwh", "zolo"])
 def test_steps_of_an_exact_method(method):
     refuses(f"steps=5 would have no effect.*'{method}' is exact", polar=method, polar_steps=5)
-    assert Options.from_user({"polar": method}).polar_steps is None
+    assert MuonOptions.from_user({"polar": method}).polar_steps is None
 
 
 @pytest.mark.parametrize("value", [0, -1, 5.0, "5", True, [5]])
@@ -214,6 +265,7 @@ def test_keys_of_frameworks_stay(name):
 @pytest.mark.parametrize(
     ("which", "name", "value"),
     [(0, "betas", (0.8, 0.9)), (0, "eps", 1e-6), (1, "momentum", 0.9), (1, "scale", "none"),
+     (0, "replicate_momentum", True), (0, "strategy", "owner"),
      (0, "check_finite", False), (1, "bucket_mb", 1.0), (1, "scalar_lr", 0.1)],
 )  # fmt: skip
 def test_option_that_a_group_of_this_kind_does_not_have(which, name, value):

@@ -25,30 +25,32 @@ from spectral_dist.integrations.deepspeed.checkpoint import keep_checkpoints
 from spectral_dist.integrations.deepspeed.config import refuse, refuse_type
 from spectral_dist.integrations.deepspeed.fp16 import scale_loss_at_stage0
 from spectral_dist.integrations.deepspeed.placement import ZeroPlacer
-from spectral_dist.optimizer import Muon
-from spectral_dist.options import ROUTING, Options
-from spectral_dist.placement import WholeParameters
+from spectral_dist.optimizer import SpectralOptimizer
+from spectral_dist.optimizers import ROOT, Muon, PolarGrad
+from spectral_dist.options import ROUTING
 
 _building: ContextVar[DeepSpeedEngine | None] = ContextVar("engine being built", default=None)
 _engines: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DeepSpeedEngine]]
 _engines = weakref.WeakKeyDictionary()
 
 
-class SpectralMuon(Muon):
-    """``spectral_dist.Muon`` as DeepSpeed's JSON builds it: from parameters and plain options.
+class _FromJSON(SpectralOptimizer):
+    """An optimizer as DeepSpeed's JSON builds it: from parameters and plain options.
 
-    Takes ``matrices``, ``scalars`` and ``split`` of ``param_groups`` beside Muon's options.
+    Takes ``matrices``, ``scalars`` and ``split`` of ``param_groups`` beside the optimizer's own.
     """
 
     def __init__(self, params: Iterable[Any], **options: Any) -> None:
         engine = _building.get()
         given = {name: options.pop(name) for name in ROUTING if name in options}
         if engine is None:
+            name = type(self).__name__
             raise ValueError(
-                "SpectralMuon is the optimizer that DeepSpeed builds from its JSON; in code, write"
-                " spectral_dist.Muon(spectral_dist.param_groups(model), ...)"
+                f"{name} is the optimizer that DeepSpeed builds from its JSON; in code, write"
+                f" spectral_dist.{name.removeprefix('Spectral')}(spectral_dist.param_groups(model),"
+                " ...)"
             )
-        Options.from_user(options, type(self).__name__)  # before the table: errors stand out
+        self.option_type.from_user(options, type(self).__name__)  # before the table: it stands out
         routes = routing.classify(engine.module, **given)
         routing.show(routes)
         super().__init__(routing.grouped(_trainable(params), routes), **options)
@@ -66,10 +68,22 @@ def _trainable(params: Iterable[Any]) -> list[Any]:
     return kept
 
 
-TYPES = {"SpectralMuon": SpectralMuon}
+class SpectralMuon(_FromJSON, Muon):
+    """``spectral_dist.Muon`` named in a DeepSpeed JSON."""
 
 
-def _claim(engine: DeepSpeedEngine, client: Muon | None) -> None:
+class SpectralPolarGrad(_FromJSON, PolarGrad):
+    """``spectral_dist.PolarGrad`` named in a DeepSpeed JSON."""
+
+
+class SpectralROOT(_FromJSON, ROOT):
+    """``spectral_dist.ROOT`` named in a DeepSpeed JSON."""
+
+
+TYPES = {cls.__name__: cls for cls in (SpectralMuon, SpectralPolarGrad, SpectralROOT)}
+
+
+def _claim(engine: DeepSpeedEngine, client: SpectralOptimizer | None) -> None:
     """One engine a model and an optimizer: a second would flatten parameters already flattened."""
     module = engine.module
     other = _engines.get(module)
@@ -90,13 +104,14 @@ def _configure(
 ) -> None:
     if client is not None and not isinstance(client, torch.optim.Optimizer) and callable(client):
         client = client(parameters)  # as DeepSpeed would, to see what it makes
-    if not isinstance(client, Muon) and (
+    if not isinstance(client, SpectralOptimizer) and (
         client is not None or engine.optimizer_name() not in TYPES
     ):
         original(engine, client, parameters)
         return
     refuse(engine)
     _claim(engine, client)
+    before = client.placer if client is not None else None
     if client is not None:
         client.placer = ZeroPlacer(engine)
     token = _building.set(engine)
@@ -104,8 +119,8 @@ def _configure(
         original(engine, client, parameters)
     except BaseException:
         del _engines[engine.module]  # so that a second try with a mended config is not refused
-        if client is not None:
-            client.placer = WholeParameters()
+        if client is not None and before is not None:
+            client.placer = before
         raise
     finally:
         _building.reset(token)
@@ -138,7 +153,7 @@ def _install() -> None:
     DeepSpeedEngine._is_supported_optimizer = is_supported
     for name, cls in TYPES.items():
         setattr(torch.optim, name, cls)
-    ZERO_SUPPORTED_OPTIMIZERS.extend([Muon, *TYPES.values()])
+    ZERO_SUPPORTED_OPTIMIZERS.extend([Muon, PolarGrad, ROOT, *TYPES.values()])
 
 
 _install()

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from spectral_dist.optimizer import Muon
+from spectral_dist.optimizer import SpectralOptimizer
 
 
-def keep_checkpoints(optimizer: Muon) -> None:
+def keep_checkpoints(optimizer: SpectralOptimizer) -> None:
     """The converter to universal checkpoints reads exp_avg_sq of every state: give it zeros.
 
     They have stride 0, so they cost no memory and no bytes on disk, and are dropped on load.

@@ -11,11 +11,11 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from spectral_dist.groups import Route
-from spectral_dist.placement import WholeParameters
+from spectral_dist.placement import Located, WholeParameters
 from spectral_dist.sharding.layout import Cut, Placement, lay
 
 
-class ZeroPlacer:
+class ZeroPlacer(WholeParameters):
     """Every ZeRO stage's layout.
 
     - stage 0: every rank has every parameter (in float32 copies when the model is 16-bit).
@@ -26,7 +26,8 @@ class ZeroPlacer:
     """
 
     def __init__(self, engine: Any) -> None:
-        self.engine = engine
+        # everywhere: DeepSpeed saves rank 0's state only at stage 0, without a collective
+        super().__init__(engine.seq_data_parallel_group, everywhere=True)
         self.ready = False
         """False while the engine is being built: FP16_UnfusedOptimizer then calls step() once."""
         self._options: list[dict[str, Any]] = []
@@ -57,15 +58,15 @@ class ZeroPlacer:
 
     def place(
         self, group: dict[str, Any], routes: Sequence[Route], tensors: Sequence[Tensor]
-    ) -> Placement:
+    ) -> list[Located]:
         """The layouts of the group's (or stage 3's sub-group's) matrices."""
         device = torch.device(get_accelerator().current_device_name())
         if hasattr(tensors[0], "ds_id"):
-            return _place_stage3(routes, tensors[0], device)
-        world = self.engine.seq_data_parallel_group
+            return [(_place_stage3(routes, tensors[0], device), (0,))]
         if [tuple(t.shape) for t in tensors] == [route.shape for route in routes]:
-            return WholeParameters(world).place(group, routes, tensors)
-        return _place_flat(routes, tensors[0], world, device)
+            return super().place(group, routes, tensors)
+        assert self.group is not None
+        return [(_place_flat(routes, tensors[0], self.group, device), (0,))]
 
 
 def _place_flat(

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from spectral_dist.polar import exact, newton_schulz
+from spectral_dist.polar.qdwh import by_qdwh
 from spectral_dist.polar.scaling import unit_frobenius
-from spectral_dist.polar.schedules import SCHEDULES, rows
+from spectral_dist.polar.schedules import SCHEDULES, Row, rows
+from spectral_dist.polar.stability import check_rows
+from spectral_dist.polar.zolo import by_zolo
 
-__all__ = ["DTYPES", "METHODS", "check", "polar", "resolve_dtype"]
+__all__ = ["DTYPES", "METHODS", "Method", "check", "polar", "resolve_dtype"]
 
 _GRAM = "gram_"
-_EXACT = ("svd", "eigh")
+_CONVERGED = {
+    "qdwh": (torch.float32, torch.float64),
+    "zolo": (torch.float64,),
+    "svd": (torch.float32, torch.float64),
+    "eigh": (torch.float64,),
+}
+"""Methods that end at the polar factor itself, and the dtypes in which they compute."""
 
-METHODS: tuple[str, ...] = (*SCHEDULES, *(_GRAM + name for name in SCHEDULES), *_EXACT)
+METHODS: tuple[str, ...] = (*SCHEDULES, *(_GRAM + name for name in SCHEDULES), *_CONVERGED)
 """Every name that ``method`` may have."""
+
+Method = str | Sequence[Sequence[float]]
+"""A name out of ``METHODS``, or a schedule of one's own: the (a, b, c) of every step."""
+
+_HALF = (torch.float16, torch.bfloat16)
+_HALF_MARGIN = 1e-3
+"""What every named schedule that works in half precision bears, and ``cans`` does not."""
 
 DTYPES = {
     "float16": torch.float16,
@@ -32,7 +50,7 @@ DTYPES = {
 def polar(
     x: Tensor,
     *,
-    method: str = "jordan",
+    method: Method = "jordan",
     steps: int | None = None,
     compute_dtype: torch.dtype | str | None = None,
 ) -> Tensor:
@@ -41,16 +59,20 @@ def polar(
     x: (..., m, n), any floating dtype and device, untouched. The result is new and contiguous, with
     the shape, dtype and device of x; not differentiable. It does not depend on the scale of x, and
     zero gives zero. On CPUs it is bitwise that of each matrix alone. A matrix with NaN or infinity
-    in it comes out of Newton-Schulz as NaN; svd and eigh raise torch.linalg.LinAlgError.
+    in it comes out as NaN, except that svd and eigh raise torch.linalg.LinAlgError.
 
     method: a Newton-Schulz schedule (``jordan``, ``quintic``, ``cans``, ``cubic5``, ``deepseekv4``,
     ``polar_express``); the same polynomial iterated on the Gram matrix of the short side
-    (``gram_*``: fewer FLOPs, so only for matrices at least 1.5 times as long as wide); ``svd`` or
-    ``eigh`` (a partial isometry if rank is missing). steps: of a schedule; None is its own number.
-    compute_dtype: see ``resolve_dtype``. ValueError: any of these wrong or without effect.
+    (``gram_*``: fewer FLOPs, so only for matrices at least 1.5 times as long as wide); ``qdwh`` or
+    ``zolo`` (rational iterations that converge); ``svd`` or ``eigh`` (a partial isometry if rank is
+    missing); or rows [[a, b, c], ...] of X <- a X + (b A + c A^2) X, A = X X^T, from ||X||_F = 1,
+    which must be stable. steps: of a schedule; None is its own number, and past the end the last of
+    one's own rows repeats. compute_dtype: see ``resolve_dtype``. ValueError: any of these wrong or
+    without effect.
 
     Muon: Keller Jordan 2024, kellerjordan.github.io/posts/muon; CANS: arXiv 2506.10935; Polar
-    Express: arXiv 2505.16932; Gram form: tridao.me/blog/2026/gram-newton-schulz.
+    Express: arXiv 2505.16932; Gram form: tridao.me/blog/2026/gram-newton-schulz; the others: see
+    their modules.
     """
     check(method, steps, compute_dtype)
     if x.ndim < 2:
@@ -71,12 +93,18 @@ def polar(
     return out.reshape(x.shape)
 
 
-def _factor(x: Tensor, method: str, steps: int | None, dtype: torch.dtype) -> Tensor:
+def _factor(x: Tensor, method: Method, steps: int | None, dtype: torch.dtype) -> Tensor:
     """The polar factors of x (k, m, n), in ``dtype``."""
+    if not isinstance(method, str):
+        return newton_schulz.standard(unit_frobenius(x, dtype, 1.0), _own_rows(method, steps))
     if method == "svd":
         return exact.by_svd(x, dtype)
     if method == "eigh":
         return exact.by_eigh(x)
+    if method == "qdwh":
+        return by_qdwh(x, dtype)
+    if method == "zolo":
+        return by_zolo(x)
     name = method.removeprefix(_GRAM)
     short, long = sorted(x.shape[-2:])
     # near-square the Gram form multiplies more: measured 1.2 x the time at 384 x 384, .8 at x 1024
@@ -86,27 +114,30 @@ def _factor(x: Tensor, method: str, steps: int | None, dtype: torch.dtype) -> Te
 
 
 def check(
-    method: str, steps: int | None = None, compute_dtype: torch.dtype | str | None = None
+    method: Method, steps: int | None = None, compute_dtype: torch.dtype | str | None = None
 ) -> None:
     """ValueError if ``polar`` would refuse these options, whatever the matrix."""
+    if isinstance(method, Sequence) and not isinstance(method, str):
+        own = _own_rows(method, steps)
+        half = _dtype(compute_dtype)
+        if half in _HALF and not _bears_half(own):
+            raise ValueError(
+                f"this schedule does not work in {_name(half)}: it diverges on what that rounds by;"
+                " write float32 or float64, or coefficients that stay lower"
+            )
+        return
     if method not in METHODS:
-        raise ValueError(f"unknown polar method {method!r}{_known(method, METHODS)}")
+        raise ValueError(
+            f"unknown polar method {method!r}{_known(method, METHODS)} Or a schedule of your own,"
+            " [[a, b, c], ...]."
+        )
     dtype = _dtype(compute_dtype)
-    if method in _EXACT:
-        if steps is not None:
-            raise ValueError(
-                f"steps={steps!r} would have no effect: polar method {method!r} is exact"
-            )
-        if method == "eigh" and dtype not in (None, torch.float64):
-            raise ValueError(f"polar method 'eigh' computes in float64, not in {_name(dtype)}")
-        if method == "svd" and dtype not in (None, torch.float32, torch.float64):
-            raise ValueError(
-                f"polar method 'svd' computes in float32 or float64, not in {_name(dtype)}"
-            )
+    if method in _CONVERGED:
+        _check_converged(method, steps, dtype)
         return
     name = method.removeprefix(_GRAM)
     rows(name, steps)
-    if not SCHEDULES[name].half and dtype in (torch.float16, torch.bfloat16):
+    if not SCHEDULES[name].half and dtype in _HALF:
         raise ValueError(
             f"polar method {method!r} does not work in {_name(dtype)}: its polynomials diverge on "
             "what that rounds by; write float32 or float64, or take 'polar_express'"
@@ -119,8 +150,50 @@ def check(
         )
 
 
+def _check_converged(method: str, steps: int | None, dtype: torch.dtype | None) -> None:
+    if steps is not None:
+        why = "is exact" if method in ("svd", "eigh") else "takes the steps that it converges in"
+        raise ValueError(f"steps={steps!r} would have no effect: polar method {method!r} {why}")
+    if dtype is not None and dtype not in _CONVERGED[method]:
+        able = " or ".join(map(_name, _CONVERGED[method]))
+        raise ValueError(
+            f"polar method {method!r} computes in {able}, not in {_name(dtype)}; write"
+            f" {_name(_CONVERGED[method][0])!r}, or 'auto'"
+        )
+
+
+def _own_rows(table: Sequence[Sequence[float]], steps: int | None) -> tuple[Row, ...]:
+    """The (a, b, c) of each step of a schedule that a user wrote; ValueError as ``check_rows``."""
+    try:
+        own = _stable(tuple(map(tuple, table)))
+    except TypeError:  # a row that is a number, or has a list in it: not hashable
+        own = _stable.__wrapped__(table)
+    if steps is None:
+        return own
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps is {steps!r}; it must be a whole number, at least 1")
+    return (*own[:steps], *own[-1:] * (steps - len(own)))
+
+
+@lru_cache(maxsize=256)
+def _stable(table: Sequence[Sequence[float]]) -> tuple[Row, ...]:
+    """The rows, found stable; remembered, because every step of an optimizer asks."""
+    check_rows(cast(Sequence[Row], table))
+    return tuple((float(a), float(b), float(c)) for a, b, c in table)
+
+
+@lru_cache(maxsize=256)
+def _bears_half(own: tuple[Row, ...]) -> bool:
+    """Whether a stable schedule stays stable under the rounding of half precision."""
+    try:
+        check_rows(own, margin=_HALF_MARGIN)
+    except ValueError:
+        return False
+    return True
+
+
 def resolve_dtype(
-    method: str,
+    method: Method,
     compute_dtype: torch.dtype | str | None,
     x_dtype: torch.dtype,
     device: torch.device,
@@ -128,17 +201,21 @@ def resolve_dtype(
     """The dtype in which ``polar`` multiplies; it normalises in float32 or float64 before.
 
     compute_dtype: float16, bfloat16, float32 or float64, as a name or a torch.dtype. None and
-    "auto": float64 for svd and eigh and wherever x is float64; else float32 on CPUs and for
-    ``gram_*`` and ``cans``, bfloat16 on other devices. ``check`` says which method refuses which
-    dtype: eigh is float64 only, svd float32 or float64, ``gram_*`` never bfloat16, ``cans`` and
-    ``gram_cans`` neither bfloat16 nor float16.
+    "auto": float64 for svd, eigh and zolo and wherever x is float64; else float32 on CPUs and for
+    qdwh, ``gram_*``, ``cans`` and rows like them, bfloat16 on other devices. ``check`` says which
+    method refuses which dtype: eigh and zolo are float64 only, svd and qdwh float32 or float64,
+    ``gram_*`` never bfloat16, ``cans`` and ``gram_cans`` neither bfloat16 nor float16.
     """
     dtype = _dtype(compute_dtype)
     if dtype is not None:
         return dtype
-    if method in _EXACT or x_dtype == torch.float64:
+    if method in ("svd", "eigh", "zolo") or x_dtype == torch.float64:
         return torch.float64
-    if device.type == "cpu" or method.startswith(_GRAM) or not SCHEDULES[method].half:
+    if device.type == "cpu" or method == "qdwh":
+        return torch.float32
+    if not isinstance(method, str):
+        return torch.bfloat16 if _bears_half(_own_rows(method, None)) else torch.float32
+    if method.startswith(_GRAM) or not SCHEDULES[method].half:
         return torch.float32
     return torch.bfloat16
 

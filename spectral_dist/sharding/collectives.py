@@ -90,14 +90,21 @@ def all_gather(sent: Tensor, group: Group, meter: Meter) -> Pending:
     return Pending(received, work, sent)
 
 
-def any_rank(flag: Tensor, group: Group, meter: Meter) -> bool:
-    """Whether the 0-d bool tensor is true on any rank. Waits for the device."""
+def any_rank(flag: Tensor, groups: Sequence[Group], meter: Meter) -> bool:
+    """Whether the 0-d bool tensor is true on any rank of all groups. Waits for the device."""
+    number = flag.to(torch.float32)
+    for group in groups:
+        if size(group) > 1:
+            meter.count("all_reduce", number.element_size())
+            dist.all_reduce(number, op=dist.ReduceOp.MAX, group=group)
+    return bool(number.item())
+
+
+def sum_ranks(values: Tensor, group: Group, meter: Meter) -> None:
+    """Add up everyone's ``values``, in place."""
     if size(group) > 1:
-        number = flag.to(torch.float32)
-        meter.count("all_reduce", number.element_size())
-        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=group)
-        return bool(number.item())
-    return bool(flag.item())
+        meter.count("all_reduce", values.numel() * values.element_size())
+        dist.all_reduce(values, group=group)
 
 
 def gather_texts(text: str, group: Group) -> list[str]:
@@ -107,6 +114,16 @@ def gather_texts(text: str, group: Group) -> list[str]:
         return [text]
     dist.all_gather_object(texts, text, group=group)
     return texts
+
+
+def all_equal(values: Tensor, group: Group) -> list[bool]:
+    """For each element of the 1-D tensor, whether it is the same on all ranks. Once, not a step."""
+    everyone = values.new_empty(size(group) * len(values))
+    if size(group) == 1:
+        return [True] * len(values)
+    _all_gather(everyone, values, group=group)
+    rows = everyone.view(size(group), len(values))
+    return [bool(same) for same in (rows == rows[0]).all(0).tolist()]
 
 
 def assert_same(lines: Sequence[str], group: Group, device: torch.device) -> None:

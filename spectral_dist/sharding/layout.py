@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 
@@ -31,22 +34,39 @@ class Matrix:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A sequence of elements that consecutive ranks store in consecutive runs.
+    """A sequence of elements that its members store in consecutive runs.
 
-    Rank r stores [bounds[r], bounds[r + 1]); runs may differ in length and may be empty.
+    Member i stores [bounds[i], bounds[i + 1]) and is rank ``members[i]`` (rank i if members is
+    None); runs may differ in length and may be empty.
     """
 
     bounds: Sequence[int]
+    members: Sequence[int] | None = None
 
     @classmethod
     def even(cls, chunk: int, ranks: int) -> Cut:
         """Every rank stores ``chunk`` elements. A range: no memory per rank."""
         return cls(range(0, (ranks + 1) * chunk, chunk))
 
-    def holders(self, start: int, stop: int) -> range:
+    def holders(self, start: int, stop: int) -> Sequence[int]:
         """Ranks whose run meets [start, stop). With empty runs inside, some may hold nothing."""
         first = bisect_right(self.bounds, start) - 1
-        return range(first, bisect_left(self.bounds, stop))
+        last = bisect_left(self.bounds, stop)
+        return range(first, last) if self.members is None else self.members[first:last]
+
+    def run(self, rank: int) -> tuple[int, int]:
+        """[begin, end) of the rank's run; empty if it is no member."""
+        if self.members is None:
+            return self.bounds[rank], self.bounds[rank + 1]
+        if rank not in self.members:
+            return 0, 0
+        i = self.members.index(rank)
+        return self.bounds[i], self.bounds[i + 1]
+
+    def describe(self) -> str:
+        """The same on all ranks exactly when the cut is; short whatever the number of ranks."""
+        text = f"{_compact(self.bounds)} of {_compact(self.members)}"
+        return text if len(text) < 200 else hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,30 +91,26 @@ class Tile:
         """Elements of the tile."""
         return self.rows * self.cols
 
-    def holders(self) -> range:
+    def holders(self) -> Sequence[int]:
         """Ranks that store a part of it."""
         return self.cut.holders(self.offset, self.offset + self.numel)
 
     def run(self, rank: int) -> tuple[int, int]:
         """(where it begins in the rank's tensor, its length) of the rank's run, length >= 0."""
-        begin = max(self.offset, self.cut.bounds[rank])
-        end = min(self.offset + self.numel, self.cut.bounds[rank + 1])
-        return self.base + begin - self.cut.bounds[rank], max(0, end - begin)
+        first, last = self.cut.run(rank)
+        begin, end = max(self.offset, first), min(self.offset + self.numel, last)
+        return self.base + begin - first, max(0, end - begin)
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """For one matrix, every rank's shard; equal on all ranks.
-
-    ``replicated``: every rank of the group stores all of it, and the tiles' cut has one run.
-    """
+    """For one matrix, every rank's shard; equal on all ranks of the group."""
 
     matrix: Matrix
     tiles: tuple[Tile, ...]
-    replicated: bool = False
 
     def holders(self) -> Sequence[int]:
-        """Ranks that store a part of the matrix, ascending. Not for replicated layouts."""
+        """Ranks that store a part of the matrix, ascending."""
         if len(self.tiles) == 1:
             tile = self.tiles[0]
             return [r for r in tile.holders() if tile.run(r)[1]]
@@ -111,46 +127,88 @@ class Layout:
 
     def describe(self) -> str:
         """One line that is the same on all ranks exactly when the layout is."""
-        tiles = [
-            (t.row, t.col, t.rows, t.cols, t.offset, tuple_or_range(t.cut)) for t in self.tiles
-        ]
-        return f"{self.matrix.name} {self.matrix.shape} replicated={self.replicated} {tiles}"
+        tiles = [(t.row, t.col, t.rows, t.cols, t.offset, t.cut.describe()) for t in self.tiles]
+        return f"{self.matrix.name} {self.matrix.shape} {tiles}"
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the parameters of one ``step`` call live.
+    """Where parameters of one ``step`` call live.
 
-    ``spans`` are this rank's (parameter name, tensor number, first element, elements), to name a
-    parameter in an error.
+    group: the ranks among which the layouts' matrices are cut; None if each is whole.
+    replicas: the ranks that store the same shards as this one; None if no other does. Each replica
+        has its own ``group``, and all of them have the same layouts.
+    device: where matrices are computed and collectives run.
+    spans: this rank's (parameter name, tensor number, first element, elements), to name a parameter
+        in an error.
+    everywhere: whether every replica keeps the momentum, and not only the one of the owner.
     """
 
     layouts: tuple[Layout, ...]
     group: Group
     device: torch.device
     spans: tuple[tuple[str, int, int, int], ...]
+    replicas: Group = None
+    everywhere: bool = False
 
 
-def tuple_or_range(cut: Cut) -> str:
-    """The cut's bounds as text: short for an even cut whatever the number of ranks."""
-    return str(cut.bounds if isinstance(cut.bounds, range) else tuple(cut.bounds))
-
-
-def lay(
-    matrix: Matrix,
-    cut: Cut,
-    *,
-    offset: int = 0,
-    base: int = 0,
-    tensor: int = 0,
-    replicated: bool = False,
-) -> Layout:
-    """The layout of a matrix whose whole parameter begins at ``offset`` of the cut's sequence.
-
-    A replicated parameter is a cut of one run: [0, elements of the parameter).
-    """
+def lay(matrix: Matrix, cut: Cut, *, offset: int = 0, base: int = 0, tensor: int = 0) -> Layout:
+    """The layout of a matrix whose whole parameter begins at ``offset`` of the cut's sequence."""
     tiles, row = [], 0
     for start, rows in matrix.blocks:
         tiles.append(Tile(row, 0, rows, matrix.shape[1], cut, offset + start, base, tensor))
         row += rows
-    return Layout(matrix, tuple(tiles), replicated)
+    return Layout(matrix, tuple(tiles))
+
+
+Box: TypeAlias = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+"""What a rank stores of a (stack, rows, columns) parameter: [begin, end) of each."""
+
+
+def lay_boxes(
+    matrix: Matrix, stack: int, boxes: tuple[Box, ...], rank: int, tensor: int = 0
+) -> Layout:
+    """The layout of a matrix whose parameter each rank stores one box of.
+
+    ``stack``: elements of each matrix of the parameter's stack (all of them for a 2-D parameter).
+    ``boxes``: by rank; together they are the parameter, without overlap. ``rank``: this one.
+    """
+    n, tiles, row = matrix.shape[1], [], 0
+    (layer, layers), (top, bottom), _ = boxes[rank]
+    for start, rows in matrix.blocks:
+        number, first = start // stack, start % stack // n
+        for left, right, cut in _strips(boxes, number):
+            width = right - left
+            before = (number - layer) * (bottom - top) * width if layer <= number < layers else 0
+            tiles.append(Tile(row, left, rows, width, cut, first * width, before, tensor))
+        row += rows
+    return Layout(matrix, tuple(tiles))
+
+
+@lru_cache(maxsize=4096)
+def _strips(boxes: tuple[Box, ...], number: int) -> tuple[tuple[int, int, Cut], ...]:
+    """(first column, last, how its rows are cut) of each strip of matrix ``number`` of a stack."""
+    strips: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+    for rank, (layers, rows, columns) in enumerate(boxes):
+        if layers[0] <= number < layers[1] and rows[0] < rows[1] and columns[0] < columns[1]:
+            strips.setdefault(columns, []).append((*rows, rank))
+    found = []
+    for (left, right), runs in sorted(strips.items()):
+        runs.sort()
+        bounds = [*(top * (right - left) for top, _, _ in runs), runs[-1][1] * (right - left)]
+        found.append((left, right, Cut(_ranged(bounds), _ranged([r for _, _, r in runs]))))
+    return tuple(found)
+
+
+def _ranged(numbers: Sequence[int]) -> Sequence[int]:
+    """The numbers as a range if they are one: constant memory, and a fast ``index``."""
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    if step:
+        as_range = range(numbers[0], numbers[0] + len(numbers) * step, step)
+        if list(as_range) == list(numbers):
+            return as_range
+    return tuple(numbers)
+
+
+def _compact(numbers: Sequence[int] | None) -> str:
+    return str(numbers if numbers is None or isinstance(numbers, range) else tuple(numbers))

@@ -15,12 +15,15 @@ class Bucket:
 
     matrices: dict[int, list[int]]
     moves: bool
-    """Whether any rank has to send anything for it (the same answer on every rank)."""
+    """Whether any is cut among several ranks (the same answer on every rank)."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The owner of each layout's matrix, and the buckets in the order in which they are worked."""
+    """The owner of each layout's matrix, and the buckets in the order in which they are worked.
+
+    Owners and loads count ranks replica by replica: rank r of replica k is k * ranks + r.
+    """
 
     owners: tuple[int, ...]
     buckets: tuple[Bucket, ...]
@@ -40,47 +43,40 @@ def cost(shape: tuple[int, int]) -> float:
 
 
 def choose_owners(
-    layouts: Sequence[Layout], ranks: int
+    layouts: Sequence[Layout], ranks: int, replicas: int = 1
 ) -> tuple[list[int], list[bool], list[float]]:
     """Owner, whether the matrix must move, and the resulting loads, by longest processing time.
 
-    Matrices that one rank holds whole stay with it; the others go, costliest first, to the least
-    loaded of the ranks that hold a part (of two with equal loads, to the one that holds more).
+    Matrices that one rank holds whole stay with it (in one of its replicas); the others go,
+    costliest first, to the least loaded rank: of those that hold a part if they are few (of two
+    with equal loads, to the one that holds more), of all if not.
     """
-    owners, moves, loads = [-1] * len(layouts), [False] * len(layouts), [0.0] * ranks
+    owners, moves = [-1] * len(layouts), [False] * len(layouts)
+    loads = [0.0] * (ranks * replicas)
     open_: list[tuple[float, int, Sequence[int]]] = []
     for i, layout in enumerate(layouts):
-        if ranks == 1:
-            owners[i] = 0
-        elif layout.replicated:
-            open_.append((-cost(layout.matrix.shape), i, range(ranks)))
-            continue
-        elif len(holders := layout.holders()) == 1:
-            owners[i] = holders[0]
-        else:
-            moves[i] = True
+        holders = layout.holders() if ranks > 1 else (0,)
+        moves[i] = len(holders) > 1
+        if replicas > 1 or moves[i]:
             open_.append((-cost(layout.matrix.shape), i, holders))
-            continue
-        loads[owners[i]] += cost(layout.matrix.shape)
+        else:
+            owners[i] = holders[0]
+            loads[owners[i]] += cost(layout.matrix.shape)
     heap = [(load, r) for r, load in enumerate(loads)]
     heapq.heapify(heap)
-    for negative, i, candidates in sorted(open_, key=lambda item: item[:2]):
-        if len(candidates) == ranks and _alike(layouts[i]):
+    for negative, i, holders in sorted(open_, key=lambda item: item[:2]):
+        if ranks == 1 or len(holders) > max(2, ranks // 2):
             while heap[0][0] != loads[heap[0][1]]:  # an entry that a later load has outdated
                 heapq.heappop(heap)
             owner = heap[0][1]
         else:
-            share = {r: sum(t.run(r)[1] for t in layouts[i].tiles) for r in candidates}
-            owner = min(candidates, key=lambda r: (loads[r], -share[r], r))
+            share = {r: sum(t.run(r)[1] for t in layouts[i].tiles) for r in holders}
+            candidates = [k * ranks + r for k in range(replicas) for r in holders]
+            owner = min(candidates, key=lambda r: (loads[r], -share[r % ranks], r))
         owners[i] = owner
         loads[owner] -= negative
         heapq.heappush(heap, (loads[owner], owner))
     return owners, moves, loads
-
-
-def _alike(layout: Layout) -> bool:
-    """Whether the ranks' shares are equal, but for the last ones': then no tie needs breaking."""
-    return layout.replicated or all(isinstance(t.cut.bounds, range) for t in layout.tiles)
 
 
 def chunks(
@@ -107,21 +103,22 @@ def chunks(
         yield {owner: runs[k] for owner, runs in sorted(queues.items()) if k < len(runs)}
 
 
-def make_plan(layouts: Sequence[Layout], ranks: int, bucket_numel: int) -> Plan:
+def make_plan(
+    layouts: Sequence[Layout],
+    ranks: int,
+    bucket_numel: int,
+    replicas: int = 1,
+) -> Plan:
     """Owners and buckets. A bucket holds at most ``bucket_numel`` elements (or one matrix) a rank.
 
-    Buckets that move come after the first one that does not, so that their first exchange is in
-    flight while that one is computed.
+    ``ranks`` are those of one replica. Buckets that move come after the first one that does not,
+    so that their first exchange is in flight while that one is computed.
     """
-    owners, moves, loads = choose_owners(layouts, ranks)
-    if ranks > 1 and len({layout.replicated for layout in layouts}) > 1:
-        raise ValueError("replicated and sharded matrices need an exchange each, not one for both")
-    replicated = bool(layouts) and layouts[0].replicated and ranks > 1
-    # directions of replicated matrices are gathered on every rank: share the bound among owners
-    limit = max(1, bucket_numel // ranks) if replicated else bucket_numel
+    owners, moves, loads = choose_owners(layouts, ranks, replicas)
+    # every replica gets the directions of all of them: share the bound among replicas
+    limit = max(1, bucket_numel // replicas)
     still = [i for i, m in enumerate(moves) if not m]
     moving = [i for i, m in enumerate(moves) if m]
-    at_rest = [Bucket(c, replicated) for c in chunks(layouts, still, owners, limit)]
+    at_rest = [Bucket(c, False) for c in chunks(layouts, still, owners, limit)]
     in_motion = [Bucket(c, True) for c in chunks(layouts, moving, owners, limit)]
-    buckets = (*at_rest[:1], *in_motion, *at_rest[1:])
-    return Plan(tuple(owners), buckets, tuple(loads))
+    return Plan(tuple(owners), (*at_rest[:1], *in_motion, *at_rest[1:]), tuple(loads))

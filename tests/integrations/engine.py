@@ -124,7 +124,8 @@ def train(
         "wrapper": type(engine.optimizer).__name__,
         "owners": {
             layout.matrix.name: owner
-            for unit in base._units.values()
+            for units in base._units.values()
+            for unit in units
             if unit.plan
             for layout, owner in zip(unit.placement.layouts, unit.plan.owners, strict=True)
         },

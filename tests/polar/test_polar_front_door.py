@@ -1,9 +1,14 @@
 """Options, dtypes, shapes and error texts of polar()."""
 
+import json
+import math
+
 import pytest
 import torch
 
-from spectral_dist.polar import METHODS, check, polar, resolve_dtype
+import spectral_dist.polar as door
+from spectral_dist.polar import METHODS, check, newton_schulz, polar, resolve_dtype
+from spectral_dist.polar.scaling import unit_frobenius
 from tests.reference import polar as reference
 
 CPU, OTHER = torch.device("cpu"), torch.device("meta")
@@ -17,7 +22,9 @@ def refuses(match, x=X, **options):
 
 def test_methods():
     assert sorted(METHODS) == sorted(
-        reference.NAMES + ["gram_" + name for name in reference.NAMES] + ["svd", "eigh"]
+        reference.NAMES
+        + ["gram_" + name for name in reference.NAMES]
+        + ["qdwh", "zolo", "svd", "eigh"]
     )
 
 
@@ -38,12 +45,9 @@ def test_unknown_method_names_the_nearest_and_the_list(wrong, right):
         check(wrong)
 
 
-@pytest.mark.parametrize("method", ["qdwh", "zolo", None, 3])
-def test_methods_of_later_releases_are_unknown(method):
-    with pytest.raises(ValueError, match=r"unknown polar method .*\. Known: jordan") as error:
-        polar(X, method=method)
-    assert str(error.value).count("qdwh") == (method == "qdwh")
-    assert str(error.value).count("zolo") == (method == "zolo")
+@pytest.mark.parametrize("method", [None, 3, "", {1.5: 2}, {"a"}])
+def test_what_is_neither_a_name_nor_a_schedule(method):
+    refuses(r"unknown polar method .*\. Known: jordan.*Or a schedule of your own", method=method)
 
 
 @pytest.mark.parametrize("steps", [0, -3, 2.5, "5", True, False])
@@ -62,6 +66,17 @@ def test_cubic5_is_five_steps(method):
 def test_steps_of_an_exact_method_would_be_ignored(method):
     refuses(
         f"steps=5 would have no effect: polar method '{method}' is exact", method=method, steps=5
+    )
+
+
+@pytest.mark.parametrize("method", ["qdwh", "zolo"])
+@pytest.mark.parametrize("steps", [1, 2, 0, "5"])
+def test_steps_of_a_method_that_converges_would_be_ignored(method, steps):
+    refuses(
+        f"steps={steps!r} would have no effect: polar method '{method}' takes the steps that it"
+        " converges in",
+        method=method,
+        steps=steps,
     )
 
 
@@ -85,6 +100,14 @@ def test_exact_methods_refuse_what_they_would_not_compute_in():
         name = str(dtype).removeprefix("torch.")
         refuses(f"'svd' computes in float32 or float64, not in {name}",
                 method="svd", compute_dtype=dtype)  # fmt: skip
+        refuses(f"'qdwh' computes in float32 or float64, not in {name}; write 'float32', or 'auto'",
+                method="qdwh", compute_dtype=dtype)  # fmt: skip
+    for name in ("float32", "float16", "bfloat16"):
+        refuses(f"'zolo' computes in float64, not in {name}; write 'float64', or 'auto'",
+                method="zolo", compute_dtype=name)  # fmt: skip
+    for name in ("float32", "float64"):
+        polar(X, method="qdwh", compute_dtype=name)
+    polar(X, method="zolo", compute_dtype=torch.float64)
     polar(X, method="eigh", compute_dtype="float64")
     polar(X, method="svd", compute_dtype=torch.float32)
 
@@ -138,6 +161,15 @@ def test_empty_is_checked_all_the_same():
         ("polar_express", torch.bfloat16, OTHER, torch.bfloat16),
         ("svd", torch.bfloat16, OTHER, torch.float64),
         ("eigh", torch.float32, CPU, torch.float64),
+        ("qdwh", torch.bfloat16, CPU, torch.float32),
+        ("qdwh", torch.float16, OTHER, torch.float32),
+        ("qdwh", torch.float32, OTHER, torch.float32),
+        ("qdwh", torch.float64, OTHER, torch.float64),
+        ("zolo", torch.bfloat16, OTHER, torch.float64),
+        ("zolo", torch.float32, CPU, torch.float64),
+        ([[2, -1.5, 0.5]], torch.bfloat16, CPU, torch.float32),
+        ([[2, -1.5, 0.5]], torch.bfloat16, OTHER, torch.bfloat16),
+        ([[2, -1.5, 0.5]], torch.float64, OTHER, torch.float64),
     ],
 )
 def test_automatic_dtype(auto, method, x, device, expected):
@@ -186,3 +218,104 @@ def test_autocast_changes_nothing(method):
     expected = polar(x, method=method, compute_dtype=compute_dtype)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(polar(x, method=method, compute_dtype=compute_dtype), expected)
+
+
+# Schedules of one's own
+
+JORDAN = [[3.4445, -4.7750, 2.0315]] * 5
+TWO = [[3.4445, -4.7750, 2.0315], [2, -1.5, 0.5]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("compute_dtype", [None, "float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (3, 6, 7)])
+def test_the_rows_of_a_name_are_the_name(dtype, compute_dtype, shape):
+    x = reference.gaussian(*shape).to(dtype)
+    named = polar(x, method="jordan", compute_dtype=compute_dtype)
+    own = polar(x, method=JORDAN, compute_dtype=compute_dtype)
+    assert torch.equal(own, named)
+    assert own.dtype == dtype
+
+
+def test_lists_tuples_json_and_whole_numbers_are_one():
+    u = polar(X, method=TWO)
+    for same in (tuple(map(tuple, TWO)), [tuple(row) for row in TWO], json.loads(json.dumps(TWO)),
+                 [TWO[0], [2.0, -1.5, 0.5]]):  # fmt: skip
+        assert torch.equal(polar(X, method=same), u)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 7])
+def test_steps_past_the_end_repeat_the_last_row(steps):
+    rows = [TWO[min(step, 1)] for step in range(steps)]
+    assert torch.equal(polar(X, method=TWO, steps=steps), _own_reference(rows))
+
+
+def test_all_rows_are_the_default_and_in_order():
+    assert torch.equal(polar(X, method=TWO), _own_reference(TWO))
+
+
+def _own_reference(rows):
+    """Bitwise: the very loop, on X over its Frobenius norm."""
+    start = unit_frobenius(X[None], torch.float64, 1.0)
+    u = newton_schulz.standard(start, [tuple(row) for row in rows])[0]
+    s = torch.linalg.svdvals(X)
+    s = s / s.norm()
+    for a, b, c in rows:
+        s = a * s + b * s**3 + c * s**5
+    torch.testing.assert_close(
+        torch.linalg.svdvals(u), s.sort(descending=True).values, rtol=0, atol=1e-12
+    )
+    return u
+
+
+@pytest.mark.parametrize("steps", [0, -3, 2.5, "5", True])
+def test_steps_of_ones_own_schedule(steps):
+    refuses("it must be a whole number, at least 1", method=TWO, steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("method", "match"),
+    [
+        ([], "at least one"),
+        ([1.0, 2.0, 3.0], "row 1"),
+        ([[1.0, 2.0]], "row 1"),
+        ([TWO[0], [2, -1.5, 0.5, 0.1]], "row 2"),
+        ([TWO[0], [2, -1.5, "x"]], "row 2"),
+        ([TWO[0], [2, -1.5, [0.5]]], "row 2"),
+        ([TWO[0], [2, -1.5, math.nan]], "row 2"),
+        ([TWO[0], None], "row 2"),
+        (["jordan"], "row 1"),
+        ([[9.0, -1.0, 1.0]] * 5, "unstable: step "),
+        ([TWO[0], [4.0, 1.0, 1.0]], "unstable: step 2"),
+    ],
+)
+def test_schedules_that_are_refused(method, match):
+    for _ in range(2):
+        refuses(match, method=method)
+        with pytest.raises(ValueError, match=match):
+            check(method)
+
+
+def test_the_check_runs_once_and_not_at_every_step(monkeypatch):
+    calls = []
+    monkeypatch.setattr(door, "check_rows", calls.append)
+    door._stable.cache_clear()
+    for _ in range(3):
+        polar(X, method=[[2, -1.5, 0.5]], steps=4)
+        check([(2, -1.5, 0.5)])
+    assert calls == [((2, -1.5, 0.5),)]
+    door._stable.cache_clear()
+
+
+def test_unknown_dtype_with_ones_own_schedule():
+    refuses("unknown compute_dtype", method=TWO, compute_dtype="bf16")
+    with pytest.raises(ValueError, match="unknown compute_dtype"):
+        check(TWO, None, "bf16")
+
+
+def test_zero_and_scale_with_ones_own_schedule():
+    assert not polar(torch.zeros(4, 6), method=TWO).any()
+    for scale in (1e-8, 1e8):
+        torch.testing.assert_close(
+            polar(X * scale, method=TWO), polar(X, method=TWO), rtol=0, atol=1e-13
+        )

@@ -100,7 +100,9 @@ def test_scale_where_numbers_are_subnormal_or_squares_vanish(method, dtype, scal
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("method", [m for m in SCHEDULES if "cans" not in m and "gram" not in m])
+@pytest.mark.parametrize(
+    "method", [m for m in SCHEDULES if m[:4] not in ("cans", "gram", "qdwh", "zolo")]
+)
 def test_half_precision_inputs_keep_their_scale(method, dtype):
     """Normalised in float32: in float16 the squares of these overflow, or vanish."""
     x = conditioned(12, 20, 5)

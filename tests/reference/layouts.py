@@ -7,14 +7,14 @@ same slices, so a matrix's values, holders and expected directions never pass th
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 from torch import Tensor
 
-from spectral_dist.sharding.layout import Cut, Layout, Matrix, Tile, lay
+from spectral_dist.sharding.layout import Box, Cut, Layout, Matrix, Tile, lay, lay_boxes
 
 UNTOUCHED = -7.0
 
@@ -196,15 +196,54 @@ class Builder:
                 offset += view.numel()
         self.locals.append(mine)
 
-    def replicated(self) -> None:
-        """DDP: everyone has all of it."""
+    def boxes(self) -> None:
+        """DTensors: each rank stores one box of a (stack of) matrices, on a grid of ranks.
+
+        Which rank is where on the grid is any order: FSDP over tensor parallelism interleaves.
+        """
+        layers = self.rng.choice([1, 1, 2, 3, 5])
         m, n = self.shapes()
-        values, out = self.new_values(m * n), torch.full((m * n,), UNTOUCHED)
-        cut = Cut((0, m * n))
+        grid = self.grid()
+        order = self.rng.sample(range(self.ranks), self.ranks)
+        if self.rng.random() < 0.4:
+            order.sort()
+        edges = [self.edges(size, parts) for size, parts in zip((layers, m, n), grid, strict=True)]
+        places = dict(zip(order, product(*map(range, grid)), strict=True))
+        found: list[Box] = []
+        for rank in range(self.ranks):
+            begin_end = [(e[i], e[i + 1]) for e, i in zip(edges, places[rank], strict=True)]
+            found.append((begin_end[0], begin_end[1], begin_end[2]))
+        self.add_boxes((layers, m, n), tuple(found))
+
+    def grid(self) -> tuple[int, int, int]:
+        """Ranks along (stack, rows, columns)."""
+        every = [
+            (a, b, self.ranks // (a * b))
+            for a, b in product(range(1, self.ranks + 1), repeat=2)
+            if self.ranks % (a * b) == 0
+        ]
+        return self.rng.choice(every)
+
+    def edges(self, size: int, parts: int) -> list[int]:
+        """Where an axis is cut: as torch.chunk does, or anywhere; parts may be empty."""
+        if self.rng.random() < 0.5:
+            chunk = -(-size // parts)
+            return [min(size, i * chunk) for i in range(parts + 1)]
+        return [0, *sorted(self.rng.randint(0, size) for _ in range(parts - 1)), size]
+
+    def add_boxes(self, shape: tuple[int, int, int], boxes: tuple[Box, ...]) -> None:
+        layers, m, n = shape
+        values = self.new_values(layers * m * n).view(shape)
+        out, holders = torch.full(shape, UNTOUCHED), torch.full(shape, -1)
+        for rank, box in enumerate(boxes):
+            holders[_slices(box)] = rank
         tensor = len(self.locals)
-        self.locals.append([(values, out)])
-        everyone = torch.full((m * n,), -1)
-        self.add_parameter((m, n), values, everyone, out, cut, 0, 0, tensor, replicated=True)
+        mine = _slices(boxes[self.rank])
+        self.locals.append([(values[mine], out[mine])])
+        for k, part in ((k, p) for k in range(layers) for p in self.parts(m, n)):
+            blocks = tuple((k * m * n + first * n, count) for first, count in part)
+            matrix = self.add_truth(values[k], holders[k], out[k], part, blocks)
+            self.layouts.append(lay_boxes(matrix, m * n, boxes, self.rank, tensor))
 
     def add_local(
         self, values: Tensor, out: Tensor, bounds: list[int], before: int
@@ -224,47 +263,57 @@ class Builder:
         offset: int,
         base: int,
         tensor: int,
-        replicated: bool = False,
     ) -> None:
         m, n = shape
         run = slice(offset, offset + m * n)
         value, holder, target = (x[run].view(m, n) for x in (values, holders, out))
         for part in self.parts(m, n):
-            rows = [row for first, count in part for row in range(first, first + count)]
-            truth = Truth(f"w{len(self.truths)}", value[rows], holder[rows])
-            truth.direction = torch.full((len(rows), n), UNTOUCHED)
-            truth.targets = [(target[row], truth.direction[k]) for k, row in enumerate(rows)]
-            self.truths.append(truth)
             blocks = tuple((first * n, count) for first, count in part)
-            matrix = Matrix(truth.name, (len(rows), n), blocks)
-            self.layouts.append(
-                lay(matrix, cut, offset=offset, base=base, tensor=tensor, replicated=replicated)
-            )
+            matrix = self.add_truth(value, holder, target, part, blocks)
+            self.layouts.append(lay(matrix, cut, offset=offset, base=base, tensor=tensor))
+
+    def add_truth(
+        self,
+        value: Tensor,
+        holder: Tensor,
+        target: Tensor,
+        part: list[tuple[int, int]],
+        blocks: tuple[tuple[int, int], ...],
+    ) -> Matrix:
+        """A matrix of some rows of 2-D tensors."""
+        rows = [row for first, count in part for row in range(first, first + count)]
+        truth = Truth(f"w{len(self.truths)}", value[rows], holder[rows])
+        truth.direction = torch.full((len(rows), value.shape[1]), UNTOUCHED)
+        truth.targets = [(target[row], truth.direction[k]) for k, row in enumerate(rows)]
+        self.truths.append(truth)
+        return Matrix(truth.name, (len(rows), value.shape[1]), blocks)
 
     def finish(self) -> World:
-        mine = [torch.cat([v for v, _ in local]) for local in self.locals]
+        mine = [torch.cat([v.reshape(-1) for v, _ in local]) for local in self.locals]
 
         def expected() -> list[Tensor]:
             for truth in self.truths:
                 for target, view in truth.targets:
                     target.copy_(view)
-            return [torch.cat([out for _, out in local]) for local in self.locals]
+            return [torch.cat([out.reshape(-1) for _, out in local]) for local in self.locals]
 
         return World(self.layouts, self.truths, mine, expected)
 
 
-def random_world(seed: int, ranks: int, rank: int, *, replicated: bool, largest: int) -> World:
-    """Of every kind of sharding some; or replicated parameters, which come alone."""
+def _slices(box: Sequence[tuple[int, int]]) -> tuple[slice, ...]:
+    return tuple(slice(begin, end) for begin, end in box)
+
+
+def random_world(seed: int, ranks: int, rank: int, *, largest: int) -> World:
+    """Of every kind of sharding some, over ``ranks``; with one rank all is whole there."""
     rng = random.Random(seed)
     builder = Builder(rng, ranks, rank, largest)
-    if replicated:
-        for _ in range(rng.randint(1, 7)):
-            builder.replicated()
-        return builder.finish()
     kinds: list[Callable[[], None]] = [
         builder.flat_buffer,
         lambda: builder.each_cut(whole_rows=False),
         lambda: builder.each_cut(whole_rows=True),
+        builder.boxes,
+        builder.boxes,
     ]
     if ranks > 1:
         kinds += [lambda t=t: builder.tensor_parallel(t) for t in range(2, ranks + 1)]

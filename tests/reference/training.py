@@ -1,15 +1,16 @@
-"""One process, one step at a time: Muon and AdamW written out from specs/muon.md."""
+"""One process, one step at a time: a rule on matrices and AdamW, written out from the specs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tests import models
+from tests.reference import rules
 
 MATRIX_NAMES = ("qkv", "out.weight", "up.weight", "down", "experts", "unused")
 
@@ -36,20 +37,37 @@ def muon(w: Tensor, g: Tensor, m: Tensor, o: dict[str, Any]) -> None:
     w.mul_(1 - o["lr"] * o["weight_decay"]).add_(u, alpha=-o["lr"] * 0.2 * math.sqrt(max(w.shape)))
 
 
+def parts(w: Tensor, split: int) -> list[Tensor]:
+    """The matrices of a parameter: each of a stack, and of those that many equal blocks of rows."""
+    return [part for matrix in (w if w.ndim == 3 else [w]) for part in matrix.chunk(split)]
+
+
 def train(
     options: dict[str, Any],
     count: int = 10,
     clip: float = 0.0,
     factors: Sequence[float] | None = None,
+    *,
+    rule: str = "muon",
+    oracle: rules.Oracle | None = None,
+    split: dict[str, int] | None = None,
+    skip_missing: bool = False,
+    make: Callable[..., torch.nn.Module] = models.build,
+    tokens: Callable[[int], Tensor] = models.tokens,
     **model_options: Any,
 ) -> dict[str, Tensor]:
-    """Parameters after ``count`` steps on the global batches of ``models.tokens``.
+    """Parameters after ``count`` steps on the global batches of ``tokens``.
 
-    ``factors``: of both learning rates, step by step.
+    ``factors``: of both learning rates, step by step. ``rule``: a name in ``rules.RULES``, with its
+    options among ``options``, or 'muon', which is Muon with jordan here. ``split``: part of a
+    name -> equal blocks of rows. ``skip_missing``: a parameter without gradient stays as it is,
+    where else its gradient is zero.
     """
-    model = models.build(**model_options)
+    model = make(**model_options)
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     momenta = {n: torch.zeros_like(p) for n, p in named.items() if is_matrix(n)}
+    splits = {n: max([k for part, k in (split or {}).items() if part in n], default=1)
+              for n in momenta}  # fmt: skip
     adam = torch.optim.AdamW(
         [p for n, p in named.items() if not is_matrix(n)],
         lr=options["scalar_lr"], weight_decay=options["scalar_weight_decay"],
@@ -57,17 +75,23 @@ def train(
     )  # fmt: skip
     for step in range(count):
         model.zero_grad()
-        model(models.tokens(step)).backward()
+        model(tokens(step)).backward()
         for p in named.values():
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            p.grad = torch.zeros_like(p) if p.grad is None and not skip_missing else p.grad
         if clip:
             torch.nn.utils.clip_grad_norm_(named.values(), clip)
         factor = factors[step] if factors else 1.0
         adam.param_groups[0]["lr"] = options["scalar_lr"] * factor
         with torch.no_grad():
             for name, momentum in momenta.items():
-                w, g = named[name].data, named[name].grad
-                for k in range(len(w)) if w.ndim == 3 else [...]:
-                    muon(w[k], g[k], momentum[k], {**options, "lr": options["lr"] * factor})
+                if named[name].grad is None:
+                    continue
+                values = (named[name].data, named[name].grad, momentum)
+                for wgm in zip(*(parts(x, splits[name]) for x in values), strict=True):
+                    changed = {**options, "lr": options["lr"] * factor}
+                    if rule == "muon" and oracle is None:
+                        muon(*wgm, changed)
+                    else:
+                        rules.RULES[rule](*wgm, changed, oracle)
         adam.step()
     return {n: p.detach().clone() for n, p in model.named_parameters()}

@@ -1,0 +1,273 @@
+"""Where DTensor parameters live: FSDP2, HSDP, tensor parallelism and any of them together.
+
+Everything is read off the parameters. A mesh dimension that shards a parameter cuts its matrices;
+one that replicates it holds copies, of which one does the work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from spectral_dist.groups import Route
+from spectral_dist.placement import Located, WholeParameters, check_contiguous
+from spectral_dist.sharding.collectives import Group, all_equal
+from spectral_dist.sharding.layout import Box, Placement, lay_boxes
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How a parameter lies on the mesh that the model spans.
+
+    ``cuts``: (mesh dimension, tensor dimension), from the first cut on. ``copied``: the other mesh
+    dimensions of more than one rank that the parameter itself knows; ``implied``: those that only
+    other parameters know, over which it has copies if its values are equal there.
+    """
+
+    cuts: tuple[tuple[int, int], ...]
+    copied: tuple[int, ...]
+    implied: tuple[int, ...]
+
+
+class MeshPlacer(WholeParameters):
+    """DTensor parameters where their mesh says; plain ones whole on every rank.
+
+    The model spans the widest mesh that a parameter has. One that knows only some of its dimensions
+    (FSDP beside tensor parallelism) or none (a plain one) is a copy on the others, if the values
+    are the same there, bit by bit; if not (experts of each rank's own), it is this rank's alone.
+    """
+
+    def __init__(self, group: Group = None, everywhere: bool = False) -> None:
+        super().__init__(group, everywhere)
+        self._mesh: DeviceMesh | None = None
+        self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+    def prepare(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Find the widest mesh, once."""
+        if self._mesh is None:
+            tensors = [p for group in optimizer.param_groups for p in group["params"]]
+            meshes = [p.device_mesh for p in tensors if isinstance(p, DTensor)]
+            self._mesh = max(meshes, key=lambda mesh: mesh.size(), default=None)
+        return True
+
+    def place(
+        self, group: dict[str, Any], routes: Sequence[Route], tensors: Sequence[Tensor]
+    ) -> list[Located]:
+        """One placement for each way in which parameters lie."""
+        if self._mesh is None:
+            return super().place(group, routes, tensors)
+        spreads = [self._spread(r.name, t) for r, t in zip(routes, tensors, strict=True)]
+        if self._replicas(routes) is not None:  # the user has said where the copies are
+            spreads = [replace(spread, implied=()) for spread in spreads]
+        same = self._same(spreads, tensors)
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for i, (tensor, spread) in enumerate(zip(tensors, spreads, strict=True)):
+            mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
+            dims = tuple(sorted({dim for dim, _ in spread.cuts}))
+            copied = (*spread.copied, *spread.implied) if same[i] else spread.copied
+            on = self._mesh if self._lifts(mesh) else mesh
+            alike.setdefault((on, dims, tuple(sorted(copied))), []).append(i)
+        located = []
+        for (on, dims, copied), indices in alike.items():
+            parameters = [(routes[i], tensors[i], spreads[i]) for i in indices]
+            located.append((self._place(on, dims, copied, parameters), tuple(indices)))
+        return located
+
+    def _place(
+        self,
+        mesh: DeviceMesh,
+        dims: tuple[int, ...],
+        copied: tuple[int, ...],
+        parameters: Sequence[tuple[Route, Tensor, Spread]],
+    ) -> Placement:
+        """Of parameters that the mesh dimensions ``dims`` cut and ``copied`` copy."""
+        group = self._group(mesh, dims)
+        rank = 0 if group is None else dist.get_rank(group)
+        layouts, spans = [], []
+        for i, (route, tensor, spread) in enumerate(parameters):
+            local = self.local(tensor)
+            check_contiguous(route, local)
+            boxes = _boxes(route.name, tuple(tensor.shape), mesh, dims, spread.cuts)
+            numel = math.prod(end - begin for begin, end in boxes[rank])
+            if numel != local.numel():
+                raise RuntimeError(
+                    f"{route.name}: {getattr(tensor, 'placements', 'a plain tensor')} of"
+                    f" {tuple(tensor.shape)} should be {numel} elements here, but there are"
+                    f" {local.numel()}: its layout is not one that this release knows"
+                )
+            stack = math.prod(tensor.shape[1:]) if tensor.ndim == 3 else tensor.numel()
+            layouts += [lay_boxes(m, stack, boxes, rank, i) for m in route.matrices]
+            spans.append((route.name, i, 0, local.numel()))
+        # a DTensor's momentum is one as well, for torch's own checkpoints: on every copy
+        replicas, everywhere = self._group(mesh, copied), True
+        outer = self._replicas([route for route, _, _ in parameters])
+        if outer is not None and dist.get_world_size(outer) > 1:
+            if replicas is not None:
+                raise ValueError(
+                    f"{parameters[0][0].name} is replicated by its mesh {mesh} and by process_group"
+                    " (or DistributedDataParallel) as well; leave one of them out"
+                )
+            replicas, everywhere = outer, self.everywhere
+        device = self.local(parameters[0][1]).device
+        return Placement(tuple(layouts), group, device, tuple(spans), replicas, everywhere)
+
+    def _lifts(self, mesh: DeviceMesh | None) -> bool:
+        """Whether a parameter's mesh consists of named dimensions of the model's mesh."""
+        whole = self._mesh
+        if mesh is None or mesh == whole:
+            return True
+        assert whole is not None
+        names = mesh.mesh_dim_names
+        return names is not None and set(names) <= set(whole.mesh_dim_names or ())
+
+    def _spread(self, name: str, tensor: Tensor) -> Spread:
+        """How a parameter lies on the model's mesh, or on its own if that is another one."""
+        whole = self._mesh
+        assert whole is not None
+        if not isinstance(tensor, DTensor):
+            return Spread((), (), _wide(whole, range(whole.ndim)))
+        mesh, cuts = tensor.device_mesh, _cuts(name, tensor)
+        if mesh == whole or not self._lifts(mesh):
+            rest = set(range(mesh.ndim)) - {dim for dim, _ in cuts}
+            return Spread(cuts, _wide(mesh, rest), ())
+        ours, theirs = whole.mesh_dim_names, mesh.mesh_dim_names
+        assert ours is not None
+        assert theirs is not None
+        lift = [ours.index(dim_name) for dim_name in theirs]
+        lifted = tuple((lift[dim], axis) for dim, axis in cuts)
+        rest = set(lift) - {dim for dim, _ in lifted}
+        implied = _wide(whole, set(range(whole.ndim)) - set(lift))
+        return Spread(lifted, _wide(whole, rest), implied)
+
+    def _same(self, spreads: Sequence[Spread], tensors: Sequence[Tensor]) -> list[bool]:
+        """Whether each parameter's values are equal over the dimensions that are implied."""
+        same = [False] * len(tensors)
+        by_dims: dict[tuple[int, ...], list[int]] = {}
+        for i, spread in enumerate(spreads):
+            if spread.implied:
+                by_dims.setdefault(spread.implied, []).append(i)
+        for dims, indices in by_dims.items():
+            assert self._mesh is not None
+            sums = torch.stack([_checksum(self.local(tensors[i])) for i in indices])
+            answers = all_equal(sums, self._group(self._mesh, dims))
+            for i, answer in zip(indices, answers, strict=True):
+                same[i] = answer
+        return same
+
+    def _group(self, mesh: DeviceMesh, dims: Sequence[int]) -> Group:
+        """The ranks that differ from this one along these dimensions only, in their mesh order."""
+        if not dims:
+            return None
+        here = mesh.get_coordinate()
+        assert here is not None
+        chosen: Any = tuple(slice(None) if d in dims else here[d] for d in range(mesh.ndim))
+        ranks = tuple(mesh.mesh[chosen].flatten().tolist())
+        if list(ranks) != sorted(ranks):
+            raise ValueError(f"{mesh} does not number its ranks upwards, which is not supported")
+        if len(dims) == 1:
+            return mesh.get_group(dims[0])
+        if len(ranks) == dist.get_world_size():
+            return dist.group.WORLD
+        if ranks not in self._groups:
+            self._groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
+        return self._groups[ranks]
+
+    def everyone(self) -> list[Group]:
+        """The ranks of the model's mesh, and its replicas."""
+        if self._mesh is None:
+            return super().everyone()
+        whole = self._group(self._mesh, _wide(self._mesh, range(self._mesh.ndim)))
+        return [whole, *super().everyone()]
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """A DTensor's local tensor."""
+        return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+    def gradient(self, tensor: Tensor) -> Tensor | None:
+        """The gradient's local tensor, laid out as the parameter is (sums still pending, done)."""
+        grad = tensor.grad
+        if isinstance(grad, DTensor) and isinstance(tensor, DTensor):
+            if grad.placements != tensor.placements:
+                grad = grad.redistribute(placements=tensor.placements)
+            return grad.to_local()
+        return grad
+
+
+def _wide(mesh: DeviceMesh, dims: Any) -> tuple[int, ...]:
+    """Those of more than one rank."""
+    return tuple(dim for dim in sorted(dims) if mesh.size(dim) > 1)
+
+
+def _checksum(local: Tensor) -> Tensor:
+    """The sum of its bits as whole numbers, int64: equal for equal values, exactly."""
+    flat = local.detach().reshape(-1)
+    size = flat.element_size()
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
+    return flat.view(whole).sum(dtype=torch.int64)
+
+
+def _cuts(name: str, tensor: DTensor) -> tuple[tuple[int, int], ...]:
+    """(mesh dimension, tensor dimension) of each cut, in the order in which they were made."""
+    found: list[tuple[int, int, int]] = []
+    for dim, placement in enumerate(tensor.placements):
+        if tensor.device_mesh.size(dim) == 1 or placement.is_replicate():
+            continue
+        axis = getattr(placement, "dim", None)
+        if placement.is_partial() or axis is None:
+            raise ValueError(
+                f"{name} is {placement} on mesh dimension {dim}; shard or replicate it"
+            )
+        # FSDP over TP: a strided cut was made after those of the mesh dimensions to its right
+        factor = int(getattr(placement, "split_factor", 0))
+        strided = sum(1 for _, _, f in found if f)
+        found.insert(len(found) - (0 if factor else strided), (dim, axis % tensor.ndim, factor))
+    for i, (dim, axis, factor) in enumerate(found):
+        before = math.prod(tensor.device_mesh.size(d) for d, a, _ in found[:i] if a == axis)
+        if factor and factor != before:
+            raise ValueError(
+                f"{name}: {tensor.placements} on mesh dimension {dim} splits by {factor} where"
+                f" {before} is expected; this order of shardings is not supported"
+            )
+    return tuple((dim, axis) for dim, axis, _ in found)
+
+
+def _boxes(
+    name: str,
+    shape: tuple[int, ...],
+    mesh: DeviceMesh,
+    dims: tuple[int, ...],
+    cuts: tuple[tuple[int, int], ...],
+) -> tuple[Box, ...]:
+    """What each rank along ``dims`` stores, in the order of their coordinates."""
+    if len(shape) > 3 and any(axis > 1 for _, axis in cuts):
+        raise ValueError(f"{name} is {len(shape)}-D and cut along {cuts}; cut its first dimension")
+    boxes = []
+    for place in product(*(range(mesh.size(dim)) for dim in dims)):
+        at = dict(zip(dims, place, strict=True))
+        ranges = [(0, size) for size in shape]
+        for dim, axis in cuts:
+            begin, end = ranges[axis]
+            chunk = -(-(end - begin) // mesh.size(dim))  # as torch.chunk cuts
+            first = min(end, begin + at[dim] * chunk)
+            ranges[axis] = first, min(end, first + chunk)
+        boxes.append(_as_stack(ranges, shape))
+    return tuple(boxes)
+
+
+def _as_stack(ranges: list[tuple[int, int]], shape: tuple[int, ...]) -> Box:
+    """A box of the parameter seen as (stack, rows, columns)."""
+    if len(shape) < 2:
+        return (0, 1), (0, 1), (ranges[0] if ranges else (0, 1))
+    if len(shape) == 3:
+        return ranges[0], ranges[1], ranges[2]
+    rest = math.prod(shape[2:])  # of a convolution
+    return (0, 1), ranges[0], (ranges[1][0] * rest, ranges[1][1] * rest)

@@ -1,0 +1,301 @@
+"""AdaNewton's coefficients for each shape of matrix: fitted, recorded for, kept in a JSON file.
+
+ROOT, arXiv 2511.20626. The file:
+
+    {"steps": 5, "coefficients": {"512x2048": [a, b, c], ...},
+     "origin": {"512x2048": {"error": .., "jordan": .., "spectra": ..}, ...}}
+
+with the relative errors to the exact polar factor that (a, b, c) and jordan's have on the singular
+values fitted to, and how many captured spectra were among these.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spectral_dist.polar.fit import FALLBACK, PUBLISHED, fit, random_spectrum, relative_error
+from spectral_dist.polar.schedules import Row
+from spectral_dist.polar.stability import check_fixed
+
+__all__ = ["FALLBACK", "PUBLISHED", "Calibration", "Recorder", "calibrate", "choose", "key"]
+
+Shape = tuple[int, int]
+
+REAL_SHARE = 0.25
+"""Weight of captured spectra where there are any; the rest is random matrices (the paper's 1:3)."""
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """One shape's row, its and jordan's relative error on what it was fitted to, and on how many
+    captured spectra (0: random matrices alone)."""
+
+    row: Row
+    error: float
+    jordan: float
+    spectra: int
+
+
+def calibrate(shape: Sequence[int], spectra: Tensor | None = None, steps: int = 5) -> Calibration:
+    """Fit one shape, to random matrices and, one part in four, to captured ``spectra`` (k, min).
+
+    shape: (m, n) in any orientation. spectra: singular values over the Frobenius norm of their
+    matrix, one matrix a row, as ``Recorder`` keeps them. ValueError: as in ``polar.fit``.
+    """
+    sigmas, weights = mixed(shape, spectra)
+    row = fit(sigmas, weights, steps=steps)
+    error = relative_error(sigmas, row, steps, weights)
+    jordan = relative_error(sigmas, FALLBACK, steps, weights)
+    return Calibration(row, error, jordan, 0 if spectra is None else len(spectra))
+
+
+def mixed(shape: Sequence[int], spectra: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Singular values and weights that ``calibrate`` fits to: float64, of one length."""
+    gaussian = random_spectrum(shape)
+    if spectra is None or spectra.numel() == 0:
+        return gaussian, torch.full_like(gaussian, 1.0 / len(gaussian))
+    real = _condensed(spectra)
+    shares = [(real, REAL_SHARE), (gaussian, 1.0 - REAL_SHARE)]
+    weights = [torch.full_like(values, share / len(values)) for values, share in shares]
+    return torch.cat([real, gaussian]), torch.cat(weights)
+
+
+def published_error(shape: Sequence[int], spectra: Tensor | None, steps: int) -> str:
+    """The relative error of ROOT's own row for the shape, as text for a table; * if unstable."""
+    row = PUBLISHED.get((min(shape), max(shape)))
+    if row is None:
+        return "-"
+    sigmas, weights = mixed(shape, spectra)
+    text = f"{relative_error(sigmas, row, steps, weights):.4f}"
+    try:
+        check_fixed(row)
+    except ValueError:
+        text += "*"
+    return text
+
+
+def _condensed(spectra: Tensor, count: int = 2048) -> Tensor:
+    """At most ``count`` quantiles of all singular values in ``spectra``."""
+    values = spectra.detach().to("cpu", torch.float64).reshape(-1).sort().values
+    if len(values) <= count:
+        return values
+    middles = (torch.arange(count, dtype=torch.float64) + 0.5) / count * len(values)
+    return values[middles.long()]
+
+
+def key(shape: Sequence[int]) -> str:
+    """The name of a shape: "MINxMAX"."""
+    return f"{min(shape)}x{max(shape)}"
+
+
+def choose(shape: Sequence[int], table: Mapping[Shape, Row] | None = None) -> Row:
+    """The row for an (m, n) matrix, in any orientation; FALLBACK if ``table`` has none.
+
+    It is not checked: PUBLISHED has an unstable one. What ``read`` returns is.
+    """
+    return (table or {}).get((min(shape), max(shape)), FALLBACK)
+
+
+def read(path: Path | str, steps: int | None = None) -> dict[Shape, Row]:
+    """The rows of a coefficients file by (min, max).
+
+    steps: what they will be used for, if known. ValueError: unreadable, malformed or unstable, or
+    fitted to another number of steps, naming the file, the shape and the reason.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the coefficients {path}: {error}{_AGAIN}") from None
+    if not isinstance(content, dict) or not isinstance(content.get("coefficients"), dict):
+        raise ValueError(f'{path}: expected {{"steps": 5, "coefficients": {{...}}}}{_AGAIN}')
+    fitted = content.get("steps")
+    if isinstance(fitted, bool) or not isinstance(fitted, int) or fitted < 1:
+        raise ValueError(f"{path}: steps is {fitted!r}; it must be a whole number, at least 1")
+    if steps is not None and steps != fitted:
+        raise ValueError(
+            f"{path}: its coefficients are for {fitted} steps, not for {steps}; take {fitted}"
+            f" steps, or run spectral-dist calibrate --steps {steps}"
+        )
+    table: dict[Shape, Row] = {}
+    for name, row in content["coefficients"].items():
+        shape = parse_shape(name, f"{path}: ")
+        if key(shape) != name:
+            raise ValueError(f"{path}: {name}: write the shorter side first, {key(shape)}")
+        _check(row, f"{path}: {name}")
+        table[shape] = (float(row[0]), float(row[1]), float(row[2]))
+    return table
+
+
+def _check(row: Row, where: str) -> None:
+    try:
+        check_fixed(row)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+_AGAIN = "; spectral-dist calibrate writes such a file"
+
+
+def write(path: Path | str, found: Mapping[Shape, Calibration], steps: int) -> None:
+    """Write a coefficients file, all of it or nothing. ValueError: unstable, or no such folder."""
+    for shape, calibration in found.items():
+        _check(calibration.row, key(shape))
+    ordered = sorted((min(shape), max(shape), c) for shape, c in found.items())
+    origins = {}
+    for short, long, calibration in ordered:
+        origins[key((short, long))] = asdict(calibration)
+        del origins[key((short, long))]["row"]
+    content = {
+        "steps": steps,
+        "coefficients": {key((short, long)): list(c.row) for short, long, c in ordered},
+        "origin": origins,
+    }
+    _replace(Path(path), lambda new: new.write_text(json.dumps(content, indent=2) + "\n", "utf-8"))
+
+
+def parse_shape(text: object, where: str = "") -> Shape:
+    """(min, max) of a shape written "512x2048". ValueError."""
+    parts = text.lower().split("x") if isinstance(text, str) else []
+    if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
+        raise ValueError(f"{where}{text!r} is no shape; write it as in 512x2048")
+    short, long = sorted(int(part) for part in parts)
+    if short < 1:
+        raise ValueError(f"{where}{text!r}: sides must be at least 1")
+    return short, long
+
+
+class Recorder:
+    """Keeps the normalised singular values of what is orthogonalized during training.
+
+    Call it with the names and the batch (k, m, n) of the matrices that are about to be
+    orthogonalized; it reads them and changes nothing. Each name's first, ``every``-th further, ...
+    matrix is taken, at the cost of an eigvalsh of its short side in float64; the spectra are
+    pooled by shape, and of more than ``limit`` a uniform sample is kept. Matrices that are zero or
+    not finite are left out. ``path`` is where ``save`` and ``load`` go unless told otherwise.
+    """
+
+    def __init__(self, path: Path | str | None = None, every: int = 100, limit: int = 256) -> None:
+        for name, value in (("every", every), ("limit", limit)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number, at least 1")
+        self.path, self.every, self.limit = path, every, limit
+        self._calls: dict[str, int] = {}
+        self._kept: dict[Shape, list[Tensor]] = {}
+        self._offered: dict[Shape, int] = {}
+        self._random = random.Random(0)
+
+    @torch.no_grad()
+    def __call__(self, names: Sequence[str], x: Tensor) -> None:
+        """x: (k, m, n), any floating dtype and device; ``names``: its k matrices'."""
+        if x.ndim != 3 or len(names) != len(x):
+            raise ValueError(
+                f"{len(names)} names for x of shape {tuple(x.shape)}; give one for each"
+            )
+        taken = []
+        for i, name in enumerate(names):
+            call = self._calls.get(name, 0)
+            self._calls[name] = call + 1
+            if call % self.every == 0:
+                taken.append(i)
+        if taken and x.numel():
+            for values in singular_values(x[taken]).cpu():
+                if values.any():
+                    self._offer((min(x.shape[1:]), max(x.shape[1:])), values)
+
+    @property
+    def spectra(self) -> dict[Shape, Tensor]:
+        """By (min, max): (count, min) float64, each row ascending and of norm 1."""
+        return {shape: torch.stack(kept) for shape, kept in sorted(self._kept.items())}
+
+    def save(self, path: Path | str | None = None) -> None:
+        """Write what was recorded, for torch.load. ValueError: no path, or no such folder."""
+        content = {"format": _FORMAT, "spectra": {key(s): v for s, v in self.spectra.items()}}
+        _replace(self._where(path), lambda new: torch.save(content, new))
+
+    def load(self, path: Path | str | None = None) -> None:
+        """Add what a file holds, as if it had been recorded here. ValueError: no such file."""
+        for shape, rows in read_spectra([self._where(path)]).items():
+            for values in rows:
+                self._offer(shape, values)
+
+    def _where(self, path: Path | str | None) -> Path:
+        path = self.path if path is None else path
+        if path is None:
+            raise ValueError("Recorder has no path; write save(path), or Recorder(path)")
+        return Path(path)
+
+    def _offer(self, shape: Shape, values: Tensor) -> None:
+        """Keep it, or let chance decide what makes way, so that all have been equally likely."""
+        kept = self._kept.setdefault(shape, [])
+        self._offered[shape] = self._offered.get(shape, 0) + 1
+        if len(kept) < self.limit:
+            kept.append(values)
+        elif (place := self._random.randrange(self._offered[shape])) < self.limit:
+            kept[place] = values
+
+
+def singular_values(x: Tensor) -> Tensor:
+    """Of (..., m, n) over the Frobenius norms: (..., min) float64 on x's device, ascending.
+
+    A matrix that is zero or not finite gives zeros, the others rows of norm 1. By the Gram matrix:
+    right to 1e-8 of the largest one, where the fit needs 1e-3.
+    """
+    wide = x.detach().double()
+    largest = wide.abs().amax((-2, -1), keepdim=True)
+    sound = (largest > 0.0) & largest.isfinite()
+    wide = torch.where(sound, wide / largest, 0.0)
+    gram = wide @ wide.mT if wide.shape[-2] <= wide.shape[-1] else wide.mT @ wide
+    values: Tensor = torch.linalg.eigvalsh(gram)
+    values = values.clamp_min(0.0).sqrt()
+    return torch.where(sound[..., 0], values / values.norm(dim=-1, keepdim=True), 0.0)
+
+
+def read_spectra(paths: Iterable[Path | str]) -> dict[Shape, Tensor]:
+    """All the spectra in files that ``Recorder.save`` wrote, by (min, max): (count, min) float64.
+
+    ValueError: a file that cannot be read or is no such file, naming it.
+    """
+    found: dict[Shape, list[Tensor]] = {}
+    for path in paths:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            known = content["format"] == _FORMAT
+            spectra = dict(content["spectra"])
+        except OSError as error:
+            raise ValueError(f"cannot read the spectra {path}: {error}") from None
+        except Exception:  # of any kind; torch's advice for some is to trust the file
+            known, spectra = False, {}
+        if not known:
+            raise ValueError(
+                f"cannot read the spectra {path}: spectral_dist.calibrate.Recorder did not save it"
+            )
+        for name, rows in spectra.items():
+            shape = parse_shape(name, f"{path}: ")
+            sound = isinstance(rows, Tensor) and rows.ndim == 2 and rows.shape[1] == shape[0]
+            if not sound or not bool(((rows >= 0.0) & (rows <= 1.0 + 1e-6)).all()):
+                raise ValueError(
+                    f"{path}: {name}: expected rows of {shape[0]} singular values in [0, 1]"
+                )
+            found.setdefault(shape, []).append(rows.double())
+    return {shape: torch.cat(rows) for shape, rows in sorted(found.items())}
+
+
+def _replace(path: Path, write_to: Callable[[Path], object]) -> None:
+    """Write a file under another name first, so that ``path`` is never half of one."""
+    new = path.with_name(f"{path.name}.{os.getpid()}.new")
+    try:
+        write_to(new)
+        os.replace(new, path)
+    except (OSError, RuntimeError) as error:  # torch.save says RuntimeError for a missing folder
+        new.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {path}: {error}") from None

@@ -1,0 +1,216 @@
+"""Checkpoints by torch.distributed.checkpoint: save on n ranks of one layout, load on m of another.
+
+Optimizer state is keyed by parameter name, with global offsets: DTensors where parameters are
+DTensors, whole tensors where every rank has them, ``Runs`` where momentum is at its owner alone.
+All ranks have the same keys, from before the first step.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+
+from spectral_dist.groups import Route
+from spectral_dist.matrix_step import Unit
+from spectral_dist.optimizer import SpectralOptimizer
+from spectral_dist.sharding import collectives
+from spectral_dist.sharding.layout import Layout, Tile
+
+Chunk = tuple[tuple[int, ...], tuple[int, ...]]
+"""(offsets, sizes) in the whole parameter."""
+NOT_SAVED = ("params", "id", "routes")
+
+
+class Runs(torch.Tensor):
+    """Boxes of a tensor, as torch.distributed.checkpoint reads and writes them: its protocol.
+
+    ``parts``: (offsets, sizes) in the whole tensor of shape ``shape``, and the values on this rank,
+    of that many elements; no part may overlap another one, here or on another rank.
+    """
+
+    parts: dict[torch.Size, Tensor]
+
+    @staticmethod
+    def __new__(
+        cls, shape: Sequence[int], like: Tensor, parts: Sequence[tuple[Chunk, Tensor]]
+    ) -> Runs:
+        """Of the dtype and device of ``like``."""
+        self: Runs = torch.Tensor._make_wrapper_subclass(
+            cls, torch.Size(shape), dtype=like.dtype, device=like.device
+        )
+        self.parts = {torch.Size(offsets): values.view(sizes) for (offsets, sizes), values in parts}
+        return self
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        """The boxes that are here."""
+        return f"Runs(of {tuple(self.shape)}, here {self.__create_chunk_list__()})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """No operation: it is not a tensor, only to be saved and loaded."""
+        raise NotImplementedError(f"{func} of momentum that is spread over its owners")
+
+    def __create_write_items__(self, fqn: str, object: object) -> list[WriteItem]:
+        properties = TensorProperties(dtype=self.dtype)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, properties, self.shape),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [ChunkStorageMetadata(at, values.shape) for at, values in self.parts.items()]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        assert index.offset is not None
+        return self.parts[index.offset]
+
+
+def state_dict(optimizer: SpectralOptimizer) -> dict[str, Any]:
+    """{"state": {parameter: {"step", "exp_avg", ...}}, "groups": JSON}, for DCP to save or load.
+
+    Its tensors are the optimizer's own. A collective call the first time.
+    """
+    state: dict[str, dict[str, Any]] = {}
+    groups = []
+    for group in optimizer.param_groups:
+        routes = optimizer.routes[group["id"]]
+        for unit in optimizer.units(group):
+            for index, i in enumerate(unit.tensors):
+                entry = dict(optimizer.state[group["params"][i]])
+                if unit.alone:
+                    entry["exp_avg"] = _runs(unit, index, routes[i], entry["exp_avg"])
+                state[routes[i].name] = entry
+        plain = {k: v for k, v in group.items() if k not in NOT_SAVED}
+        groups.append({**plain, "names": [route.name for route in routes]})
+    return {"state": state, "groups": json.dumps(groups, default=float)}
+
+
+def load_state_dict(optimizer: SpectralOptimizer, loaded: Mapping[str, Any]) -> None:
+    """Take the options of the groups of a ``state_dict`` that DCP has filled.
+
+    Its tensors are the optimizer's own, so they are in place already.
+
+    Raises:
+        ValueError: a parameter that is of another kind now, or groups that were divided otherwise.
+    """
+    saved = json.loads(loaded["groups"])
+    by_name = {name: group for group in saved for name in group.pop("names")}
+    for group in optimizer.param_groups:
+        routes = optimizer.routes[group["id"]]
+        for route in routes:
+            old, first = by_name.get(route.name), by_name.get(routes[0].name)
+            if old is None or old["kind"] != group["kind"]:
+                was = "not in it" if old is None else f"of kind {old['kind']!r}"
+                raise ValueError(
+                    f"{route.name} is of kind {group['kind']!r} here, but {was} in the checkpoint;"
+                    " build the optimizer with the matrices, scalars and split it was saved with"
+                )
+            if old != first:
+                raise ValueError(
+                    f"{route.name} and {routes[0].name} are in one parameter group here, but in two"
+                    " with different options in the checkpoint; build the groups as they were"
+                )
+            group.update({k: tuple(v) if k == "betas" else v for k, v in old.items()})
+
+
+def save(folder: str | Path, model: nn.Module, optimizer: SpectralOptimizer, **extra: Any) -> None:
+    """Write the model, the optimizer and what else is given (schedules, counters) into ``folder``.
+
+    A collective call. Any layout can be loaded from it again: one process, DDP, FSDP2, HSDP, TP.
+    ``extra`` is that of rank 0, and may hold what ``torch.load(weights_only=True)`` accepts.
+    """
+    file = io.BytesIO()
+    torch.save(extra, file)
+    content = {
+        "model": get_model_state_dict(model),
+        "optimizer": state_dict(optimizer),
+        "extra": file.getvalue(),
+    }
+    dcp_save(content, checkpoint_id=str(folder), no_dist=not dist.is_initialized())
+
+
+def load(folder: str | Path, model: nn.Module, optimizer: SpectralOptimizer) -> dict[str, Any]:
+    """Restore what ``save`` has written, on any number of ranks; its ``extra``. A collective call.
+
+    Raises:
+        ValueError: no checkpoint there, or one of other parameters or kinds.
+    """
+    if not Path(folder, ".metadata").is_file():
+        raise ValueError(f"{folder} holds no checkpoint: there is no .metadata in it")
+    content: dict[str, Any] = {
+        "model": get_model_state_dict(model),
+        "optimizer": state_dict(optimizer),
+        "extra": b"",
+    }
+    saved = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    for name, entry in content["optimizer"]["state"].items():
+        for key in entry:
+            if f"optimizer.state.{name}.{key}" not in saved:
+                raise ValueError(
+                    f"{folder} has no {key} of {name}; it was saved of another model, or with that"
+                    " parameter on the other of the rule and AdamW (matrices, scalars)"
+                )
+    dcp_load(content, checkpoint_id=str(folder), no_dist=not dist.is_initialized())
+    set_model_state_dict(model, content["model"])
+    load_state_dict(optimizer, content["optimizer"])
+    extra: dict[str, Any] = torch.load(io.BytesIO(content["extra"]), weights_only=True)
+    return extra
+
+
+def _runs(unit: Unit, index: int, route: Route, momentum: Tensor) -> Runs:
+    """The momentum that this rank keeps of tensor ``index``, run by run."""
+    placement = unit.placement
+    rank = collectives.rank(placement.group)
+    where: dict[tuple[int, int], Chunk] = {}
+    for layout in placement.layouts:
+        for tile in layout.tiles:
+            begin, length = tile.run(rank)
+            if tile.tensor == index and length:
+                where[begin, length] = _chunk(layout, tile, rank, route.shape)
+    views = unit.kept.packed_views(index, momentum)
+    parts = [(where[piece.start, piece.length], view) for piece, view in views.items()]
+    return Runs(route.shape, momentum, parts)
+
+
+def _chunk(layout: Layout, tile: Tile, rank: int, shape: tuple[int, ...]) -> Chunk:
+    """Which box of the parameter this rank's run of a tile is: some of its rows."""
+    width, stack = layout.matrix.shape[1], shape[0] if len(shape) == 3 else 1
+    rows_of_stack = math.prod(shape) // stack // width
+    first, skipped = tile.row, 0
+    for start, rows in layout.matrix.blocks:
+        if skipped <= first < skipped + rows:
+            first += start // width - skipped
+            break
+        skipped += rows
+    begin = max(tile.offset, tile.cut.run(rank)[0]) - tile.offset
+    number, row = divmod(first + begin // tile.cols, rows_of_stack)
+    rows = tile.run(rank)[1] // tile.cols
+    if len(shape) == 3:
+        return (number, row, tile.col), (1, rows, tile.cols)
+    if len(shape) == 2:
+        return (row, tile.col), (rows, tile.cols)
+    return (row, *(0 for _ in shape[1:])), (rows, *shape[1:])
