@@ -43,7 +43,8 @@ class MeshPlacer(WholeParameters):
 
     The model spans the widest mesh that a parameter has. One that knows only some of its dimensions
     (FSDP beside tensor parallelism) or none (a plain one) is a copy on the others, if the values
-    are the same there, bit by bit; if not (experts of each rank's own), it is this rank's alone.
+    and first gradients are the same there, bit by bit; if not (experts of each rank's own), it is
+    this rank's alone.
     """
 
     def __init__(self, group: Group = None, everywhere: bool = False) -> None:
@@ -157,10 +158,13 @@ class MeshPlacer(WholeParameters):
                 by_dims.setdefault(spread.implied, []).append(i)
         for dims, indices in by_dims.items():
             assert self._mesh is not None
-            sums = torch.stack([_checksum(self.local(tensors[i])) for i in indices])
-            answers = all_equal(sums, self._group(self._mesh, dims))
-            for i, answer in zip(indices, answers, strict=True):
-                same[i] = answer
+            group = self._group(self._mesh, dims)
+            values = [_checksum(self.local(tensors[i])) for i in indices]
+            # of each rank's own, but all zero at first: then their gradients tell
+            grads = [_checksum(self.gradient(tensors[i])).to(values[0]) for i in indices]
+            equal = all_equal(torch.stack(values + grads), group)
+            for k, i in enumerate(indices):
+                same[i] = equal[k] and equal[k + len(indices)]
         return same
 
     def _group(self, mesh: DeviceMesh, dims: Sequence[int]) -> Group:
@@ -207,8 +211,10 @@ def _wide(mesh: DeviceMesh, dims: Any) -> tuple[int, ...]:
     return tuple(dim for dim in sorted(dims) if mesh.size(dim) > 1)
 
 
-def _checksum(local: Tensor) -> Tensor:
-    """The sum of its bits as whole numbers, int64: equal for equal values, exactly."""
+def _checksum(local: Tensor | None) -> Tensor:
+    """The sum of its bits as whole numbers, int64: equal for equal values, exactly. None: -1."""
+    if local is None:
+        return torch.tensor(-1)
     flat = local.detach().reshape(-1)
     size = flat.element_size()
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]

@@ -1,37 +1,40 @@
-"""DeepSpeed and plain torch behind the few calls that a training loop needs."""
+"""DeepSpeed and plain torch (torch_engine.py) behind the few calls that a training loop needs."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
 from spectral_dist.launch import llama
 from spectral_dist.launch.ranks import Ranks
+from spectral_dist.monitor import Report
 
 State = dict[str, Any]
 
 
 class Engine(ABC):
-    """A model and its optimizer: `batch` rows per step, in micro-batches of `micro` per rank."""
+    """A model and its optimizer: `batch` rows per step, in micro-batches of `micro` per rank.
+
+    Ranks of the same `data_rank`, of `data_ranks`, see the same rows: those of tensor parallelism.
+    """
 
     kind: str
     model: Any  # what is called: DeepSpeed's engine, DDP, or the model itself
     optimizer: Any  # the innermost one: ours, or torch.optim.AdamW
     batch: int
     micro: int
+    data_rank: int
+    data_ranks: int
     device: torch.device
 
     def logits(self, tokens: Tensor) -> Tensor:
@@ -67,6 +70,12 @@ class Engine(ABC):
     def load(self, folder: Path) -> State:
         """Restore the newest checkpoint in `folder`; the `state` it was saved with. ValueError."""
 
+    def watch(self, write: Callable[[int, Report], None]) -> None:
+        """Hand the optimizer's reports on matrices to `write`, if it makes any."""
+        monitor = getattr(self.optimizer, "monitor", None)
+        if monitor is not None:
+            monitor.sinks.append(write)
+
     @property
     def parameters(self) -> int:
         """Numbers in the whole model."""
@@ -77,7 +86,8 @@ class Engine(ABC):
         """Bytes of optimizer state that this rank holds."""
         storages = {}
         for tensor in _tensors(dict(self.optimizer.state)):
-            storage = tensor.untyped_storage()
+            local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+            storage = local.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
         return sum(storages.values())
 
@@ -149,7 +159,7 @@ class DeepSpeedEngine(Engine):
         self.optimizer = self.engine.basic_optimizer
         self.batch = self.engine.train_batch_size()
         self.micro = self.engine.train_micro_batch_size_per_gpu()
-        self.device = ranks.device
+        self.device, self.data_rank, self.data_ranks = ranks.device, ranks.rank, ranks.world
 
     def backward(self, rows: Tensor, *, last: bool) -> Tensor:
         """Forward and backward of one micro-batch; its mean loss, detached."""
@@ -179,123 +189,3 @@ class DeepSpeedEngine(Engine):
         if path is None:
             raise ValueError(f"no checkpoint to resume in {folder}")
         return dict(state)
-
-
-@dataclass(frozen=True)
-class TorchOptions:
-    """What a DeepSpeed JSON would say."""
-
-    optimizer: str  # muon or adamw
-    lr: float
-    momentum: float
-    weight_decay: float
-    clip: float
-    batch: int
-    micro: int
-    warmup: int
-    steps: int
-
-
-class TorchEngine(Engine):
-    """One process, or DistributedDataParallel; linear warmup, then a cosine to a tenth."""
-
-    def __init__(self, options: TorchOptions, model: Any, seed: int, ranks: Ranks) -> None:
-        """`model` is a LlamaConfig."""
-        self.kind = options.optimizer
-        self.batch, self.micro, self.clip = options.batch, options.micro, options.clip
-        if self.batch % (self.micro * ranks.world):
-            raise ValueError(
-                f"--batch {self.batch} is no multiple of --micro-batch {self.micro} "
-                f"times {ranks.world} rank(s)"
-            )
-        self.device, self.ranks = ranks.device, ranks
-        self.module = llama.build(model, seed).to(ranks.device)
-        self.model = self.module
-        if ranks.world > 1:
-            self.model = nn.parallel.DistributedDataParallel(self.module)
-        self.optimizer = _torch_optimizer(options, self.module, ranks)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: schedule(step, options.warmup, options.steps)
-        )
-
-    def backward(self, rows: Tensor, *, last: bool) -> Tensor:
-        """Forward and backward of one micro-batch; its mean loss, detached."""
-        ddp = isinstance(self.model, nn.parallel.DistributedDataParallel)
-        with self.model.no_sync() if ddp and not last else nullcontext():
-            loss = self.losses(rows).mean()
-            (loss * (self.micro * self.ranks.world / self.batch)).backward()  # type: ignore[no-untyped-call]
-        return loss.detach()
-
-    def step(self) -> None:
-        """Optimizer and schedule, once the last micro-batch is done."""
-        if self.clip > 0:
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.scheduler.step()
-
-    @property
-    def lr(self) -> float:
-        """The first group's learning rate, for the step to come."""
-        return float(self.optimizer.param_groups[0]["lr"])
-
-    def save(self, folder: Path, step: int, state: State) -> None:
-        """Checkpoint everything into `folder`; on all ranks."""
-        target = folder / f"step_{step:06d}"
-        target.mkdir(parents=True, exist_ok=True)
-        # Each rank's own: an optimizer may keep a matrix's state at its owner only.
-        torch.save(self.optimizer.state_dict(), target / f"optimizer_{self.ranks.rank}.pt")
-        if self.ranks.first:
-            common = {"state": state, "world": self.ranks.world}
-            common |= {"scheduler": self.scheduler.state_dict(), "model": self.module.state_dict()}
-            torch.save(common, target / "model.pt")
-        dist.barrier()
-        if self.ranks.first:  # last, so that it never names a checkpoint that is not whole
-            (folder / "latest.new").write_text(target.name, encoding="utf-8")
-            (folder / "latest.new").replace(folder / "latest")
-
-    def load(self, folder: Path) -> State:
-        """Restore the newest checkpoint in `folder`; the `state` it was saved with. ValueError."""
-        if not (folder / "latest").is_file():
-            raise ValueError(f"no checkpoint to resume in {folder}")
-        source = folder / (folder / "latest").read_text(encoding="utf-8").strip()
-        common = torch.load(source / "model.pt", map_location=self.device, weights_only=True)
-        if common["world"] != self.ranks.world:
-            raise ValueError(
-                f"{source} was saved by {common['world']} rank(s), and --engine torch resumes on "
-                f"as many, not on {self.ranks.world}"
-            )
-        self.module.load_state_dict(common["model"])
-        self.scheduler.load_state_dict(common["scheduler"])
-        mine = source / f"optimizer_{self.ranks.rank}.pt"
-        self.optimizer.load_state_dict(
-            torch.load(mine, map_location=self.device, weights_only=True)
-        )
-        return dict(common["state"])
-
-
-def schedule(step: int, warmup: int, steps: int) -> float:
-    """The factor on the learning rate at `step` (from 0): up over `warmup`, then down to 0.1."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return 0.55 + 0.45 * math.cos(math.pi * progress)
-
-
-def _torch_optimizer(options: TorchOptions, module: nn.Module, ranks: Ranks) -> Any:
-    if options.optimizer == "adamw":
-        return torch.optim.AdamW(
-            module.parameters(),
-            lr=options.lr,
-            betas=(0.9, 0.95),
-            weight_decay=options.weight_decay,
-        )
-    import spectral_dist
-
-    return spectral_dist.Muon(
-        spectral_dist.param_groups(module),
-        lr=options.lr,
-        momentum=options.momentum,
-        weight_decay=options.weight_decay,
-        process_group=dist.group.WORLD if ranks.world > 1 else None,
-    )

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from spectral_dist.monitor import Report, to_tensorboard
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -35,6 +37,11 @@ class Log:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(f"{part}/{name}", value, step)
+
+    def matrices(self, step: int, report: Report) -> None:
+        """One line, {quantity: {matrix: value}}, and one point per value."""
+        self._file.write(json.dumps({"part": "matrices", "step": step, **report}) + "\n")
+        to_tensorboard(self._board)(step, report)
 
     def close(self) -> None:
         """Write what is buffered."""

@@ -92,6 +92,8 @@ class Trainer:
         job, first = self.job, self.ranks.first
         end = min(job.stop_at or job.steps, job.steps)
         log = Log(job.out, self.done) if first else None
+        if log:
+            self.engine.watch(log.matrices)
         validation = None
         if self.done == 0 or self.done >= end:  # a checkpoint was evaluated when it was saved
             validation = self._validate(log)
@@ -128,7 +130,7 @@ class Trainer:
         engine, ranks, clock = self.engine, self.ranks, self.clock
         numbers = row_numbers(self.done, engine.batch, self.train.count, self.job.seed)
         rows = self.train.rows(numbers)
-        mine = share(rows, engine.micro, ranks.rank, ranks.world)
+        mine = share(rows, engine.micro, engine.data_rank, engine.data_ranks)
         lr = engine.lr
         started = clock.now()
         losses = [engine.backward(part, last=part is mine[-1]) for part in mine]
@@ -162,19 +164,20 @@ class Trainer:
         chosen = row_numbers(0, self.validation.count, self.validation.count, VALIDATION_SEED)
         rows = self.validation.rows(chosen[:count])
         # All ranks make equally many calls, as ZeRO-3 requires; rows of padding count nothing.
-        group = engine.micro * ranks.world
+        group = engine.micro * engine.data_ranks
         padding = -count % group
         rows = torch.cat([rows, rows[:1].expand(padding, -1)])
         counted = (torch.arange(len(rows)) < count)[:, None]
         engine.model.eval()
         nats = 0.0
-        parts = share(rows, engine.micro, ranks.rank, ranks.world)
-        masks = share(counted, engine.micro, ranks.rank, ranks.world)
+        parts = share(rows, engine.micro, engine.data_rank, engine.data_ranks)
+        masks = share(counted, engine.micro, engine.data_rank, engine.data_ranks)
         for part, mask in zip(parts, masks, strict=True):
             nats += float((engine.losses(part).double().cpu() * mask).sum())
         engine.model.train()
         targets = rows[:count, 1:]
-        loss = ranks.total([nats])[0] / targets.numel()
+        copies = ranks.world // engine.data_ranks
+        loss = ranks.total([nats])[0] / copies / targets.numel()
         return {
             "loss": loss,
             "bits_per_byte": bits_per_byte(loss, targets.numel(), self._bytes(targets)),

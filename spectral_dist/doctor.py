@@ -248,7 +248,7 @@ class Examination:
     def visible_lr(self, engine: Any, gradients: dict[str, Tensor]) -> float:
         """For PolarGrad: the lr at which every matrix moves at least as far as with Muon at LR."""
         options = engine.basic_optimizer.param_groups[0]
-        factors = []
+        factors: list[float] = []
         for route in engine.basic_optimizer.all_routes:
             for matrix in route.matrices:
                 step = expected(options, of(matrix, gradients[route.name]))

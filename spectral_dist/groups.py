@@ -40,6 +40,8 @@ class Route:
     matrices: tuple[Matrix, ...] = ()
     replicas: Any = None
     """the process group of the DistributedDataParallel that it was found in"""
+    one_sided: bool = False
+    """whether its polar factor is to be taken exactly, by the Gram matrix of its short side"""
 
 
 def _kind(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> tuple[str, str]:
@@ -154,12 +156,16 @@ def classify(
     matrices: Iterable[str] = (),
     scalars: Iterable[str] = (),
     split: Mapping[str, Split] | None = None,
+    one_sided: Iterable[str] = (),
 ) -> list[Route]:
     """The route of every parameter of ``model``, in its order, tied parameters once.
 
     Args:
         matrices, scalars: regular expressions (re.search on the name) that override the types.
         split: pattern -> parts, for weights that hold several matrices one above the other.
+        one_sided: like matrices, for embeddings, heads and routers: their polar factor is exact, by
+            the eigenvalues of the Gram matrix of the short side (arXiv 2505.21799's one-sided form:
+            right for (vocabulary, width), left for (experts, width)).
 
     Raises:
         ValueError: a pattern that matches nothing or contradicts another, a split that does not
@@ -173,7 +179,8 @@ def classify(
     for module in model.modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(FSDP1.format("the model"))
-    forced = {k: _Patterns(k, p) for k, p in (("matrices", matrices), ("scalars", scalars))}
+    given = (("matrices", matrices), ("scalars", scalars), ("one_sided", one_sided))
+    forced = {option: _Patterns(option, patterns) for option, patterns in given}
     splits = _Patterns("split", split or {})
     for name, parameter, _ in _named(model):
         _check_usable(name, parameter)
@@ -185,20 +192,15 @@ def classify(
         kind, reason = _kind(module, leaf, shape)
         if id(parameter) in heads:
             kind, reason = "scalar", heads[id(parameter)]
-        asked = {option: patterns.find(name) for option, patterns in forced.items()}
-        if asked["matrices"] and asked["scalars"]:
-            raise ValueError(
-                f"{name} matches both matrices: {asked['matrices']!r} and scalars:"
-                f" {asked['scalars']!r}; make one of them narrower"
-            )
-        if asked["matrices"]:
-            if len(shape) < 2:
-                raise ValueError(
-                    f"matrices: {asked['matrices']!r} matches {name}, which is {len(shape)}-D"
-                )
-            kind, reason = "matrix", f"matrices: {asked['matrices']!r}"
-        elif asked["scalars"]:
-            kind, reason = "scalar", f"scalars: {asked['scalars']!r}"
+        asked = [(o, found) for o, patterns in forced.items() if (found := patterns.find(name))]
+        if len(asked) > 1:
+            both = " and ".join(f"{option}: {found!r}" for option, found in asked)
+            raise ValueError(f"{name} matches both {both}; make one of them narrower")
+        for option, matched in asked:
+            if option != "scalars" and len(shape) < 2:
+                raise ValueError(f"{option}: {matched!r} matches {name}, which is {len(shape)}-D")
+            kind = "scalar" if option == "scalars" else "matrix"
+            reason = f"{option}: {matched!r}"
         found: tuple[Matrix, ...] = ()
         pattern = splits.find(name, alone=True)
         if not parameter.requires_grad:
@@ -212,7 +214,9 @@ def classify(
             found = matrices_of(name, shape, parts)
         elif pattern:
             raise ValueError(f"split: {pattern!r} matches {name}, which is no matrix ({reason})")
-        routes.append(Route(name, parameter, full_shape(parameter), kind, reason, found, replicas))
+        exact = kind == "matrix" and any(option == "one_sided" for option, _ in asked)
+        whole = full_shape(parameter)
+        routes.append(Route(name, parameter, whole, kind, reason, found, replicas, exact))
     names = [route.name for route in routes if route.kind != "frozen"]
     for patterns in (*forced.values(), splits):
         patterns.check(names)
@@ -247,6 +251,12 @@ def _check_usable(name: str, parameter: nn.Parameter) -> None:
         raise ValueError(f"{name} has no shape yet; run one forward before building the optimizer")
     if type(parameter).__name__ == "FlatParameter" or hasattr(parameter, "_is_flat_param"):
         raise ValueError(FSDP1.format(name))
+    if hasattr(parameter, "_st_info"):
+        raise ValueError(
+            f"{name} is a tile that DistributedDataParallel has made of a DTensor, so its matrix"
+            " is not known; wrap a tensor-parallel model with torch.distributed.fsdp.fully_shard"
+            " over the other dimension of its mesh"
+        )
     if parameter.requires_grad and not parameter.is_floating_point():
         raise ValueError(f"{name} is {parameter.dtype}; only real floating-point can be trained")
 
@@ -267,12 +277,13 @@ def param_groups(
     matrices: Iterable[str] = (),
     scalars: Iterable[str] = (),
     split: Mapping[str, Split] | None = None,
+    one_sided: Iterable[str] = (),
 ) -> list[dict[str, Any]]:
     """Groups for our optimizers: the matrices, then the rest. Options as in ``classify``.
 
     Groups may be given options of their own (``groups[1]["lr"] = 3e-4``) before they are used.
     """
-    routes = classify(model, matrices=matrices, scalars=scalars, split=split)
+    routes = classify(model, matrices=matrices, scalars=scalars, split=split, one_sided=one_sided)
     show(routes)
     return grouped([r.parameter for r in routes if r.kind != "frozen"], routes)
 
@@ -283,9 +294,10 @@ def tag(
     matrices: Iterable[str] = (),
     scalars: Iterable[str] = (),
     split: Mapping[str, Split] | None = None,
+    one_sided: Iterable[str] = (),
 ) -> None:
     """Write each parameter's route on it, for frameworks that pass on bare parameters."""
-    routes = classify(model, matrices=matrices, scalars=scalars, split=split)
+    routes = classify(model, matrices=matrices, scalars=scalars, split=split, one_sided=one_sided)
     show(routes)
     for route in routes:
         setattr(route.parameter, TAG, route)
@@ -327,21 +339,23 @@ def grouped(params: Iterable[Any], routes: Sequence[Route] = ()) -> list[dict[st
             continue
         parameters = group["params"]
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        halves: dict[tuple[str, torch.dtype], list[Route]] = {}
+        halves: dict[tuple[str, torch.dtype, bool], list[Route]] = {}
         for item in parameters:
             route = _route_of(item, known)
             # float64 parameters keep float64 states, so they are exchanged on their own
             wide = torch.promote_types(route.parameter.dtype, torch.float32)
-            halves.setdefault((route.kind, wide), []).append(route)
+            halves.setdefault((route.kind, wide, route.one_sided), []).append(route)
         own = {k: v for k, v in group.items() if k != "params"}
         for name in own.keys() & OPTION_NAMES:
-            if halves and not any(applies(name, kind) for kind, _ in halves):
+            if halves and not any(applies(name, kind) for kind, *_ in halves):
                 raise ValueError(
                     f"a parameter group sets {name}, which none of its parameters has"
                     f" ({', '.join(route.name for half in halves.values() for route in half)})"
                 )
-        for (kind, _), half in sorted(halves.items(), key=lambda item: item[0][0]):
+        for (kind, _, exact), half in sorted(halves.items(), key=lambda item: item[0][::2]):
             mine = {k: v for k, v in own.items() if k not in OPTION_NAMES or applies(k, kind)}
+            if exact:
+                mine = {"polar": "eigh", "polar_steps": None, "polar_dtype": "auto", **mine}
             mine.update(params=[r.parameter for r in half], routes=half, kind=kind)
             result.append(mine)
     return result

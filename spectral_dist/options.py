@@ -21,7 +21,7 @@ SCALE_ALIASES = {
     "spectral_norm": "spectral",
     "unit_rms_norm": "spectral",
 }
-ROUTING = ("matrices", "scalars", "split")
+ROUTING = ("matrices", "scalars", "split", "one_sided")
 """Options of ``param_groups``, which DeepSpeed's JSON takes beside those of ``Options``."""
 
 
@@ -248,7 +248,10 @@ def group_options(group: Mapping[str, Any], base: Options) -> dict[str, Any]:
     for name in own:
         near = difflib.get_close_matches(name, OPTION_NAMES, n=1, cutoff=0.85)
         if name in OPTION_NAMES and name not in full:
-            raise ValueError(f"a parameter group of kind {kind!r} has no option {name!r}")
+            hint = " (one_sided is for optimizers that have it: Muon, PolarGrad)" * (
+                name == "polar"
+            )
+            raise ValueError(f"a parameter group of kind {kind!r} has no option {name!r}{hint}")
         if name not in OPTION_NAMES and name not in full and name not in FRAMEWORK_KEYS:
             if near:
                 raise ValueError(

@@ -77,7 +77,7 @@ FULL_PRECISION = [
     for world in worlds
     if layout not in ("one", "fsdp_bf16", "fsdp_mixed")
 ]
-BESIDES = ("fsdp_columns", "replicate", "replicate_tp", "tp_sequence_fsdp", "ddp_tp")
+BESIDES = ("fsdp_columns", "replicate", "replicate_tp", "tp_sequence_fsdp")
 """Layouts that nobody has asked for, and the settings that are enough for them: see bitwise, too"""
 FEWER = ("muon", "polargrad, polar first")
 MATRICES = {True: 2 * 4 + 3 + 1, False: 2 * 4}
@@ -476,3 +476,19 @@ def unwrapped(layout: str) -> list[str]:
 
 def test_a_process_group_says_what_the_wrapper_does() -> None:
     assert harness.run(2, unwrapped, "ddp") == [[], []]
+
+
+def wrapped_tiles() -> str:
+    model = layouts.build("ddp_tp").model
+    try:
+        spectral_dist.param_groups(model)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_tiles_that_ddp_made_of_dtensors_are_refused() -> None:
+    """It replaces them by plain local tensors, each of which would look like a whole matrix."""
+    for text in harness.run(4, wrapped_tiles):
+        assert "is a tile that DistributedDataParallel has made of a DTensor" in text
+        assert "fully_shard" in text

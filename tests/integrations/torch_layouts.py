@@ -344,7 +344,7 @@ LAYOUTS: dict[str, tuple[Callable[[nn.Module], Laid], tuple[int, ...]]] = {
     "tp_sequence": (tp_sequence, (2,)),
     "tp_fsdp": (tp_fsdp, (4,)),
     "tp_sequence_fsdp": (tp_sequence_fsdp, (4,)),
-    "ddp_tp": (ddp_tp, (4,)),
+    "ddp_tp": (ddp_tp, ()),
     "stages": (stages, ()),
 }
 """name -> (what lays a plain model out, the numbers of ranks it is tested with)"""

@@ -1,0 +1,170 @@
+"""DistributedDataParallel and FSDP2 as engines, and their checkpoints, which either can load."""
+
+from __future__ import annotations
+
+import io
+import math
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import spectral_dist
+from spectral_dist import checkpoint
+from spectral_dist.launch import llama, torch_sharding
+from spectral_dist.launch.engines import Engine, State
+from spectral_dist.launch.ranks import Ranks
+from spectral_dist.launch.torch_config import ADAMW, OPTIMIZERS, TorchConfig
+from spectral_dist.monitor import Monitor
+
+
+class TorchEngine(Engine):
+    """Plain torch on one process or more; linear warmup, then a cosine to a tenth."""
+
+    def __init__(
+        self, config: TorchConfig, model: Any, seed: int, ranks: Ranks, *, sharded: bool
+    ) -> None:
+        """`model` is a LlamaConfig; `sharded`: by FSDP2, else DistributedDataParallel.
+
+        ValueError: a config that does not fit the engine, the model or the ranks.
+        """
+        config.check_engine("fsdp" if sharded else "ddp")
+        self.config, self.ranks, self.kind = config, ranks, config.kind
+        self.device, self.batch = ranks.device, config.batch
+        across = config.tensor_parallel
+        mesh = torch_sharding.make_mesh(config, ranks) if sharded else None
+        self.data_rank, self.data_ranks = ranks.rank // across, ranks.world // across
+        self.micro = config.micro_batch or max(1, self.batch // self.data_ranks)
+        if self.batch % (self.micro * self.data_ranks):
+            raise config.fail(
+                "batch",
+                f"{self.batch} is no multiple of micro_batch {self.micro} times {self.data_ranks}"
+                " data-parallel rank(s)",
+            )
+        self.model = llama.build(model, seed).to(getattr(torch, config.dtype))
+        if mesh is not None:
+            torch_sharding.shard(self.model, mesh, config)  # moves what it cuts to the device
+        self.model = self.model.to(ranks.device)
+        if mesh is None and ranks.world > 1:
+            self.model = DistributedDataParallel(self.model)
+        self.optimizer = _optimizer(config, self.model)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda step: schedule(step, config.warmup, config.steps)
+        )
+        if config.monitor_every:
+            self.optimizer.monitor = Monitor(config.monitor_every, [])
+
+    def backward(self, rows: Tensor, *, last: bool) -> Tensor:
+        """Forward and backward of one micro-batch; its mean loss, detached."""
+        model = self.model
+        unsynced: AbstractContextManager[Any] = nullcontext()
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+        elif isinstance(model, DistributedDataParallel) and not last:
+            unsynced = model.no_sync()
+        with unsynced:
+            loss = self.losses(rows).mean()
+            share = self.micro * self.data_ranks / self.batch
+            (loss * share).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def step(self) -> None:
+        """Optimizer and schedule, once the last micro-batch is done."""
+        if self.config.clip > 0:
+            torch_sharding.clip_gradients(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scheduler.step()
+
+    @property
+    def lr(self) -> float:
+        """The first group's learning rate, for the step to come."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def save(self, folder: Path, step: int, state: State) -> None:
+        """Checkpoint everything into `folder`; on all ranks."""
+        target = folder / f"step_{step:06d}"
+        extra = {"state": state, "scheduler": self.scheduler.state_dict()}
+        extra["config"] = self.config.identity()
+        if self.kind == ADAMW:
+            file = io.BytesIO()
+            torch.save(extra, file)
+            dcp_save({**self._adamw_state(), "extra": file.getvalue()}, checkpoint_id=str(target))
+        else:
+            checkpoint.save(target, self.model, self.optimizer, **extra)
+        dist.barrier()
+        if self.ranks.first:  # last, so that it never names a checkpoint that is not whole
+            (folder / "latest.new").write_text(target.name, encoding="utf-8")
+            (folder / "latest.new").replace(folder / "latest")
+
+    def load(self, folder: Path) -> State:
+        """Restore the newest checkpoint in `folder`; the `state` it was saved with. ValueError."""
+        if not (folder / "latest").is_file():
+            raise ValueError(f"no checkpoint to resume in {folder}")
+        source = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+        if not (source / ".metadata").is_file():
+            raise ValueError(f"{source} was not saved by --engine ddp or fsdp")
+        content: dict[str, Any] = {"extra": b""}
+        dcp_load(content, checkpoint_id=str(source))
+        extra = torch.load(io.BytesIO(content["extra"]), weights_only=True)
+        for name, now in self.config.identity().items():
+            if extra["config"].get(name) != now:
+                raise ValueError(
+                    f"cannot resume {source}: the optimizer's {name} was"
+                    f" {extra['config'].get(name)}, now {self.config.path} says {now}"
+                )
+        if self.kind == ADAMW:
+            content = self._adamw_state()
+            dcp_load(content, checkpoint_id=str(source))
+            set_state_dict(
+                self.model,
+                self.optimizer,
+                model_state_dict=content["model"],
+                optim_state_dict=content["adamw"],
+            )
+        else:
+            checkpoint.load(source, self.model, self.optimizer)
+        self.scheduler.load_state_dict(extra["scheduler"])
+        return dict(extra["state"])
+
+    def _adamw_state(self) -> dict[str, Any]:
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "adamw": optimizer}
+
+
+def schedule(step: int, warmup: int, steps: int) -> float:
+    """The factor on the learning rate at `step` (from 0): up over `warmup`, then down to 0.1."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return 0.55 + 0.45 * math.cos(math.pi * progress)
+
+
+def _optimizer(config: TorchConfig, model: nn.Module) -> Any:
+    options = config.options
+    if config.kind == ADAMW:
+        meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
+        return torch.optim.AdamW(
+            model.parameters(),
+            lr=options.lr,
+            betas=options.betas,
+            eps=options.eps,
+            weight_decay=options.weight_decay,
+            foreach=False if len(meshes) > 1 else None,  # torch cannot mix meshes in one call
+        )
+    given = {f.name: getattr(options, f.name) for f in fields(options)}
+    try:
+        groups = spectral_dist.param_groups(model, **config.routing)
+        return OPTIMIZERS[config.kind](groups, **given)
+    except ValueError as error:
+        raise config.fail("optimizer", str(error)) from None

@@ -1,0 +1,108 @@
+"""FSDP2, HSDP and tensor parallelism of a Llama, and the norm of gradients that lie so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
+
+from spectral_dist.launch.ranks import Ranks
+from spectral_dist.launch.torch_config import TorchConfig
+
+COLUMNS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATED = ("mlp.gate_proj", "mlp.up_proj")
+ROWS = ("self_attn.o_proj", "mlp.down_proj")
+
+
+def make_mesh(config: TorchConfig, ranks: Ranks) -> DeviceMesh:
+    """Dimensions replicate and tp (each only if above 1) around shard. ValueError: no such mesh."""
+    across = config.tensor_parallel
+    if ranks.world % across:
+        raise config.fail("tensor_parallel", f"{ranks.world} rank(s) cannot be cut into {across}s")
+    data = ranks.world // across
+    replicate, shard = config.mesh.replicate, config.mesh.shard
+    if replicate == -1:
+        replicate = data // shard
+    elif shard == -1:
+        shard = data // replicate
+    if replicate * shard != data:
+        raise config.fail(
+            "mesh",
+            f"{config.mesh.replicate} x {config.mesh.shard} ranks, each tensor_parallel {across},"
+            f" are not the {ranks.world} that there are",
+        )
+    sizes = {"replicate": replicate, "shard": shard, "tp": across}
+    kept = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+    return init_device_mesh(ranks.device.type, tuple(kept.values()), mesh_dim_names=tuple(kept))
+
+
+def shard(model: Any, mesh: DeviceMesh, config: TorchConfig) -> None:
+    """Cut a LlamaForCausalLM in place: over tp first, then each decoder layer, then the rest."""
+    names = mesh.mesh_dim_names or ()
+    if "tp" in names:
+        _check_heads(model.config, config)
+        styles: dict[str, ParallelStyle] = {name: ColwiseParallel() for name in COLUMNS + GATED}
+        styles |= {name: RowwiseParallel() for name in ROWS}
+        for layer in model.model.layers:
+            parallelize_module(layer, mesh["tp"], styles)
+    data = mesh["replicate", "shard"] if "replicate" in names else mesh["shard"]
+    policy = MixedPrecisionPolicy()
+    if config.param_dtype is not None:
+        policy = MixedPrecisionPolicy(getattr(torch, config.param_dtype), torch.float32)
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=data, mp_policy=policy)
+    fully_shard(model, mesh=data, mp_policy=policy)
+
+
+def _check_heads(model: Any, config: TorchConfig) -> None:
+    across = config.tensor_parallel
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(model, name) % across:
+            raise config.fail(
+                "tensor_parallel", f"the model's {name}, {getattr(model, name)}, is no multiple of"
+                f" {across}"
+            )  # fmt: skip
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
+    """Scale all gradients so that their common norm is at most ``limit``; what it was, float32.
+
+    As torch.nn.utils.clip_grad_norm_, which cannot take plain tensors and DTensors, or DTensors of
+    several meshes, together. A collective call of the meshes.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    squares: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}
+    for grad in grads:
+        cut: tuple[int, ...] = ()
+        if isinstance(grad, DTensor):
+            assert not any(placement.is_partial() for placement in grad.placements)
+            cut = tuple(d for d, placement in enumerate(grad.placements) if placement.is_shard())
+        mesh = grad.device_mesh if isinstance(grad, DTensor) else None
+        norm = torch.linalg.vector_norm(_local(grad), dtype=torch.float32)
+        squares.setdefault((mesh, cut), []).append(norm.square())
+    totals = []
+    for (mesh, cut), found in squares.items():  # in the same order on all ranks
+        total = torch.stack(found).sum()
+        for dim in cut:
+            dist.all_reduce(total, group=mesh.get_group(dim))
+        totals.append(total)
+    norm = torch.stack(totals).sum().sqrt()
+    torch._foreach_mul_([_local(grad) for grad in grads], (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
