@@ -36,9 +36,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
-
-os.environ.update(TORCHDYNAMO_DISABLE="1", OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -106,17 +104,30 @@ MODELS = {
 }
 
 
+def sharded(model_name: str) -> Model:
+    """The model over all ranks, each layer on its own, the same numbers every time."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    model = Model(MODELS[model_name])
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+RULES = {  # argument, a, b: a (P - 1) / P^b of its bytes
+    **dict.fromkeys(("allreduce_", "all_reduce", "all_reduce_"), (0, 2, 1)),
+    "_reduce_scatter_base_": (1, 1, 1),
+    "reduce_scatter_tensor": (0, 1, 1),
+    **dict.fromkeys(("_allgather_base_", "allgather_"), (1, 1, 0)),
+    "all_gather_into_tensor": (0, 1, 0),
+}
+
+
 class Traffic(TorchDispatchMode):
     """Collectives and the bytes that this rank sends in them, counted where torch dispatches them.
 
     NotImplementedError: a collective without a rule.
     """
-
-    WHOLE: ClassVar[dict[str, tuple[float, int]]] = {  # a, b: a (P - 1) / P^b of the input's bytes
-        **dict.fromkeys(("allreduce_", "all_reduce", "all_reduce_"), (2, 1)),
-        **dict.fromkeys(("_reduce_scatter_base_", "reduce_scatter_tensor"), (1, 1)),
-        **dict.fromkeys(("_allgather_base_", "all_gather_into_tensor", "allgather_"), (1, 0)),
-    }
 
     def __init__(self) -> None:
         super().__init__()
@@ -129,7 +140,7 @@ class Traffic(TorchDispatchMode):
         if any(issubclass(t, DTensor) for t in types):
             return NotImplemented  # its own dispatch first; what that calls comes back here
         name = func.overloadpacket.__name__
-        skip = ("wait_tensor", "barrier")
+        skip = ("wait_tensor", "_wrap_tensor_autograd", "barrier")
         if func.namespace in ("c10d", "_c10d_functional") and name not in skip:
             self.calls[name] += 1
             self.bytes[name] += round(self._sent(name, args))
@@ -138,26 +149,23 @@ class Traffic(TorchDispatchMode):
     def _sent(self, name: str, args: tuple[Any, ...]) -> float:
         ranks, rank = dist.get_world_size(), dist.get_rank()
         if name in ("alltoall_base_", "all_to_all_single"):
-            functional = name == "all_to_all_single"
-            given, splits = (args[0], args[2]) if functional else (args[1], args[4])
+            given, splits = (args[1], args[4]) if name == "alltoall_base_" else (args[0], args[2])
             share = 1 - splits[rank] / max(1, sum(splits)) if splits else (ranks - 1) / ranks
             return share * given.nbytes
         if name == "gather_":  # outputs, inputs, group, root
             return 0 if rank == args[3] else args[1][0].nbytes
         if name == "scatter_":
             return args[0][0].nbytes * (ranks - 1) if rank == args[3] else 0
-        if name not in self.WHOLE:
+        if name not in RULES:
             raise NotImplementedError(f"{name}: its bytes are not counted yet")
-        times, power = self.WHOLE[name]
-        given = args[1] if name in ("_allgather_base_", "_reduce_scatter_base_") else args[0]
-        if name == "allgather_":
-            given = args[1]
+        argument, times, power = RULES[name]
+        given = args[argument]
         tensors = [given] if isinstance(given, Tensor) else given
         return times * (ranks - 1) / ranks**power * sum(t.nbytes for t in tensors)
 
 
 class Both:
-    """Two optimizers that step one after the other."""
+    """Two optimizers that step one after the other; each parameter is in one of them."""
 
     def __init__(self, *parts: torch.optim.Optimizer) -> None:
         self.parts = parts
@@ -167,13 +175,13 @@ class Both:
         for part in self.parts:
             part.step()
 
-    @property
-    def state(self) -> dict[Any, Any]:
-        """Of both."""
-        return {key: value for part in self.parts for key, value in part.state.items()}
+    state = property(lambda self: {k: v for part in self.parts for k, v in part.state.items()})
 
 
-def _ours(kind: str, **options: Any) -> Callable[[nn.Module], Any]:
+Build = Callable[[nn.Module], Any]
+
+
+def _ours(kind: str, **options: Any) -> Build:
     def build(model: nn.Module) -> Any:
         with contextlib.redirect_stderr(io.StringIO()):  # the table of what is a matrix
             groups = spectral_dist.param_groups(model)
@@ -182,38 +190,34 @@ def _ours(kind: str, **options: Any) -> Callable[[nn.Module], Any]:
     return build
 
 
-def _split(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def matrices_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """Matrices, and the rest, as spectral_dist tells them."""
     with contextlib.redirect_stderr(io.StringIO()):
         groups = spectral_dist.param_groups(model)
     kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "scalar": []}
     for group in groups:
-        kinds[group["kind"]] += [getattr(p, "parameter", p) for p in group["params"]]
+        kinds[group["kind"]] += group["params"]
     return kinds["matrix"], kinds["scalar"]
 
 
-def _adamw(model: nn.Module) -> Any:
-    return torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-
-
 def _torch_muon(model: nn.Module) -> Any:
-    matrices, rest = _split(model)
+    matrices, rest = matrices_and_rest(model)
     muon = torch.optim.Muon(matrices, lr=1e-4, adjust_lr_fn="match_rms_adamw")
     return Both(muon, torch.optim.AdamW(rest, lr=1e-4, fused=True))
 
 
 def _muon_fsdp2(model: nn.Module) -> Any:
-    matrices, rest = _split(model)
+    matrices, rest = matrices_and_rest(model)
     groups = [{"params": matrices, "lr": 1e-4, "use_muon": True, "weight_decay": 0.1},
               {"params": rest, "lr": 1e-4, "use_muon": False}]  # fmt: skip
     return importlib.import_module("muon_fsdp2").Muon(groups)
 
 
-def _dtensor(package: str) -> Callable[[nn.Module], Any]:
+def _dtensor(package: str) -> Build:
     def build(model: nn.Module) -> Any:
         loops = importlib.import_module(f"{package}.orthogonalize.orthogonalize")
         loops.ns_loop_triton = loops.ns_loop  # a GPU's, and the default on CPUs too
-        matrices, rest = _split(model)
+        matrices, rest = matrices_and_rest(model)
         groups = [{"params": matrices}, {"params": rest, "algorithm": "adamw"}]
         muon = importlib.import_module(package).Muon
         options = {"orthogonalization_strategy": "newton_schulz", "use_cautious_wd": False}
@@ -226,19 +230,17 @@ def _dtensor(package: str) -> Callable[[nn.Module], Any]:
 class Contender:
     """How to build an optimizer, and the package it needs."""
 
-    build: Callable[[nn.Module], Any]
+    build: Build
     package: str = ""
 
 
 HALF = {"polar_dtype": "bfloat16", "wire_dtype": "bfloat16"}
 FLOAT = {"polar_dtype": "float32", "wire_dtype": "float32"}
 CONTENDERS = {
-    "AdamW (fused)": Contender(_adamw),
-    OURS: Contender(_ours("Muon", polar_steps=5, **HALF)),
-    "ours bf16, no finite check": Contender(
-        _ours("Muon", polar_steps=5, check_finite=False, **HALF)
-    ),
-    "ours float32": Contender(_ours("Muon", polar_steps=5, **FLOAT)),
+    "AdamW (fused)": Contender(lambda m: torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True)),
+    OURS: Contender(_ours("Muon", **HALF)),
+    "ours bf16, no finite check": Contender(_ours("Muon", check_finite=False, **HALF)),
+    "ours float32": Contender(_ours("Muon", **FLOAT)),
     "PolarGrad bf16 (jordan)": Contender(_ours("PolarGrad", polar="jordan", **HALF)),
     "PolarGrad float32 (qdwh)": Contender(_ours("PolarGrad", **FLOAT)),
     "ROOT bf16": Contender(_ours("ROOT", **HALF)),
@@ -274,23 +276,27 @@ class Runner:
         before = meter.bytes.get("all_to_all", 0) if meter else 0
         with Traffic() as traffic:
             self.optimizer.step()
-        sent = sum(traffic.bytes.values())
         if meter and meter.bytes["all_to_all"] - before != traffic.bytes["alltoall_base_"]:
             raise RuntimeError(f"the meter counts {meter.bytes}, torch sends {traffic.bytes}")
         tensors = [t for s in self.optimizer.state.values() for t in s.values()]
         local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
         state = sum(t.nbytes for t in local if isinstance(t, Tensor))
         self.times.clear()
-        found = {"calls": dict(traffic.calls), "sent": sent, "state": state, "times": self.times}
-        return found | self.balance()
+        found = {"calls": dict(traffic.calls), "sent": traffic.bytes.total(), "state": state}
+        return found | {"times": self.times, "loads": loads(self.optimizer)}
 
-    def balance(self) -> dict[str, Any]:
-        """Newton-Schulz multiply-adds of every rank, if it is one of ours."""
-        units = getattr(self.optimizer, "units", None)
-        if units is None:
-            return {}
-        plans = [unit.plan for g in self.optimizer.param_groups for unit in units(g) if unit.plan]
-        return {"loads": [sum(loads) for loads in zip(*(p.loads for p in plans), strict=True)]}
+
+def loads(optimizer: Any) -> list[float]:
+    """Newton-Schulz multiply-adds of every rank; none if it is not one of ours."""
+    if not isinstance(optimizer, spectral_dist.optimizer.SpectralOptimizer):
+        return []
+    units = [unit for group in optimizer.param_groups for unit in optimizer.units(group)]
+    return [sum(x) for x in zip(*(unit.plan.loads for unit in units if unit.plan), strict=True)]
+
+
+def imbalance(found: Sequence[float]) -> float:
+    """The largest load over the mean."""
+    return max(found) * len(found) / sum(found)
 
 
 def rank_main(rank: int, ranks: int, model_name: str, seconds: float, names: list[str],
@@ -299,12 +305,7 @@ def rank_main(rank: int, ranks: int, model_name: str, seconds: float, names: lis
     sys.path.append(peers)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{output}", rank=rank, world_size=ranks)
-    mesh = init_device_mesh("cpu", (ranks,))
-    torch.manual_seed(0)
-    model = Model(MODELS[model_name])
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    model = sharded(model_name)
     logits = model(torch.randint(VOCABULARY, (1, 65)))
     nn.functional.cross_entropy(logits[0, :-1], torch.randint(VOCABULARY, (64,))).backward()
     grads = [p.grad for p in model.parameters()]
@@ -344,13 +345,12 @@ def run(ranks: int, *args: Any) -> dict[str, dict[str, Any]]:
 
 def show(model_name: str, rows: dict[str, dict[str, Any]]) -> list[str]:
     """Print one model's balance and table; the targets that are missed."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        matrices = _split(Model(MODELS[model_name]))[0]
-    loads = rows[OURS]["loads"]
-    imbalance = max(loads) * len(loads) / sum(loads)
+    matrices = matrices_and_rest(Model(MODELS[model_name]))[0]
+    found = rows[OURS]["loads"]
+    over = imbalance(found)
     print(
         f"\n{model_name}: {len(matrices)} matrices of {len({m.shape for m in matrices})} shapes,"
-        f" {sum(m.numel() for m in matrices):,} numbers; largest load over mean {imbalance:.3f};"
+        f" {sum(m.numel() for m in matrices):,} numbers; largest load over mean {over:.3f};"
         f" {len(rows[OURS]['times'])} turns\n"
     )
     titles = ("median ms", "least ms", "time", "cpu", "calls", "MB sent", "state MB")
@@ -365,19 +365,20 @@ def show(model_name: str, rows: dict[str, dict[str, Any]]) -> list[str]:
         n for n, c in CONTENDERS.items() if n in rows and (c.package or c.build is _torch_muon)
     ]
     missed = [f"{model_name}: {n} is faster" for n in others if rows[n]["time"] < 1]
-    if imbalance > 1.15 and len(matrices) >= 4 * len(loads):
-        missed.append(f"{model_name}: the largest load is {imbalance:.3f} of the mean")
+    if over > 1.15 and len(matrices) >= 4 * len(found):
+        missed.append(f"{model_name}: the largest load is {over:.3f} times the mean")
     return missed
 
 
 def main(
     peers: Annotated[str, typer.Option(help="folder of the other packages")] = "/tmp/peers",
     models: Annotated[str, typer.Option(help="comma-separated")] = ",".join(MODELS),
-    seconds: Annotated[float, typer.Option(help="of measuring a model, at least 3 turns")] = 60,
+    seconds: Annotated[float, typer.Option(help="of measuring a model, at least 3 turns")] = 100,
     ranks: int = 4,
     json_path: Annotated[Path | None, typer.Option("--json", help="write all numbers here")] = None,
 ) -> None:
     """Measure, print a table per model, and say which targets are missed."""
+    os.environ.update(TORCHDYNAMO_DISABLE="1", OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
     sys.path.append(peers)
     needed = {c.package for c in CONTENDERS.values() if c.package}
     missing = sorted(p for p in needed if importlib.util.find_spec(p) is None)

@@ -1,1 +1,1 @@
-"""Ready-made configurations: deepspeed/ (engine JSON files) and models/ (Llama shapes)."""
+"""Ready-made configurations: deepspeed/ (JSON), torch/ (YAML) and models/ (Llama shapes)."""

@@ -50,3 +50,11 @@ fit() {
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   fi
 }
+
+# shipped_config ENGINE: the configuration that a template runs as it stands.
+shipped_config() {
+  case $1 in
+    deepspeed) echo "$ROOT/configs/deepspeed/zero2.json" ;;
+    *) echo "$ROOT/configs/torch/muon.yaml" ;;
+  esac
+}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import math
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -54,3 +56,30 @@ def _fill(model: nn.Module, seed: int, std: float) -> None:
 
 def _seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
+
+
+def shrink(model: Any, full: bool = False) -> tuple[Any, str]:
+    """A model of the same kind that a CPU can step in seconds, and a note of what was reduced.
+
+    The checks are about the configuration, not about size: two layers, and widths of at most 256.
+    """
+    small = copy.deepcopy(model)
+    if full:
+        return small, "the model as it is"
+    small.num_hidden_layers = min(model.num_hidden_layers, 2)
+    small.vocab_size = min(model.vocab_size, 1024)
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if isinstance(getattr(small, token, None), int) and getattr(small, token) >= 1024:
+            setattr(small, token, 0)
+    factor = max(1, math.ceil(model.hidden_size / 256))
+    heads = max(1, model.num_attention_heads // factor)
+    groups = max(1, model.num_attention_heads // model.num_key_value_heads)
+    small.num_key_value_heads = max(1, heads // groups)
+    small.num_attention_heads = small.num_key_value_heads * groups
+    small.head_dim = model.hidden_size // model.num_attention_heads
+    small.hidden_size = small.num_attention_heads * small.head_dim
+    small.intermediate_size = max(1, model.intermediate_size // factor)
+    return small, (
+        f"{small.num_hidden_layers} of {model.num_hidden_layers} layers, hidden"
+        f" {small.hidden_size} of {model.hidden_size} (--full for all of it)"
+    )

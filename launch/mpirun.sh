@@ -12,7 +12,8 @@ RANKS_PER_NODE=${RANKS_PER_NODE:-$RANKS}      # on this host; too few GPUs: on t
 HOSTFILE=${HOSTFILE:-}                        # hosts, in your MPI's format; empty: this host
 MPI_ARGS=${MPI_ARGS:-}                        # e.g. "-x NCCL_DEBUG" (Open MPI) to hand a variable on
 MODEL=${MODEL:-$ROOT/configs/models/quickstart.json}
-CONFIG=${CONFIG:-$ROOT/configs/deepspeed/zero2.json}
+ENGINE=${ENGINE:-deepspeed}         # or ddp, fsdp
+CONFIG=${CONFIG:-$(shipped_config "$ENGINE")}
 
 MPIRUN=${MPIRUN:-$(dirname "$PYTHON")/mpiexec} # of the environment; else the one on PATH
 [ -x "$MPIRUN" ] || MPIRUN=mpirun
@@ -23,4 +24,4 @@ fi
 fit "$RANKS_PER_NODE"
 # shellcheck disable=SC2086  # MPI_ARGS is a list of words
 exec "$MPIRUN" -n "$RANKS" ${HOSTFILE:+-hostfile "$HOSTFILE"} $MPI_ARGS \
-  "$PYTHON" "$ROOT/launch/pretrain.py" --model "$MODEL" --config "$CONFIG" "$@"
+  "$PYTHON" "$ROOT/launch/pretrain.py" --engine "$ENGINE" --model "$MODEL" --config "$CONFIG" "$@"

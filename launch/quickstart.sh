@@ -1,14 +1,26 @@
 #!/usr/bin/env bash
 # Trains a small Llama on the Python source found here, on 2 ranks with ZeRO-2: first with
 # SpectralMuon, then with AdamW on the same data and schedule. Prints both results side by side.
+# `quickstart.sh polargrad` and `quickstart.sh root` take that one in place of Muon.
 # It installs what it needs into .venv and downloads no data. About 5 minutes on 2 cores.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
+chosen=${1:-muon}
+case $chosen in
+  muon) config=zero2 title=SpectralMuon ;;
+  polargrad) config=zero2_polargrad title=SpectralPolarGrad ;;
+  root) config=zero2_root title=SpectralROOT ;;
+  *)
+    echo "error: unknown optimizer $chosen; known: muon, polargrad, root" >&2
+    exit 2
+    ;;
+esac
+
 install deepspeed,train
 fit 2
 runs=$ROOT/runs
-muon=$runs/quickstart-muon
+ours=$runs/quickstart-$chosen
 adamw=$runs/quickstart-adamw
 
 train() { # CONFIG OUT
@@ -18,8 +30,8 @@ train() { # CONFIG OUT
     --eval-every 40 --out "$2"
 }
 
-echo "1/2: SpectralMuon"
-train zero2 "$muon"
+echo "1/2: $title"
+train "$config" "$ours"
 echo "2/2: AdamW"
 train zero2_adamw "$adamw"
-"$PYTHON" -m spectral_dist.launch.report compare "$muon" "$adamw" --plot "$runs/quickstart.png"
+"$PYTHON" -m spectral_dist.launch.report compare "$ours" "$adamw" --plot "$runs/quickstart.png"

@@ -51,7 +51,9 @@ class TorchEngine(Engine):
                 f"{self.batch} is no multiple of micro_batch {self.micro} times {self.data_ranks}"
                 " data-parallel rank(s)",
             )
-        self.model = llama.build(model, seed).to(getattr(torch, config.dtype))
+        self.model = llama.build(model, seed)
+        for parameter in self.model.parameters():  # and not the rotary frequencies
+            parameter.data = parameter.data.to(getattr(torch, config.dtype))
         if mesh is not None:
             torch_sharding.shard(self.model, mesh, config)  # moves what it cuts to the device
         self.model = self.model.to(ranks.device)

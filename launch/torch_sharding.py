@@ -89,7 +89,9 @@ def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
         cut: tuple[int, ...] = ()
         if isinstance(grad, DTensor):
             assert not any(placement.is_partial() for placement in grad.placements)
-            cut = tuple(d for d, placement in enumerate(grad.placements) if placement.is_shard())
+            cut = tuple(
+                d for d, placement in enumerate(grad.placements) if not placement.is_replicate()
+            )
         mesh = grad.device_mesh if isinstance(grad, DTensor) else None
         norm = torch.linalg.vector_norm(_local(grad), dtype=torch.float32)
         squares.setdefault((mesh, cut), []).append(norm.square())

@@ -13,10 +13,11 @@ RANKS_PER_NODE=${RANKS_PER_NODE:-2} # one per GPU; too few GPUs: on the CPU
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} # node 0, as the others see it
 MASTER_PORT=${MASTER_PORT:-29500}   # free there, and open to the others
 MODEL=${MODEL:-$ROOT/configs/models/quickstart.json}
-CONFIG=${CONFIG:-$ROOT/configs/deepspeed/zero2.json}
+ENGINE=${ENGINE:-deepspeed}         # or ddp, fsdp
+CONFIG=${CONFIG:-$(shipped_config "$ENGINE")}
 
 fit "$RANKS_PER_NODE"
 exec "$PYTHON" -m torch.distributed.run \
   --nnodes "$NODES" --node_rank "$NODE_RANK" --nproc_per_node "$RANKS_PER_NODE" \
   --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
-  "$ROOT/launch/pretrain.py" --model "$MODEL" --config "$CONFIG" "$@"
+  "$ROOT/launch/pretrain.py" --engine "$ENGINE" --model "$MODEL" --config "$CONFIG" "$@"

@@ -1,5 +1,6 @@
 """Orthogonalized optimizers for large-scale training, exact under every way a model is sharded."""
 
+from spectral_dist import calibrate, checkpoint, monitor
 from spectral_dist._version import __version__
 from spectral_dist.groups import param_groups, tag
 from spectral_dist.integrations.fsdp import MeshPlacer
@@ -7,7 +8,17 @@ from spectral_dist.optimizer import SpectralOptimizer
 from spectral_dist.optimizers import ROOT, Muon, PolarGrad
 from spectral_dist.rules.adamw import BACKENDS, Update
 
-__all__ = ["ROOT", "Muon", "PolarGrad", "__version__", "param_groups", "tag"]
+__all__ = [
+    "ROOT",
+    "Muon",
+    "PolarGrad",
+    "__version__",
+    "calibrate",
+    "checkpoint",
+    "monitor",
+    "param_groups",
+    "tag",
+]
 
 
 def _apex() -> Update:

@@ -31,7 +31,7 @@ def doctor(
     console = Console()
     try:
         fields = engines.read_deepspeed_config(config)
-        small, note = checks.shrink(llama.load_config(model), full)
+        small, note = llama.shrink(llama.load_config(model), full)
         rows = checks.examine(fields, small)
     except ValueError as error:
         Console(stderr=True).print(f"spectral-dist doctor: {error}", style="red", markup=False)
@@ -112,6 +112,26 @@ def _matrix_shapes(model: Path) -> dict[tuple[int, int], int]:
         size = (min(matrix.shape), max(matrix.shape))
         counts[size] = counts.get(size, 0) + 1
     return counts
+
+
+@app.command()
+def convert(
+    from_format: Annotated[str, typer.Argument(help="dcp, universal, torch or dion.")],
+    source: Annotated[Path, typer.Argument(help="The checkpoint: a folder or file.")],
+    to_format: Annotated[str, typer.Argument(help="dcp, universal, torch or dion.")],
+    target: Annotated[Path, typer.Argument(help="What to write; it must not exist.")],
+) -> None:
+    """Turn a checkpoint into another framework's; see spectral_dist.convert."""
+    from spectral_dist import convert as conversion
+
+    try:
+        run = conversion.convert(from_format, source, to_format, target)
+    except ValueError as error:
+        Console(stderr=True).print(f"spectral-dist convert: {error}", style="red", markup=False)
+        raise typer.Exit(2) from None
+    counts = [len(run.names(kind)) for kind in ("matrix", "scalar")]
+    note = f"{target}: {counts[0]} parameters of matrices and {counts[1]} of AdamW"
+    Console().print(note, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -192,9 +192,9 @@ def classify(
         kind, reason = _kind(module, leaf, shape)
         if id(parameter) in heads:
             kind, reason = "scalar", heads[id(parameter)]
-        asked = [(o, found) for o, patterns in forced.items() if (found := patterns.find(name))]
+        asked = [(o, hit) for o, patterns in forced.items() if (hit := patterns.find(name))]
         if len(asked) > 1:
-            both = " and ".join(f"{option}: {found!r}" for option, found in asked)
+            both = " and ".join(f"{option}: {hit!r}" for option, hit in asked)
             raise ValueError(f"{name} matches both {both}; make one of them narrower")
         for option, matched in asked:
             if option != "scalars" and len(shape) < 2:

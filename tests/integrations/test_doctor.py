@@ -26,14 +26,20 @@ def config(stage: int, **changes: Any) -> dict[str, Any]:
     return engine.config(stage, 2, **changes)
 
 
+def rule(stage: int, kind: str, options: Any = None, **changes: Any) -> dict[str, Any]:
+    result = config(stage, **changes)
+    result["optimizer"] = {"type": kind, "params": {"lr": 0.02, **(options or {})}}
+    return result
+
+
 def rows(configuration: dict[str, Any], fault: str) -> dict[str, bool]:
     """The table on this rank, with a fault built in."""
-    from spectral_dist import doctor, optimizer
+    from spectral_dist import doctor, matrix_step
     from spectral_dist.launch.engines import prepare_deepspeed
 
     accelerator = prepare_deepspeed().get_accelerator()
     accelerator.is_fp16_supported = lambda: True
-    whole = optimizer.polar
+    whole = matrix_step.polar
 
     def halves(x: torch.Tensor, **options: Any) -> torch.Tensor:
         return torch.cat([whole(part.contiguous(), **options) for part in x.chunk(2, 1)], 1)
@@ -41,15 +47,15 @@ def rows(configuration: dict[str, Any], fault: str) -> dict[str, bool]:
     def sized(x: torch.Tensor, **options: Any) -> torch.Tensor:
         return whole(x, **options) * x.norm(dim=(1, 2), keepdim=True)
 
-    def twice(self: Any, group: dict[str, Any], x: torch.Tensor) -> torch.Tensor:
+    def twice(self: Any, x: torch.Tensor, rows: Any = None) -> torch.Tensor:
         self.polar_calls += 2 * len(x)
         return whole(x)
 
     patches = {
-        "": mock.patch.object(optimizer, "polar", whole),
-        "local shards": mock.patch.object(optimizer, "polar", halves),
-        "update clipped": mock.patch.object(optimizer, "polar", sized),
-        "twice": mock.patch.object(optimizer.Muon, "_polar", twice),
+        "": mock.patch.object(matrix_step, "polar", whole),
+        "local shards": mock.patch.object(matrix_step, "polar", halves),
+        "update clipped": mock.patch.object(matrix_step, "polar", sized),
+        "twice": mock.patch.object(matrix_step.Handle, "polar", twice),
     }
     with patches[fault]:
         return {row.check: row.passed for row in doctor.Examination(configuration, MODEL).run()}
@@ -69,8 +75,14 @@ def failed(configuration: dict[str, Any], fault: str = "") -> list[str]:
         config(1, bf16={"enabled": True}, accumulation=3),
         config(2),
         config(3, fp16={"enabled": True}, gradient_clipping=1.0),
+        rule(2, "SpectralPolarGrad", gradient_clipping=1.0),
+        rule(3, "SpectralPolarGrad", {"polar_first": True, "polar": "jordan"}),
+        rule(1, "SpectralROOT", bf16={"enabled": True}),
     ],
-    ids=["stage 0 fp16", "stage 1 bf16", "stage 2", "stage 3 fp16"],
+    ids=[
+        "stage 0 fp16", "stage 1 bf16", "stage 2", "stage 3 fp16",
+        "PolarGrad", "PolarGrad, polar first", "ROOT bf16",
+    ],
 )
 def test_good_configs_pass(configuration: dict[str, Any]) -> None:
     assert failed(configuration) == []

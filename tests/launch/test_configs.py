@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from spectral_dist.launch import llama
+from spectral_dist.launch import llama, torch_config
+from spectral_dist.launch.torch_config import OPTIMIZERS
+from spectral_dist.options import Options
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMETERS = {
@@ -52,6 +54,49 @@ def test_stages_differ_in_the_stage_only() -> None:
     found = [json.loads(p.read_text()) for p in (ROOT / "configs/deepspeed").glob("zero?.json")]
     assert sorted(config.pop("zero_optimization")["stage"] for config in found) == [0, 1, 2, 3]
     assert all(config == found[0] for config in found)
+
+
+@pytest.mark.parametrize("kind", ["PolarGrad", "ROOT"])
+def test_other_optimizers_differ_in_the_optimizer_only(kind: str) -> None:
+    names = ("zero2", f"zero2_{kind.lower()}")
+    muon, other = (json.loads((ROOT / f"configs/deepspeed/{n}.json").read_text()) for n in names)
+    assert other.pop("optimizer")["type"] == f"Spectral{kind}"
+    muon.pop("optimizer")
+    assert other == muon
+
+
+TORCH = {
+    "muon": "Muon",
+    "polargrad": "PolarGrad",
+    "root": "ROOT",
+    "adamw": "AdamW",
+    "hsdp": "Muon",
+    "tp_fsdp": "Muon",
+}
+
+
+def test_every_yaml_says_the_same_but_for_what_it_is_named_after() -> None:
+    assert {path.stem for path in (ROOT / "configs/torch").iterdir()} == set(TORCH)
+    jsons = json.loads((ROOT / "configs/deepspeed/zero2.json").read_text())
+    for name, kind in TORCH.items():
+        config = torch_config.read(ROOT / f"configs/torch/{name}.yaml")
+        config.check_engine("fsdp")
+        assert config.kind == kind
+        assert (config.batch, config.clip) == (jsons["train_batch_size"], 1.0)
+        schedule = jsons["scheduler"]["params"]
+        assert config.steps == schedule["total_num_steps"]
+        assert config.warmup == schedule["warmup_num_steps"]
+        twin = "" if kind == "Muon" else f"_{kind.lower()}"
+        json_file = ROOT / f"configs/deepspeed/zero2{twin}.json"
+        params = json.loads(json_file.read_text())["optimizer"]["params"]
+        params.pop("torch_adam", None)
+        where = OPTIMIZERS[kind].option_type if kind in OPTIMIZERS else Options
+        assert config.options == where.from_user(params)
+        if name in ("hsdp", "tp_fsdp"):
+            with pytest.raises(ValueError, match="only --engine fsdp"):
+                config.check_engine("ddp")
+        else:
+            config.check_engine("ddp")
 
 
 def test_no_file_in_launch_hides_a_module() -> None:

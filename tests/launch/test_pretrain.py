@@ -10,9 +10,10 @@ from typer.testing import CliRunner
 
 from spectral_dist.launch import engines, report
 from spectral_dist.launch.pretrain import app
+from spectral_dist.monitor import QUANTITIES
 from tests.launch.jobs import STEPS, Job
+from tests.launch.torch_runs import write
 
-TORCH = ("--engine", "torch", "--batch", "8", "--steps", str(STEPS), "--lr", "0.01")
 ADAMW = {
     "type": "AdamW",
     "params": {"lr": 0.01, "betas": [0.9, 0.95], "weight_decay": 0.1, "torch_adam": True},
@@ -40,9 +41,14 @@ def _check_report(job: Job, out: str, printed: str) -> None:
     assert "validation bits per byte" in printed
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_torch_engine_alone_and_resumed(job: Job, optimizer: str) -> None:
-    options = (*TORCH, "--optimizer", optimizer)
+def _torch(job: Job, engine: str, kind: str, **keys: Any) -> tuple[str, ...]:
+    config = write(job.folder, {"type": kind, "lr": 0.01}, f"{kind}_{engine}", steps=STEPS, **keys)
+    return ("--engine", engine, "--config", str(config))
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "Muon"])
+def test_ddp_alone_and_resumed(job: Job, kind: str) -> None:
+    options = _torch(job, "ddp", kind)
     _check_report(job, "whole", job.alone("whole", *options))
     job.alone("parts", *options, "--stop-at", "3")
     assert len(job.losses("parts")) == 3
@@ -51,11 +57,11 @@ def test_torch_engine_alone_and_resumed(job: Job, optimizer: str) -> None:
     assert job.losses("parts", "validation") == job.losses("whole", "validation")
     summary: dict[str, Any] = job.summary("whole")
     assert summary["optimizer_bytes_sent"] == 0
-    assert summary["matrices_orthogonalized"] == (MATRICES * STEPS if optimizer == "muon" else 0)
+    assert summary["matrices_orthogonalized"] == (MATRICES * STEPS if kind == "Muon" else 0)
 
 
 def test_a_run_is_not_mixed_with_another(job: Job) -> None:
-    options = (*TORCH, "--optimizer", "adamw")
+    options = _torch(job, "ddp", "AdamW")
     job.alone("parts", *options, "--stop-at", "3")
     refused = job.alone("parts", *options, "--resume", "--seed", "1", fails=True)
     assert "its seed was 0, now it is 1" in refused
@@ -63,17 +69,28 @@ def test_a_run_is_not_mixed_with_another(job: Job) -> None:
     assert "no checkpoint to resume" in job.alone("new", *options, "--resume", fails=True)
 
 
-def test_torch_engine_on_two_ranks_sees_the_same_data(job: Job) -> None:
-    options = (*TORCH, "--optimizer", "muon")
-    job.alone("one", *options, "--micro-batch", "2")
-    job.ranks(2, "two", *options, "--micro-batch", "2", "--stop-at", "3")
-    job.ranks(2, "two", *options, "--micro-batch", "2", "--resume")
-    refused = job.alone("two", *options, "--resume", fails=True)
-    assert "was saved by 2 rank(s)" in refused
-    assert job.losses("two") == pytest.approx(job.losses("one"), rel=1e-5)
-    assert job.losses("two", "validation") == pytest.approx(
-        job.losses("one", "validation"), rel=1e-5
+def test_from_two_ranks_of_fsdp_to_one_process(job: Job) -> None:
+    job.alone("whole", *_torch(job, "ddp", "Muon"))
+    fsdp = _torch(job, "fsdp", "Muon", monitor_every=2)
+    job.ranks(2, "parts", *fsdp, "--stop-at", "3")
+    job.alone("parts", *_torch(job, "ddp", "Muon", monitor_every=2), "--resume")
+    assert job.losses("parts") == pytest.approx(job.losses("whole"), abs=2e-6)
+    assert job.losses("parts", "validation")[-1] == pytest.approx(
+        job.losses("whole", "validation")[-1], abs=2e-6
     )
+    lines = map(json.loads, (job.folder / "parts/metrics.jsonl").read_text().splitlines())
+    watched = [record for record in lines if record["part"] == "matrices"]
+    assert [record["step"] for record in watched] == [2, 4, 6]
+    for record in watched:
+        assert all(len(record[name]) == MATRICES for name in QUANTITIES)
+        assert all(value > 0 for value in record["nuclear_norm"].values())
+    summary: dict[str, Any] = job.summary("parts")
+    assert summary["optimizer_state_bytes"] == [pytest.approx(_state_bytes(summary), rel=0.01)]
+
+
+def _state_bytes(summary: dict[str, Any]) -> int:
+    """Under Muon: 8 bytes a number under AdamW, 4 in a matrix."""
+    return int(8 * summary["parameters"] - 4 * IN_MATRICES)
 
 
 @pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=lambda optimizer: optimizer["type"])
@@ -84,9 +101,9 @@ def test_deepspeed_resumes_as_if_it_had_not_stopped(job: Job, optimizer: dict[st
     job.ranks(2, "parts", *options, "--resume")
     assert job.losses("parts") == job.losses("whole")
     assert job.losses("parts", "validation") == job.losses("whole", "validation")
-    # ZeRO-2 halves the state: 8 bytes a number under AdamW, 4 in a matrix under Muon.
+    # ZeRO-2 halves the state.
     summary: dict[str, Any] = job.summary("whole")
-    whole = 8 * summary["parameters"] - (4 * IN_MATRICES if optimizer is MUON else 0)
+    whole = _state_bytes(summary) if optimizer is MUON else 8 * summary["parameters"]
     assert sum(summary["optimizer_state_bytes"]) == pytest.approx(whole, rel=0.01)
 
 
@@ -137,11 +154,15 @@ def test_what_would_be_ignored_is_refused(job: Job) -> None:
         assert result.exit_code == 2
         return result.output
 
-    deepspeed = ("--config", str(config))
-    assert "--lr: with --engine deepspeed" in refusal(*deepspeed, "--lr", "1")
-    assert "belong to --engine deepspeed" in refusal(*TORCH, *deepspeed)
-    assert "needs --config" in refusal()
-    assert "--steps is needed" in refusal("--engine", "torch")
+    yaml = _torch(job, "ddp", "AdamW", tensor_parallel=2)
+    assert "--steps belongs to --engine deepspeed" in refusal(*yaml, "--steps", "1")
+    assert "--zero-init belongs to --engine deepspeed" in refusal(*yaml, "--zero-init")
+    assert "tensor_parallel: only --engine fsdp has it" in refusal(*yaml)
+    assert "unknown key 'train_batch_size'" in refusal("--engine", "ddp", "--config", str(config))
+    assert "cannot read the DeepSpeed configuration" in refusal(*yaml[2:])
+    without = job.folder / "without.json"
+    without.write_text('{"optimizer": {"type": "AdamW"}}')
+    assert "--steps is needed" in refusal("--config", str(without))
     with pytest.raises(ValueError, match="--zero-init needs ZeRO stage 3"):
         engines.DeepSpeedEngine(config, None, 0, None, zero_init=True)
     assert not (job.folder / "a").exists()
@@ -149,5 +170,5 @@ def test_what_would_be_ignored_is_refused(job: Job) -> None:
 
 def test_bad_data_ends_all_ranks(job: Job) -> None:
     (job.folder / "data" / "bad.jsonl").write_text('{"txt": 1}\n')
-    printed = job.ranks(2, "a", *TORCH, "--optimizer", "adamw", fails=True)
+    printed = job.ranks(2, "a", *_torch(job, "fsdp", "AdamW"), fails=True)
     assert printed.count("bad.jsonl:1: expected an object") == 2

@@ -1,6 +1,7 @@
 """The shell scripts parse, pin torch once, and start ranks as they say."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +48,27 @@ def test_templates_run_two_ranks_here(job: Job, name: str) -> None:
     if name == "slurm.sbatch":  # a requeued job goes on by itself
         job.run(["bash", str(ROOT / "launch" / name)], "a", "--stop-at", "3")
         assert len(job.losses("a")) == 3
+
+
+def test_a_template_runs_another_engine(job: Job) -> None:
+    job.env |= {
+        "PYTHON": sys.executable,
+        "MODEL": str(job.folder / "model.json"),
+        "ENGINE": "fsdp",  # and the YAML that is shipped
+        "MASTER_PORT": str(29600 + os.getpid() % 1000),
+    }
+    job.run(["bash", str(ROOT / "launch/torchrun.sh")], "a", "--stop-at", "2")
+    summary = job.summary("a")
+    assert (summary["ranks"], summary["optimizer"], summary["step"]) == (2, "Muon", 2)
+
+
+def test_quickstart_knows_its_optimizers() -> None:
+    script = ROOT / "launch/quickstart.sh"
+    done = subprocess.run(["bash", str(script), "moun"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "unknown optimizer moun; known: muon, polargrad, root" in done.stderr
+    for name in re.findall(r"config=(\w+)", script.read_text()):
+        assert (ROOT / f"configs/deepspeed/{name}.json").exists()
 
 
 def mpi_or_skip() -> str:

@@ -1,0 +1,62 @@
+"""A few steps of an engine of plain torch; called through the harness."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+from transformers import LlamaConfig
+
+from spectral_dist.launch import torch_config
+from spectral_dist.launch.batches import share
+from spectral_dist.launch.ranks import Ranks
+from spectral_dist.launch.torch_engine import TorchEngine
+from tests.launch.jobs import MODEL
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "Muon": {"type": "Muon", "lr": 0.01},
+    "PolarGrad": {"type": "PolarGrad", "lr": 0.3, "scalar_lr": 0.01},
+    "ROOT": {"type": "ROOT", "lr": 0.01},
+    "AdamW": {"type": "AdamW", "lr": 0.01},
+}
+
+
+def write(folder: Path, optimizer: dict[str, Any], name: str = "a", **keys: Any) -> Path:
+    """A YAML for twelve steps of eight rows."""
+    path = folder / f"{name}.yaml"
+    said = {"optimizer": optimizer, "batch": 8, "micro_batch": 2, "steps": 12, "warmup": 2, **keys}
+    path.write_text(yaml.safe_dump(said))
+    return path
+
+
+def rows_of(step: int) -> torch.Tensor:
+    """The global batch: each row counts on from where it starts."""
+    generator = torch.Generator().manual_seed(step)
+    starts = torch.randint(64, (8, 1), generator=generator)
+    return (starts + torch.arange(17)) % 64
+
+
+def losses(
+    path: Path,
+    sharded: bool,
+    steps: tuple[int, int] = (0, 12),
+    load: Path | None = None,
+    save: Path | None = None,
+) -> tuple[list[float], dict[str, Any]]:
+    """The global loss of each step, and numbers about this rank's engine."""
+    here = Ranks(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
+    config = torch_config.read(path)
+    engine = TorchEngine(config, LlamaConfig.from_dict(MODEL), 0, here, sharded=sharded)
+    if load is not None:
+        assert engine.load(load) == {"step": steps[0]}
+    found = []
+    for step in range(*steps):
+        parts = share(rows_of(step), engine.micro, engine.data_rank, engine.data_ranks)
+        mine = [engine.backward(part, last=part is parts[-1]) for part in parts]
+        engine.step()
+        found.append(here.total([float(sum(mine))])[0] / (len(mine) * here.world))
+    if save is not None:
+        engine.save(save, steps[1], {"step": steps[1]})
+    kept = {"bytes": engine.state_bytes(), "calls": engine.polar_calls(), "lr": engine.lr}
+    return found, {**kept, "dtypes": {str(p.dtype) for p in engine.model.parameters()}}

@@ -1,0 +1,136 @@
+"""The benchmarks' problems are what they say, and so are their counts; all at tiny sizes."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from benchmarks import fsdp_step
+from benchmarks import polargrad_problems as problems
+from tests import harness
+
+TINY = {
+    "quadratic": lambda: problems.Quadratic(20, 8, 4, 12),
+    "logistic": lambda: problems.Logistic(30, 6, 4, 5, batch=10),
+    "completion": lambda: problems.Completion(12, 10, 2, seen=0.8),
+}
+
+
+def test_the_quadratic_is_f_less_its_minimum_with_the_gradient_of_f():
+    model = TINY["quadratic"]()
+    a, b, c = model.data
+    x = model.x.detach().clone().requires_grad_()
+    f = (a @ x @ b - c).square().sum() / 2
+    least = (a @ model.solution @ b - c).square().sum() / 2
+    f.backward()
+    gap = model()
+    gap.backward()
+    torch.testing.assert_close(gap, f - least)
+    torch.testing.assert_close(model.x.grad, x.grad)
+    hessian = torch.kron(a.mT @ a, b @ b.mT)
+    eigenvalues = torch.linalg.eigvalsh(hessian)
+    largest, kappa = model.curvature()
+    assert largest == pytest.approx(eigenvalues[-1].item())
+    assert kappa == pytest.approx((eigenvalues[-1] / eigenvalues[0]).item())
+
+
+def test_polargrad_contracts_the_quadratic_as_the_theorem_says():
+    model = TINY["quadratic"]()
+    _, factor = model.theory()
+    contender = problems.polar_grad("", None)
+    values = list(problems.run(model, contender, 200, 1).values.values())
+    assert all(after <= factor * before for before, after in itertools.pairwise(values))
+
+
+def test_polargrad_converges_linearly_and_muon_levels_off_with_its_lr():
+    model = TINY["quadratic"]()
+    curve = problems.run(model, problems.polar_grad("", None), 4000, 10)
+    assert curve.relative(4000) < problems.TARGET
+    plateaus = []
+    for lr in (0.02, 0.01):
+        curve = problems.run(TINY["quadratic"](), problems.muon(lr, "qdwh"), 1000, 1)
+        tail = [value for step, value in curve.values.items() if step > 500]
+        plateaus.append(sum(tail) / len(tail))
+    # f is quadratic, so half the step leaves a quarter
+    assert plateaus[0] / plateaus[1] == pytest.approx(4, rel=0.3)
+    assert plateaus[1] > 1e-7 * curve.values[0]
+
+
+def test_the_logistic_loss_and_its_batches():
+    model = TINY["logistic"]()
+    logits = model.a @ model.x @ model.b
+    labels = (model.c + 1) / 2
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="sum")
+    torch.testing.assert_close(model.whole(), entropy)
+    assert set(model.c.flatten().tolist()) == {-1.0, 1.0}
+    again = TINY["logistic"]()
+    first = [model().item(), model().item()]
+    assert first == [again().item(), again().item()]
+    assert first[0] != first[1]
+
+
+def test_the_completion_sees_only_what_is_seen():
+    model = TINY["completion"]()
+    u, s, vh = torch.linalg.svd(model.target)
+    assert s[2] < 1e-12 * s[0]
+    model.x.data, model.y.data = u[:, :2] * s[:2], vh[:2].mT.contiguous()
+    assert model().item() < 1e-25
+    hidden = (model.mask == 0).nonzero()[0]
+    model.target[tuple(hidden)] += 1.0
+    assert model().item() < 1e-25
+
+
+@pytest.mark.parametrize("name", problems.PROBLEMS)
+def test_every_contender_runs(name):
+    for contender in problems.PROBLEMS[name].contenders:
+        if contender.lr is None and name != "quadratic":
+            continue
+        curve = problems.run(TINY[name](), contender, 2, 1)
+        assert curve.diverged is not None or list(curve.values) == [0, 1, 2]
+
+
+def test_a_run_that_diverges_is_stopped():
+    curve = problems.run(TINY["quadratic"](), problems.polar_grad("", 1.0), 100, 1)
+    assert curve.diverged is not None
+    assert curve.diverged < 100
+
+
+def collectives() -> dict[str, int]:
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    x = torch.zeros(12)
+    with fsdp_step.Traffic() as traffic:
+        dist.all_reduce(x)
+        dist.all_gather_into_tensor(torch.zeros(12 * ranks), x)
+        dist.reduce_scatter_tensor(torch.zeros(12 // ranks), x)
+        sizes = [[2, 10], [3, 9]]
+        got = torch.zeros(sizes[0][rank] + sizes[1][rank])
+        dist.all_to_all_single(got, x, [sizes[0][rank], sizes[1][rank]], sizes[rank])
+        dist.gather(x, [torch.zeros(12) for _ in range(ranks)] if rank == 0 else None)
+        dist.scatter(torch.zeros(6), list(x.chunk(2)) if rank == 0 else None)
+    return dict(traffic.bytes)
+
+
+def test_bytes_are_counted_at_the_dispatcher():
+    first, second = harness.run(2, collectives)
+    common = {"allreduce_": 48, "_allgather_base_": 48, "_reduce_scatter_base_": 24}
+    assert first == {**common, "alltoall_base_": 40, "gather_": 0, "scatter_": 24}
+    assert second == {**common, "alltoall_base_": 12, "gather_": 48, "scatter_": 0}
+
+
+def balance(name: str) -> list[float]:
+    contender = fsdp_step.CONTENDERS[fsdp_step.OURS]
+    return fsdp_step.loads(contender.build(fsdp_step.sharded(name)))
+
+
+@pytest.mark.parametrize(("name", "matrices", "shapes"), [("plain", 16, 4), ("gqa", 28, 7)])
+def test_newton_schulz_is_balanced_over_ranks(name, matrices, shapes):
+    found = fsdp_step.matrices_and_rest(fsdp_step.Model(fsdp_step.MODELS[name]))[0]
+    assert len(found) == matrices
+    assert len({m.shape for m in found}) == shapes
+    loads = harness.run(4, balance, name)
+    assert all(other == loads[0] for other in loads)
+    assert len(loads[0]) == 4
+    assert fsdp_step.imbalance(loads[0]) <= 1.15
