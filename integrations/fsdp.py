@@ -97,7 +97,10 @@ class MeshPlacer(WholeParameters):
         for i, (route, tensor, spread) in enumerate(parameters):
             local = self.local(tensor)
             check_contiguous(route, local)
-            boxes = _boxes(route.name, tuple(tensor.shape), mesh, dims, spread.cuts)
+            spans.append((route.name, i, 0, local.numel()))
+            if not route.matrices:
+                continue
+            boxes = _boxes(route, mesh, dims, spread.cuts)
             numel = math.prod(end - begin for begin, end in boxes[rank])
             if numel != local.numel():
                 raise RuntimeError(
@@ -105,9 +108,7 @@ class MeshPlacer(WholeParameters):
                     f" {tuple(tensor.shape)} should be {numel} elements here, but there are"
                     f" {local.numel()}: its layout is not one that this release knows"
                 )
-            stack = math.prod(tensor.shape[1:]) if tensor.ndim == 3 else tensor.numel()
-            layouts += [lay_boxes(m, stack, boxes, rank, i) for m in route.matrices]
-            spans.append((route.name, i, 0, local.numel()))
+            layouts += [lay_boxes(m, route.stack, boxes, rank, i) for m in route.matrices]
         # a DTensor's momentum is one as well, for torch's own checkpoints: on every copy
         replicas, everywhere = self._group(mesh, copied), True
         outer = self._replicas([route for route, _, _ in parameters])
@@ -127,8 +128,10 @@ class MeshPlacer(WholeParameters):
         if mesh is None or mesh == whole:
             return True
         assert whole is not None
-        names = mesh.mesh_dim_names
-        return names is not None and set(names) <= set(whole.mesh_dim_names or ())
+        names, known = mesh.mesh_dim_names, whole.mesh_dim_names
+        if names is None or known is None or not set(names) <= set(known):
+            return False
+        return bool(torch.equal(self._members(whole, [known.index(n) for n in names]), mesh.mesh))
 
     def _spread(self, name: str, tensor: Tensor) -> Spread:
         """How a parameter lies on the model's mesh, or on its own if that is another one."""
@@ -171,10 +174,7 @@ class MeshPlacer(WholeParameters):
         """The ranks that differ from this one along these dimensions only, in their mesh order."""
         if not dims:
             return None
-        here = mesh.get_coordinate()
-        assert here is not None
-        chosen: Any = tuple(slice(None) if d in dims else here[d] for d in range(mesh.ndim))
-        ranks = tuple(mesh.mesh[chosen].flatten().tolist())
+        ranks = tuple(self._members(mesh, dims).flatten().tolist())
         if list(ranks) != sorted(ranks):
             raise ValueError(f"{mesh} does not number its ranks upwards, which is not supported")
         if len(dims) == 1:
@@ -184,6 +184,15 @@ class MeshPlacer(WholeParameters):
         if ranks not in self._groups:
             self._groups[ranks] = dist.new_group(list(ranks), use_local_synchronization=True)
         return self._groups[ranks]
+
+    @staticmethod
+    def _members(mesh: DeviceMesh, dims: Sequence[int]) -> Tensor:
+        """The ranks that differ from this one along these dimensions only."""
+        here = mesh.get_coordinate()
+        assert here is not None
+        chosen: Any = tuple(slice(None) if d in dims else here[d] for d in range(mesh.ndim))
+        ranks: Tensor = mesh.mesh[chosen]
+        return ranks
 
     def everyone(self) -> list[Group]:
         """The ranks of the model's mesh, and its replicas."""
@@ -247,15 +256,17 @@ def _cuts(name: str, tensor: DTensor) -> tuple[tuple[int, int], ...]:
 
 
 def _boxes(
-    name: str,
-    shape: tuple[int, ...],
+    route: Route,
     mesh: DeviceMesh,
     dims: tuple[int, ...],
     cuts: tuple[tuple[int, int], ...],
 ) -> tuple[Box, ...]:
     """What each rank along ``dims`` stores, in the order of their coordinates."""
-    if len(shape) > 3 and any(axis > 1 for _, axis in cuts):
-        raise ValueError(f"{name} is {len(shape)}-D and cut along {cuts}; cut its first dimension")
+    shape = route.shape
+    if not route.stacked and any(axis > 1 for _, axis in cuts):
+        raise ValueError(
+            f"{route.name}, {shape}, is cut beyond its second dimension; cut its first"
+        )
     boxes = []
     for place in product(*(range(mesh.size(dim)) for dim in dims)):
         at = dict(zip(dims, place, strict=True))
@@ -265,15 +276,13 @@ def _boxes(
             chunk = -(-(end - begin) // mesh.size(dim))  # as torch.chunk cuts
             first = min(end, begin + at[dim] * chunk)
             ranges[axis] = first, min(end, first + chunk)
-        boxes.append(_as_stack(ranges, shape))
+        boxes.append(_as_stack(ranges, route))
     return tuple(boxes)
 
 
-def _as_stack(ranges: list[tuple[int, int]], shape: tuple[int, ...]) -> Box:
+def _as_stack(ranges: list[tuple[int, int]], route: Route) -> Box:
     """A box of the parameter seen as (stack, rows, columns)."""
-    if len(shape) < 2:
-        return (0, 1), (0, 1), (ranges[0] if ranges else (0, 1))
-    if len(shape) == 3:
+    if route.stacked:
         return ranges[0], ranges[1], ranges[2]
-    rest = math.prod(shape[2:])  # of a convolution
+    rest = math.prod(route.shape[2:])  # of a convolution
     return (0, 1), ranges[0], (ranges[1][0] * rest, ranges[1][1] * rest)

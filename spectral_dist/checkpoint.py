@@ -7,15 +7,15 @@ All ranks have the same keys, from before the first step.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import (
@@ -145,12 +145,14 @@ def save(folder: str | Path, model: nn.Module, optimizer: SpectralOptimizer, **e
     """
     file = io.BytesIO()
     torch.save(extra, file)
-    content = {
+    content: dict[str, Any] = {
         "model": get_model_state_dict(model),
         "optimizer": state_dict(optimizer),
-        "extra": file.getvalue(),
     }
-    dcp_save(content, checkpoint_id=str(folder), no_dist=not dist.is_initialized())
+    if collectives.is_first():  # DCP would keep that of any rank
+        content["extra"] = file.getvalue()
+    with _alone_is_fine():
+        dcp_save(content, checkpoint_id=str(folder))
 
 
 def load(folder: str | Path, model: nn.Module, optimizer: SpectralOptimizer) -> dict[str, Any]:
@@ -174,11 +176,20 @@ def load(folder: str | Path, model: nn.Module, optimizer: SpectralOptimizer) -> 
                     f"{folder} has no {key} of {name}; it was saved of another model, or with that"
                     " parameter on the other of the rule and AdamW (matrices, scalars)"
                 )
-    dcp_load(content, checkpoint_id=str(folder), no_dist=not dist.is_initialized())
+    with _alone_is_fine():
+        dcp_load(content, checkpoint_id=str(folder))
     set_model_state_dict(model, content["model"])
     load_state_dict(optimizer, content["optimizer"])
     extra: dict[str, Any] = torch.load(io.BytesIO(content["extra"]), weights_only=True)
     return extra
+
+
+@contextlib.contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    """Without torch's warning that one process saves and loads by itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _runs(unit: Unit, index: int, route: Route, momentum: Tensor) -> Runs:
@@ -190,16 +201,16 @@ def _runs(unit: Unit, index: int, route: Route, momentum: Tensor) -> Runs:
         for tile in layout.tiles:
             begin, length = tile.run(rank)
             if tile.tensor == index and length:
-                where[begin, length] = _chunk(layout, tile, rank, route.shape)
+                where[begin, length] = _chunk(layout, tile, rank, route)
     views = unit.kept.packed_views(index, momentum)
     parts = [(where[piece.start, piece.length], view) for piece, view in views.items()]
     return Runs(route.shape, momentum, parts)
 
 
-def _chunk(layout: Layout, tile: Tile, rank: int, shape: tuple[int, ...]) -> Chunk:
+def _chunk(layout: Layout, tile: Tile, rank: int, route: Route) -> Chunk:
     """Which box of the parameter this rank's run of a tile is: some of its rows."""
-    width, stack = layout.matrix.shape[1], shape[0] if len(shape) == 3 else 1
-    rows_of_stack = math.prod(shape) // stack // width
+    width, shape = layout.matrix.shape[1], route.shape
+    rows_of_stack = route.stack // width
     first, skipped = tile.row, 0
     for start, rows in layout.matrix.blocks:
         if skipped <= first < skipped + rows:
@@ -209,7 +220,7 @@ def _chunk(layout: Layout, tile: Tile, rank: int, shape: tuple[int, ...]) -> Chu
     begin = max(tile.offset, tile.cut.run(rank)[0]) - tile.offset
     number, row = divmod(first + begin // tile.cols, rows_of_stack)
     rows = tile.run(rank)[1] // tile.cols
-    if len(shape) == 3:
+    if route.stacked:
         return (number, row, tile.col), (1, rows, tile.cols)
     if len(shape) == 2:
         return (row, tile.col), (rows, tile.cols)

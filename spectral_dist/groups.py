@@ -42,6 +42,13 @@ class Route:
     """the process group of the DistributedDataParallel that it was found in"""
     one_sided: bool = False
     """whether its polar factor is to be taken exactly, by the Gram matrix of its short side"""
+    stacked: bool = False
+    """whether the first of three dimensions counts matrices"""
+
+    @property
+    def stack(self) -> int:
+        """Elements of each matrix of a stack, or of the parameter if it is none."""
+        return math.prod(self.shape[1:] if self.stacked else self.shape)
 
 
 def _kind(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> tuple[str, str]:
@@ -202,6 +209,7 @@ def classify(
             kind = "scalar" if option == "scalars" else "matrix"
             reason = f"{option}: {matched!r}"
         found: tuple[Matrix, ...] = ()
+        stacked = False
         pattern = splits.find(name, alone=True)
         if not parameter.requires_grad:
             kind, reason = "frozen", "requires_grad is False"
@@ -211,12 +219,12 @@ def classify(
                 parts = 3 if parts is None else parts
             if isinstance(module, CONVOLUTIONS):
                 shape = (shape[0], math.prod(shape[1:]))
-            found = matrices_of(name, shape, parts)
+            found, stacked = matrices_of(name, shape, parts), len(shape) == 3
         elif pattern:
             raise ValueError(f"split: {pattern!r} matches {name}, which is no matrix ({reason})")
         exact = kind == "matrix" and any(option == "one_sided" for option, _ in asked)
         whole = full_shape(parameter)
-        routes.append(Route(name, parameter, whole, kind, reason, found, replicas, exact))
+        routes.append(Route(name, parameter, whole, kind, reason, found, replicas, exact, stacked))
     names = [route.name for route in routes if route.kind != "frozen"]
     for patterns in (*forced.values(), splits):
         patterns.check(names)

@@ -28,6 +28,7 @@ COMMANDS = ("spectral_dist.launch", "spectral_dist.cli", "spectral_dist.doctor")
 MAY_DISTRIBUTE = (
     "spectral_dist.sharding",
     "spectral_dist.checkpoint",  # torch's own distributed checkpoints
+    "spectral_dist.convert",  # which it reads and writes
     "spectral_dist.integrations",
     *COMMANDS,
 )
@@ -141,6 +142,8 @@ def test_imports_point_down(module):
         ("spectral_dist.checkpoint", "from spectral_dist.sharding import collectives", False),
         ("spectral_dist.checkpoint", "from spectral_dist.integrations import fsdp", True),
         ("spectral_dist.checkpoints", "import torch.distributed", True),
+        ("spectral_dist.convert", "from torch.distributed.checkpoint import load", False),
+        ("spectral_dist.convert", "import deepspeed", True),
         ("spectral_dist.monitor", "import torch.distributed", True),
         ("spectral_dist.matrix_step", "from torch.distributed.tensor import DTensor", True),
         ("spectral_dist.placement", "from torch.distributed.tensor import DTensor", True),

@@ -47,7 +47,6 @@ def steps(model: nn.Module, optimizers: Any, first: int, last: int) -> list[floa
 
 
 def saved(folder: Path, count: int = 3, odd: bool = True, **extra: Any) -> tuple[nn.Module, Any]:
-    """A run of one process, and its checkpoint."""
     model = models.build(odd=odd)
     optimizer = muon(model)
     steps(model, [optimizer], 0, count)
@@ -121,8 +120,7 @@ def test_there_and_back(kind: str, tmp_path: Path) -> None:
 def test_a_converted_run_goes_on(kind: str, tmp_path: Path) -> None:
     """To the bit, by the options of the checkpoint."""
     model, optimizer = saved(tmp_path / "a")
-    run = convert.convert("dcp", tmp_path / "a", kind, tmp_path / "b")
-    assert len(run.names("matrix")) == 10
+    convert.convert("dcp", tmp_path / "a", kind, tmp_path / "b")
     convert.convert(kind, tmp_path / "b", "dcp", tmp_path / "c")
     other, resumed = loaded(tmp_path / "c")
     assert steps(model, [optimizer], 3, 6) == steps(other, [resumed], 3, 6)
@@ -327,7 +325,6 @@ def test_bad_names_are_refused(tmp_path: Path) -> None:
     saved(tmp_path / "a", count=1)
     a, b = tmp_path / "a", tmp_path / "b"
     refused("'megatron' is no format; known: dcp", "dcp", a, "megatron", b)
-    refused("exists already", "dcp", a, "torch", a)
     refused("there is no", "dcp", tmp_path / "nowhere", "torch", b)
     refused("no .metadata", "dcp", tmp_path, "torch", b)
     refused("no universal checkpoint", "universal", a, "torch", b)

@@ -510,6 +510,25 @@ def test_ranks_that_disagree_about_buckets_or_the_wire_say_so(kind, monkeypatch)
     assert len(set(texts)) == 1
 
 
+def disagreement_of_a_replica():
+    """2 replicas x 2 ranks; the last rank has another matrix."""
+    group, copies = grid(2, 2, False)
+    m, n = (4, 3) if dist.get_rank() == 3 else (2, 6)
+    layouts = [lay(Matrix("b", (m, n), ((0, m),)), Cut.even(6, 2))]
+    try:
+        make(layouts, group=group, replicas=copies)
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.xfail(run=False, reason="the other replica waits for the one that has raised")
+def test_replicas_that_disagree_say_so_everywhere(monkeypatch):
+    monkeypatch.setattr(harness, "TIMEOUT", 60.0)
+    texts = harness.run(4, disagreement_of_a_replica)
+    assert all("entry 0 is `b " in text for text in texts)
+
+
 def agreement():
     exchange, _, meter = make([lay(Matrix("a", (2, 6), ((0, 2),)), Cut.even(12, 2))])
     return len(exchange.routes), meter.calls

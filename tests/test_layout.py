@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+import time
+from itertools import pairwise, product
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectral_dist.sharding.layout import Cut, Layout, Matrix, Tile, lay
+from spectral_dist.sharding.layout import Cut, Layout, Matrix, Tile, lay, lay_boxes
 
 quick = settings(max_examples=150, deadline=None, derandomize=True)
 
@@ -24,6 +26,24 @@ def cuts(draw, least=1):
     lengths.insert(draw(st.integers(0, len(lengths))), max(0, least - sum(lengths)))
     bounds = [sum(lengths[:r]) for r in range(len(lengths) + 1)]
     return Cut(tuple(bounds)), lengths
+
+
+@st.composite
+def member_cuts(draw, least=1):
+    """A cut of some of the ranks in any order, and (rank, length) of its runs in theirs."""
+    _, lengths = draw(cuts(least))
+    ranks = draw(st.integers(len(lengths), len(lengths) + 3))
+    members = draw(st.permutations(range(ranks)))[: len(lengths)]
+    bounds = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    kind = tuple
+    if draw(st.booleans()):  # a range, as of the ranks of one column of a mesh
+        step = draw(st.integers(1, 3))
+        first = draw(st.integers(0, 2))
+        members = range(first, first + step * len(lengths), step)
+        ranks = max(members) + 1
+        kind = range if draw(st.booleans()) else tuple
+    members = members if kind is range else tuple(members)
+    return Cut(tuple(bounds), members), list(zip(members, lengths, strict=True)), ranks
 
 
 @st.composite
@@ -154,10 +174,10 @@ def test_description_tells_layouts_apart():
     cut = Cut((0, 5, 24))
     base = {"name": "w", "shape": (4, 6), "blocks": ((0, 4),), "cut": cut, "offset": 0}
 
-    def line(replicated=False, **changes):
+    def line(**changes):
         o = {**base, **changes}
         matrix = Matrix(o["name"], o["shape"], o["blocks"])
-        return lay(matrix, o["cut"], offset=o["offset"], replicated=replicated).describe()
+        return lay(matrix, o["cut"], offset=o["offset"]).describe()
 
     lines = [
         line(),
@@ -168,10 +188,159 @@ def test_description_tells_layouts_apart():
         line(cut=Cut((0, 5, 24, 24))),
         line(cut=Cut.even(12, 2)),
         line(offset=1),
-        line(replicated=True),
+        line(cut=Cut((0, 5, 24), (1, 0))),
+        line(cut=Cut((0, 5, 24), (0, 2))),
     ]
     assert len(set(lines)) == len(lines)
     assert line() == line()
     # where a run lies in a rank's own tensor is that rank's business
     matrix = Matrix("w", (4, 6), ((0, 4),))
     assert lay(matrix, cut, base=7, tensor=2).describe() == line()
+
+
+@quick
+@given(member_cuts(), st.data())
+def test_members_store_their_runs_and_others_nothing(drawn, data):
+    cut, runs, ranks = drawn
+    stored, element = {}, 0
+    for rank, length in runs:
+        stored[rank] = list(range(element, element + length))
+        element += length
+    for rank in range(ranks):
+        assert list(range(*cut.run(rank))) == stored.get(rank, [])
+    start = data.draw(st.integers(0, element - 1))
+    stop = data.draw(st.integers(start + 1, element))
+    found = list(cut.holders(start, stop))
+    wanted = [r for r, own in stored.items() if set(own) & set(range(start, stop))]
+    assert len(set(found)) == len(found)
+    assert [r for r in found if r in wanted] == wanted  # and between them those with empty runs
+    assert {found[0], found[-1]} <= set(wanted)
+    tile = Tile(0, 0, 1, stop - start, cut, start, base=3)
+    layout = Layout(Matrix("w", (1, stop - start), ((0, 1),)), (tile,))
+    assert sorted(layout.holders()) == sorted(wanted)
+    for rank in range(ranks):
+        begin, length = tile.run(rank)
+        mine = [e for e in stored.get(rank, []) if start <= e < stop]
+        assert length == len(mine)
+        assert not mine or begin == 3 + stored[rank].index(mine[0])
+
+
+@quick
+@given(st.lists(member_cuts(), min_size=2, max_size=6))
+def test_descriptions_are_equal_exactly_for_equal_cuts(drawn):
+    for (one, _, _), (other, _, _) in product(drawn, drawn):
+        equal = (list(one.bounds), list(one.members)) == (list(other.bounds), list(other.members))
+        # a range and a tuple of the same numbers may be told apart: all ranks build them alike
+        if one.describe() == other.describe():
+            assert equal
+        elif equal:
+            assert type(one.bounds) is not type(other.bounds) or type(one.members) is not type(
+                other.members
+            )
+
+
+def test_descriptions_stay_short_for_thousands_of_ranks():
+    ranks = 4096
+    bounds = tuple(r * r for r in range(ranks + 1))
+    members = tuple((r * 5) % ranks for r in range(ranks))
+    found = [Cut(bounds), Cut(bounds, members), Cut(bounds, members[::-1]), Cut((1, *bounds[1:])),
+             Cut(bounds, range(ranks))]  # fmt: skip
+    lines = [cut.describe() for cut in found]
+    assert len(set(lines)) == len(lines)
+    assert max(map(len, lines)) < 200
+    # what differs in one number of thousands is told apart
+    changed = Cut((*bounds[:-1], bounds[-1] + 1), members)
+    assert changed.describe() != found[1].describe()
+
+
+# -- boxes
+
+
+@st.composite
+def grids(draw):
+    """(shape, edges along each axis, the ranks in the grid's order) of a stack of matrices."""
+    shape = draw(st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(1, 5)))
+    parts = draw(st.sampled_from([(1, 1, 1), (2, 1, 1), (1, 3, 1), (1, 1, 2), (2, 2, 1), (1, 2, 2),
+                                  (2, 1, 3), (2, 2, 2), (1, 6, 1), (3, 1, 2)]))  # fmt: skip
+    edges = []
+    for size, count in zip(shape, parts, strict=True):
+        inner = draw(st.lists(st.integers(0, size), min_size=count - 1, max_size=count - 1))
+        edges.append([0, *sorted(inner), size])
+    ranks = draw(st.permutations(range(parts[0] * parts[1] * parts[2])))
+    return shape, edges, ranks
+
+
+@quick
+@given(grids(), st.booleans())
+def test_boxes_put_every_element_where_the_slices_say(drawn, halves):
+    shape, edges, ranks = drawn
+    layers, m, n = shape
+    places = list(product(*(range(len(e) - 1) for e in edges)))
+    boxes = [()] * len(ranks)
+    for rank, place in zip(ranks, places, strict=True):
+        boxes[rank] = tuple((e[i], e[i + 1]) for e, i in zip(edges, place, strict=True))
+    values = torch.arange(layers * m * n).view(shape)
+    local = [values[tuple(slice(*ends) for ends in box)].flatten().tolist() for box in boxes]
+    groups = [[(0, m)]]
+    if halves and m % 4 == 0:  # two interleaved parts
+        groups = [[(0, m // 4), (m // 2, m // 4)], [(m // 4, m // 4), (3 * m // 4, m // 4)]]
+    for k, blocks in ((k, g) for k in range(layers) for g in groups):
+        rows = [row for first, count in blocks for row in range(first, first + count)]
+        starts = tuple((k * m * n + first * n, count) for first, count in blocks)
+        matrix = Matrix("w", (len(rows), n), starts)
+        whole = torch.full((len(rows), n), -1)
+        lines, holders = set(), set()
+        for rank in range(len(ranks)):
+            layout = lay_boxes(matrix, m * n, tuple(boxes), rank, tensor=2)
+            lines.add(layout.describe())
+            for tile in layout.tiles:
+                assert tile.tensor == 2
+                start, length = tile.run(rank)
+                first, _ = tile.cut.run(rank)
+                part = whole[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols]
+                assert part.shape == (tile.rows, tile.cols)
+                at = max(0, first - tile.offset)
+                for j in range(length):
+                    row, col = divmod(at + j, tile.cols)
+                    assert part[row, col] == -1  # nobody else's
+                    part[row, col] = local[rank][start + j]
+                holders |= {rank} if length else set()
+        assert torch.equal(whole, values[k][rows])
+        assert len(lines) == 1  # where it lies in a rank's own tensor is that rank's business
+        assert set(layout.holders()) == holders
+        assert layout.stacked() == (len({(t.col, t.cols) for t in layout.tiles}) == 1)
+
+
+@pytest.mark.parametrize("members", [None, (3, 1, 2, 0)])
+def test_rows_alone_are_as_a_cut(members):
+    """FSDP's Shard(0) of a matrix, by both ways to say it."""
+    order = members or (0, 1, 2, 3)
+    edges = (0, 3, 3, 5, 6)
+    boxes = [()] * 4
+    for i, rank in enumerate(order):
+        boxes[rank] = ((0, 1), (edges[i], edges[i + 1]), (0, 5))
+    matrix = Matrix("w", (6, 5), ((0, 6),))
+    cut = lay(matrix, Cut(tuple(e * 5 for e in edges), members))
+    for rank in range(4):
+        box = lay_boxes(matrix, 30, tuple(boxes), rank)
+        for r in range(4):
+            assert box.tiles[0].run(r)[1] == cut.tiles[0].run(r)[1]
+        assert box.tiles[0].run(rank) == cut.tiles[0].run(rank) or not cut.tiles[0].run(rank)[1]
+        assert len(box.tiles) == 1
+        assert box.stacked()
+
+
+def test_boxes_of_thousands_of_ranks_are_laid_in_reasonable_time():
+    """A loose bound: others use this CPU."""
+    rows, columns = 256, 8
+    boxes = tuple(
+        ((0, 1), (16 * r, 16 * (r + 1)), (512 * c, 512 * (c + 1)))
+        for r in range(rows) for c in range(columns)
+    )  # fmt: skip
+    begin = time.perf_counter()
+    for i in range(300):
+        matrix = Matrix(f"w{i}", (4096, 4096), ((0, 4096),))
+        layout = lay_boxes(matrix, 4096 * 4096, boxes, 77, i)
+        assert len(layout.describe()) < 100 * columns
+    assert time.perf_counter() - begin < 10
+    assert len(layout.holders()) == rows * columns

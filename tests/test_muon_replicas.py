@@ -137,6 +137,48 @@ def test_data_parallel_equals_one_process(ranks):
         assert sums == results[0][1]  # replicas do not drift apart
 
 
+def momenta(ranks_keep_all, wrapped):
+    """(names of parameters whose momentum is not one process's, elements kept here, of all)."""
+    alone, shared = models.build(odd=False), models.build(odd=False)
+    first = local_run(alone, 3, True, **OPTIONS)
+    group, model = dist.group.WORLD, shared
+    if wrapped:  # the group is then found by itself
+        group, model = None, nn.parallel.DistributedDataParallel(shared)
+    found = spectral_dist.param_groups(model, split={"qkv": 3})
+    second = spectral_dist.Muon(
+        found, process_group=group, replicate_momentum=ranks_keep_all, **OPTIONS
+    )
+    for step in range(3):
+        second.zero_grad()
+        model(models.tokens(step)).backward()
+        second.step()
+    different, kept, total = [], 0, 0
+    others = dict(shared.named_parameters())
+    for name, p in alone.named_parameters():
+        if not training.is_matrix(name):
+            continue
+        one, two = first.state[p]["exp_avg"], second.state[others[name]]["exp_avg"]
+        kept, total = kept + two.numel(), total + one.numel()
+        if one.shape != two.shape or not torch.equal(one, two):
+            different.append(name)
+        if not ranks_keep_all and two.numel() == one.numel():
+            assert torch.equal(one, two), name  # all of it is here, in its own shape
+    return different, kept, total, second.polar_calls
+
+
+# DDP's mean over two ranks of equal gradients is exact; over three it is rounded
+@pytest.mark.parametrize(("ranks", "wrapped"), [(2, False), (3, False), (2, True)])
+def test_momentum_is_at_the_owner_alone_unless_asked(ranks, wrapped):
+    results = harness.run(ranks, momenta, False, wrapped)
+    total = results[0][2]
+    assert sum(kept for _, kept, _, _ in results) == total  # each matrix's once
+    assert all(0 < kept < total for _, kept, _, _ in results)
+    replicated = harness.run(ranks, momenta, True, wrapped)
+    assert [(different, kept) for different, kept, _, _ in replicated] == [([], total)] * ranks
+    for found in (results, replicated):
+        assert sum(calls for *_, calls in found) == 3 * 12
+
+
 def fewer_matrices_than_ranks():
     model, alone = Weights(a=(4, 6)), Weights(a=(4, 6))
     shared, single = muon(model, process_group=dist.group.WORLD), muon(alone)

@@ -209,15 +209,21 @@ def test_strategies_of_later_releases(value):
     refuses(f"strategy is '{value}'; this release has 'owner'", strategy=value)
 
 
-@pytest.mark.parametrize("method", ["svd", "eigh", "qdwh", "zolo"])
-def test_steps_of_an_exact_method(method):
-    refuses(f"steps=5 would have no effect.*'{method}' is exact", polar=method, polar_steps=5)
+@pytest.mark.parametrize(
+    ("method", "why"),
+    [("svd", "is exact"), ("eigh", "is exact"), ("qdwh", "takes the steps that it converges in"),
+     ("zolo", "takes the steps that it converges in")],
+)  # fmt: skip
+def test_steps_of_an_exact_method(method, why):
+    refuses(f"steps=5 would have no effect.*'{method}' {why}", polar=method, polar_steps=5)
     assert MuonOptions.from_user({"polar": method}).polar_steps is None
 
 
 @pytest.mark.parametrize("value", [0, -1, 5.0, "5", True, [5]])
 def test_bad_steps(value):
-    refuses("steps is .*whole number", polar_steps=value)
+    for cls in (MuonOptions, ROOTOptions):
+        refuses("steps is .*whole number", kind=cls, polar_steps=value)
+    refuses("would have no effect.*'qdwh'", kind=PolarGradOptions, polar_steps=value)
     refuses("steps is 6; cubic5 has exactly 5", polar="cubic5", polar_steps=6)
 
 

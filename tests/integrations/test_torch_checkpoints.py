@@ -252,7 +252,6 @@ def ranks_own_extra(folder: str) -> Any:
     return extra["rank"], extra["numbers"].tolist()
 
 
-@pytest.mark.xfail(strict=True, reason="DCP takes the bytes of whichever rank it likes")
 def test_extra_is_that_of_the_first_rank(tmp_path: Path) -> None:
     assert harness.run(3, ranks_own_extra, str(tmp_path)) == [(0, [0, 1, 2])] * 3
 
@@ -365,8 +364,6 @@ def test_torchs_own_functions_under_fsdp(rule: str) -> None:
 
 # -- convolutions
 
-CONV1D = "a 3-D weight of Conv1d is taken for a stack (checkpoint._chunk, fsdp._boxes)"
-
 
 def convolutions(layout: str, dims: int, folder: str) -> None:
     """In the layout: save, load, and every bit is there."""
@@ -390,8 +387,8 @@ def convolutions(layout: str, dims: int, folder: str) -> None:
     ("layout", "dims"),
     [
         ("ddp", 2), ("fsdp", 2),
-        pytest.param("ddp", 1, marks=pytest.mark.xfail(strict=True, reason=CONV1D)),
-        pytest.param("fsdp", 1, marks=pytest.mark.xfail(run=False, reason=CONV1D)),
+        ("ddp", 1),
+        ("fsdp", 1),
     ],
 )  # fmt: skip
 def test_convolutions(layout: str, dims: int, tmp_path: Path) -> None:
