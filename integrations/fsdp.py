@@ -7,6 +7,7 @@ one that replicates it holds copies, of which one does the work.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from spectral_dist.groups import Route
 from spectral_dist.placement import Located, WholeParameters, check_contiguous
-from spectral_dist.sharding.collectives import Group, all_equal
+from spectral_dist.sharding.collectives import Group, Meter, all_equal, sum_ranks
 from spectral_dist.sharding.layout import Box, Placement, lay_boxes
 
 
@@ -69,7 +70,7 @@ class MeshPlacer(WholeParameters):
         spreads = [self._spread(r.name, t) for r, t in zip(routes, tensors, strict=True)]
         if self._replicas(routes) is not None:  # the user has said where the copies are
             spreads = [replace(spread, implied=()) for spread in spreads]
-        same = self._same(spreads, tensors)
+        same = self._same([route.name for route in routes], spreads, tensors)
         alike: dict[tuple[Any, ...], list[int]] = {}
         for i, (tensor, spread) in enumerate(zip(tensors, spreads, strict=True)):
             mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
@@ -152,23 +153,40 @@ class MeshPlacer(WholeParameters):
         implied = _wide(whole, set(range(whole.ndim)) - set(lift))
         return Spread(lifted, _wide(whole, rest), implied)
 
-    def _same(self, spreads: Sequence[Spread], tensors: Sequence[Tensor]) -> list[bool]:
-        """Whether each parameter's values are equal over the dimensions that are implied."""
-        same = [False] * len(tensors)
+    def _same(
+        self, names: Sequence[str], spreads: Sequence[Spread], tensors: Sequence[Tensor]
+    ) -> list[bool]:
+        """Whether each parameter is a copy along the dimensions that are implied; alike on all."""
         by_dims: dict[tuple[int, ...], list[int]] = {}
         for i, spread in enumerate(spreads):
             if spread.implied:
                 by_dims.setdefault(spread.implied, []).append(i)
+        if not by_dims:
+            return [False] * len(tensors)
+        assert self._mesh is not None
+        differs = torch.zeros(2, len(tensors), device=self.local(tensors[0]).device)
         for dims, indices in by_dims.items():
-            assert self._mesh is not None
-            group = self._group(self._mesh, dims)
             values = [_checksum(self.local(tensors[i])) for i in indices]
             # of each rank's own, but all zero at first: then their gradients tell
             grads = [_checksum(self.gradient(tensors[i])).to(values[0]) for i in indices]
-            equal = all_equal(torch.stack(values + grads), group)
+            equal = all_equal(torch.stack(values + grads), self._group(self._mesh, dims))
             for k, i in enumerate(indices):
-                same[i] = equal[k] and equal[k + len(indices)]
-        return same
+                unknown = tensors[i].grad is None and _is_constant(self.local(tensors[i]))
+                differs[0, i] = not equal[k]
+                differs[1, i] = unknown or not equal[k + len(indices)]
+        everyone = _wide(self._mesh, range(self._mesh.ndim))
+        sum_ranks(differs, self._group(self._mesh, everyone), Meter())
+        value, gradient = (differs > 0).tolist()
+        apart = [i for i, p in enumerate(tensors) if spreads[i].implied and p.grad is not None]
+        apart = [i for i in apart if gradient[i] and not value[i]]
+        if apart:
+            warnings.warn(
+                f"{', '.join(names[i] for i in apart[:5])}: equal on ranks of {self._mesh}, but not"
+                " in their gradients, so each rank steps on its own; if they are copies, average"
+                " their gradients",
+                stacklevel=2,
+            )
+        return [not a and not b for a, b in zip(value, gradient, strict=True)]
 
     def _group(self, mesh: DeviceMesh, dims: Sequence[int]) -> Group:
         """The ranks that differ from this one along these dimensions only, in their mesh order."""
@@ -221,13 +239,24 @@ def _wide(mesh: DeviceMesh, dims: Any) -> tuple[int, ...]:
 
 
 def _checksum(local: Tensor | None) -> Tensor:
-    """The sum of its bits as whole numbers, int64: equal for equal values, exactly. None: -1."""
+    """A sum of its bits, weighted by position, int64: equal for equal values. None: -1."""
     if local is None:
         return torch.tensor(-1)
     flat = local.detach().reshape(-1)
-    size = flat.element_size()
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
-    return flat.view(whole).sum(dtype=torch.int64)
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for part in torch.split(
+        flat.view(whole), 2**24
+    ):  # eight bytes an element are needed for a moment
+        weights = torch.arange(1, 2 * len(part), 2, device=flat.device)
+        total = total * 31 + (part * weights).sum()
+    return total
+
+
+def _is_constant(local: Tensor) -> bool:
+    """Whether all its elements are one value, as they are before training."""
+    flat = local.detach().reshape(-1)
+    return bool((flat == flat[:1]).all())
 
 
 def _cuts(name: str, tensor: DTensor) -> tuple[tuple[int, int], ...]:

@@ -199,7 +199,9 @@ def classify(
         kind, reason = _kind(module, leaf, shape)
         if id(parameter) in heads:
             kind, reason = "scalar", heads[id(parameter)]
-        asked = [(o, hit) for o, patterns in forced.items() if (hit := patterns.find(name))]
+        asked = [
+            (o, hit) for o, patterns in forced.items() if (hit := patterns.find(name)) is not None
+        ]
         if len(asked) > 1:
             both = " and ".join(f"{option}: {hit!r}" for option, hit in asked)
             raise ValueError(f"{name} matches both {both}; make one of them narrower")
@@ -214,13 +216,13 @@ def classify(
         if not parameter.requires_grad:
             kind, reason = "frozen", "requires_grad is False"
         elif kind == "matrix":
-            parts = split[pattern] if split and pattern else None
+            parts = split[pattern] if split and pattern is not None else None
             if isinstance(module, nn.MultiheadAttention) and leaf == "in_proj_weight":
                 parts = 3 if parts is None else parts
             if isinstance(module, CONVOLUTIONS):
                 shape = (shape[0], math.prod(shape[1:]))
             found, stacked = matrices_of(name, shape, parts), len(shape) == 3
-        elif pattern:
+        elif pattern is not None:
             raise ValueError(f"split: {pattern!r} matches {name}, which is no matrix ({reason})")
         exact = kind == "matrix" and any(option == "one_sided" for option, _ in asked)
         whole = full_shape(parameter)

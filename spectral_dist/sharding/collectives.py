@@ -126,22 +126,33 @@ def all_equal(values: Tensor, group: Group) -> list[bool]:
     return [bool(same) for same in (rows == rows[0]).all(0).tolist()]
 
 
-def assert_same(lines: Sequence[str], group: Group, device: torch.device) -> None:
-    """Raise on every rank if the ranks' lines differ, naming the first line that does."""
-    if size(group) == 1:
-        return
+def assert_same(lines: Sequence[str], groups: Sequence[Group], device: torch.device) -> None:
+    """Raise on every rank of all groups if lines differ anywhere, naming the first that does.
+
+    ``groups``: of shards, then of replicas, each of which has the first kind of group of its own.
+    """
     digest = hashlib.sha256("\n".join(lines).encode()).digest()[:7]
-    mine = torch.tensor([int.from_bytes(digest, "big")], dtype=torch.int64, device=device)
-    everyone = mine.new_empty(size(group))
-    _all_gather(everyone, mine, group=group)
-    if bool((everyone == everyone[0]).all().item()):
+    found = torch.tensor([int.from_bytes(digest, "big"), 0], dtype=torch.int64, device=device)
+    for group in groups:
+        if size(group) == 1:
+            continue
+        everyone = found.new_empty(2 * size(group))
+        _all_gather(everyone, found, group=group)
+        rows = everyone.view(-1, 2)
+        found[1] = ((rows[:, 0] != rows[0, 0]) | (rows[:, 1] != 0)).any()
+    if not found[1].item():
         return
-    texts = [text.split("\n") for text in gather_texts("\n".join(lines), group)]
-    for other, text in enumerate(texts):
-        for i, (a, b) in enumerate(zip_longest(texts[0], text, fillvalue="nothing")):
-            if a != b:
-                raise RuntimeError(
-                    "the ranks do not agree where the matrices live, so they cannot exchange them:"
-                    f" entry {i} is `{a}` on rank 0 but `{b}` on rank {other}."
-                    " Build the same model, with the same options, on every rank."
-                )
+    for group in groups:  # every rank knows by now, so every rank is here
+        texts = [text.split("\n") for text in gather_texts("\n".join(lines), group)]
+        for other, text in enumerate(texts):
+            for i, (a, b) in enumerate(zip_longest(texts[0], text, fillvalue="nothing")):
+                if a != b:
+                    raise RuntimeError(
+                        "the ranks do not agree where the matrices live, so they cannot exchange"
+                        f" them: entry {i} is `{a}` on rank 0 but `{b}` on rank {other}."
+                        " Build the same model, with the same options, on every rank."
+                    )
+    raise RuntimeError(
+        "the ranks of another replica do not agree where the matrices live, so nothing can be"
+        " exchanged. Build the same model, with the same options, on every rank."
+    )

@@ -241,11 +241,11 @@ class Exchange:
         self.wire_dtype, self.meter = wire_dtype, meter
         rank, ranks = collectives.rank(group), collectives.size(group)
         replica, self.copies = collectives.rank(replicas), collectives.size(replicas)
-        lines = [layout.describe() for layout in layouts]
-        lines += [f"{x.matrix.name} owner {o}" for x, o in zip(layouts, plan.owners, strict=True)]
+        groups = (group, replicas)
+        collectives.assert_same([layout.describe() for layout in layouts], groups, device)
+        lines = [f"{x.matrix.name} owner {o}" for x, o in zip(layouts, plan.owners, strict=True)]
         lines += [f"bucket {bucket}" for bucket in plan.buckets] + [f"wire {wire_dtype}"]
-        for members in (group, replicas):
-            collectives.assert_same(lines, members, device)
+        collectives.assert_same(lines, groups, device)
         self.routes = [
             _route(bucket, layouts, rank, ranks, replica, self.copies) for bucket in plan.buckets
         ]

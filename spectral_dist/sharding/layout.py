@@ -113,7 +113,7 @@ class Layout:
         """Ranks that store a part of the matrix, ascending."""
         if len(self.tiles) == 1:
             tile = self.tiles[0]
-            return [r for r in tile.holders() if tile.run(r)[1]]
+            return sorted(r for r in tile.holders() if tile.run(r)[1])
         return sorted({r for tile in self.tiles for r in tile.holders() if tile.run(r)[1]})
 
     def stacked(self) -> bool:
@@ -171,7 +171,8 @@ def lay_boxes(
     """The layout of a matrix whose parameter each rank stores one box of.
 
     ``stack``: elements of each matrix of the parameter's stack (all of them for a 2-D parameter).
-    ``boxes``: by rank; together they are the parameter, without overlap. ``rank``: this one.
+    ``boxes``: by rank; together they are the parameter, without overlap, cut at the same rows and
+    columns everywhere (a grid). ``rank``: this one.
     """
     n, tiles, row = matrix.shape[1], [], 0
     (layer, layers), (top, bottom), _ = boxes[rank]

@@ -80,8 +80,13 @@ def failed(configuration: dict[str, Any], fault: str = "") -> list[str]:
         rule(1, "SpectralROOT", bf16={"enabled": True}),
     ],
     ids=[
-        "stage 0 fp16", "stage 1 bf16", "stage 2", "stage 3 fp16",
-        "PolarGrad", "PolarGrad, polar first", "ROOT bf16",
+        "stage 0 fp16",
+        "stage 1 bf16",
+        "stage 2",
+        "stage 3 fp16",
+        "PolarGrad",
+        "PolarGrad, polar first",
+        "ROOT bf16",
     ],
 )
 def test_good_configs_pass(configuration: dict[str, Any]) -> None:
