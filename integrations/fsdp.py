@@ -248,15 +248,15 @@ def _checksum(local: Tensor | None) -> Tensor:
     for part in torch.split(
         flat.view(whole), 2**24
     ):  # eight bytes an element are needed for a moment
-        weights = torch.arange(1, 2 * len(part), 2, device=flat.device)
+        weights = torch.arange(len(part), device=flat.device) * 2 + 1
         total = total * 31 + (part * weights).sum()
     return total
 
 
 def _is_constant(local: Tensor) -> bool:
-    """Whether all its elements are one value, as they are before training."""
+    """Whether all its elements, if it has any, are one value, as they may be before training."""
     flat = local.detach().reshape(-1)
-    return bool((flat == flat[:1]).all())
+    return len(flat) > 0 and bool((flat == flat[0]).all())
 
 
 def _cuts(name: str, tensor: DTensor) -> tuple[tuple[int, int], ...]:

@@ -142,17 +142,15 @@ def assert_same(lines: Sequence[str], groups: Sequence[Group], device: torch.dev
         found[1] = ((rows[:, 0] != rows[0, 0]) | (rows[:, 1] != 0)).any()
     if not found[1].item():
         return
+    texts = ["\n".join(lines)]
     for group in groups:  # every rank knows by now, so every rank is here
-        texts = [text.split("\n") for text in gather_texts("\n".join(lines), group)]
-        for other, text in enumerate(texts):
-            for i, (a, b) in enumerate(zip_longest(texts[0], text, fillvalue="nothing")):
-                if a != b:
-                    raise RuntimeError(
-                        "the ranks do not agree where the matrices live, so they cannot exchange"
-                        f" them: entry {i} is `{a}` on rank 0 but `{b}` on rank {other}."
-                        " Build the same model, with the same options, on every rank."
-                    )
-    raise RuntimeError(
-        "the ranks of another replica do not agree where the matrices live, so nothing can be"
-        " exchanged. Build the same model, with the same options, on every rank."
-    )
+        texts = [one for some in gather_texts("\0".join(texts), group) for one in some.split("\0")]
+    split = [text.split("\n") for text in texts]
+    for other, text in enumerate(split):
+        for i, (a, b) in enumerate(zip_longest(split[0], text, fillvalue="nothing")):
+            if a != b:
+                raise RuntimeError(
+                    "the ranks do not agree where the matrices live, so they cannot exchange them:"
+                    f" entry {i} is `{a}` on rank 0 but `{b}` on rank {other}."
+                    " Build the same model, with the same options, on every rank."
+                )
