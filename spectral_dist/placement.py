@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any, Protocol
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spectral_dist.groups import Route
+from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group
 from spectral_dist.sharding.layout import Cut, Placement, lay
 
@@ -72,6 +74,14 @@ class WholeParameters:
                     " shards it. With DeepSpeed, write `import"
                     " spectral_dist.integrations.deepspeed` before deepspeed.initialize"
                 )
+        replicas = self._replicas(routes)
+        if replicas is None and group["kind"] == "matrix" and collectives.job_size() > 1:
+            warnings.warn(
+                "every rank of this job orthogonalizes all matrices by itself; if the ranks hold"
+                " replicas, give param_groups the DistributedDataParallel model, or write"
+                " process_group=torch.distributed.group.WORLD",
+                stacklevel=5,
+            )
         layouts = []
         for index, (route, tensor) in enumerate(zip(routes, tensors, strict=True)):
             check_contiguous(route, tensor)
@@ -80,7 +90,7 @@ class WholeParameters:
         pairs = enumerate(zip(routes, tensors, strict=True))
         spans = tuple((r.name, i, 0, t.numel()) for i, (r, t) in pairs)
         placement = Placement(
-            tuple(layouts), None, tensors[0].device, spans, self._replicas(routes), self.everywhere
+            tuple(layouts), None, tensors[0].device, spans, replicas, self.everywhere
         )
         return [(placement, tuple(range(len(tensors))))]
 

@@ -215,3 +215,20 @@ def test_nan_on_one_rank_is_an_error_on_all(name, monkeypatch):
     for text, unchanged in harness.run(2, bad_on_one_rank, name):
         assert f"the gradient of {name} is NaN" in text
         assert unchanged
+
+
+def alone_in_a_job():
+    model = mixed_model()
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for group in (None, dist.group.WORLD):
+            optimizer = muon(model, process_group=group)
+            give_gradients(model, 0)
+            optimizer.step()
+    return [str(w.message) for w in seen]
+
+
+def test_ranks_that_each_do_everything_are_told_so():
+    for found in harness.run(2, alone_in_a_job):
+        assert len(found) == 1
+        assert "every rank of this job orthogonalizes all matrices by itself" in found[0]

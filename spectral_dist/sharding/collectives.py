@@ -53,6 +53,11 @@ def size(group: Group) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
+def job_size() -> int:
+    """Ranks in the whole job."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def rank(group: Group) -> int:
     """This process's rank in the group."""
     return 0 if group is None else dist.get_rank(group)
