@@ -24,6 +24,7 @@ from torch import Tensor
 from spectral_dist.polar.fit import FALLBACK, PUBLISHED, fit, random_spectrum, relative_error
 from spectral_dist.polar.schedules import Row
 from spectral_dist.polar.stability import check_fixed
+from spectral_dist.rules.root import shape_key as key
 
 __all__ = ["FALLBACK", "PUBLISHED", "Calibration", "Recorder", "calibrate", "choose", "key"]
 
@@ -91,11 +92,6 @@ def _condensed(spectra: Tensor, count: int = 2048) -> Tensor:
         return values
     middles = (torch.arange(count, dtype=torch.float64) + 0.5) / count * len(values)
     return values[middles.long()]
-
-
-def key(shape: Sequence[int]) -> str:
-    """The name of a shape: "MINxMAX"."""
-    return f"{min(shape)}x{max(shape)}"
 
 
 def choose(shape: Sequence[int], table: Mapping[Shape, Row] | None = None) -> Row:

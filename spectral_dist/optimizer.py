@@ -207,6 +207,11 @@ class SpectralOptimizer(torch.optim.Optimizer):
         wire = wire_dtype(group, like.dtype, placement.device)
         numel = max(1, math.floor(self.options.bucket_mb * 2**20 / wire.itemsize))
         ranks, replicas = map(collectives.size, (placement.group, placement.replicas))
+        if self.options.replicate_momentum and replicas == 1:
+            warnings.warn(
+                "replicate_momentum has no effect: no other rank holds the same parameters",
+                stacklevel=4,
+            )
         plan = make_plan(placement.layouts, ranks, numel, replicas)
         exchange = Exchange(
             placement.layouts,

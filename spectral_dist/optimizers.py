@@ -56,6 +56,7 @@ class ROOT(SpectralOptimizer):
         every = self.options.adapt_every
         if not every or (self.steps_taken() + 1) % every:
             return super().step(closure)
+        self._check_whole()
         spectra = Spectra(self)
         self.observers.append(spectra)
         before = self.steps_taken()
@@ -66,6 +67,18 @@ class ROOT(SpectralOptimizer):
         if self.steps_taken() > before:
             self._adapt(spectra)
         return loss
+
+    def _check_whole(self) -> None:
+        """ValueError if a step gets a part of a group: coefficients would change in its middle."""
+        for group in self.param_groups:
+            if group["kind"] == "matrix" and group["params"]:
+                here = sum(len(unit.placement.layouts) for unit in self.units(group))
+                if here < sum(len(route.matrices) for route in self.routes[group["id"]]):
+                    raise ValueError(
+                        f"adapt_every is {self.options.adapt_every}, but ZeRO-3 steps on a part of"
+                        " the matrices at a time; set zero_optimization.sub_group_size above the"
+                        " number of parameters, or adapt_every to 0"
+                    )
 
     def _adapt(self, spectra: Spectra) -> None:
         """Refit every shape that any rank has seen; the same everywhere, from the same sums."""

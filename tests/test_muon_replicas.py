@@ -232,3 +232,12 @@ def test_ranks_that_each_do_everything_are_told_so():
     for found in harness.run(2, alone_in_a_job):
         assert len(found) == 1
         assert "every rank of this job orthogonalizes all matrices by itself" in found[0]
+
+
+def test_replicate_momentum_without_replicas_is_said_to_have_no_effect():
+    optimizer = muon(mixed_model(), replicate_momentum=True)
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.ones_like(p)
+    with pytest.warns(UserWarning, match="replicate_momentum has no effect"):
+        optimizer.step()

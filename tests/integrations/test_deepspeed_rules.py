@@ -114,3 +114,19 @@ def test_root_adapts_alike_at_every_stage() -> None:
             assert torch.equal(result["parameters"][name], value)
     jordan = [3.4445, -4.775, 2.0315]
     assert any(row != jordan for row in found[0]["coefficients"].values())
+
+
+def adapting_in_parts() -> str:
+    configuration = configured(3, 2, "root", zero={"sub_group_size": 3000})
+    configuration["optimizer"]["params"]["adapt_every"] = 2
+    try:
+        train(configuration, 2)
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def test_adapting_needs_all_matrices_in_one_step() -> None:
+    """ZeRO-3's sub-groups would see each other's new coefficients within one step."""
+    for text in harness.run(2, adapting_in_parts):
+        assert "set zero_optimization.sub_group_size above the number of parameters" in text
