@@ -27,10 +27,12 @@ def quantile(x: Tensor, q: float) -> Tensor:
     flat = x.reshape(len(x), -1)
     position = q * (flat.shape[1] - 1)
     low = math.floor(position)
-    below = flat.kthvalue(low + 1, dim=1).values
     if position == low:
-        return below
-    # the next order statistic: the same if enough elements are equal to it, else the least above
-    above = torch.where(flat > below[:, None], flat, math.inf).amin(1)
-    enough = (flat <= below[:, None]).sum(1) > low + 1
-    return torch.lerp(below, torch.where(enough, below, above), position - low)
+        return flat.kthvalue(low + 1, dim=1).values
+    # both neighbours are the innermost two of those beyond: fewest elements, no sort, ties and all
+    upper = 2 * low >= flat.shape[1]
+    beyond = flat.shape[1] - low if upper else low + 2
+    some = flat.topk(beyond, dim=1, largest=upper, sorted=False).values
+    two = some.topk(2, dim=1, largest=not upper).values
+    below, above = two.unbind(1) if upper else two.flip(1).unbind(1)
+    return torch.lerp(below, above, position - low)
