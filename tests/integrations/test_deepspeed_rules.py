@@ -13,7 +13,7 @@ from tests.integrations import engine
 from tests.integrations import torch_layouts as layouts
 from tests.reference import rules, training
 
-STEPS = 6
+STEPS = 10
 SCALARS = {"weight_decay": 0.1, "scalar_lr": 0.005, "scalar_weight_decay": 0.01}
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "polargrad": ("SpectralPolarGrad", {"lr": 0.1}, "svd"),

@@ -341,13 +341,13 @@ def test_state_dict_of_ddp(tmp_path: Path) -> None:
     harness.run(3, whole_states, str(tmp_path))
 
 
-def by_torch(rule: str) -> None:
+def by_torch(layout: str, rule: str) -> None:
     """torch.distributed.checkpoint.state_dict's own functions, on DTensors."""
-    laid, optimizer = start("fsdp", rule)
+    laid, optimizer = start(layout, rule)
     take_steps(laid, optimizer, 0, 2)
     # which are the optimizer's own tensors
     content = copy.deepcopy(get_optimizer_state_dict(laid.model, optimizer))
-    other, resumed = start("fsdp", rule)
+    other, resumed = start(layout, rule)
     other.model.load_state_dict(laid.model.state_dict())
     with quiet():
         set_optimizer_state_dict(other.model, resumed, content)
@@ -357,9 +357,10 @@ def by_torch(rule: str) -> None:
     same({"": other.full()}, {"": laid.full()})
 
 
+@pytest.mark.parametrize(("layout", "world"), [("fsdp", 3), ("hsdp", 4)])
 @pytest.mark.parametrize("rule", RULES)
-def test_torchs_own_functions_under_fsdp(rule: str) -> None:
-    harness.run(3, by_torch, rule)
+def test_torchs_own_functions(layout: str, world: int, rule: str) -> None:
+    harness.run(world, by_torch, layout, rule)
 
 
 # -- convolutions

@@ -75,8 +75,9 @@ FULL_PRECISION = [
     (layout, world)
     for layout, (_, worlds) in layouts.LAYOUTS.items()
     for world in worlds
-    if layout not in ("one", "fsdp_bf16", "fsdp_mixed")
+    if layout not in ("one", "fsdp_mixed") and not layout.endswith("_bf16")
 ]
+IN_HALF = [(f"{layout}_bf16", n) for layout, worlds in layouts.HALF.items() for n in worlds]
 BESIDES = ("fsdp_columns", "replicate", "replicate_tp", "tp_sequence_fsdp")
 """Layouts that nobody has asked for, and the settings that are enough for them: see bitwise, too"""
 FEWER = ("muon", "polargrad, polar first")
@@ -280,7 +281,7 @@ def different(layout: str, names: list[str], model: str) -> dict[str, Any]:
         laid = layouts.build(layout, make)
         options = layouts.options_for(layout) if make is layouts.conditioned else {}
         plain = make(**options)
-        alone = layouts.one(plain.bfloat16() if layout == "fsdp_bf16" else plain)
+        alone = layouts.one(plain.bfloat16() if layout.endswith("_bf16") else plain)
         alone.places = {n: torch.arange(p.numel()) for n, p in alone.named.items()}
         if make.__class__ is functools.partial:  # no qkv
             setting = {**setting, "split": None}
@@ -314,7 +315,7 @@ def check_bitwise(world: int, layout: str, names: list[str], model: str) -> list
     return results
 
 
-@pytest.mark.parametrize(("layout", "world"), [*FULL_PRECISION, ("fsdp_bf16", 2), ("fsdp_bf16", 3)])
+@pytest.mark.parametrize(("layout", "world"), [*FULL_PRECISION, *IN_HALF])
 def test_bitwise_equal_to_one_process(layout: str, world: int) -> None:
     """The owner strategy moves numbers and changes none."""
     check_bitwise(world, layout, list(EVERYWHERE), "language model")

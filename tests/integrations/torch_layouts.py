@@ -190,10 +190,6 @@ def fsdp(model: nn.Module) -> Laid:
     return Laid(model, dist.get_rank(), dist.get_world_size())
 
 
-def fsdp_bf16(model: nn.Module) -> Laid:
-    return fsdp(model.to(torch.bfloat16))
-
-
 def fsdp_mixed(model: nn.Module) -> Laid:
     """float32 shards, bfloat16 compute: gradients arrive in float32."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -335,7 +331,6 @@ LAYOUTS: dict[str, tuple[Callable[[nn.Module], Laid], tuple[int, ...]]] = {
     "ddp": (ddp, (2, 4)),
     "fsdp": (fsdp, (2, 3, 4)),
     "fsdp_columns": (fsdp_columns, (2,)),
-    "fsdp_bf16": (fsdp_bf16, (2, 3)),
     "fsdp_mixed": (fsdp_mixed, (2,)),
     "hsdp": (hsdp, (4,)),
     "replicate": (replicated, (2,)),
@@ -348,6 +343,15 @@ LAYOUTS: dict[str, tuple[Callable[[nn.Module], Laid], tuple[int, ...]]] = {
     "stages": (stages, ()),
 }
 """name -> (what lays a plain model out, the numbers of ranks it is tested with)"""
+HALF = {"ddp": (2,), "fsdp": (2, 3), "hsdp": (4,), "tp": (2,), "tp_fsdp": (4,)}
+"""Layouts that are tested with bfloat16 parameters as well, by the names ddp_bf16, ..."""
+
+
+def in_half(layout: str) -> Callable[[nn.Module], Laid]:
+    return lambda model: LAYOUTS[layout][0](model.to(torch.bfloat16))
+
+
+LAYOUTS |= {f"{layout}_bf16": (in_half(layout), worlds) for layout, worlds in HALF.items()}
 PLAIN = ("tp_sequence", "tp_sequence_fsdp")
 """Layouts whose sequence-cut stream only a model without odd parts understands."""
 
@@ -369,8 +373,8 @@ def build(layout: str, make: Callable[..., nn.Module] = conditioned, **model_opt
     with torch.no_grad():
         for p in indices.parameters():
             p.copy_(torch.arange(p.numel()).view(p.shape))
-    if layout == "fsdp_bf16":  # which has not the digits
-        lay = fsdp
+    if layout.endswith("_bf16"):  # which has not the digits
+        lay = LAYOUTS[layout.removesuffix("_bf16")][0]
     numbered = lay(indices)
     laid = LAYOUTS[layout][0](make(**model_options))
     for name, p in numbered.named.items():
