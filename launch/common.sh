@@ -2,6 +2,7 @@
 # It sets ROOT (the repository) and PYTHON (of .venv there; set it yourself for another one).
 
 TORCH=2.13.0 # the one place that pins torch
+MEGATRON="0.19.2 0.16.1" # what the tests run megatron-core as
 
 export PATH # in an empty environment bash has one, but does not hand it on
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -36,6 +37,23 @@ install() {
     "$PYTHON" -m pip install --quiet "torch==$TORCH" --editable "$ROOT[$extras]" "$@"
     echo "$wanted" >"$stamp"
   fi
+}
+
+# megatron: each of the versions above into a folder of its own, .venv/megatron-core-VERSION.
+# Done once. 0.19.2 declares Python 3.12, but has a wheel for 3.11; the tests need none of its
+# dependencies beyond what is there.
+megatron() {
+  local version folder
+  for version in $MEGATRON; do
+    folder=$ROOT/.venv/megatron-core-$version
+    if [ ! -d "$folder" ]; then
+      echo "fetching megatron-core $version into $folder (once) ..."
+      rm -rf "$folder.part"
+      "$PYTHON" -m pip install --quiet --no-deps --ignore-requires-python \
+        --target "$folder.part" "megatron-core==$version"
+      mv "$folder.part" "$folder"
+    fi
+  done
 }
 
 # accelerators: how many GPUs this host has.

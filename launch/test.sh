@@ -4,5 +4,6 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 install deepspeed,train,mpi,test
+megatron
 cd "$ROOT"
 exec "$PYTHON" -m pytest "$@"

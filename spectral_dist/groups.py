@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,6 +13,7 @@ from torch import nn
 
 from spectral_dist.heads import full_shape, output_heads
 from spectral_dist.options import OPTION_NAMES, applies
+from spectral_dist.patterns import Patterns
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.layout import Matrix
 
@@ -22,6 +22,8 @@ Split: TypeAlias = int | list[int]
 TAG = "spectral_dist_route"
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+EXACT = {"polar": "eigh", "polar_steps": None, "polar_dtype": "auto"}
+"""What a group of one-sided matrices takes instead of the optimizer's own."""
 FSDP1 = (
     "{} was flattened to 1-D by FSDP1 (FullyShardedDataParallel), which loses its matrices; shard"
     " with torch.distributed.fsdp.fully_shard instead"
@@ -51,6 +53,25 @@ class Route:
         return math.prod(self.shape[1:] if self.stacked else self.shape)
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a parameter is by itself, before any pattern: see ``Route``.
+
+    ``shape``: whole and unsharded; ``view``: as its matrices are read, if otherwise. ``split``: how
+    it holds several matrices, unless the user says otherwise.
+    """
+
+    shape: tuple[int, ...]
+    kind: str
+    reason: str
+    view: tuple[int, ...] = ()
+    split: Split | None = None
+
+
+Reader: TypeAlias = Callable[[str, nn.Parameter, nn.Module], Reading]
+"""Of a parameter's name, itself and the module that has it."""
+
+
 def _kind(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> tuple[str, str]:
     """(kind, reason) by the module's type."""
     name = type(module).__name__
@@ -71,6 +92,24 @@ def _kind(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> tuple[str, st
     if len(shape) == 3 and min(shape) > 1:
         return "matrix", f"stack of {shape[0]} in {name}"
     return "scalar", f"{leaf} of {name} is no known matrix"
+
+
+def torch_reader(model: nn.Module) -> Reader:
+    """Reads parameters of torch's own modules, and of those made of them."""
+    heads = output_heads(model)
+
+    def read(name: str, parameter: nn.Parameter, module: nn.Module) -> Reading:
+        leaf, shape = name.rsplit(".", 1)[-1], full_shape(parameter)
+        kind, reason = _kind(module, leaf, shape)
+        if id(parameter) in heads:
+            kind, reason = "scalar", heads[id(parameter)]
+        view: tuple[int, ...] = ()
+        if isinstance(module, CONVOLUTIONS):
+            view = shape[0], math.prod(shape[1:])
+        packed = isinstance(module, nn.MultiheadAttention) and leaf == "in_proj_weight"
+        return Reading(shape, kind, reason, view, 3 if packed else None)
+
+    return read
 
 
 def _row_parts(rows: int, split: Split, where: str) -> list[list[tuple[int, int]]]:
@@ -122,41 +161,6 @@ def matrices_of(name: str, shape: Sequence[int], split: Split | None) -> tuple[M
     return tuple(found)
 
 
-class _Patterns:
-    """Regular expressions by option; an expression that no parameter answers to is an error."""
-
-    def __init__(self, option: str, patterns: Iterable[str]) -> None:
-        self.option = option
-        if not isinstance(patterns, Iterable):
-            raise ValueError(f"{option} is {patterns!r}; write a list of regular expressions")
-        self.used = dict.fromkeys([patterns] if isinstance(patterns, str) else patterns, False)
-        for pattern in self.used:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"{option}: {pattern!r} is no regular expression: {error}"
-                ) from None
-
-    def find(self, name: str, alone: bool = False) -> str | None:
-        """The first pattern that matches, or None. ``alone``: that a second does is an error."""
-        matches = [p for p in self.used if re.search(p, name)]
-        if alone and len(matches) > 1:
-            raise ValueError(f"{self.option}: {matches} all match {name}; make them narrower")
-        for pattern in matches:
-            self.used[pattern] = True
-        return matches[0] if matches else None
-
-    def check(self, names: Sequence[str]) -> None:
-        """Raise if a pattern has not been used."""
-        for pattern, used in self.used.items():
-            if not used:
-                raise ValueError(
-                    f"{self.option}: {pattern!r} matches no trainable parameter;"
-                    f" they are named as in {', '.join(names[:3])}"
-                )
-
-
 def classify(
     model: nn.Module,
     *,
@@ -164,6 +168,7 @@ def classify(
     scalars: Iterable[str] = (),
     split: Mapping[str, Split] | None = None,
     one_sided: Iterable[str] = (),
+    reader: Callable[[nn.Module], Reader] = torch_reader,
 ) -> list[Route]:
     """The route of every parameter of ``model``, in its order, tied parameters once.
 
@@ -173,6 +178,7 @@ def classify(
         one_sided: like matrices, for embeddings, heads and routers: their polar factor is exact, by
             the eigenvalues of the Gram matrix of the short side (arXiv 2505.21799's one-sided form:
             right for (vocabulary, width), left for (experts, width)).
+        reader: what tells parameters of this kind of model apart.
 
     Raises:
         ValueError: a pattern that matches nothing or contradicts another, a split that does not
@@ -187,18 +193,15 @@ def classify(
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(FSDP1.format("the model"))
     given = (("matrices", matrices), ("scalars", scalars), ("one_sided", one_sided))
-    forced = {option: _Patterns(option, patterns) for option, patterns in given}
-    splits = _Patterns("split", split or {})
+    forced = {option: Patterns(option, patterns) for option, patterns in given}
+    splits = Patterns("split", split or {})
     for name, parameter, _ in _named(model):
         _check_usable(name, parameter)
-    heads = output_heads(model)
+    read = reader(model)
     routes = []
     for name, parameter, module in _named(model):
-        leaf = name.rsplit(".", 1)[-1]
-        shape = full_shape(parameter)
-        kind, reason = _kind(module, leaf, shape)
-        if id(parameter) in heads:
-            kind, reason = "scalar", heads[id(parameter)]
+        found = read(name, parameter, module)
+        shape, kind, reason = found.shape, found.kind, found.reason
         asked = [
             (o, hit) for o, patterns in forced.items() if (hit := patterns.find(name)) is not None
         ]
@@ -210,23 +213,19 @@ def classify(
                 raise ValueError(f"{option}: {matched!r} matches {name}, which is {len(shape)}-D")
             kind = "scalar" if option == "scalars" else "matrix"
             reason = f"{option}: {matched!r}"
-        found: tuple[Matrix, ...] = ()
-        stacked = False
+        held: tuple[Matrix, ...] = ()
         pattern = splits.find(name, alone=True)
+        view = found.view or shape
         if not parameter.requires_grad:
             kind, reason = "frozen", "requires_grad is False"
         elif kind == "matrix":
-            parts = split[pattern] if split and pattern is not None else None
-            if isinstance(module, nn.MultiheadAttention) and leaf == "in_proj_weight":
-                parts = 3 if parts is None else parts
-            if isinstance(module, CONVOLUTIONS):
-                shape = (shape[0], math.prod(shape[1:]))
-            found, stacked = matrices_of(name, shape, parts), len(shape) == 3
+            parts = split[pattern] if split and pattern is not None else found.split
+            held = matrices_of(name, view, parts)
         elif pattern is not None:
             raise ValueError(f"split: {pattern!r} matches {name}, which is no matrix ({reason})")
         exact = kind == "matrix" and any(option == "one_sided" for option, _ in asked)
-        whole = full_shape(parameter)
-        routes.append(Route(name, parameter, whole, kind, reason, found, replicas, exact, stacked))
+        stacked = bool(held) and len(view) == 3
+        routes.append(Route(name, parameter, shape, kind, reason, held, replicas, exact, stacked))
     names = [route.name for route in routes if route.kind != "frozen"]
     for patterns in (*forced.values(), splits):
         patterns.check(names)
@@ -365,7 +364,7 @@ def grouped(params: Iterable[Any], routes: Sequence[Route] = ()) -> list[dict[st
         for (kind, _, exact), half in sorted(halves.items(), key=lambda item: item[0][::2]):
             mine = {k: v for k, v in own.items() if k not in OPTION_NAMES or applies(k, kind)}
             if exact:
-                mine = {"polar": "eigh", "polar_steps": None, "polar_dtype": "auto", **mine}
+                mine = {**EXACT, **mine}
             mine.update(params=[r.parameter for r in half], routes=half, kind=kind)
             result.append(mine)
     return result

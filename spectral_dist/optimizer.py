@@ -118,7 +118,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         work = [(group, unit) for group in self.param_groups for unit in self.units(group)]
         weights = [[group["params"][i] for i in unit.tensors] for group, unit in work]
         grads = [[self.placer.gradient(p) for p in tensors] for tensors in weights]
-        if all(grad is None for found in grads for grad in found):
+        if any(grads) and all(grad is None for found in grads for grad in found):
             raise ValueError(
                 "no parameter has a gradient; call backward() before step(), and zero_grad() after"
                 " (or was the model wrapped or sharded after param_groups(model)?)"
@@ -181,7 +181,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         A collective call, the first time.
         """
         tensors = list(group["params"])
-        if not tensors:
+        if not tensors and not (self.placer.partial and self.routes[group["id"]]):
             return []
         self.placer.prepare(self)
         key = self.placer.key(group, tensors)
@@ -202,7 +202,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
     ) -> Unit:
         if group["kind"] == "scalar":
             return Unit(placement, indices)
-        like = tensors[indices[0]]
+        like = tensors[indices[0]] if indices else torch.empty(0, device=placement.device)
         wide = torch.promote_types(like.dtype, torch.float32)
         wire = wire_dtype(group, like.dtype, placement.device)
         numel = max(1, math.floor(self.options.bucket_mb * 2**20 / wire.itemsize))

@@ -219,6 +219,8 @@ class ROOTOptions(_ScaledOptions):
 FRAMEWORK_KEYS = {
     *("name", "initial_lr", "swa_lr", "param_names", "is_expert_group", "moe", "lr_mult"),
     *("max_lr", "min_lr", "base_momentum", "max_momentum", "last_batch_iteration"),
+    *("wd_mult", "start_wd", "end_wd", "pre_wd_mult", "pre_lr_mult", "optimizer"),
+    *("is_expert_parallel", "is_decoupled_lr", "default_config", "spectral_kind"),
 }
 """Keys that schedulers and frameworks keep in parameter groups for themselves."""
 OPTION_NAMES = frozenset(

@@ -22,6 +22,9 @@ Located = tuple[Placement, tuple[int, ...]]
 class Placer(Protocol):
     """How a framework tells the core where the parameters of a group live."""
 
+    partial: bool
+    """whether a rank may have none of a group's tensors, and still has a part in its step"""
+
     def prepare(self, optimizer: torch.optim.Optimizer) -> bool:
         """Called first in every step; False means that this call is no step at all."""
 
@@ -48,6 +51,8 @@ class WholeParameters:
 
     ``everywhere``: whether every rank is to keep all momentum, and not the matrix's owner alone.
     """
+
+    partial = False
 
     def __init__(self, group: Group = None, everywhere: bool = False) -> None:
         self.group, self.everywhere = group, everywhere

@@ -98,14 +98,14 @@ class Pool:
     def kill(self) -> None:
         for process in self.ranks:
             process.kill()
-        for world in [w for w, pool in POOLS.items() if pool is self]:
-            del POOLS[world]
+        for key in [k for k, pool in POOLS.items() if pool is self]:
+            del POOLS[key]
         for log in self.logs:
             if os.path.exists(log):
                 sys.stderr.write(Path(log).read_text(errors="replace")[-2000:])
 
 
-POOLS: dict[int, Pool] = {}
+POOLS: dict[tuple[int, str], Pool] = {}
 
 
 @atexit.register
@@ -115,12 +115,15 @@ def _close() -> None:
             process.kill()
 
 
-def run(world: int, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+def run(
+    world: int, function: Callable[..., Any], *args: Any, pool: str = "", **kwargs: Any
+) -> list[Any]:
     """``function(*args)`` on ``world`` ranks of a default gloo group; each rank's result.
 
     The function must be importable, and is to be called by all ranks alike. Raises RankError with
-    every rank's traceback; a rank that raises while others wait never hangs the test.
+    every rank's traceback; a rank that raises while others wait never hangs the test. Calls of
+    different ``pool``s have different processes, so that what one imports does not reach another.
     """
-    if world not in POOLS:
-        POOLS[world] = Pool(world)
-    return POOLS[world].run(function.__module__, function.__qualname__, args, kwargs)
+    if (world, pool) not in POOLS:
+        POOLS[world, pool] = Pool(world)
+    return POOLS[world, pool].run(function.__module__, function.__qualname__, args, kwargs)

@@ -85,6 +85,7 @@ class Tile:
     offset: int
     base: int = 0
     tensor: int = 0
+    block: int = 0
 
     @property
     def numel(self) -> int:

@@ -1,0 +1,181 @@
+"""Builds Megatron's optimizer around ours: everything but the torch optimizer inside is its own."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.optimizer import (
+    OptimizerConfig,
+    _get_param_groups,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
+from torch import nn
+
+from spectral_dist import groups as routing
+from spectral_dist.groups import Route
+from spectral_dist.integrations.megatron.checkpoint import keep_checkpoints
+from spectral_dist.integrations.megatron.config import refuse, spectral_options
+from spectral_dist.integrations.megatron.inner import TYPES, InsideMegatron
+from spectral_dist.integrations.megatron.placement import FlatRange, MegatronPlacer
+from spectral_dist.integrations.megatron.ranks import Ranks, alone
+from spectral_dist.integrations.megatron.reader import MegatronReader
+from spectral_dist.options import ROUTING
+
+KIND = "spectral_kind"
+"""Key that Megatron keeps in the groups it makes: matrices and the rest are never in one."""
+ONE_SIDED = "one_sided"
+
+
+def build(
+    original: Callable[..., Any],
+    name: str,
+    given: Mapping[str, Any],
+    config: OptimizerConfig,
+    model_chunks: Sequence[nn.Module],
+    config_overrides: Mapping[Any, Any] | None = None,
+    *,
+    pg_collection: Any = None,
+    **kwargs: Any,
+) -> Any:
+    """What ``get_megatron_optimizer`` returns for Adam, with ours in Adam's place."""
+    options = spectral_options(config, {k: v for k, v in given.items() if k not in ROUTING})
+    TYPES[name].option_type.from_user(options, name)  # before the table: it stands out
+    refuse(config, model_chunks)
+    reader = MegatronReader(*_ranks(pg_collection))
+    routes = _routes(model_chunks, reader, {k: v for k, v in given.items() if k in ROUTING})
+    if config_overrides is None:
+        config_overrides = get_standard_config_overrides(config)
+    as_adam = copy.copy(config)
+    as_adam.optimizer = "adam"
+    overrides = {**config_overrides, **_kinds(routes)}
+    built = original(as_adam, list(model_chunks), overrides, pg_collection=pg_collection, **kwargs)
+    for leaf in getattr(built, "chained_optimizers", [built]):
+        leaf.config = config
+        if leaf.optimizer is not None:
+            members = _members(leaf, as_adam, overrides)
+            _swap(leaf, members, TYPES[name], options, routes, reader)
+    built.config = config
+    return built
+
+
+def _ranks(collection: Any) -> tuple[Ranks, Ranks]:
+    """Of dense parameters, and of experts."""
+    if collection is None:
+        tensor = parallel_state.get_tensor_model_parallel_group()
+        data = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        expert_tensor = parallel_state.get_expert_tensor_parallel_group()
+        expert_data = parallel_state.get_expert_data_parallel_group()
+    else:
+        tensor, data = collection.tp, getattr(collection, "dp_cp", collection.dp)
+        expert_tensor = getattr(collection, "expt_tp", None) or tensor
+        expert_data = getattr(collection, "expt_dp", None) or data
+    return (
+        Ranks(alone(tensor), alone(data)),
+        Ranks(alone(expert_tensor), alone(expert_data)),
+    )
+
+
+def _routes(
+    chunks: Sequence[nn.Module], reader: MegatronReader, given: Mapping[str, Any]
+) -> dict[int, Route]:
+    """The route of every parameter of all chunks, by its id."""
+    model = nn.Module()
+    for index, chunk in enumerate(chunks):
+        inside: Any = chunk
+        while isinstance(getattr(inside, "module", None), nn.Module):
+            inside = inside.module  # DistributedDataParallel, Float16Module
+        if len(chunks) == 1:
+            model = inside
+        else:
+            model.add_module(f"chunk{index}", inside)
+    found = routing.classify(model, reader=reader, **given)
+    routing.show(found)
+    return {id(route.parameter): route for route in found}
+
+
+def _kinds(routes: Mapping[int, Route]) -> dict[ParamKey, dict[str, Any]]:
+    """Overrides that keep matrices, and those whose polar factor is exact, in their own groups."""
+
+    def among(wanted: str) -> Callable[[Any], bool]:
+        return lambda parameter: _kind(routes[id(parameter)]) == wanted
+
+    predicates = {
+        kind: ParamPredicate(name=f"spectral_dist {kind}", fn=among(kind))
+        for kind in ("matrix", ONE_SIDED)
+    }
+    return {ParamKey(predicate=found): {KIND: kind} for kind, found in predicates.items()}
+
+
+def _kind(route: Route) -> str:
+    return ONE_SIDED if route.kind == "matrix" and route.one_sided else route.kind
+
+
+def _swap(
+    leaf: Any,
+    members: Sequence[Sequence[nn.Parameter]],
+    cls: type[InsideMegatron],
+    options: Mapping[str, Any],
+    routes: Mapping[int, Route],
+    reader: MegatronReader,
+) -> None:
+    """Put ours in the place of the Adam of one of Megatron's optimizers."""
+    adam = leaf.optimizer
+    groups, keys = [], []
+    for number, group in enumerate(adam.param_groups):
+        kind = group.get(KIND, "scalar")
+        own = {k: v for k, v in group.items() if k not in adam.defaults and k != "params"}
+        keys.append([*own, "lr", "weight_decay"])
+        found = [routes[id(p)] for p in members[number]]
+        settings = routing.EXACT if kind == ONE_SIDED else {}
+        kind = "matrix" if kind == ONE_SIDED else kind
+        groups.append(
+            {**settings, **own, "kind": kind, "routes": found, "params": list(members[number])}
+        )
+    inner = cls(groups, **options)
+    for mine, theirs in zip(inner.param_groups, adam.param_groups, strict=True):
+        mine["params"] = theirs["params"]  # masters or shards, not all of which are leaves
+    inner.keep_keys(keys)
+    ranges = None
+    home = {id(p): (i, k) for i, found in enumerate(members) for k, p in enumerate(found)}
+    if isinstance(leaf, DistributedOptimizer):
+        ranges = _ranges(leaf)
+        home = {id(p): where for p, where in leaf.model_param_group_index_map.items()}
+    inner.placer = MegatronPlacer(reader, home, ranges, inner.options.replicate_momentum)
+    leaf.optimizer = inner
+    leaf.init_state_fn = lambda optimizer, config=None: optimizer.prepare()
+    keep_checkpoints(leaf, inner)
+
+
+def _members(
+    leaf: Any, config: OptimizerConfig, overrides: Mapping[Any, Any]
+) -> list[list[nn.Parameter]]:
+    """The model's parameters in each group of one of Megatron's optimizers, whichever rank's."""
+    groups = leaf.optimizer.param_groups
+    if isinstance(leaf, DistributedOptimizer):  # its own lists hold this rank's only
+        made = _get_param_groups(leaf.model_chunks, config, overrides)
+        mine = [g for g in made if g["is_expert_parallel"] == groups[0]["is_expert_parallel"]]
+        return [list(g["params"]) for g in mine]
+    masters = getattr(leaf, "fp32_from_float16_groups", [()] * len(groups))
+    halves = getattr(leaf, "float16_groups", [()] * len(groups))
+    lists = []
+    for group, main, half in zip(groups, masters, halves, strict=True):
+        model = {id(m): p for m, p in zip(main, half, strict=True)}
+        lists.append([model.get(id(p), p) for p in group["params"]])
+    return lists
+
+
+def _ranges(leaf: Any) -> dict[int, FlatRange]:
+    """Where each parameter lies in the buckets of the distributed optimizer."""
+    ranks = leaf.data_parallel_group.size()
+    found = {}
+    for buffer in leaf.buffers:
+        for parameter, (start, _, number) in buffer.param_index_map.items():
+            bucket = buffer.buckets[number]
+            share = bucket.grad_data.numel() // ranks
+            found[id(parameter)] = FlatRange(start - bucket.offset, share)
+    return found

@@ -1,0 +1,60 @@
+"""Megatron's checkpoints, its distributed ones too, with our optimizer inside."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from spectral_dist.integrations.megatron.inner import InsideMegatron
+
+FORMAT = "distrib_optim_sharding_type"
+RESHARDABLE = "fully_reshardable"
+"""The format of the distributed optimizer's states that any tensor and data parallelism can load;
+Megatron's own default is one that 0.19 can no longer write."""
+
+
+def keep_checkpoints(leaf: Any, inner: InsideMegatron) -> None:
+    """Have one of Megatron's optimizers save and load what ours needs."""
+    sharded, load = leaf.sharded_state_dict, leaf.load_state_dict
+    distributed = isinstance(leaf, DistributedOptimizer)
+    states = inner.as_adam if distributed else contextlib.nullcontext
+
+    @functools.wraps(sharded)
+    def sharded_state_dict(
+        model_sharded_state_dict: Any, is_loading: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        inner.prepare()
+        if distributed and not args and kwargs.get("sharding_type") is None:
+            kwargs["metadata"] = {FORMAT: RESHARDABLE, **(kwargs.get("metadata") or {})}
+        with inner.gathering(), states():
+            return sharded(model_sharded_state_dict, is_loading, *args, **kwargs)
+
+    @functools.wraps(load)
+    @torch.no_grad()
+    def load_state_dict(state_dict: Any) -> Any:
+        inner.prepare()
+        with inner.gathering(), states():
+            return load(state_dict)
+
+    leaf.sharded_state_dict = sharded_state_dict
+    leaf.load_state_dict = load_state_dict
+    leaf._filter_and_reorder_param_groups = _as_they_are
+
+
+def _as_they_are(
+    current: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Megatron pairs groups by keys in which matrices and embeddings are alike, so one would get
+    the other's; ours loads nothing from a group that is not in all of them, so any order will do.
+    """
+    if len(current) != len(saved):
+        raise ValueError(
+            f"the checkpoint has {len(saved)} parameter groups, but there are {len(current)} here:"
+            " build the optimizer with the options (matrices, scalars, overrides) it was saved with"
+        )
+    return list(saved)

@@ -1,0 +1,80 @@
+"""What of Megatron's configuration is not supported, and which options are Megatron's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+OWN = {
+    "lr": ("lr", "--lr"),
+    "weight_decay": ("weight_decay", "--weight-decay"),
+    "betas": ("adam_beta1, adam_beta2", "--adam-beta1, --adam-beta2"),
+    "eps": ("adam_eps", "--adam-eps"),
+}
+"""Options of ours that Megatron has already: (settings of OptimizerConfig, flags)."""
+
+
+def spectral_options(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Our options, with those that Megatron's configuration decides.
+
+    Raises:
+        ValueError: one of these is given beside it, or cannot be kept.
+    """
+    for name, (setting, flag) in OWN.items():
+        if name in given:
+            raise ValueError(
+                f"{name} is Megatron's own setting; write it as OptimizerConfig({setting}=...), or"
+                f" {flag}"
+            )
+    if given.get("scalar_weight_decay") is not None:
+        raise ValueError(
+            "scalar_weight_decay has no effect under Megatron, whose scheduler writes the decay of"
+            " every group; override wd_mult of the parameters in config_overrides"
+        )
+    if config.lr is None:
+        raise ValueError("OptimizerConfig has no lr; write lr=..., or --lr")
+    return {
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "betas": (config.adam_beta1, config.adam_beta2),
+        "eps": config.adam_eps,
+        **given,
+    }
+
+
+def refuse(config: Any, chunks: Sequence[nn.Module]) -> None:
+    """Raise for every configuration whose parameters do not lie as the placer reads them.
+
+    Raises:
+        ValueError: names the setting, the reason and what works instead.
+    """
+    ddp: Any = getattr(chunks[0], "ddp_config", None)
+    if ddp is None:
+        raise ValueError(
+            "model_chunks must be wrapped by megatron.core.distributed.DistributedDataParallel"
+        )
+
+    def has(name: str) -> Any:
+        return getattr(config, name, None)
+
+    cases: list[tuple[Any, str, str]] = [
+        (has("optimizer_cpu_offload"), "optimizer_cpu_offload, which runs Megatron's own Adam",
+         "leave it off"),
+        (has("use_precision_aware_optimizer"), "use_precision_aware_optimizer, which leaves master"
+         " weights to TransformerEngine's Adam", "leave it off"),
+        (has("optimizer_cuda_graph"), "optimizer_cuda_graph", "leave it off"),
+        (has("use_layer_wise_distributed_optimizer"), "use_layer_wise_distributed_optimizer",
+         "use use_distributed_optimizer: ours takes whole matrices from its ranges"),
+        (not getattr(config, "decoupled_weight_decay", True), "decoupled_weight_decay=False",
+         "use decoupled decay"),
+        (getattr(ddp, "use_megatron_fsdp", False), "use_megatron_fsdp",
+         "use use_distributed_optimizer, or plain torch's fully_shard"),
+        (getattr(ddp, "num_distributed_optimizer_instances", 1) > 1,
+         "num_distributed_optimizer_instances above 1", "set it to 1"),
+        (getattr(ddp, "fp8_param_gather", False), "fp8_param_gather", "leave it off"),
+    ]  # fmt: skip
+    for found, what, instead in cases:
+        if found:
+            raise ValueError(f"spectral optimizers do not support {what} under Megatron: {instead}")

@@ -1,0 +1,180 @@
+"""The torch optimizer inside each of Megatron's: it takes the groups that Megatron has made."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectral_dist.matrix_step import Unit
+from spectral_dist.optimizer import SpectralOptimizer
+from spectral_dist.optimizers import ROOT, Muon, PolarGrad
+from spectral_dist.sharding.exchange import Piece
+from spectral_dist.sharding.gather import from_owners
+
+STATE = "spectral"
+"""Key under which every group of a checkpoint has what all groups share."""
+
+
+class InsideMegatron(SpectralOptimizer):
+    """Speaks the checkpoint format of the Adam that Megatron expects in its place.
+
+    Megatron finds saved groups by its own few keys, which may be those of several groups: so the
+    groups' options are never loaded (flags set them, as they do Adam's), and what must be loaded is
+    in every group alike.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], **options: Any) -> None:
+        self.taken = 0
+        self._megatron_keys: list[list[str]] = []
+        self._gathering = self._dressed = False
+        super().__init__(groups, **options)
+
+    def keep_keys(self, keys: Sequence[Sequence[str]]) -> None:
+        """The keys of each group that are Megatron's, which its checkpoints need to have."""
+        self._megatron_keys = [list(names) for names in keys]
+
+    def steps_taken(self) -> int:
+        """Counted, since a rank may have no matrix."""
+        return self.taken
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """As every optimizer's."""
+        loss = super().step(closure)
+        self.taken += 1
+        return loss
+
+    def prepare(self) -> None:
+        """Make every state. A collective call, the first time."""
+        for group in self.param_groups:
+            self.units(group)
+
+    @contextlib.contextmanager
+    def gathering(self) -> Iterator[None]:
+        """All ranks call ``state_dict()`` inside: it may bring momentum together."""
+        self._gathering = True
+        try:
+            yield
+        finally:
+            self._gathering = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's Adam: whole momentum for every parameter, and ``step``.
+
+        Raises:
+            ValueError: momentum is at owners alone, and this is not a call on all ranks.
+        """
+        units = [(group, unit) for group in self.param_groups for unit in self.units(group)]
+        whole: dict[Tensor, Tensor] = {}
+        for group, unit in units:
+            if unit.alone:
+                whole.update(self._whole(group, unit))
+        numbers = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        step = torch.tensor(float(self.taken))
+        state = {i: {"step": step.clone(), **self.state[p]} for p, i in numbers.items()}
+        for p, momentum in whole.items():
+            state[numbers[p]]["exp_avg"] = momentum
+        tables: dict[str, Any] = {}
+        for group in self.param_groups:
+            tables.update(group.get("coefficients") or {})
+        shared = {"step": self.taken, "coefficients": tables}
+        groups = []
+        for group, keys in zip(self.param_groups, self._megatron_keys, strict=True):
+            kept = {key: group[key] for key in keys}
+            members = [numbers[p] for p in group["params"]]
+            groups.append({**kept, "step": self.taken, STATE: shared, "params": members})
+        return {"state": state, "param_groups": groups}
+
+    def _whole(self, group: dict[str, Any], unit: Unit) -> dict[Tensor, Tensor]:
+        """The momentum of each of the unit's parameters."""
+        if not self._gathering:
+            raise ValueError(
+                "a matrix's momentum is on its owner alone, and this checkpoint is written without"
+                " the other ranks. Write --ckpt-format torch_dist, with --use-distributed-optimizer"
+                " or not, or pass replicate_momentum (--spectral-replicate-momentum)"
+            )
+        assert unit.exchange is not None
+        tensors = [group["params"][i] for i in unit.tensors]
+        whole = [torch.zeros_like(p, dtype=self.state[p]["exp_avg"].dtype) for p in tensors]
+        kept: dict[Piece, Tensor] = {}
+        for index, p in enumerate(tensors):
+            kept |= unit.kept.packed_views(index, self.state[p]["exp_avg"])
+        from_owners(unit.exchange, kept, unit.exchange.stored.views(whole))
+        return dict(zip(tensors, whole, strict=True))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """What ``state_dict`` gave, on any number of ranks; options stay as they are here."""
+        saved = state_dict["param_groups"]
+        shared: dict[str, Any] = next((g[STATE] for g in saved if g.get(STATE)), {})
+        groups = [
+            {**{k: v for k, v in own.items() if k != "params"}, "params": other["params"]}
+            for own, other in zip(self.param_groups, saved, strict=True)
+        ]
+        step = next((g["step"] for g in saved if g.get("step") is not None), 0)
+        self.taken = int(shared.get("step", step))
+        state = {key: dict(value) for key, value in state_dict["state"].items()}
+        for value in state.values():
+            if "step" not in value:  # TransformerEngine's Adam has it in the group
+                value["step"] = torch.tensor(float(self.taken))
+        super().load_state_dict({"state": state, "param_groups": groups})
+        if self._dressed:
+            self._dress()
+        for group in self.param_groups:
+            table = group.get("coefficients")
+            if table:
+                table.update(
+                    {k: v for k, v in shared.get("coefficients", {}).items() if k in table}
+                )
+
+    @contextlib.contextmanager
+    def as_adam(self) -> Iterator[None]:
+        """States that the distributed optimizer can copy buffer by buffer: Adam's two, no scalar.
+
+        A matrix's ``exp_avg_sq`` is zeros, for as long as this takes.
+        """
+        if self._dressed:  # Megatron loads inside of what it does to save
+            yield
+            return
+        self._dressed = True
+        self._dress()
+        try:
+            yield
+        finally:
+            self._dressed = False
+            for group in self.param_groups:
+                for p in group["params"]:
+                    self.state[p]["step"] = torch.tensor(float(self.taken))
+                    if group["kind"] == "matrix":
+                        self.state[p].pop("exp_avg_sq", None)
+
+    def _dress(self) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state.pop("step", None)
+                if "exp_avg_sq" not in state:
+                    state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+
+
+class SpectralMuon(Muon, InsideMegatron):
+    """``spectral_dist.Muon`` as --optimizer spectral_muon."""
+
+
+class SpectralPolarGrad(PolarGrad, InsideMegatron):
+    """``spectral_dist.PolarGrad`` as --optimizer spectral_polargrad."""
+
+
+class SpectralROOT(ROOT, InsideMegatron):
+    """``spectral_dist.ROOT`` as --optimizer spectral_root."""
+
+
+TYPES: dict[str, type[InsideMegatron]] = {
+    "spectral_muon": SpectralMuon,
+    "spectral_polargrad": SpectralPolarGrad,
+    "spectral_root": SpectralROOT,
+}
+"""By the name that --optimizer takes."""

@@ -1,0 +1,125 @@
+"""Which parameters of a Megatron model are matrices, and how they hold them, by its own modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from spectral_dist.groups import NORMS, Reader, Reading, Split
+from spectral_dist.integrations.megatron.ranks import Ranks
+
+GATE_AND_UP = 2
+"""Parts of a gated layer's first weight."""
+
+
+def is_expert(parameter: Any) -> bool:
+    """Whether it belongs to this rank's experts, which have process groups of their own."""
+    return not getattr(parameter, "allreduce", True)
+
+
+def cut_dimension(parameter: Any) -> int | None:
+    """The dimension that tensor parallelism cuts; None if every rank has the whole."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    return int(parameter.partition_dim)
+
+
+class MegatronReader:
+    """Reads parameters by Megatron's attributes and the modules that they are found in.
+
+    Args:
+        ranks: of the dense parameters, and of the experts.
+    """
+
+    def __init__(self, ranks: Ranks, expert_ranks: Ranks) -> None:
+        self.ranks, self.expert_ranks = ranks, expert_ranks
+        self._gated: set[int] = set()
+
+    def __call__(self, model: nn.Module) -> Reader:
+        """What each parameter of the model is, by itself."""
+        splits = _fused(model)
+        self._gated |= {key for key, split in splits.items() if split == GATE_AND_UP}
+
+        def read(name: str, parameter: nn.Parameter, module: nn.Module) -> Reading:
+            shape = self._whole(parameter)
+            kind, reason = _kind(name, parameter, module, len(shape))
+            return Reading(shape, kind, reason, split=splits.get(id(parameter)))
+
+        return read
+
+    def of(self, parameter: nn.Parameter) -> Ranks:
+        """The ranks that a parameter is spread over."""
+        return self.expert_ranks if is_expert(parameter) else self.ranks
+
+    def stride(self, parameter: nn.Parameter) -> int:
+        """How many parts of the cut dimension each rank stores a piece of, one after the other."""
+        if id(parameter) in self._gated:
+            return GATE_AND_UP  # grouped experts' weights say 1
+        return int(getattr(parameter, "partition_stride", 1))
+
+    def _whole(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        shape, dim = list(parameter.shape), cut_dimension(parameter)
+        if dim is not None:
+            shape[dim] *= self.of(parameter).tensor
+        return tuple(shape)
+
+
+def _kind(name: str, parameter: Any, module: nn.Module, ndim: int) -> tuple[str, str]:
+    kind = type(module).__name__
+    if ndim != 2:
+        return "scalar", f"{ndim}-D"
+    if getattr(parameter, "is_embedding_or_output_parameter", False):
+        return "scalar", "embedding or output head"
+    if isinstance(module, nn.Embedding) or "Embedding" in kind:
+        return "scalar", "embedding"
+    if isinstance(module, NORMS):
+        return "scalar", kind
+    if hasattr(parameter, "partition_sizes"):
+        raise ValueError(
+            f"{name} of {kind} packs parts of different sizes, each cut over tensor-parallel ranks,"
+            f' which is not supported; leave it to AdamW: scalars=["{name.split(".")[-2]}"]'
+        )
+    if kind == "GroupedMLP":
+        raise ValueError(
+            f"{name}: Megatron's GroupedMLP packs all experts into one weight, column by column;"
+            " use TEGroupedMLP, or SequentialMLP (moe_grouped_gemm=False), which keep one each"
+        )
+    return "matrix", kind
+
+
+def _fused(model: nn.Module) -> dict[int, Split]:
+    """ids of weights that hold several matrices one above the other, and how."""
+    splits: dict[int, Split] = {}
+    for module in model.modules():
+        config: Any = getattr(module, "config", None)
+        qkv, fc1 = (getattr(module, child, None) for child in ("linear_qkv", "linear_fc1"))
+        if isinstance(qkv, nn.Module) and config is not None:
+            parts = _query_key_value(module, config)
+            splits.update((id(weight), parts) for weight in _weights(qkv))
+        if isinstance(fc1, nn.Module) and getattr(config, "gated_linear_unit", False):
+            _check_interleave(config)
+            splits.update((id(weight), GATE_AND_UP) for weight in _weights(fc1))
+    return splits
+
+
+def _query_key_value(attention: Any, config: Any) -> list[int]:
+    """Rows of q, (gate,) k and v in each query group: the weight repeats them group by group."""
+    width = attention.hidden_size_per_attention_head
+    queries = config.num_attention_heads // config.num_query_groups * width
+    gate = [queries] if getattr(config, "attention_output_gate", False) else []
+    return [queries, *gate, width, width]
+
+
+def _check_interleave(config: Any) -> None:
+    for setting in ("moe_mlp_glu_interleave_size", "moe_shared_expert_glu_interleave_size"):
+        if getattr(config, setting, None) is not None:
+            raise ValueError(
+                f"{setting} is {getattr(config, setting)}: gate and up interleaved in blocks are"
+                " not supported; leave it unset"
+            )
+
+
+def _weights(linear: nn.Module) -> list[nn.Parameter]:
+    """Of a linear layer, or of each expert of a grouped one."""
+    return [p for name, p in linear.named_parameters() if p.ndim == 2 and "weight" in name]
