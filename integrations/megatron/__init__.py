@@ -1,10 +1,8 @@
 """Megatron-core: ``--optimizer spectral_muon``, and the call for code that builds its own.
 
-Import it before ``megatron.training`` takes ``get_megatron_optimizer`` by name, and hand
-``add_spectral_args`` to ``pretrain(extra_args_provider=...)``::
-
-    from spectral_dist.integrations.megatron import add_spectral_args
-    from megatron.training import pretrain
+Hand ``add_spectral_args`` to ``pretrain(extra_args_provider=...)`` of Megatron-LM; or write
+``OptimizerConfig(optimizer="spectral_muon")`` and call Megatron's ``get_megatron_optimizer``, which
+importing this replaces, or ``get_spectral_megatron_optimizer``, which takes our options.
 
 Everything but the torch optimizer in the middle stays Megatron's: parameter groups and their
 schedules, gradient norm and clipping, loss scaling, the distributed optimizer, checkpoints.
@@ -13,6 +11,9 @@ schedules, gradient norm and clipping, loss scaling, the distributed optimizer, 
 from __future__ import annotations
 
 import functools
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
@@ -25,6 +26,7 @@ from spectral_dist.options import suggest
 __all__ = ["TYPES", "add_spectral_args", "get_spectral_megatron_optimizer"]
 
 _original = megatron_optimizer.get_megatron_optimizer
+_building: ContextVar[bool] = ContextVar("spectral optimizer being built", default=False)
 
 
 def get_spectral_megatron_optimizer(
@@ -51,16 +53,70 @@ def get_spectral_megatron_optimizer(
         raise ValueError(
             f"OptimizerConfig's optimizer is {config.optimizer!r}{suggest(config.optimizer, TYPES)}"
         )
-    return build(
-        _original, name, {**flags, **options}, config, model_chunks, config_overrides, **passed
-    )
+    given = {**flags, **options}
+    token = _building.set(True)
+    try:
+        return build(_original, name, given, config, model_chunks, config_overrides, **passed)
+    finally:
+        _building.reset(token)
+
+
+def _is_ours(config: Any) -> bool:
+    """Whether our optimizer is asked for: by its name, or by a flag that Megatron reads as Adam."""
+    return config.optimizer in TYPES or (parsed()[0] is not None and config.optimizer == "adam")
 
 
 @functools.wraps(_original)
 def _get_megatron_optimizer(config: Any, *args: Any, **kwargs: Any) -> Any:
-    if config.optimizer in TYPES or parsed()[0] is not None:
+    if _is_ours(config):
         return get_spectral_megatron_optimizer(config, *args, **kwargs)
     return _original(config, *args, **kwargs)
 
 
-megatron_optimizer.get_megatron_optimizer = _get_megatron_optimizer
+def _guarded(inner: Callable[..., Any]) -> Callable[..., Any]:
+    """What Megatron's function calls; reached by another way than ours, it would build Adam."""
+
+    @functools.wraps(inner)
+    def guarded(config: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_ours(config) and not _building.get():
+            raise ValueError(
+                f"{parsed()[0] or config.optimizer} was asked for, but this get_megatron_optimizer"
+                " was imported before spectral_dist.integrations.megatron, which replaces it: move"
+                " that import to the top, or call get_spectral_megatron_optimizer"
+            )
+        return inner(config, *args, **kwargs)
+
+    return guarded
+
+
+def _install() -> None:
+    module: Any = megatron_optimizer
+    for name in ("_get_megatron_optimizer_based_on_param_groups", "_get_param_groups"):
+        if not hasattr(module, name):
+            raise ImportError(
+                "this release of spectral_dist works with megatron-core 0.16.1 to 0.19.2; the"
+                f" installed one has no megatron.core.optimizer.{name}"
+            )
+    replaced = {
+        "get_megatron_optimizer": _get_megatron_optimizer,
+        "_get_megatron_optimizer_based_on_param_groups": _guarded(
+            module._get_megatron_optimizer_based_on_param_groups
+        ),
+    }
+    if hasattr(module, "_get_megatron_emerging_optimizer"):  # from 0.17 on
+        replaced["_get_megatron_emerging_optimizer"] = _guarded(
+            module._get_megatron_emerging_optimizer
+        )
+        from megatron.core.optimizer import emerging_optimizers
+
+        for name, cls in TYPES.items():
+            entry = emerging_optimizers.EmergingOptimizerEntry(optimizer_cls=cls)
+            emerging_optimizers._EMERGING_OPTIMIZERS[name] = entry
+    for name, function in replaced.items():
+        setattr(module, name, function)
+    training = sys.modules.get("megatron.training.training")  # imported before: by name
+    if training is not None:
+        training.get_megatron_optimizer = _get_megatron_optimizer  # type: ignore[attr-defined]
+
+
+_install()

@@ -59,6 +59,15 @@ def refuse(config: Any, chunks: Sequence[nn.Module]) -> None:
     def has(name: str) -> Any:
         return getattr(config, name, None)
 
+    model: Any = getattr(chunks[0], "config", None)
+    expert_tensor = getattr(model, "expert_tensor_parallel_size", None)
+    tensor = getattr(model, "tensor_model_parallel_size", 1)
+    apart = (
+        getattr(model, "num_moe_experts", None)
+        and getattr(model, "expert_model_parallel_size", 1) == 1
+        and expert_tensor not in (None, tensor)
+    )
+
     cases: list[tuple[Any, str, str]] = [
         (has("optimizer_cpu_offload"), "optimizer_cpu_offload, which runs Megatron's own Adam",
          "leave it off"),
@@ -73,6 +82,8 @@ def refuse(config: Any, chunks: Sequence[nn.Module]) -> None:
          "use use_distributed_optimizer, or plain torch's fully_shard"),
         (getattr(ddp, "num_distributed_optimizer_instances", 1) > 1,
          "num_distributed_optimizer_instances above 1", "set it to 1"),
+        (apart, f"expert_tensor_parallel_size {expert_tensor} beside"
+         f" tensor_model_parallel_size {tensor} without expert parallelism", "make them equal"),
         (getattr(ddp, "fp8_param_gather", False), "fp8_param_gather", "leave it off"),
     ]  # fmt: skip
     for found, what, instead in cases:

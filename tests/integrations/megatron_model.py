@@ -7,6 +7,7 @@ any tensor, pipeline, expert and data parallelism are to be those of one process
 
 from __future__ import annotations
 
+import gc
 import re
 import zlib
 from collections.abc import Iterator
@@ -16,9 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-SEQUENCES = 4
+SEQUENCES = 8
 LENGTH = 16
 VOCABULARY = 128
+_current: dict[str, Any] = {}
+"""The sizes that this process has Megatron's groups for: making them takes long."""
 
 
 def parallel(
@@ -32,14 +35,18 @@ def parallel(
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-        for group in list(dist.distributed_c10d._world.pg_map):
-            if group is not dist.group.WORLD:
-                dist.destroy_process_group(group)
-    parallel_state.initialize_model_parallel(
-        tp, pp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp, **options
-    )
+    asked = (tp, pp, ep, etp, tuple(sorted(options.items())))
+    if asked != _current.get("groups"):
+        if _current:
+            parallel_state.destroy_model_parallel()
+            gc.collect()  # optimizers in cycles keep groups, and groups threads
+            for group in list(dist.distributed_c10d._world.pg_map):
+                if group is not dist.group.WORLD:
+                    dist.destroy_process_group(group)
+        parallel_state.initialize_model_parallel(
+            tp, pp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp, **options
+        )
+        _current["groups"] = asked
     model_parallel_cuda_manual_seed(123, force_reset_rng=True)
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 
