@@ -48,8 +48,9 @@ def get_spectral_megatron_optimizer(
     theirs = ("use_gloo_process_groups", "pg_collection", "dump_param_to_param_group_map")
     passed = {name: options.pop(name) for name in theirs if name in options}
     name, flags = parsed()
-    name = config.optimizer if config.optimizer in TYPES else name
-    if name is None:
+    if config.optimizer != "adam":
+        name = config.optimizer
+    if name not in TYPES:
         raise ValueError(
             f"OptimizerConfig's optimizer is {config.optimizer!r}{suggest(config.optimizer, TYPES)}"
         )
@@ -68,8 +69,15 @@ def _is_ours(config: Any) -> bool:
 
 @functools.wraps(_original)
 def _get_megatron_optimizer(config: Any, *args: Any, **kwargs: Any) -> Any:
-    if _is_ours(config):
+    name = str(config.optimizer)
+    if _is_ours(config) or name.startswith("spectral"):
         return get_spectral_megatron_optimizer(config, *args, **kwargs)
+    _, flags = parsed()
+    if flags:
+        said = ", ".join("--spectral-" + flag.replace("_", "-") for flag in flags)
+        raise ValueError(
+            f"{said} would have no effect with --optimizer {name}; write one of {', '.join(TYPES)}"
+        )
     return _original(config, *args, **kwargs)
 
 

@@ -23,6 +23,11 @@ def parsed() -> tuple[str | None, dict[str, Any]]:
     return _parsed.get("optimizer"), options
 
 
+def forget() -> None:
+    """As if no flag had been parsed."""
+    _parsed.clear()
+
+
 class _Remember(argparse.Action):
     """Stores a flag in the namespace as any, and for ``parsed``."""
 
@@ -65,7 +70,7 @@ def add_spectral_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     For ``extra_args_provider`` of Megatron's ``pretrain``. lr, weight decay, betas and eps are
     Megatron's own flags. Lists and tables are JSON: ``--spectral-scalars '["router"]'``.
     """
-    _parsed.clear()
+    forget()
     _extend_optimizer(parser)
     group = parser.add_argument_group("spectral_dist")
     for name, (reader, default, owners) in sorted(_options().items()):

@@ -1,0 +1,204 @@
+"""Names, flags, routing and errors of the Megatron integration."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+import pytest
+
+from tests import harness
+from tests.integrations import megatron_cpu
+from tests.integrations import megatron_model as models
+from tests.integrations import megatron_runs as runs
+
+NEW, OLD = "0.19.2", "0.16.1"
+WEIGHT = "decoder.layers.0."
+LAYER = {
+    "self_attention.linear_qkv.weight": [("/0", (64, 64)), ("/1", (32, 64)), ("/2", (32, 64))],
+    "self_attention.linear_proj.weight": [("", (64, 64))],
+    "mlp.linear_fc1.weight": [("/0", (96, 64)), ("/1", (96, 64))],
+    "mlp.linear_fc2.weight": [("", (64, 96))],
+}
+
+
+def matrices(version=NEW, ranks=4, groups=None, **kwargs):
+    groups = {"tp": 2} if groups is None else groups
+    found = harness.run(ranks, runs.table, version, groups=groups, pool=version, **kwargs)[0]
+    return {name: (kind, held) for name, kind, held in found}
+
+
+@pytest.mark.parametrize("version", [NEW, OLD])
+def test_matrices_are_known_whole_by_megatrons_own_modules(version):
+    found = matrices(version)
+    for name, held in LAYER.items():
+        full = WEIGHT + name
+        assert found[full] == ("matrix", [(full + part, shape) for part, shape in held])
+    others = {name for name, (kind, _) in found.items() if kind == "scalar"}
+    assert {"embedding.word_embeddings.weight", "output_layer.weight"} < others
+    assert all("norm" in name for name in others if "layers" in name)
+
+
+def test_options_route_as_everywhere():
+    options = {"scalars": ["linear_fc2"], "split": {"linear_fc1": 1, "linear_qkv": [16]}}
+    found = matrices(options=options)
+    assert found[WEIGHT + "mlp.linear_fc2.weight"] == ("scalar", [])
+    assert [shape for _, shape in found[WEIGHT + "mlp.linear_fc1.weight"][1]] == [(192, 64)]
+    assert len(found[WEIGHT + "self_attention.linear_qkv.weight"][1]) == 1
+    exact = harness.run(
+        2, runs.train, NEW, "spectral_muon", {"tp": 2}, options={"one_sided": ["output_layer"]},
+        steps=1, pool=NEW,
+    )  # fmt: skip
+    assert sum(one["polar_calls"] for one in exact) == 15
+
+
+def test_routers_are_matrices_and_every_expert_has_its_own():
+    found = matrices(ranks=2, groups={"ep": 2}, model={"moe_experts": 4})
+    assert found[WEIGHT + "mlp.router.weight"][1] == [(WEIGHT + "mlp.router.weight", (4, 64))]
+    experts = [name for name in found if "local_experts" in name and WEIGHT in name]
+    assert len(experts) == 2 * 2  # this rank's two, fc1 and fc2
+
+
+ERRORS = {
+    "unknown option": ({"options": {"momentun": 0.9}}, "did you mean 'momentum'"),
+    "Megatron's own": ({"options": {"lr": 0.1}}, "OptimizerConfig(lr=...), or --lr"),
+    "no effect": ({"options": {"scalar_weight_decay": 0.0}}, "wd_mult"),
+    "a pattern that matches nothing": ({"options": {"scalars": ["lm_head"]}}, "matches no"),
+    "Adam's L2 penalty": ({"config": {"decoupled_weight_decay": False}}, "decoupled_weight_decay"),
+    "experts cut unlike the rest": (
+        {"groups": {"tp": 2, "etp": 1},
+         "model": {"moe_experts": 4, "sequence_parallel": True}},
+        "expert_tensor_parallel_size 1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_errors_name_the_setting_and_what_to_write(case):
+    given, text = ERRORS[case]
+    for message in harness.run(2, runs.error, NEW, "spectral_muon", pool=NEW, **given):
+        assert text in message, message
+
+
+def named(version, name):
+    """Building by the name in OptimizerConfig, with Megatron's own function."""
+    runs.build(version, "adam")  # groups, and imports
+    from megatron.core import optimizer as module
+
+    import spectral_dist.integrations.megatron  # noqa: F401
+
+    ddp = models.wrap(models.gpt())
+    try:
+        built = module.get_megatron_optimizer(models.optimizer_config(ddp, optimizer=name), [ddp])
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+    table = {}
+    if version == NEW:
+        from megatron.core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS as table
+    return type(runs.inner(built)[0]).__name__, sorted(k for k in table if "spectral" in k)
+
+
+@pytest.mark.parametrize("version", [NEW, OLD])
+def test_the_name_alone_is_enough(version):
+    names = sorted(f"spectral_{rule}" for rule in ("muon", "polargrad", "root"))
+    found = harness.run(1, named, version, "spectral_root", pool=version)[0]
+    assert found == ("SpectralROOT", names if version == NEW else [])
+    assert "spectral_mun" in harness.run(1, named, version, "spectral_mun", pool=version)[0]
+
+
+def early(version):
+    """What a script gets that took Megatron's function before ours was imported."""
+    runs.build(version, "spectral_muon")
+    from megatron.core import optimizer as module
+
+    taken = module.get_megatron_optimizer.__wrapped__
+    ddp = models.wrap(models.gpt())
+    try:
+        taken(models.optimizer_config(ddp, optimizer="spectral_muon"), [ddp])
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize("version", [NEW, OLD])
+def test_a_function_imported_too_early_never_trains_with_adam(version):
+    text = harness.run(1, early, version, pool=version)[0]
+    assert "imported before spectral_dist.integrations.megatron" in text
+
+
+def flags(arguments, late):
+    """The optimizer that a script with our flags gets, whether it trains with Megatron's name."""
+    runs.build(NEW, "adam")
+    from megatron.core import optimizer as module
+
+    from spectral_dist.integrations.megatron import add_spectral_args
+    from spectral_dist.integrations.megatron.arguments import forget
+
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--optimizer", default="adam", choices=["adam", "sgd"])
+    args = add_spectral_args(parser).parse_args(arguments)
+    ddp = models.wrap(models.gpt())
+    config = models.optimizer_config(ddp, optimizer=args.optimizer)
+    build = module.get_megatron_optimizer
+    try:
+        built = (build.__wrapped__ if late else build)(config, [ddp])
+    except ValueError as error:
+        return str(error)
+    finally:
+        forget()
+    found = runs.inner(built)[0]
+    options = dataclasses.asdict(found.options) if hasattr(found, "options") else {}
+    return args.optimizer, getattr(args, "spectral_optimizer", None), type(found).__name__, options
+
+
+def test_flags_choose_and_configure():
+    arguments = ["--optimizer", "spectral_muon", "--spectral-momentum", "0.9",
+                 "--spectral-polar", "polar_express", "--spectral-scalars", '["linear_proj"]',
+                 "--spectral-nesterov", "false"]  # fmt: skip
+    megatrons, ours, cls, options = harness.run(1, flags, arguments, False, pool=NEW)[0]
+    assert (megatrons, ours, cls) == ("adam", "spectral_muon", "SpectralMuon")
+    assert (options["momentum"], options["polar"]) == (0.9, "polar_express")
+    assert options["nesterov"] is False
+    assert options["betas"] == (0.9, 0.999)
+    assert "imported before" in harness.run(1, flags, arguments, True, pool=NEW)[0]
+    plain = harness.run(1, flags, ["--optimizer", "adam"], False, pool=NEW)[0]
+    assert plain[:3] == ("adam", None, "AdamW")
+
+
+def test_flags_of_another_optimizer_are_errors():
+    arguments = ["--optimizer", "spectral_muon", "--spectral-quantile", "0.9"]
+    text = harness.run(1, flags, arguments, False, pool=NEW)[0]
+    assert "unknown option 'quantile'" in text
+    arguments = ["--optimizer", "adam", "--spectral-momentum", "0.9"]
+    text = harness.run(1, flags, arguments, False, pool=NEW)[0]
+    assert "--spectral-momentum" in text
+
+
+def real_parser(arguments):
+    """Megatron-LM's own parser, of the 0.19.2 wheel, and ours as its extra_args_provider."""
+    import sys
+    import typing
+
+    import typing_extensions
+
+    typing.override = typing_extensions.override  # Python 3.12's
+    megatron_cpu.install(NEW)
+    from megatron.training.arguments import parse_args
+
+    from spectral_dist.integrations.megatron import add_spectral_args
+    from spectral_dist.integrations.megatron.arguments import forget, parsed
+
+    before, sys.argv = sys.argv, ["pretrain_gpt.py", *arguments]
+    try:
+        args = parse_args(add_spectral_args)
+        return args.optimizer, args.use_distributed_optimizer, parsed()
+    finally:
+        sys.argv = before
+        forget()
+
+
+def test_megatrons_own_parser_takes_our_flags():
+    arguments = ["--optimizer", "spectral_muon", "--use-distributed-optimizer",
+                 "--spectral-scale", "spectral"]  # fmt: skip
+    found = harness.run(1, real_parser, arguments, pool=NEW)[0]
+    assert found == ("adam", True, ("spectral_muon", {"scale": "spectral"}))
