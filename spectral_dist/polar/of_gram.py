@@ -27,22 +27,34 @@ STEPS_BY_EIGH = 6
 """What an eigendecomposition of R costs, in steps of the polynomial of 4 s^3 multiply-adds."""
 
 
-def dtype_of(method: Method, steps: int | None, dtype: torch.dtype) -> torch.dtype | None:
-    """In which R must be, where ``polar`` would compute in ``dtype``; None if R is not enough.
+def dtype_of(method: Method, steps: int | None, dtype: torch.dtype) -> torch.dtype:
+    """In which R must be, where ``polar`` would compute in ``dtype``.
 
     float64 where ``dtype`` is float32 or float64: in float32 R would cost up to two digits of a
     decaying spectrum (measured). float32 where it is half, unless the schedule is too long for it.
+
+    Raises:
+        ValueError: R is not enough for this method, or these steps.
     """
     found = rows_of(method, steps)
-    if found is None:  # R squares the condition number
-        exact = method == "eigh" or (method == "qdwh" and dtype == torch.float32)
-        return torch.float64 if exact else None
+    if found is None:
+        if method == "eigh" or (method == "qdwh" and dtype == torch.float32):
+            return torch.float64
+        raise ValueError(
+            f"polar is {method!r}{' in float64' * (method == 'qdwh')}, which needs the matrix"
+            " itself: its Gram matrix squares the condition number; write polar='qdwh' with"
+            " polar_dtype='float32', or a Newton-Schulz method"
+        )
     growth = _growth(found[0])
     half = dtype in (torch.float16, torch.bfloat16)
     for wide in (torch.float32, torch.float64)[not half :]:
         if growth * torch.finfo(wide).eps <= GROWTH[wide]:
             return wide
-    return None
+    name = repr(method) if isinstance(method, str) else "a schedule of your own"
+    raise ValueError(
+        f"polar is {name} of {len(found[0])} steps, which raise the rounding errors of a Gram"
+        " matrix to the size of the result; write fewer polar_steps"
+    )
 
 
 @lru_cache(maxsize=256)

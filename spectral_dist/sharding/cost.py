@@ -99,9 +99,9 @@ def cheaper_in_slabs(
     """
     found: dict[tuple[int, int], list[int]] = {}
     for i, layout in enumerate(layouts):
-        if able[i] and len({tile.block for tile in layout.tiles}) > 1:
-            if slabs(layout, job.ranks).still:
-                found.setdefault(layout.matrix.shape, []).append(i)
+        cut = len({tile.block for tile in layout.tiles}) > 1
+        if able[i] and cut and slabs(layout, job.ranks).still:
+            found.setdefault(layout.matrix.shape, []).append(i)
     result = [False] * len(layouts)
     for shape, indices in found.items():
         in_slabs = gram_seconds(shape, len(indices), True, job, machine)

@@ -22,6 +22,7 @@ from spectral_dist.sharding.slabs import route_to_slabs
 
 __all__ = ["Exchange", "Piece", "Pieces", "Work"]
 
+
 class Work(Protocol):
     """What is done to the matrices on their way; see ``optimizer.MatrixStep``."""
 

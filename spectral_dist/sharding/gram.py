@@ -1,7 +1,7 @@
 """Whole-matrix quantities of matrices that stay in slabs: only small things travel.
 
-X is (k, m, n) on this rank: the slabs of k matrices, cut along their long side over the group. Every
-call is one of all the group's ranks, in the same order; a slab may be empty.
+X is (k, m, n) on this rank: the slabs of k matrices, cut along their long side over the group.
+Every call is one of all the group's ranks, in the same order; a slab may be empty.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from torch import Tensor
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group, Meter
 from spectral_dist.sharding.slabs import SlabBatch
-
-
 
 DIGIT = 11
 """Bits of a magnitude that one pass of the selection fixes: (k, 2048) counts travel in each."""
