@@ -178,9 +178,7 @@ def trial(kind, ranks, replicas, optimizer, options, count=3, make=laid.gradient
     if ranks * replicas == 4 and kind == "tp_flat":
         here = laid.Trial(cuts(kind, 2), optimizer, 4, 1, strategy="gram", **options)
     else:
-        here = laid.Trial(
-            cuts(kind, ranks), optimizer, ranks, replicas, strategy="gram", **options
-        )
+        here = laid.Trial(cuts(kind, ranks), optimizer, ranks, replicas, strategy="gram", **options)
     alone_options = {k: v for k, v in options.items() if k != "replicate_momentum"}
     alone = laid.Trial(laid.whole(SHAPES), optimizer, **alone_options)
     for step in range(count):
@@ -251,6 +249,7 @@ def test_root(kind):
 
 def resumed_small(scale):
     """Steps of gradients that are tiny, huge or zero: the factor does not depend on it."""
+
     def make(shape, step, name, dtype):
         return laid.gradient(shape, step, name, dtype) * (scale if step else 0.0)
 
@@ -266,13 +265,13 @@ def test_the_scale_of_gradients_does_not_matter(scale):
 # -- accuracy, against float64
 
 
-def decaying(kind, s, l, seed=0):
+def decaying(kind, s, long, seed=0):
     generator = torch.Generator().manual_seed(seed)
     i = torch.arange(s, dtype=torch.float64)
     sigma = (1 + i) ** -1.5 if kind == "power" else 10 ** (-6 * i / s)
     u, v = (
         torch.linalg.qr(torch.randn(n, s, generator=generator, dtype=torch.float64))[0]
-        for n in (s, l)
+        for n in (s, long)
     )
     return (u * sigma) @ v.T
 
@@ -361,9 +360,11 @@ def test_missing_rank_stays_missing():
 
 def test_methods_that_need_the_matrix():
     for method, dtype in (("zolo", torch.float64), ("svd", torch.float32), ("qdwh", torch.float64)):
-        with pytest.raises(ValueError, match=f"polar is '{method}'.*needs the matrix.*polar='qdwh'"):
+        with pytest.raises(
+            ValueError, match=f"polar is '{method}'.*needs the matrix.*polar='qdwh'"
+        ):
             of_gram.dtype_of(method, None, dtype)
-    with pytest.raises(ValueError, match="jordan' of 20 steps.*fewer polar_steps"):
+    with pytest.raises(ValueError, match=r"jordan' of 20 steps.*fewer polar_steps"):
         of_gram.dtype_of("jordan", 20, torch.float32)
     assert of_gram.dtype_of("jordan", 5, torch.bfloat16) == torch.float32
     assert of_gram.dtype_of("deepseekv4", None, torch.bfloat16) == torch.float64
