@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from spectral_dist.polar import polar, reductions
+from spectral_dist.polar import of_gram, polar, reductions, resolve_dtype
 from spectral_dist.rules.rule import Rule
 from spectral_dist.sharding.exchange import Exchange, Piece, Pieces
+from spectral_dist.sharding.gram import Reduction
 from spectral_dist.sharding.layout import Placement
 from spectral_dist.sharding.plan import Plan
 
@@ -22,6 +23,11 @@ class Watch(Protocol):
 
     def factors(self, which: Sequence[int], matrices: Tensor, factors: Tensor) -> None:
         """What was orthogonalized at this owner, and what came out."""
+
+    def grams(
+        self, which: Sequence[int], of_matrices: Tensor, of_factors: Tensor, nuclear: Tensor
+    ) -> None:
+        """The Grams of both, of the short side, and <X, U>."""
 
     def note(self, which: Sequence[int], name: str, values: Tensor) -> None:
         """A number for each matrix."""
@@ -34,13 +40,32 @@ class Watch(Protocol):
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters of a group that lie alike, and for matrices their plan and exchange."""
+    """Parameters of a group that lie alike, and for matrices their plan and exchange.
+
+    ``blocks``: under strategy ``block``, the same parameters as matrices of their own block by
+    block, for all steps but every ``period``-th; momentum lies the same in both.
+    """
 
     placement: Placement
     tensors: tuple[int, ...]
     """their indices in the group"""
     plan: Plan | None = None
     exchange: Exchange | None = None
+    blocks: Unit | None = None
+    period: int = 1
+
+    def at(self, step: int) -> Unit:
+        """What a step works on, counted from 1: this, or its blocks."""
+        return self if self.blocks is None or step % self.period == 0 else self.blocks
+
+    def check_observers(self, count: int) -> None:
+        """ValueError if there are observers, but no whole matrices to show them."""
+        if count and (self.blocks or (self.plan and "gram" in self.plan.strategies)):
+            raise ValueError(
+                "an observer (calibrate's recorder, or one of your own) gets whole matrices, but"
+                " under strategy 'gram' or 'block' no rank has them; build the optimizer with"
+                " strategy='owner'"
+            )
 
     @cached_property
     def alone(self) -> bool:
@@ -91,6 +116,8 @@ class Handle:
         self.group, self.names, self.observers, self.watch = group, names, observers, watch
         self.which: Sequence[int] = ()
         """the matrices in hand"""
+        self.shape = (0, 0)
+        """theirs"""
         self.polar_calls = 0
 
     def polar(self, matrices: Tensor, rows: Sequence[Sequence[float]] | None = None) -> Tensor:
@@ -116,10 +143,68 @@ class Handle:
         """The q-quantile of each one's elements, (k,)."""
         return reductions.quantile(magnitudes, q)
 
+    def fraction(self, which: Tensor) -> Tensor:
+        """The fraction of each one's elements that are true, (k,)."""
+        return which.mean((1, 2), dtype=torch.float32)
+
     def note(self, name: str, values: Callable[[], Tensor]) -> None:
         """Tell the monitor, if one watches this step."""
         if self.watch:
             self.watch.note(self.which, name, values())
+
+
+class SlabHandle:
+    """What a rule may do with matrices that lie in slabs over a group; as ``Handle``.
+
+    ``handle``: of the unit, with the matrices in hand. A matrix counts, and is told to the monitor,
+    at the rank that evaluates its polynomial.
+    """
+
+    def __init__(self, handle: Handle, reduction: Reduction) -> None:
+        self._handle, self._reduction = handle, reduction
+        self.shape = reduction.shape
+
+    def polar(self, matrices: Tensor, rows: Sequence[Sequence[float]] | None = None) -> Tensor:
+        """Slabs of their polar factors, by the group's method, or by these (a, b, c)."""
+        group, watch = self._handle.group, self._handle.watch
+        method = group["polar"] if rows is None else rows
+        steps = group["polar_steps"] if rows is None else None
+        computed = resolve_dtype(method, group["polar_dtype"], matrices.dtype, matrices.device)
+        dtype = of_gram.dtype_of(method, steps, computed)
+        evaluate = partial(of_gram.multiplier, method=method, steps=steps)
+        factors = self._reduction.multiply(matrices, dtype, evaluate)
+        self._handle.polar_calls += len(self._reduction.mine)
+        if watch:
+            found = [self._reduction.gram(x.float()) for x in (matrices, factors)]
+            of_both = self._reduction.add(torch.stack(found))
+            nuclear = self.inner(matrices, factors)
+            mine = self._reduction.mine
+            if mine:
+                watch.grams(self._mine(), *(x[mine] for x in (*of_both, nuclear)))
+        return factors
+
+    def inner(self, a: Tensor, b: Tensor) -> Tensor:
+        """Their inner products over all slabs, (k,)."""
+        return self._reduction.add(reductions.inner(a, b))
+
+    def quantile(self, magnitudes: Tensor, q: float) -> Tensor:
+        """The q-quantile of each one's elements, (k,)."""
+        return self._reduction.quantile(magnitudes, q)
+
+    def fraction(self, which: Tensor) -> Tensor:
+        """The fraction of each one's elements that are true, (k,)."""
+        count = self._reduction.add(which.sum((1, 2), dtype=torch.int64))
+        return count.float() / (self.shape[0] * self.shape[1])
+
+    def note(self, name: str, values: Callable[[], Tensor]) -> None:
+        """Tell the monitor, if one watches this step."""
+        if self._handle.watch:
+            found = values()  # a call of all the group
+            if self._reduction.mine:
+                self._handle.watch.note(self._mine(), name, found[self._reduction.mine])
+
+    def _mine(self) -> list[int]:
+        return [self._reduction.matrices[k] for k in self._reduction.mine]
 
 
 class MatrixStep:
@@ -176,8 +261,12 @@ class MatrixStep:
 
     def direction(self, matrices: Tensor, which: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """The rule's direction of a batch of whole matrices."""
-        self.handle.which = which
+        self.handle.which, self.handle.shape = which, (matrices.shape[-2], matrices.shape[-1])
         return self.rule.direction(self.group, matrices, self.handle)
+
+    def slabs(self, slabs: Tensor, reduction: Reduction) -> tuple[Tensor, Tensor | None]:
+        """The rule's direction of a batch of slabs."""
+        return self.rule.direction(self.group, slabs, SlabHandle(self.handle, reduction))
 
     def absorb(
         self, pieces: list[Piece], directions: list[Tensor], numbers: list[Tensor]

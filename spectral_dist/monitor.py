@@ -51,11 +51,18 @@ class Watch:
         x, u = matrices.float(), factors.float()
         if x.shape[-2] > x.shape[-1]:
             x, u = x.mT, u.mT
-        eye = torch.eye(u.shape[-2], device=u.device)
-        error = torch.linalg.matrix_norm(u @ u.mT - eye) / u.shape[-2] ** 0.5
+        self.grams(which, x @ x.mT, u @ u.mT, reductions.inner(x, u))
+
+    def grams(
+        self, which: Sequence[int], of_matrices: Tensor, of_factors: Tensor, nuclear: Tensor
+    ) -> None:
+        """The Grams of both, of the short side, and <X, U>."""
+        side = of_factors.shape[-1]
+        eye = torch.eye(side, device=of_factors.device)
+        error = torch.linalg.matrix_norm(of_factors - eye) / side**0.5
         self.note(which, "orthogonality_error", error)
-        self.note(which, "nuclear_norm", reductions.inner(x, u))
-        self.note(which, "stable_rank", stable_rank(x))
+        self.note(which, "nuclear_norm", nuclear)
+        self.note(which, "stable_rank", _stable_rank(of_matrices))
 
     def runs(
         self, which: Sequence[int], weights: Sequence[Tensor], directions: Sequence[Tensor]
@@ -90,8 +97,13 @@ def stable_rank(x: Tensor) -> Tensor:
 
     Never below the true value, which it nears from above; 0 for a zero matrix.
     """
-    squares = torch.linalg.vecdot(x, x).sum(-1)
-    gram = x @ x.mT / squares.clamp_min(torch.finfo(x.dtype).tiny)[:, None, None]
+    return _stable_rank(x @ x.mT)
+
+
+def _stable_rank(gram: Tensor) -> Tensor:
+    """``stable_rank`` of X X^T."""
+    squares = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    gram = gram / squares.clamp_min(torch.finfo(gram.dtype).tiny)[:, None, None]
     v = gram.sum(-1, keepdim=True)
     for _ in range(POWER_STEPS):
         v = gram @ v

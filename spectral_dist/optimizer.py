@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spectral_dist import groups as routing
+from spectral_dist import strategy
 from spectral_dist.groups import Route
 from spectral_dist.matrix_step import Handle, MatrixStep, Unit
 from spectral_dist.monitor import Monitor
@@ -127,6 +128,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
             self.monitor.begin(self.steps_taken() + 1)
         for (_, unit), found in zip(work, grads, strict=True):  # all, before anything changes
             self._warn_of_missing(unit, found)
+            unit.check_observers(len(self.observers))
         if self.options.check_finite:
             self._check_finite([unit for _, unit in work], grads)
         for (group, unit), tensors, found in zip(work, weights, grads, strict=True):
@@ -164,10 +166,13 @@ class SpectralOptimizer(torch.optim.Optimizer):
         tensors: Sequence[Tensor],
         grads: Sequence[Tensor | None],
     ) -> None:
-        assert unit.exchange is not None
         for p, grad in zip(tensors, grads, strict=True):
             if grad is not None:
                 self.state[p]["step"] = self.state[p]["step"] + 1
+        if unit.blocks:
+            present = [p for p, grad in zip(tensors, grads, strict=True) if grad is not None]
+            unit = unit.at(strategy.steps(unit, [self.state[p]["step"] for p in present]))
+        assert unit.exchange is not None
         weights = [self.placer.local(p) for p in tensors]
         momenta = [self.placer.local(self.state[p]["exp_avg"]) for p in tensors]
         watch = self.monitor.watch(unit, group, self.rule) if self.monitor else None
@@ -212,7 +217,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 "replicate_momentum has no effect: no other rank holds the same parameters",
                 stacklevel=4,
             )
-        plan = make_plan(placement.layouts, ranks, numel, replicas)
+        gram = strategy.in_slabs(self.options, group, placement, wire, bool(self.observers))
+        plan = make_plan(placement.layouts, ranks, numel, replicas, gram=gram)
         exchange = Exchange(
             placement.layouts,
             plan,
@@ -223,7 +229,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
             wire_dtype=wire,
             meter=self.meter,
         )
-        return Unit(placement, indices, plan, exchange)
+        return strategy.with_blocks(Unit(placement, indices, plan, exchange), self.options, numel)
 
     def _ensure_state(self, group: dict[str, Any], unit: Unit, index: int, p: Tensor) -> None:
         """Every parameter has its state from the start, so that all ranks have the same keys."""

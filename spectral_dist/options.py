@@ -10,16 +10,25 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, NoReturn, Self
 
+import torch
+
 from spectral_dist import polar
-from spectral_dist.polar import DTYPES
+from spectral_dist.polar import DTYPES, of_gram
 from spectral_dist.rules.adamw import BACKENDS
 from spectral_dist.rules.muon import SCALES
+from spectral_dist.sharding.cost import Machine
 
 SCALE_ALIASES = {
     "moonlight": "match_rms_adamw",
     "shape_scaling": "original",
     "spectral_norm": "spectral",
     "unit_rms_norm": "spectral",
+}
+STRATEGIES = {
+    "auto": "gram where tensor parallelism has cut matrices so that it is faster, else owner",
+    "owner": "one rank gets the whole matrix",
+    "gram": "matrices stay cut along their long side, and Gram matrices travel",
+    "block": "what each rank holds is orthogonalized alone, but for every block_period-th step",
 }
 ROUTING = ("matrices", "scalars", "split", "one_sided")
 """Options of ``param_groups``, which DeepSpeed's JSON takes beside those of ``Options``."""
@@ -34,6 +43,10 @@ def suggest(word: str, words: Iterable[str]) -> str:
     return f"{meant} Known: {', '.join(words)}."
 
 
+def _no_whole_number(value: object, least: int) -> bool:
+    return isinstance(value, bool) or not isinstance(value, int) or value < least
+
+
 @dataclass(frozen=True)
 class Options:
     """What every optimizer takes; every integration takes these names, with these defaults."""
@@ -45,6 +58,8 @@ class Options:
     polar_dtype: str = "auto"
     wire_dtype: str | None = None
     strategy: str = "auto"
+    block_period: int = 5
+    machine: Mapping[str, float] | None = None
     scalar_lr: float | None = None
     scalar_weight_decay: float | None = None
     betas: tuple[float, float] = (0.9, 0.95)
@@ -110,8 +125,7 @@ class Options:
                 fail(field.name, "it must be a name")
             if field.type == "bool" and not isinstance(value, bool):
                 fail(field.name, "it must be true or false")
-        if self.strategy not in ("auto", "owner"):
-            fail("strategy", "this release has 'owner' (one rank gets the whole matrix) and 'auto'")
+        self._check_strategy(where)
         if self.scalar_backend not in BACKENDS:
             fail("scalar_backend", f"unknown backend{suggest(str(self.scalar_backend), BACKENDS)}")
         if self.bucket_mb <= 0:
@@ -122,6 +136,24 @@ class Options:
             )
         if self.polar_dtype not in ("auto", *DTYPES):
             fail("polar_dtype", f"unknown dtype{suggest(str(self.polar_dtype), ('auto', *DTYPES))}")
+
+    def _check_strategy(self, where: str) -> None:
+        if self.strategy not in STRATEGIES:
+            self.fail(where, "strategy", f"unknown strategy{suggest(self.strategy, STRATEGIES)}")
+        if _no_whole_number(self.block_period, 1):
+            self.fail(where, "block_period", "it must be a whole number of steps, at least 1")
+        if self.block_period != Options.block_period and self.strategy != "block":
+            self.fail(where, "block_period", "it has an effect with strategy='block' only")
+        if self.machine is None:
+            return
+        if not isinstance(self.machine, Mapping):
+            self.fail(where, "machine", "write numbers by name, as in {'bandwidth': 4e10}")
+        if self.strategy != "auto":
+            self.fail(where, "machine", "it has an effect with strategy='auto' only")
+        try:
+            Machine.from_user(self.machine)
+        except ValueError as error:
+            raise ValueError(f"{where}: machine: {error}") from None
 
     def matrix_group(self) -> dict[str, Any]:
         """What a parameter group of matrices carries; plain values, so that checkpoints can."""
@@ -160,8 +192,12 @@ class PolarOptions(Options):
         super().check(where)
         try:
             polar.check(self.polar, self.polar_steps, self.polar_dtype)
+            if self.strategy == "gram":
+                dtype = DTYPES.get(self.polar_dtype, torch.float32)
+                of_gram.dtype_of(self.polar, self.polar_steps, dtype)
         except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+            in_slabs = "; or strategy='owner'" * ("Gram matrix" in str(error))
+            raise ValueError(f"{where}: {error}{in_slabs}") from None
 
 
 @dataclass(frozen=True)
@@ -211,9 +247,14 @@ class ROOTOptions(_ScaledOptions):
         if isinstance(self.quantile, bool) or not 0 < self.quantile <= 1:
             self.fail(where, "quantile", "it must be above 0 and at most 1, which clamps nothing")
         for name, least in (("polar_steps", 1), ("adapt_every", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            if _no_whole_number(getattr(self, name), least):
                 self.fail(where, name, f"it must be a whole number, at least {least}")
+        if self.strategy == "block":
+            why = "ROOT's quantile and coefficients are those of whole matrices"
+            self.fail(where, "strategy", f"{why}; write 'owner' or 'gram'")
+        if self.strategy == "gram" and self.adapt_every:
+            why = "no rank has a whole matrix to take the spectrum of"
+            self.fail(where, "strategy", f"{why}; write 'owner', or adapt_every=0")
 
 
 FRAMEWORK_KEYS = {
@@ -227,8 +268,8 @@ OPTION_NAMES = frozenset(
     f.name for cls in (MuonOptions, PolarGradOptions, ROOTOptions) for f in fields(cls)
 )
 _SCALAR_ONLY = ("scalar_lr", "scalar_weight_decay", "betas", "eps")
-_WHOLE = ("strategy", "scalar_backend", "check_finite", "bucket_mb", "replicate_momentum",
-          "adapt_every")  # fmt: skip
+_WHOLE = ("strategy", "block_period", "machine", "scalar_backend", "check_finite", "bucket_mb",
+          "replicate_momentum", "adapt_every")  # fmt: skip
 """Of the optimizer, not of a group."""
 
 

@@ -204,9 +204,9 @@ def test_scales_by_the_names_of_others_are_explained_not_guessed(theirs, ours):
     refuses(f"scale is '{theirs}'; here that is '{ours}'", scale=theirs)
 
 
-@pytest.mark.parametrize("value", ["gram", "block", "local"])
-def test_strategies_of_later_releases(value):
-    refuses(f"strategy is '{value}'; this release has 'owner'", strategy=value)
+@pytest.mark.parametrize("value", ["grams", "local", "whole"])
+def test_unknown_strategies(value):
+    refuses(f"strategy is '{value}'; unknown strategy.* Known: auto, block", strategy=value)
 
 
 @pytest.mark.parametrize(

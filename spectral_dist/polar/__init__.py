@@ -17,7 +17,7 @@ from spectral_dist.polar.schedules import SCHEDULES, Row, rows
 from spectral_dist.polar.stability import check_rows
 from spectral_dist.polar.zolo import by_zolo
 
-__all__ = ["DTYPES", "METHODS", "Method", "check", "polar", "resolve_dtype"]
+__all__ = ["DTYPES", "METHODS", "Method", "check", "polar", "resolve_dtype", "rows_of"]
 
 _GRAM = "gram_"
 _CONVERGED = {
@@ -160,6 +160,16 @@ def _check_converged(method: str, steps: int | None, dtype: torch.dtype | None) 
             f"polar method {method!r} computes in {able}, not in {_name(dtype)}; write"
             f" {_name(_CONVERGED[method][0])!r}, or 'auto'"
         )
+
+
+def rows_of(method: Method, steps: int | None = None) -> tuple[tuple[Row, ...], float] | None:
+    """The (a, b, c) of every step of a Newton-Schulz method and its safety; None of any other."""
+    if not isinstance(method, str):
+        return _own_rows(method, steps), 1.0
+    if method in _CONVERGED:
+        return None
+    name = method.removeprefix(_GRAM)
+    return rows(name, steps), SCHEDULES[name].safety
 
 
 def _own_rows(table: Sequence[Sequence[float]], steps: int | None) -> tuple[Row, ...]:

@@ -30,10 +30,8 @@ class ROOT(Muon):
             wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
             limits = handle.quantile(wide.abs(), options["quantile"])[:, None, None]
             kept = torch.clamp(wide, -limits, limits)
-            handle.note(
-                "clamped_fraction", lambda: (wide.abs() > limits).mean((1, 2), dtype=wide.dtype)
-            )
-        row = options["coefficients"][shape_key(matrices.shape[-2:])]
+            handle.note("clamped_fraction", lambda: handle.fraction(wide.abs() > limits))
+        row = options["coefficients"][shape_key(handle.shape)]
         return handle.polar(kept, [row] * options["polar_steps"]), None
 
 

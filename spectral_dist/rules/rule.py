@@ -10,7 +10,13 @@ from torch import Tensor
 
 
 class Handle(Protocol):
-    """What a rule may do with a batch of whole matrices (k, m, n), wherever their elements are."""
+    """What a rule may do with a batch of matrices (k, m, n), wherever their elements are.
+
+    What it has in hand may be a slab of each: rows or columns of it, of the same for all, even
+    none. ``shape`` is that of the whole matrices.
+    """
+
+    shape: tuple[int, int]
 
     def polar(self, matrices: Tensor, rows: Sequence[Sequence[float]] | None = None) -> Tensor:
         """Their polar factors, by the options' method, or by these (a, b, c)."""
@@ -20,6 +26,9 @@ class Handle(Protocol):
 
     def quantile(self, magnitudes: Tensor, q: float) -> Tensor:
         """The q-quantile of each one's elements, (k,)."""
+
+    def fraction(self, which: Tensor) -> Tensor:
+        """The fraction of each one's elements that are true, (k,)."""
 
     def note(self, name: str, values: Callable[[], Tensor]) -> None:
         """Tell the monitor, if there is one, a number for each, (k,)."""

@@ -112,6 +112,13 @@ def sum_ranks(values: Tensor, group: Group, meter: Meter) -> None:
         dist.all_reduce(values, group=group)
 
 
+def max_ranks(values: Tensor, group: Group, meter: Meter) -> None:
+    """The largest of everyone's ``values``, one by one, in place."""
+    if size(group) > 1:
+        meter.count("all_reduce", values.numel() * values.element_size())
+        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+
+
 def gather_texts(text: str, group: Group) -> list[str]:
     """Everyone's text, in rank order. For error paths only: it pickles."""
     texts = [""] * size(group)

@@ -74,7 +74,8 @@ class Tile:
     """A rectangle of a matrix, and how its row-major elements are stored.
 
     The tile's elements are [offset, offset + rows * cols) of the cut's sequence. A rank's run of
-    the cut begins at element ``base`` of its local tensor number ``tensor``.
+    the cut begins at element ``base`` of its local tensor number ``tensor``. ``block``: which of
+    the parts that tensor parallelism cuts the matrix into it belongs to.
     """
 
     row: int
@@ -102,6 +103,12 @@ class Tile:
         begin, end = max(self.offset, first), min(self.offset + self.numel, last)
         return self.base + begin - first, max(0, end - begin)
 
+    def part(self, rank: int) -> tuple[int, int]:
+        """[begin, end) of the rank's run among the tile's own elements; empty if it has none."""
+        first, last = self.cut.run(rank)
+        begin, end = max(self.offset, first), min(self.offset + self.numel, last)
+        return begin - self.offset, max(begin, end) - self.offset
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -128,7 +135,9 @@ class Layout:
 
     def describe(self) -> str:
         """One line that is the same on all ranks exactly when the layout is."""
-        tiles = [(t.row, t.col, t.rows, t.cols, t.offset, t.cut.describe()) for t in self.tiles]
+        tiles = [
+            (t.row, t.col, t.rows, t.cols, t.offset, t.block, t.cut.describe()) for t in self.tiles
+        ]
         return f"{self.matrix.name} {self.matrix.shape} {tiles}"
 
 

@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from spectral_dist.sharding.boxes import slabs
 from spectral_dist.sharding.layout import Layout
 
 
@@ -15,20 +16,25 @@ class Bucket:
 
     matrices: dict[int, list[int]]
     moves: bool
-    """Whether any is cut among several ranks (the same answer on every rank)."""
+    """Whether any is cut among several ranks (the same answer on every rank); of ``gram``, whether
+    any is not in its slabs."""
+    gram: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
     """The owner of each layout's matrix, and the buckets in the order in which they are worked.
 
-    Owners and loads count ranks replica by replica: rank r of replica k is k * ranks + r.
+    Owners and loads count ranks replica by replica: rank r of replica k is k * ranks + r. Under
+    ``gram`` all ranks of the owner's replica do the matrix, and the owner its polynomial.
     """
 
     owners: tuple[int, ...]
     buckets: tuple[Bucket, ...]
     loads: tuple[float, ...]
-    """Each rank's Newton-Schulz cost per step, in multiply-adds."""
+    """Each rank's Newton-Schulz cost per step, in multiply-adds; of ``gram``, the polynomials'."""
+    strategies: tuple[str, ...]
+    """Each matrix's: 'owner', 'gram', or 'local' where one rank holds it whole."""
 
     @property
     def imbalance(self) -> float:
@@ -42,10 +48,30 @@ def cost(shape: tuple[int, int]) -> float:
     return float(short * short * (2 * long + short))
 
 
+def polynomial_cost(shape: tuple[int, int]) -> float:
+    """Multiply-adds of one Newton-Schulz step on the Gram matrix of the short side, 4 s^3."""
+    return 4.0 * min(shape) ** 3
+
+
+def share(shape: tuple[int, int], ranks: int) -> int:
+    """Elements that a rank keeps in a bucket of one matrix of ``gram``: its slab and the Gram.
+
+    The Gram twice, as a square and as halves, of numbers twice as wide as the wire's.
+    """
+    return -(-shape[0] * shape[1] // ranks) + 4 * min(shape) ** 2
+
+
 def choose_owners(
-    layouts: Sequence[Layout], ranks: int, replicas: int = 1
+    layouts: Sequence[Layout],
+    ranks: int,
+    replicas: int = 1,
+    gram: Sequence[bool] = (),
+    homes: Sequence[int] = (),
 ) -> tuple[list[int], list[bool], list[float]]:
     """Owner, whether the matrix must move, and the resulting loads, by longest processing time.
+
+    gram: of each matrix, whether it is done in slabs; then any rank may have its polynomial.
+    homes: of each matrix, the replica that it must be done in, if that is not open.
 
     Matrices that one rank holds whole stay with it (in one of its replicas); the others go,
     costliest first, to the least loaded rank: of those that hold a part if they are few (of two
@@ -57,7 +83,10 @@ def choose_owners(
     for i, layout in enumerate(layouts):
         holders = layout.holders() if ranks > 1 else (0,)
         moves[i] = len(holders) > 1
-        if replicas > 1 or moves[i]:
+        if gram and gram[i]:
+            moves[i] = not slabs(layout, ranks).still
+            open_.append((-polynomial_cost(layout.matrix.shape), i, range(ranks)))
+        elif replicas > 1 or moves[i]:
             open_.append((-cost(layout.matrix.shape), i, holders))
         else:
             owners[i] = holders[0]
@@ -65,14 +94,17 @@ def choose_owners(
     heap = [(load, r) for r, load in enumerate(loads)]
     heapq.heapify(heap)
     for negative, i, holders in sorted(open_, key=lambda item: item[:2]):
-        if ranks == 1 or len(holders) > max(2, ranks // 2):
+        anywhere = ranks == 1 or len(holders) > max(2, ranks // 2)
+        if anywhere and not homes:
             while heap[0][0] != loads[heap[0][1]]:  # an entry that a later load has outdated
                 heapq.heappop(heap)
             owner = heap[0][1]
         else:
-            share = {r: sum(t.run(r)[1] for t in layouts[i].tiles) for r in holders}
-            candidates = [k * ranks + r for k in range(replicas) for r in holders]
-            owner = min(candidates, key=lambda r: (loads[r], -share[r % ranks], r))
+            holders = range(ranks) if anywhere else holders
+            part = {r: sum(t.run(r)[1] for t in layouts[i].tiles) for r in holders}
+            open_replicas = homes[i : i + 1] or range(replicas)
+            candidates = [k * ranks + r for k in open_replicas for r in holders]
+            owner = min(candidates, key=lambda r: (loads[r], -part[r % ranks], r))
         owners[i] = owner
         loads[owner] -= negative
         heapq.heappush(heap, (loads[owner], owner))
@@ -103,22 +135,66 @@ def chunks(
         yield {owner: runs[k] for owner, runs in sorted(queues.items()) if k < len(runs)}
 
 
+def slab_chunks(
+    layouts: Sequence[Layout], indices: list[int], owners: Sequence[int], numel: int, ranks: int
+) -> Iterator[dict[int, list[int]]]:
+    """``chunks`` of ``gram``: each replica's matrices in runs of which no rank has too much.
+
+    In the order in which owners were chosen, so that the polynomials of a run are spread.
+    """
+    queues: dict[int, list[list[int]]] = {}
+    filled: dict[int, int] = {}
+    for i in sorted(indices, key=lambda i: (-polynomial_cost(layouts[i].matrix.shape), i)):
+        replica, more = owners[i] // ranks, share(layouts[i].matrix.shape, ranks)
+        runs = queues.setdefault(replica, [])
+        if not runs or filled[replica] + more > numel:
+            runs.append([])
+            filled[replica] = 0
+        runs[-1].append(i)
+        filled[replica] += more
+    for k in range(max(map(len, queues.values()), default=0)):
+        bucket: dict[int, list[int]] = {}
+        for i in (i for runs in queues.values() if k < len(runs) for i in runs[k]):
+            bucket.setdefault(owners[i], []).append(i)
+        yield dict(sorted(bucket.items()))
+
+
 def make_plan(
     layouts: Sequence[Layout],
     ranks: int,
     bucket_numel: int,
     replicas: int = 1,
+    *,
+    gram: Sequence[bool] = (),
+    homes: Sequence[int] = (),
 ) -> Plan:
     """Owners and buckets. A bucket holds at most ``bucket_numel`` elements (or one matrix) a rank.
 
     ``ranks`` are those of one replica. Buckets that move come after the first one that does not,
-    so that their first exchange is in flight while that one is computed.
+    so that their first exchange is in flight while that one is computed. ``gram``, ``homes``: as
+    ``choose_owners``; a matrix that one rank holds whole is no matter for ``gram``.
     """
-    owners, moves, loads = choose_owners(layouts, ranks, replicas)
+    cut = [len(x.holders()) > 1 for x in layouts] if any(gram) else []
+    gram = [wanted and apart for wanted, apart in zip(gram, cut, strict=True)] if cut else []
+    owners, moves, loads = choose_owners(layouts, ranks, replicas, gram, homes)
     # every replica gets the directions of all of them: share the bound among replicas
     limit = max(1, bucket_numel // replicas)
-    still = [i for i, m in enumerate(moves) if not m]
-    moving = [i for i, m in enumerate(moves) if m]
-    at_rest = [Bucket(c, False) for c in chunks(layouts, still, owners, limit)]
-    in_motion = [Bucket(c, True) for c in chunks(layouts, moving, owners, limit)]
-    return Plan(tuple(owners), (*at_rest[:1], *in_motion, *at_rest[1:]), tuple(loads))
+    at_rest, in_motion = (
+        [Bucket(c, moving) for c in chunks(layouts, found, owners, limit)]
+        + [Bucket(c, moving, True) for c in slab_chunks(layouts, slabbed, owners, limit, ranks)]
+        for moving in (False, True)
+        for found, slabbed in [_sorted_out(moves, moving, gram)]
+    )
+    buckets = (*at_rest[:1], *in_motion, *at_rest[1:])
+    strategies = tuple(
+        "gram" if gram and gram[i] else "owner" if m else "local" for i, m in enumerate(moves)
+    )
+    return Plan(tuple(owners), buckets, tuple(loads), strategies)
+
+
+def _sorted_out(
+    moves: Sequence[bool], moving: bool, gram: Sequence[bool]
+) -> tuple[list[int], list[int]]:
+    """Indices of the matrices that move, or of those that do not: whole, and in slabs."""
+    found = [i for i, m in enumerate(moves) if m == moving]
+    return [i for i in found if not (gram and gram[i])], [i for i in found if gram and gram[i]]

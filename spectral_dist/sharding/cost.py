@@ -1,0 +1,111 @@
+"""What a step of each strategy takes, in seconds, on a machine of four numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from spectral_dist.sharding.boxes import slabs
+from spectral_dist.sharding.layout import Layout
+from spectral_dist.sharding.plan import cost, polynomial_cost
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What one rank can do. The defaults are for GPUs of one H100 node, NVLink between them.
+
+    bandwidth: bytes/s that it sends (half of NVLink's 450e9 each way, as NCCL reaches it for
+        messages of some MB). latency: seconds of one collective. flops: multiply-adds/s in half
+        precision (of 495e12 dense ones in bfloat16 on the data sheet, what batched GEMMs of some
+        thousand rows reach). flops_wide: multiply-adds/s in the Gram's dtype, float32 or float64
+        (both 33e12 on the data sheet).
+    """
+
+    bandwidth: float = 2e11
+    latency: float = 2e-5
+    flops: float = 2e14
+    flops_wide: float = 2.5e13
+
+    @classmethod
+    def from_user(cls, given: Mapping[str, Any]) -> Machine:
+        """The defaults, changed by these. ValueError: an unknown name, or no number above 0."""
+        known = asdict(cls())
+        for name, value in given.items():
+            if name not in known:
+                raise ValueError(f"unknown number {name!r}. Known: {', '.join(known)}.")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not 0 < value < float("inf"):
+                raise ValueError(f"{name} is {value!r}; it must be a number above 0")
+        return cls(**{**known, **given})
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the cost of a matrix depends on beside its shape.
+
+    ranks: of one replica. steps: of the iteration. itemsize: bytes of an element on the wire.
+    half: whether the polar factor is computed in half precision. gram_itemsize: bytes of a Gram's.
+    """
+
+    ranks: int
+    replicas: int
+    steps: int
+    itemsize: int
+    half: bool
+    gram_itemsize: int
+
+
+def owner_seconds(shape: tuple[int, int], count: int, job: Job, machine: Machine) -> float:
+    """Of ``count`` matrices of one shape that are spread over owners.
+
+    The busiest owner has ceil(count / ranks) of them: it computes their steps, and takes in and
+    sends out each of them. Two collectives.
+    """
+    busiest = -(-count // (job.ranks * job.replicas))
+    flops = machine.flops if job.half else machine.flops_wide
+    moved = 2 * shape[0] * shape[1] * job.itemsize / machine.bandwidth
+    return busiest * (job.steps * cost(shape) / flops + moved) + 2 * machine.latency
+
+
+def gram_seconds(
+    shape: tuple[int, int], count: int, still: bool, job: Job, machine: Machine
+) -> float:
+    """Of ``count`` matrices of one shape that stay in slabs.
+
+    Each replica does its share of them: every rank multiplies its slabs twice, s^2 l / P each; the
+    busiest owner evaluates polynomials; the halves of Grams and of their functions travel, and the
+    slabs there and back if they are not where the elements are. Four collectives.
+    """
+    short, long = sorted(shape)
+    mine = -(-count // job.replicas)
+    others = (job.ranks - 1) / job.ranks
+    products = mine * 2 * short * short * long / job.ranks
+    polynomials = -(-mine // job.ranks) * job.steps * polynomial_cost(shape)
+    sent = mine * others * short * (short + 1) * job.gram_itemsize
+    if not still:
+        sent += 2 * others * mine * short * long / job.ranks * job.itemsize
+    computed = (products + polynomials) / machine.flops_wide
+    return computed + sent / machine.bandwidth + 4 * machine.latency
+
+
+def cheaper_in_slabs(
+    layouts: Sequence[Layout], able: Sequence[bool], job: Job, machine: Machine
+) -> list[bool]:
+    """Of each matrix, whether ``auto`` does it in slabs.
+
+    If it is ``able``, the cost says so, and tensor parallelism has cut it into slabs already. FSDP
+    and ZeRO cut as well, but tell of no blocks: there the owner's bits are those of one process.
+    """
+    found: dict[tuple[int, int], list[int]] = {}
+    for i, layout in enumerate(layouts):
+        cut = len({tile.block for tile in layout.tiles}) > 1
+        if able[i] and cut and slabs(layout, job.ranks).still:
+            found.setdefault(layout.matrix.shape, []).append(i)
+    result = [False] * len(layouts)
+    for shape, indices in found.items():
+        in_slabs = gram_seconds(shape, len(indices), True, job, machine)
+        if in_slabs < owner_seconds(shape, len(indices), job, machine):
+            for i in indices:
+                result[i] = True
+    return result

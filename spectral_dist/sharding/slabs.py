@@ -1,0 +1,209 @@
+"""Shards -> slabs -> shards: the parcels of a bucket whose matrices stay cut along their long side.
+
+A run of a row-major tile meets a slab in up to three rectangles. They travel in one order; each end
+reads or writes them as strided views of its own flat tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spectral_dist.sharding.boxes import Box, Slabs, meet, slabs
+from spectral_dist.sharding.layout import Layout, Tile
+from spectral_dist.sharding.plan import Bucket
+from spectral_dist.sharding.routes import Route, pack, pieces_of
+
+
+@dataclass(frozen=True, slots=True)
+class SlabBatch:
+    """Matrices of one shape and one cut, of each of which this rank has a slab in a bucket."""
+
+    matrices: tuple[int, ...]
+    owners: tuple[int, ...]
+    """the rank of the group that evaluates each one's polynomial, ascending"""
+    shape: tuple[int, int]
+    """of the whole matrices"""
+    cut: Slabs
+    box: Box
+    """this rank's slab"""
+
+    @property
+    def numel(self) -> int:
+        """Elements of this rank's slabs."""
+        return len(self.matrices) * self.box.numel
+
+
+class Rectangles:
+    """Rectangles of a flat tensor in an order: (first element, rows, stride, width) of each."""
+
+    def __init__(self, found: Iterable[tuple[int, int, int, int]], numel: int) -> None:
+        self.numel = numel
+        self._parts: list[tuple[int, int, int, int]] = []
+        for offset, rows, stride, width in found:
+            if rows == 1 or stride == width:  # a run
+                rows, stride, width = 1, rows * width, rows * width
+                if self._parts:
+                    first, count, _, length = self._parts[-1]
+                    if count == 1 and first + length == offset:
+                        self._parts[-1] = (first, 1, length + width, length + width)
+                        continue
+            self._parts.append((offset, rows, stride, width))
+        self._in_order = not numel or self._parts == [(0, 1, numel, numel)]
+
+    def gather(self, flat: Tensor) -> Tensor:
+        """The rectangles out of it, one after the other."""
+        if self._in_order:
+            return flat
+        packed = flat.new_empty(sum(rows * width for _, rows, _, width in self._parts))
+        self._copy(list(self._packed(packed)), list(self._views(flat)))
+        return packed
+
+    def scatter(self, packed: Tensor) -> Tensor:
+        """The inverse: a flat tensor of ``numel`` elements, which they fill."""
+        if self._in_order:
+            return packed
+        flat = packed.new_empty(self.numel)
+        self._copy(list(self._views(flat)), list(self._packed(packed)))
+        return flat
+
+    def _copy(self, targets: list[Tensor], sources: list[Tensor]) -> None:
+        if targets:
+            torch._foreach_copy_(targets, sources)
+
+    def _views(self, flat: Tensor) -> Iterator[Tensor]:
+        begin = flat.storage_offset()
+        for offset, rows, stride, width in self._parts:
+            yield flat.as_strided((rows, width), (stride, 1), begin + offset)
+
+    def _packed(self, packed: Tensor) -> Iterator[Tensor]:
+        at = packed.storage_offset()
+        for _, rows, _, width in self._parts:
+            yield packed.as_strided((rows, width), (width, 1), at)
+            at += rows * width
+
+
+class SlabParcels:
+    """Parcels of slabs; ``Parcels``."""
+
+    def __init__(self, batches: list[SlabBatch], leaving: Rectangles, landing: Rectangles) -> None:
+        self.batches, self._leaving, self._landing = batches, leaving, landing
+
+    def send(self, given: Tensor) -> Tensor:
+        """By rank, then batch, matrix, tile, rectangle."""
+        return self._leaving.gather(given)
+
+    def land(self, received: Tensor) -> list[Tensor]:
+        """This rank's slabs, (k, rows, columns) of each batch; rows or columns may be 0."""
+        flat = self._landing.scatter(received)
+        parts = torch.split(flat, [batch.numel for batch in self.batches])
+        return [
+            part.view(len(batch.matrices), batch.box.rows, batch.box.cols)
+            for batch, part in zip(self.batches, parts, strict=True)
+        ]
+
+    def lift(self, directions: list[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """In the order of arrival."""
+        return self._landing.gather(pack(directions, dtype, device))
+
+    def keep(self, returned: Tensor) -> Tensor:
+        """In the order of the runs."""
+        return self._leaving.scatter(returned)
+
+
+def slab_batches(
+    layouts: Sequence[Layout], owners: dict[int, list[int]], rank: int, ranks: int
+) -> list[SlabBatch]:
+    """Of one replica's matrices, by owner; equal on all its ranks but for their own slab."""
+    by_cut: dict[tuple[tuple[int, int], Slabs], list[tuple[int, int]]] = {}
+    for owner, matrices in sorted(owners.items()):
+        for i in matrices:
+            key = (layouts[i].matrix.shape, slabs(layouts[i], ranks))
+            by_cut.setdefault(key, []).append((owner % ranks, i))
+    return [
+        SlabBatch(
+            tuple(i for _, i in found),
+            tuple(owner for owner, _ in found),
+            shape,
+            cut,
+            cut.box(rank, shape),
+        )
+        for (shape, cut), found in by_cut.items()
+    ]
+
+
+def route_to_slabs(
+    bucket: Bucket, layouts: Sequence[Layout], rank: int, ranks: int, replica: int, replicas: int
+) -> tuple[Route, list[SlabBatch]]:
+    """Of a bucket of ``gram``, and this replica's batches of it."""
+    order, everyone = [], []
+    batches: list[SlabBatch] = []
+    for k in range(replicas):
+        owners = {o: found for o, found in bucket.matrices.items() if o // ranks == k}
+        found = slab_batches(layouts, owners, rank, ranks)
+        if k == replica:
+            batches = found
+        everyone += [i for batch in found for i in batch.matrices]
+        order += [(k, pieces_of(layouts[i], i, rank)) for b in found for i in b.matrices]
+    leaving, gives_sizes = _leaving(batches, layouts, rank, ranks)
+    landing, takes_sizes = _landing(batches, layouts, rank, ranks)
+    speaks = [owner == rank for batch in batches for owner in batch.owners]
+    route = Route(
+        bucket.moves,
+        SlabParcels(batches, leaving, landing),
+        [batch.matrices for batch in batches],
+        [k for k, mine in enumerate(speaks) if mine],
+        everyone,
+        gives_sizes=gives_sizes,
+        takes_sizes=takes_sizes,
+        given=[0] * replicas,
+    )
+    route.take(replica, order)
+    return route, batches
+
+
+def _leaving(
+    batches: list[SlabBatch], layouts: Sequence[Layout], rank: int, ranks: int
+) -> tuple[Rectangles, list[int]]:
+    """This rank's runs by the slabs that they meet, and how much goes to each rank."""
+    runs: list[tuple[SlabBatch, Tile, int, int, int]] = []
+    total = 0
+    for batch in batches:
+        for i in batch.matrices:
+            for tile in layouts[i].tiles:
+                begin, end = tile.part(rank)
+                if begin < end:
+                    runs.append((batch, tile, begin, end, total - begin))
+                    total += end - begin
+    found, sizes = [], [0] * ranks
+    for other in range(ranks):
+        for batch, tile, begin, end, base in runs:
+            for box in meet(tile, begin, end, batch.cut.box(other, batch.shape)):
+                first = base + (box.row - tile.row) * tile.cols + box.col - tile.col
+                found.append((first, box.rows, tile.cols, box.cols))
+                sizes[other] += box.numel
+    return Rectangles(found, total), sizes
+
+
+def _landing(
+    batches: list[SlabBatch], layouts: Sequence[Layout], rank: int, ranks: int
+) -> tuple[Rectangles, list[int]]:
+    """Where in this rank's slabs what arrives belongs, and how much comes from each rank."""
+    arriving: list[tuple[int, int, tuple[int, int, int, int]]] = []
+    sizes, base = [0] * ranks, 0
+    for batch in batches:
+        slab = batch.box
+        for i in batch.matrices:
+            for tile in layouts[i].tiles:
+                for other in tile.holders():
+                    begin, end = tile.part(other)
+                    for box in meet(tile, begin, end, slab) if begin < end else ():
+                        first = base + (box.row - slab.row) * slab.cols + box.col - slab.col
+                        part = (first, box.rows, slab.cols, box.cols)
+                        arriving.append((other, len(arriving), part))
+                        sizes[other] += box.numel
+            base += slab.numel
+    return Rectangles((part for _, _, part in sorted(arriving)), base), sizes
