@@ -73,6 +73,24 @@ def test_five_steps_are_those_of_one_process_in_the_older_megatron(name, layout)
     assert sum(one["polar_calls"] for one in found) == 5 * MATRICES
 
 
+GRAM = {"strategy": "gram"}
+
+
+@pytest.mark.parametrize(
+    "layout",
+    ["TP 2 x DP 2", "TP 2 x DP 2, distributed optimizer", "TP 4", "TP 4, distributed optimizer"],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_matrices_that_stay_cut_take_the_same_steps(name, layout):
+    """Each polynomial is evaluated once in the job; slabs lie with tiles, or must move."""
+    found = check(NEW, name, layout, options=GRAM)
+    assert sum(one["polar_calls"] for one in found) == 5 * MATRICES
+
+
+def test_matrices_that_stay_cut_in_the_older_megatron():
+    check(OLD, "spectral_muon", "TP 2 x DP 2", options=GRAM)
+
+
 KINDS: dict[str, dict[str, Any]] = {
     "gate beside q, k, v": {"attention_output_gate": True},
     "no gate in the MLP": {"swiglu": False},
@@ -156,6 +174,37 @@ def test_one_process_takes_the_step_of_the_reference(name):
             pairs = [(after, weight.detach())]
         for ours, reference in pairs:
             torch.testing.assert_close(ours, reference, rtol=0, atol=BOUND)
+
+
+def blocks(key: str, value: Tensor) -> list[Tensor]:
+    """What each of two tensor-parallel ranks has of each matrix: half of its rows or columns."""
+    dimension = 1 if "linear_proj" in key or "linear_fc2" in key else 0
+    return [block for part in parts(key, value) for block in part.chunk(2, dimension)]
+
+
+@pytest.mark.parametrize("layout", ["TP 2 x DP 2", "TP 2 x DP 2, distributed optimizer"])
+def test_blocks_are_orthogonalized_alone(layout):
+    """In the first steps of five, each with its own scale; then whole matrices again."""
+    ranks, groups, wrapping = LAYOUTS[layout]
+    config = {"clip_grad": 0.0}
+    plain = harness.run(1, runs.gradients, NEW, "spectral_muon", config=config, pool=NEW)[0]
+    args = (NEW, "spectral_muon", groups, wrapping)
+    options = {"strategy": "block"}
+    found = harness.run(
+        ranks, runs.train, *args, options=options, config=config, steps=1, pool=NEW
+    )[0]  # fmt: skip
+    for key in plain["gradients"]:
+        if "layers" not in key or "norm" in key:
+            continue
+        wanted = [block.clone() for block in blocks(key, plain["before"][key])]
+        for w, g in zip(wanted, blocks(key, plain["gradients"][key]), strict=True):
+            rules.muon(w, g, torch.zeros_like(w), {"lr": 0.01, "weight_decay": 0.1})
+        ours = blocks(key, found["parameters"][key])
+        for one, reference in zip(ours, wanted, strict=True):
+            torch.testing.assert_close(one, reference, rtol=0, atol=BOUND)
+        assert (found["parameters"][key] - plain["after"][key]).abs().max() > 1e-3
+    options = {"strategy": "block", "block_period": 1}
+    check(NEW, "spectral_muon", layout, options=options)
 
 
 @pytest.mark.parametrize("layout", ["TP 2 x DP 2", "TP 2 x DP 2, distributed optimizer"])
