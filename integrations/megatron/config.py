@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron.core import parallel_state
 from torch import nn
 
 OWN = {
@@ -82,6 +83,8 @@ def refuse(config: Any, chunks: Sequence[nn.Module]) -> None:
          "use use_distributed_optimizer, or plain torch's fully_shard"),
         (getattr(ddp, "num_distributed_optimizer_instances", 1) > 1,
          "num_distributed_optimizer_instances above 1", "set it to 1"),
+        (_rematerialized(), "weights cut for rematerialization (generalized tensor parallelism)",
+         "leave it off"),
         (apart, f"expert_tensor_parallel_size {expert_tensor} beside"
          f" tensor_model_parallel_size {tensor} without expert parallelism", "make them equal"),
         (getattr(ddp, "fp8_param_gather", False), "fp8_param_gather", "leave it off"),
@@ -89,3 +92,10 @@ def refuse(config: Any, chunks: Sequence[nn.Module]) -> None:
     for found, what, instead in cases:
         if found:
             raise ValueError(f"spectral optimizers do not support {what} under Megatron: {instead}")
+
+
+def _rematerialized() -> bool:
+    """Whether megatron-core (from 0.19 on) keeps weights in shards of yet another group."""
+    get = getattr(parallel_state, "get_gtp_weight_remat_group", None)
+    group = get(check_initialized=False) if get else None
+    return group is not None and group.size() > 1

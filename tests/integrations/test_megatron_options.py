@@ -106,6 +106,36 @@ def test_the_name_alone_is_enough(version):
     assert "spectral_mun" in harness.run(1, named, version, "spectral_mun", pool=version)[0]
 
 
+def scheduled(version):
+    """lr and decay of each group, and how far each kind of parameter has moved in a step."""
+    data, ddp, optimizer = runs.build(
+        version, "spectral_muon", wrapping={"use_distributed_optimizer": True},
+        options={"scalar_lr": 0.002},
+    )  # fmt: skip
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+    schedule = OptimizerParamScheduler(
+        optimizer, init_lr=0.0, max_lr=0.01, min_lr=0.0, lr_warmup_steps=2, lr_decay_steps=10,
+        lr_decay_style="linear", start_wd=0.1, end_wd=0.1, wd_incr_steps=1,
+        wd_incr_style="constant",
+    )  # fmt: skip
+    schedule.step(1)
+    groups = [(g["kind"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    before = models.full_parameters(ddp)
+    models.train_step(ddp, optimizer, models.batch(0, *data))
+    after = models.full_parameters(ddp)
+    moved = {name: float((after[name] - before[name]).abs().max()) for name in before}
+    return sorted(groups), moved["embedding.word_embeddings.weight"]
+
+
+@pytest.mark.parametrize("version", [NEW, OLD])
+def test_megatrons_scheduler_drives_every_group(version):
+    """Half of the warm-up: lr .005, of which AdamW takes a fifth; biases and norms do not decay."""
+    groups, moved = harness.run(2, scheduled, version, pool=version)[0]
+    assert groups == [("matrix", 0.005, 0.1), ("scalar", 0.005, 0.0), ("scalar", 0.005, 0.1)]
+    assert moved == pytest.approx(0.001, rel=0.3)  # Adam's first step is lr, and decay's is small
+
+
 def early(version):
     """What a script gets that took Megatron's function before ours was imported."""
     runs.build(version, "spectral_muon")
