@@ -43,18 +43,18 @@ def alone(version: str, name: str, model: tuple[tuple[str, Any], ...] = ()) -> d
     return harness.run(1, runs.train, version, name, model=dict(model), pool=version)[0]
 
 
-def check(version, name, layout, model=None, options=None, bound=BOUND):
+def check(version, name, layout, model=None, options=None, cut=None):
+    """``cut``: options of the model that only a cut one has."""
     ranks, groups, wrapping = LAYOUTS[layout] if isinstance(layout, str) else layout
     wanted = alone(version, name, tuple((model or {}).items()))
-    found = harness.run(
-        ranks, runs.train, version, name, groups, wrapping, model, options, pool=version
-    )
+    args = (version, name, groups, wrapping, (model or {}) | (cut or {}), options)
+    found = harness.run(ranks, runs.train, *args, pool=version)
     for one in found:
-        assert one["norms"] == pytest.approx(wanted["norms"], rel=bound, abs=bound)
+        assert one["norms"] == pytest.approx(wanted["norms"], rel=BOUND, abs=BOUND)
         assert one["parameters"].keys() == wanted["parameters"].keys()
         for key, value in wanted["parameters"].items():
             torch.testing.assert_close(
-                one["parameters"][key], value, rtol=0, atol=bound, msg=lambda m, k=key: f"{k}: {m}"
+                one["parameters"][key], value, rtol=0, atol=BOUND, msg=lambda m, k=key: f"{k}: {m}"
             )
     return found
 
@@ -116,14 +116,14 @@ EXPERTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize("layout", EXPERTS)
 def test_experts_on_their_own_ranks(layout):
-    ranks, groups, wrapping = EXPERTS[layout]
+    cut = {"sequence_parallel": "tp" in EXPERTS[layout][1]}
+    found = check(NEW, "spectral_muon", EXPERTS[layout], {"moe_experts": 4}, cut=cut)
     wanted = alone(NEW, "spectral_muon", (("moe_experts", 4),))
-    model = {"moe_experts": 4, "sequence_parallel": "tp" in groups}
-    found = harness.run(ranks, runs.train, NEW, "spectral_muon", groups, wrapping, model, pool=NEW)
-    for one in found:
-        for key, value in wanted["parameters"].items():
-            torch.testing.assert_close(one["parameters"][key], value, rtol=0, atol=BOUND)
     assert sum(one["polar_calls"] for one in found) == wanted["polar_calls"]
+
+
+def test_sequence_parallelism():
+    check(NEW, "spectral_muon", "TP 2 x DP 2", cut={"sequence_parallel": True})
 
 
 def test_replicas_keep_one_momentum_between_them():
