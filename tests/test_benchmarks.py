@@ -8,9 +8,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import fsdp_step
+from benchmarks import fsdp_step, megatron_step
 from benchmarks import polargrad_problems as problems
 from tests import harness
+from tests.integrations import megatron_cpu
 
 TINY = {
     "quadratic": lambda: problems.Quadratic(20, 8, 4, 12),
@@ -134,3 +135,34 @@ def test_newton_schulz_is_balanced_over_ranks(name, matrices, shapes):
     assert all(other == loads[0] for other in loads)
     assert len(loads[0]) == 4
     assert fsdp_step.imbalance(loads[0]) <= 1.15
+
+
+def test_multiply_adds_are_counted_at_the_dispatcher():
+    a, b, c = torch.ones(2, 3), torch.ones(3, 5), torch.ones(2, 5)
+    with megatron_step.Observer() as observer:
+        a @ b
+        torch.addmm(c, a, b)
+        c.addmm_(a, b)
+        torch.bmm(a.expand(7, 2, 3), b.expand(7, 3, 5))
+        torch.baddbmm(c.expand(7, 2, 5), a.expand(7, 2, 3), b.expand(7, 3, 5))
+    assert observer.macs == (3 + 2 * 7) * 30
+
+
+def megatron_owners(names: list[str], settings: megatron_step.Settings) -> dict[str, dict]:
+    megatron_cpu.install(megatron_step.VERSION)
+    return megatron_step.measure(names, settings)
+
+
+def test_megatron_steps_are_what_the_formula_and_the_reference_say():
+    names = ["ours owner", "ours owner, gate|up"]
+    settings = megatron_step.Settings(2, 1, 256, 384, "float32", 0)
+    ranks = harness.run(2, megatron_owners, names, settings, pool=megatron_step.VERSION)
+    for name in names:
+        contender = megatron_step.CONTENDERS[name]
+        sent = sum(found[name]["sent"] for found in ranks) / 2
+        flag = 4  # whether all is finite
+        assert sent == contender.formula(settings) + flag
+        macs = sum(found[name]["macs"] for found in ranks)
+        sizes = [sorted((m, n)) for m, n, _ in settings.matrices(contender.split)]
+        assert macs == 5 * sum(s * s * (2 * long + s) for s, long in sizes)
+        assert max(found[name]["error"] for found in ranks) < 1e-5
