@@ -169,6 +169,7 @@ def classify(
     split: Mapping[str, Split] | None = None,
     one_sided: Iterable[str] = (),
     reader: Callable[[nn.Module], Reader] = torch_reader,
+    anywhere: Callable[[list[bool]], list[bool]] = list,
 ) -> list[Route]:
     """The route of every parameter of ``model``, in its order, tied parameters once.
 
@@ -179,6 +180,7 @@ def classify(
             the eigenvalues of the Gram matrix of the short side (arXiv 2505.21799's one-sided form:
             right for (vocabulary, width), left for (experts, width)).
         reader: what tells parameters of this kind of model apart.
+        anywhere: of what is true here, what is true of any part of a model that is in several.
 
     Raises:
         ValueError: a pattern that matches nothing or contradicts another, a split that does not
@@ -227,9 +229,14 @@ def classify(
         stacked = bool(held) and len(view) == 3
         routes.append(Route(name, parameter, shape, kind, reason, held, replicas, exact, stacked))
     names = [route.name for route in routes if route.kind != "frozen"]
-    for patterns in (*forced.values(), splits):
+    every = (*forced.values(), splits)
+    here = [used for patterns in every for used in patterns.used.values()]
+    *used, some = anywhere([*here, any(route.kind == "matrix" for route in routes)])
+    for patterns in every:
+        patterns.used = {pattern: used.pop(0) for pattern in patterns.used}
         patterns.check(names)
-    _check_some_matrix(routes)
+    if not some:
+        _check_some_matrix(routes)
     return routes
 
 

@@ -19,12 +19,13 @@ from torch import nn
 from spectral_dist import groups as routing
 from spectral_dist.groups import Route
 from spectral_dist.integrations.megatron.checkpoint import keep_checkpoints
-from spectral_dist.integrations.megatron.config import refuse, spectral_options
+from spectral_dist.integrations.megatron.config import refuse, refuse_adapting, spectral_options
 from spectral_dist.integrations.megatron.inner import TYPES, InsideMegatron
 from spectral_dist.integrations.megatron.placement import FlatRange, MegatronPlacer
 from spectral_dist.integrations.megatron.ranks import Ranks, alone
 from spectral_dist.integrations.megatron.reader import MegatronReader
 from spectral_dist.options import ROUTING
+from spectral_dist.sharding import collectives
 
 KIND = "spectral_kind"
 """Key that Megatron keeps in the groups it makes: matrices and the rest are never in one."""
@@ -46,6 +47,7 @@ def build(
     options = spectral_options(config, {k: v for k, v in given.items() if k not in ROUTING})
     TYPES[name].option_type.from_user(options, name)  # before the table: it stands out
     refuse(config, model_chunks)
+    refuse_adapting(given, model_chunks)
     reader = MegatronReader(*_ranks(pg_collection))
     routes = _routes(model_chunks, reader, {k: v for k, v in given.items() if k in ROUTING})
     if config_overrides is None:
@@ -93,9 +95,16 @@ def _routes(
             model = inside
         else:
             model.add_module(f"chunk{index}", inside)
-    found = routing.classify(model, reader=reader, **given)
+    found = routing.classify(model, reader=reader, anywhere=_on_any_stage, **given)
     routing.show(found)
     return {id(route.parameter): route for route in found}
+
+
+def _on_any_stage(here: list[bool]) -> list[bool]:
+    """What is true of the part of the model on any pipeline stage. A collective call."""
+    group = alone(parallel_state.get_pipeline_model_parallel_group(check_initialized=False))
+    texts = collectives.gather_texts("".join(str(int(x)) for x in here), group)
+    return [any(text[i] == "1" for text in texts) for i in range(len(here))]
 
 
 def _kinds(routes: Mapping[int, Route]) -> dict[ParamKey, dict[str, Any]]:

@@ -94,6 +94,22 @@ def refuse(config: Any, chunks: Sequence[nn.Module]) -> None:
             raise ValueError(f"spectral optimizers do not support {what} under Megatron: {instead}")
 
 
+def refuse_adapting(given: Mapping[str, Any], chunks: Sequence[nn.Module]) -> None:
+    """Raise if ROOT's coefficients would be adapted to spectra that not all ranks see.
+
+    Raises:
+        ValueError: names the setting.
+    """
+    model: Any = getattr(chunks[0], "config", None)
+    for name in ("pipeline_model_parallel_size", "expert_model_parallel_size"):
+        if given.get("adapt_every") and getattr(model, name, 1) > 1:
+            raise ValueError(
+                f"adapt_every is {given['adapt_every']}, but {name} is {getattr(model, name)}: each"
+                " stage would fit coefficients of its own; write adapt_every=0 and coefficients of"
+                " `spectral-dist calibrate`"
+            )
+
+
 def _rematerialized() -> bool:
     """Whether megatron-core (from 0.19 on) keeps weights in shards of yet another group."""
     get = getattr(parallel_state, "get_gtp_weight_remat_group", None)

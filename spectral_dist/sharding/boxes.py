@@ -160,6 +160,6 @@ def _rows_of(layout: Layout, rank: int) -> list[Tile]:
 def _no_tiles(name: str) -> str:
     return (
         f"strategy is 'block', but the parts that ranks hold of {name} are no rectangles, so there"
-        " are no blocks to orthogonalize alone (ZeRO and flat shards cut rows in two); write"
-        " strategy='owner'"
+        " are no blocks to orthogonalize alone (ZeRO cuts rows in two; gate and up as one matrix"
+        " are two rectangles on each rank, so split them); or write strategy='owner'"
     )

@@ -65,6 +65,10 @@ ERRORS = {
     "no effect": ({"options": {"scalar_weight_decay": 0.0}}, "wd_mult"),
     "a pattern that matches nothing": ({"options": {"scalars": ["lm_head"]}}, "matches no"),
     "Adam's L2 penalty": ({"config": {"decoupled_weight_decay": False}}, "decoupled_weight_decay"),
+    "adapting on some ranks": (
+        {"groups": {"pp": 2}, "name": "spectral_root", "options": {"adapt_every": 2}},
+        "pipeline_model_parallel_size is 2",
+    ),
     "experts cut unlike the rest": (
         {"groups": {"tp": 2, "etp": 1},
          "model": {"moe_experts": 4, "sequence_parallel": True}},
@@ -76,8 +80,18 @@ ERRORS = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors_name_the_setting_and_what_to_write(case):
     given, text = ERRORS[case]
-    for message in harness.run(2, runs.error, NEW, "spectral_muon", pool=NEW, **given):
+    given = {"name": "spectral_muon"} | given
+    for message in harness.run(2, runs.error, NEW, pool=NEW, **given):
         assert text in message, message
+
+
+def test_patterns_may_match_on_another_pipeline_stage_only():
+    options = {"scalars": ["output_layer", "linear_fc2"], "one_sided": ["word_embeddings"]}
+    first, last = harness.run(
+        2, runs.table, NEW, groups={"pp": 2}, options=options, pool=NEW
+    )  # fmt: skip
+    assert "embedding.word_embeddings.weight" in {n for n, kind, _ in first if kind == "matrix"}
+    assert "output_layer.weight" in {name for name, kind, _ in last if kind == "scalar"}
 
 
 def named(version, name):
