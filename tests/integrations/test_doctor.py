@@ -11,7 +11,10 @@ from unittest import mock
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from spectral_dist import doctor
+from spectral_dist.cli import app
 from tests import harness
 from tests.integrations import engine
 
@@ -111,21 +114,28 @@ def test_an_unchecked_overflow_is_seen() -> None:
     ]
 
 
-def run(folder: Path, configuration: dict[str, Any]) -> subprocess.CompletedProcess[str]:
+def command(folder: Path, configuration: dict[str, Any]) -> list[str]:
     (folder / "ds.json").write_text(json.dumps(configuration))
     (folder / "model.json").write_text(json.dumps(MODEL))
-    return subprocess.run(
-        [sys.executable, "-m", "spectral_dist.cli", "doctor", "--config", "ds.json",
-         "--model", "model.json"], cwd=folder, capture_output=True, text=True,
-    )  # fmt: skip
+    return ["doctor", "--config", str(folder / "ds.json"), "--model", str(folder / "model.json")]
 
 
 def test_command_prints_a_table_and_its_exit_status_says_it(tmp_path: Path) -> None:
-    good = run(tmp_path, config(2))
+    good = subprocess.run(
+        [sys.executable, "-m", "spectral_dist.cli", *command(tmp_path, config(2))],
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert good.returncode == 0, good.stderr[-2000:]
     assert good.stdout.count(" ok ") == 5
-    bad = run(tmp_path, config(0, options={"check_finite": False}))
-    assert bad.returncode == 1
+
+
+def test_exit_status_of_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows are those of test_an_unchecked_overflow_is_seen, which takes real steps."""
+    checks = [doctor.Row(f"check {n}", n != 3, "as seen") for n in range(5)]
+    monkeypatch.setattr(doctor, "examine", lambda *_: checks)
+    bad = CliRunner().invoke(app, command(tmp_path, config(0)))
+    assert bad.exit_code == 1
+    assert bad.stdout.count(" ok ") == 4
     assert bad.stdout.count("FAILED") == 1
 
 
@@ -137,6 +147,7 @@ def test_command_prints_a_table_and_its_exit_status_says_it(tmp_path: Path) -> N
     ],
 )
 def test_errors_by_text(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
-    bad = run(tmp_path, config(1, **changes))
-    assert bad.returncode == 2
+    here = {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}  # the ranks are processes as ever
+    bad = CliRunner().invoke(app, command(tmp_path, config(1, **changes)), env=here)
+    assert bad.exit_code == 2
     assert words in " ".join(bad.stderr.split())

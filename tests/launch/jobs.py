@@ -19,6 +19,19 @@ MODEL = {
     "max_position_embeddings": 64,
 }
 STEPS = 6
+IN_TURN = """
+import json, os, sys
+from typer.testing import CliRunner
+from spectral_dist.launch import pretrain, ranks
+environment, found = dict(os.environ), []
+for arguments in json.loads(sys.argv[1]):
+    done = CliRunner().invoke(pretrain.app, arguments)
+    found.append([done.exit_code, f"{done.output}{done.exception or ''}"])
+    ranks.stop()
+    os.environ.clear()
+    os.environ.update(environment)
+print(json.dumps(found))
+"""
 
 
 @dataclass
@@ -84,6 +97,27 @@ class Job:
         return self.run(
             [sys.executable, str(ROOT / "launch/pretrain.py")], out, *extra, fails=fails
         )
+
+    def in_turn(self, *runs: Sequence[str]) -> list[str]:
+        """Runs, each `out` and options, one after the other in one process; what each printed.
+
+        Those that have to fail are marked by a "!" before `out`.
+        """
+        commands = [[*self.arguments(out.lstrip("!")), *options] for out, *options in runs]
+        done = subprocess.run(
+            [sys.executable, "-c", IN_TURN, json.dumps(commands)],
+            env=self.env,
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        found = json.loads(done.stdout.splitlines()[-1])
+        for (out, *_), (status, printed) in zip(runs, found, strict=True):
+            assert (status != 0) == out.startswith("!"), printed
+        return [printed for _, printed in found]
 
     def ranks(self, count: int, out: str, *extra: str, fails: bool = False) -> str:
         """`count` ranks under torchrun."""

@@ -49,10 +49,19 @@ def _torch(job: Job, engine: str, kind: str, **keys: Any) -> tuple[str, ...]:
 @pytest.mark.parametrize("kind", ["AdamW", "Muon"])
 def test_ddp_alone_and_resumed(job: Job, kind: str) -> None:
     options = _torch(job, "ddp", kind)
-    _check_report(job, "whole", job.alone("whole", *options))
-    job.alone("parts", *options, "--stop-at", "3")
-    assert len(job.losses("parts")) == 3
-    job.alone("parts", *options, "--resume")
+    printed, _, other_seed, again, nothing, _ = job.in_turn(
+        ("whole", *options),
+        ("parts", *options, "--stop-at", "3"),
+        ("!parts", *options, "--resume", "--seed", "1"),  # a run is not mixed with another
+        ("!parts", *options),
+        ("!new", *options, "--resume"),
+        ("parts", *options, "--resume"),
+    )
+    _check_report(job, "whole", printed)
+    assert "its seed was 0, now it is 1" in other_seed
+    assert "holds a run" in again
+    assert "no checkpoint to resume" in nothing
+    assert len(job.losses("parts")) == len(job.losses("whole")) == STEPS
     assert job.losses("parts") == job.losses("whole")
     assert job.losses("parts", "validation") == job.losses("whole", "validation")
     summary: dict[str, Any] = job.summary("whole")
@@ -60,19 +69,11 @@ def test_ddp_alone_and_resumed(job: Job, kind: str) -> None:
     assert summary["matrices_orthogonalized"] == (MATRICES * STEPS if kind == "Muon" else 0)
 
 
-def test_a_run_is_not_mixed_with_another(job: Job) -> None:
-    options = _torch(job, "ddp", "AdamW")
-    job.alone("parts", *options, "--stop-at", "3")
-    refused = job.alone("parts", *options, "--resume", "--seed", "1", fails=True)
-    assert "its seed was 0, now it is 1" in refused
-    assert "holds a run" in job.alone("parts", *options, fails=True)
-    assert "no checkpoint to resume" in job.alone("new", *options, "--resume", fails=True)
-
-
 def test_from_two_ranks_of_fsdp_to_one_process(job: Job) -> None:
     job.alone("whole", *_torch(job, "ddp", "Muon"))
     fsdp = _torch(job, "fsdp", "Muon", monitor_every=2)
     job.ranks(2, "parts", *fsdp, "--stop-at", "3")
+    assert len(job.losses("parts")) == 3
     job.alone("parts", *_torch(job, "ddp", "Muon", monitor_every=2), "--resume")
     assert job.losses("parts") == pytest.approx(job.losses("whole"), abs=2e-6)
     assert job.losses("parts", "validation")[-1] == pytest.approx(
@@ -93,9 +94,8 @@ def _state_bytes(summary: dict[str, Any]) -> int:
     return int(8 * summary["parameters"] - 4 * IN_MATRICES)
 
 
-@pytest.mark.parametrize("optimizer", [ADAMW, MUON], ids=lambda optimizer: optimizer["type"])
-def test_deepspeed_resumes_as_if_it_had_not_stopped(job: Job, optimizer: dict[str, Any]) -> None:
-    options = ("--config", str(job.config("zero2", 2, optimizer)))
+def test_deepspeed_resumes_as_if_it_had_not_stopped(job: Job) -> None:
+    options = ("--config", str(job.config("zero2", 2, MUON)))
     _check_report(job, "whole", job.ranks(2, "whole", *options))
     job.ranks(2, "parts", *options, "--stop-at", "3")
     job.ranks(2, "parts", *options, "--resume")
@@ -103,8 +103,7 @@ def test_deepspeed_resumes_as_if_it_had_not_stopped(job: Job, optimizer: dict[st
     assert job.losses("parts", "validation") == job.losses("whole", "validation")
     # ZeRO-2 halves the state.
     summary: dict[str, Any] = job.summary("whole")
-    whole = _state_bytes(summary) if optimizer is MUON else 8 * summary["parameters"]
-    assert sum(summary["optimizer_state_bytes"]) == pytest.approx(whole, rel=0.01)
+    assert sum(summary["optimizer_state_bytes"]) == pytest.approx(_state_bytes(summary), rel=0.01)
 
 
 def _finished(folder: Path, bits: float) -> Path:
@@ -137,13 +136,19 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
         report.show([tmp_path], target)
 
 
-def test_zero_init_changes_nothing(job: Job) -> None:
+def test_zero_init_and_stopping_change_nothing(job: Job) -> None:
     options = ("--config", str(job.config("zero3_adamw", 3, ADAMW)))
-    job.ranks(2, "plain", *options)
-    job.ranks(2, "sharded", *options, "--zero-init")
+    _check_report(job, "plain", job.ranks(2, "plain", *options))
+    job.ranks(2, "sharded", *options, "--zero-init", "--stop-at", "3")
+    job.ranks(2, "sharded", *options, "--zero-init", "--resume")
     assert job.losses("sharded") == pytest.approx(job.losses("plain"), rel=1e-6)
-    plain, sharded = job.summary("plain"), job.summary("sharded")
-    assert sharded["parameters"] == plain["parameters"]
+    assert job.losses("sharded", "validation") == pytest.approx(
+        job.losses("plain", "validation"), rel=1e-6
+    )
+    plain: dict[str, Any] = job.summary("plain")
+    assert job.summary("sharded")["parameters"] == plain["parameters"]
+    # ZeRO-3 halves the state.
+    assert sum(plain["optimizer_state_bytes"]) == pytest.approx(8 * plain["parameters"], rel=0.01)
 
 
 def test_what_would_be_ignored_is_refused(job: Job) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,28 +39,36 @@ def test_templates_run_two_ranks_here(job: Job, name: str) -> None:
     job.env |= {
         "PYTHON": sys.executable,
         "MODEL": str(job.folder / "model.json"),
-        "CONFIG": str(job.config("ds", 1, adamw)),
         "OUT": str(job.folder / "a"),
         "MASTER_PORT": str(29600 + os.getpid() % 1000),
     }
+    if name == "slurm.sbatch":
+        job.env["ENGINE"] = "fsdp"  # and the YAML that is shipped
+    else:
+        job.env["CONFIG"] = str(job.config("ds", 1, adamw))
     job.run(["bash", str(ROOT / "launch" / name)], "a", "--stop-at", "2")
-    assert job.summary("a")["ranks"] == 2
+    summary = job.summary("a")
+    assert (summary["ranks"], summary["step"]) == (2, 2)
     assert len(job.losses("a")) == 2
-    if name == "slurm.sbatch":  # a requeued job goes on by itself
+    if name == "slurm.sbatch":
+        assert summary["optimizer"] == "Muon"
+        # a requeued job goes on by itself
         job.run(["bash", str(ROOT / "launch" / name)], "a", "--stop-at", "3")
         assert len(job.losses("a")) == 3
 
 
-def test_a_template_runs_another_engine(job: Job) -> None:
-    job.env |= {
-        "PYTHON": sys.executable,
-        "MODEL": str(job.folder / "model.json"),
-        "ENGINE": "fsdp",  # and the YAML that is shipped
-        "MASTER_PORT": str(29600 + os.getpid() % 1000),
-    }
-    job.run(["bash", str(ROOT / "launch/torchrun.sh")], "a", "--stop-at", "2")
-    summary = job.summary("a")
-    assert (summary["ranks"], summary["optimizer"], summary["step"]) == (2, "Muon", 2)
+@pytest.mark.parametrize("name", ["torchrun.sh", "mpirun.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("engine", ["", "deepspeed", "ddp", "fsdp"])
+def test_command_lines_of_the_engines(name: str, engine: str) -> None:
+    """Printed in place of being run; nothing said is DeepSpeed, and each has its configuration."""
+    said = {"PYTHON": "echo", "MPIRUN": shutil.which("echo") or "", "OUT": "/nowhere"}
+    env = {"PATH": os.environ["PATH"], **said, **({"ENGINE": engine} if engine else {})}
+    command = ["bash", str(ROOT / "launch" / name), "--seed", "7"]
+    line = subprocess.run(command, env=env, capture_output=True, text=True, check=True).stdout
+    config = "torch/muon.yaml" if engine in ("ddp", "fsdp") else "deepspeed/zero2.json"
+    assert f"launch/pretrain.py --engine {engine or 'deepspeed'} --model " in line
+    assert f"configs/models/quickstart.json --config {ROOT}/configs/{config} " in line
+    assert line.rstrip().endswith(" --seed 7")
 
 
 def test_quickstart_knows_its_optimizers() -> None:
