@@ -95,11 +95,14 @@ class Pool:
             raise RankError("\n".join(f"--- rank {r}:\n{e}" for r, e in sorted(errors.items())))
         return [results[r] for r in range(len(self.ranks))]
 
-    def kill(self) -> None:
+    def end(self) -> None:
         for process in self.ranks:
             process.kill()
         for key in [k for k, pool in POOLS.items() if pool is self]:
             del POOLS[key]
+
+    def kill(self) -> None:
+        self.end()
         for log in self.logs:
             if os.path.exists(log):
                 sys.stderr.write(Path(log).read_text(errors="replace")[-2000:])
