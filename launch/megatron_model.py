@@ -85,7 +85,8 @@ def _fill(built: Any, model: Any, seed: int) -> None:
         return llama.initial(f"{name}.weight", (rows, columns), seed, model.initializer_range)
 
     def tile(matrix: Tensor, dim: int = 0) -> Tensor:
-        return matrix.chunk(ranks, dim)[rank]
+        mine: Tensor = matrix.chunk(ranks, dim)[rank]
+        return mine
 
     def values(name: str) -> Tensor:
         if name.startswith("embedding.word_embeddings."):
