@@ -169,7 +169,7 @@ def test_megatron_knows_every_flag_of_the_script(job: Job, size: str) -> None:
             "ffn_hidden_size": model["intermediate_size"],
             "num_attention_heads": model["num_attention_heads"],
             "num_query_groups": model["num_key_value_heads"],
-            "norm_epsilon": model["rms_norm_eps"],
+            "layernorm_epsilon": model["rms_norm_eps"],
             "rotary_base": model["rope_parameters"]["rope_theta"],
         }
         assert {name: found[name] for name in same} == same
