@@ -155,7 +155,7 @@ def test_megatron_knows_every_flag_of_the_script(job: Job, size: str) -> None:
         assert found["spectral_momentum"] == settings["optimizer"]["momentum"]
         assert (found["save"], found["load"], found["ckpt_format"]) == ("/o", "/o", "torch_dist")
         same = {
-            "lr": settings["optimizer"]["lr"],
+            "lr": float(settings["optimizer"]["lr"]),
             "weight_decay": settings["optimizer"]["weight_decay"],
             "clip_grad": settings["clip"],
             "global_batch_size": settings["batch"],
