@@ -73,6 +73,7 @@ fit() {
 shipped_config() {
   case $1 in
     deepspeed) echo "$ROOT/configs/deepspeed/zero2.json" ;;
+    megatron) echo "$ROOT/configs/megatron/tiny_muon.yaml" ;;
     *) echo "$ROOT/configs/torch/muon.yaml" ;;
   esac
 }

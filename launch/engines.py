@@ -1,4 +1,4 @@
-"""DeepSpeed and plain torch (torch_engine.py) behind the few calls that a training loop needs."""
+"""DeepSpeed, and torch_engine.py and megatron_engine.py, behind what a training loop calls."""
 
 from __future__ import annotations
 

@@ -6,12 +6,13 @@ import copy
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
@@ -40,11 +41,7 @@ def _fill(model: nn.Module, seed: int, std: float) -> None:
     for name, parameter in model.named_parameters():
         # zero.Init leaves an empty stand-in; its shape is kept aside.
         shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
-        if len(shape) < 2:
-            values = torch.ones(shape)
-        else:
-            generator = torch.Generator().manual_seed(_seed(seed, name))
-            values = torch.empty(shape).normal_(0.0, std, generator=generator)
+        values = initial(name, shape, seed, std)
         if hasattr(parameter, "ds_id"):
             import deepspeed
 
@@ -52,6 +49,14 @@ def _fill(model: nn.Module, seed: int, std: float) -> None:
                 parameter.copy_(values)
         else:
             parameter.copy_(values)
+
+
+def initial(name: str, shape: Sequence[int], seed: int, std: float) -> Tensor:
+    """The initial values of a parameter: those of its name, whichever rank asks."""
+    if len(shape) < 2:
+        return torch.ones(shape)
+    generator = torch.Generator().manual_seed(_seed(seed, name))
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
 
 
 def _seed(seed: int, name: str) -> int:

@@ -12,7 +12,7 @@ RANKS_PER_NODE=${RANKS_PER_NODE:-$RANKS}      # on this host; too few GPUs: on t
 HOSTFILE=${HOSTFILE:-}                        # hosts, in your MPI's format; empty: this host
 MPI_ARGS=${MPI_ARGS:-}                        # e.g. "-x NCCL_DEBUG" (Open MPI) to hand a variable on
 MODEL=${MODEL:-$ROOT/configs/models/quickstart.json}
-ENGINE=${ENGINE:-deepspeed}         # or ddp, fsdp
+ENGINE=${ENGINE:-deepspeed}         # or ddp, fsdp, megatron
 CONFIG=${CONFIG:-$(shipped_config "$ENGINE")}
 
 MPIRUN=${MPIRUN:-$(dirname "$PYTHON")/mpiexec} # of the environment; else the one on PATH

@@ -1,9 +1,11 @@
-"""Pretrain a Llama with DeepSpeed or plain torch, on text found here or given.
+"""Pretrain a Llama with DeepSpeed, plain torch or Megatron-core, on text found here or given.
 
 torchrun --standalone --nproc_per_node 2 launch/pretrain.py \
     --model configs/models/quickstart.json --config configs/deepspeed/zero2.json
 torchrun --standalone --nproc_per_node 2 launch/pretrain.py --engine fsdp \
     --model configs/models/quickstart.json --config configs/torch/muon.yaml
+torchrun --standalone --nproc_per_node 4 launch/pretrain.py --engine megatron \
+    --model configs/models/tiny.json --config configs/megatron/tiny_muon.yaml
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import typer
 from typer import BadParameter, Option
 
 if TYPE_CHECKING:
-    from spectral_dist.launch import trainer
+    from spectral_dist.launch import trainer, yaml_config
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -28,13 +30,18 @@ class EngineName(StrEnum):
     deepspeed = "deepspeed"
     ddp = "ddp"
     fsdp = "fsdp"
+    megatron = "megatron"
 
 
 @app.command()
 def main(
     model: Annotated[Path, Option(help="LlamaConfig as JSON (configs/models)")],
     config: Annotated[
-        Path, Option(help="deepspeed: JSON (configs/deepspeed); ddp, fsdp: YAML (configs/torch)")
+        Path,
+        Option(
+            help="deepspeed: JSON (configs/deepspeed); ddp, fsdp: YAML (configs/torch); megatron:"
+            " YAML (configs/megatron)"
+        ),
     ],
     engine: Annotated[EngineName, Option()] = EngineName.deepspeed,
     data: Annotated[
@@ -49,7 +56,10 @@ def main(
     seed: Annotated[int, Option(min=0)] = 0,
     eval_every: Annotated[int, Option(min=0, help="steps; 0: at the start and the end only")] = 50,
     eval_batches: Annotated[int, Option(min=1, help="of the training batch's size")] = 8,
-    save_every: Annotated[int, Option(min=0, help="steps; 0: at the end only")] = 0,
+    save_every: Annotated[
+        int | None,
+        Option(min=0, help="steps; 0: at the end only; default: the YAML's save_every, or 0"),
+    ] = None,
     stop_at: Annotated[
         int, Option(min=0, help="save and end early at this step, for --resume to go on")
     ] = 0,
@@ -74,17 +84,32 @@ def main(
     try:
         if engine is EngineName.deepspeed:
             options["steps"] = steps or scheduled_steps(config)
+            options["save_every"] = save_every or 0
         else:
-            from spectral_dist.launch import torch_config
-
-            options["torch"] = torch_config.read(config)
-            options["torch"].check_engine(engine.value)
-            options["steps"] = options["torch"].steps
+            options["settings"] = settings = read_settings(engine, config)
+            options["steps"] = settings.steps
+            if save_every is None:
+                options["save_every"] = settings.save_every
         run = _prepare(options)
     except ValueError as error:  # about what was asked for; later ones are bugs
         typer.echo(f"pretrain: error: {error}", err=True)
         raise typer.Exit(2) from None
     _run(run)
+
+
+def read_settings(engine: EngineName, config: Path) -> yaml_config.RunConfig:
+    """The YAML of an engine that has one. ValueError: not for it, or not on this machine."""
+    if engine is EngineName.megatron:
+        from spectral_dist.launch import megatron_config
+
+        settings = megatron_config.read(config)
+        megatron_config.prepare()
+        return settings
+    from spectral_dist.launch import torch_config
+
+    found = torch_config.read(config)
+    found.check_engine(engine.value)
+    return found
 
 
 def scheduled_steps(config: Path) -> int:
@@ -145,10 +170,15 @@ def _engine(options: dict[str, Any], config: Any, here: Any) -> Any:
         return DeepSpeedEngine(
             options["config"], config, options["seed"], here, options["zero_init"]
         )
+    settings, seed = options["settings"], options["seed"]
+    if options["engine"] is EngineName.megatron:
+        from spectral_dist.launch.megatron_engine import MegatronEngine
+
+        return MegatronEngine(settings, config, seed, here)
     from spectral_dist.launch.torch_engine import TorchEngine
 
     sharded = options["engine"] is EngineName.fsdp
-    return TorchEngine(options["torch"], config, options["seed"], here, sharded=sharded)
+    return TorchEngine(settings, config, seed, here, sharded=sharded)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
@@ -44,13 +43,7 @@ class TorchEngine(Engine):
         across = config.tensor_parallel
         mesh = torch_sharding.make_mesh(config, ranks) if sharded else None
         self.data_rank, self.data_ranks = ranks.rank // across, ranks.world // across
-        self.micro = config.micro_batch or max(1, self.batch // self.data_ranks)
-        if self.batch % (self.micro * self.data_ranks):
-            raise config.fail(
-                "batch",
-                f"{self.batch} is no multiple of micro_batch {self.micro} times {self.data_ranks}"
-                " data-parallel rank(s)",
-            )
+        self.micro = config.micro(self.data_ranks)
         self.model = llama.build(model, seed)
         for parameter in self.model.parameters():  # and not the rotary frequencies
             parameter.data = parameter.data.to(getattr(torch, config.dtype))
@@ -61,7 +54,7 @@ class TorchEngine(Engine):
             self.model = DistributedDataParallel(self.model)
         self.optimizer = _optimizer(config, self.model)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: schedule(step, config.warmup, config.steps)
+            self.optimizer, lambda step: config.factor(step)
         )
         if config.monitor_every:
             self.optimizer.monitor = Monitor(config.monitor_every, [])
@@ -119,12 +112,7 @@ class TorchEngine(Engine):
         content: dict[str, Any] = {"extra": b""}
         dcp_load(content, checkpoint_id=str(source))
         extra = torch.load(io.BytesIO(content["extra"]), weights_only=True)
-        for name, now in self.config.identity().items():
-            if extra["config"].get(name) != now:
-                raise ValueError(
-                    f"cannot resume {source}: the optimizer's {name} was"
-                    f" {extra['config'].get(name)}, now {self.config.path} says {now}"
-                )
+        self.config.check_resumed(source, extra["config"])
         if self.kind == ADAMW:
             content = self._adamw_state()
             dcp_load(content, checkpoint_id=str(source))
@@ -142,14 +130,6 @@ class TorchEngine(Engine):
     def _adamw_state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer)
         return {"model": model, "adamw": optimizer}
-
-
-def schedule(step: int, warmup: int, steps: int) -> float:
-    """The factor on the learning rate at `step` (from 0): up over `warmup`, then down to 0.1."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
-    return 0.55 + 0.45 * math.cos(math.pi * progress)
 
 
 def _optimizer(config: TorchConfig, model: nn.Module) -> Any:

@@ -13,7 +13,7 @@ RANKS_PER_NODE=${RANKS_PER_NODE:-2} # one per GPU; too few GPUs: on the CPU
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} # node 0, as the others see it
 MASTER_PORT=${MASTER_PORT:-29500}   # free there, and open to the others
 MODEL=${MODEL:-$ROOT/configs/models/quickstart.json}
-ENGINE=${ENGINE:-deepspeed}         # or ddp, fsdp
+ENGINE=${ENGINE:-deepspeed}         # or ddp, fsdp, megatron
 CONFIG=${CONFIG:-$(shipped_config "$ENGINE")}
 
 fit "$RANKS_PER_NODE"

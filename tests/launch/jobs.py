@@ -125,6 +125,15 @@ class Job:
         script = ["--nproc_per_node", str(count), str(ROOT / "launch/pretrain.py")]
         return self.run([*torchrun, *script], out, *extra, fails=fails)
 
+    def script(self, name: str) -> str:
+        """What a script of launch/ prints."""
+        command = ["bash", str(ROOT / "launch" / name)]
+        done = subprocess.run(
+            command, env=self.env, cwd=self.folder, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
     def losses(self, out: str, part: str = "train") -> list[float]:
         """Losses of all steps in order."""
         lines = (self.folder / out / "metrics.jsonl").read_text().splitlines()

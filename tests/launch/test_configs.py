@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from spectral_dist.launch import llama, torch_config
+from spectral_dist.launch import llama, megatron_config, torch_config
 from spectral_dist.launch.torch_config import OPTIMIZERS
 from spectral_dist.options import Options
 
@@ -20,6 +20,9 @@ PARAMETERS = {
     "llama_130m": 134_105_856,
     "llama_350m": 367_969_280,
     "llama_1b": 1_339_082_752,
+    "tiny": 631_424,
+    "llama_8b": 8_030_261_248,
+    "llama_70b": 70_553_706_496,
 }
 
 
@@ -97,6 +100,22 @@ def test_every_yaml_says_the_same_but_for_what_it_is_named_after() -> None:
                 config.check_engine("ddp")
         else:
             config.check_engine("ddp")
+
+
+MEGATRON = {"tiny_muon": "tiny", "llama_8b": "llama_8b", "llama_70b": "llama_70b"}
+
+
+def test_every_megatron_yaml_has_a_model_that_it_cuts_evenly() -> None:
+    assert {path.stem for path in (ROOT / "configs/megatron").iterdir()} == set(MEGATRON)
+    for name, model in MEGATRON.items():
+        config = megatron_config.read(ROOT / f"configs/megatron/{name}.yaml")
+        config.check_model(llama.load_config(ROOT / f"configs/models/{model}.json"))
+        assert config.kind == "spectral_muon"
+        assert config.tensor_parallel > 1
+        assert config.use_distributed_optimizer
+        assert config.warmup < config.steps
+    eight = megatron_config.read(ROOT / "configs/megatron/llama_8b.yaml")
+    assert eight.micro(4) == 1  # TP 2 on 8 GPUs
 
 
 def test_no_file_in_launch_hides_a_module() -> None:

@@ -1,4 +1,4 @@
-"""A few steps of an engine of plain torch; called through the harness."""
+"""A few steps of an engine; called through the harness."""
 
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 
 from spectral_dist.launch import torch_config
 from spectral_dist.launch.batches import share
+from spectral_dist.launch.engines import Engine
 from spectral_dist.launch.ranks import Ranks
 from spectral_dist.launch.torch_engine import TorchEngine
 from tests.launch.jobs import MODEL
@@ -43,11 +44,26 @@ def losses(
     steps: tuple[int, int] = (0, 12),
     load: Path | None = None,
     save: Path | None = None,
+    model: dict[str, Any] = MODEL,
 ) -> tuple[list[float], dict[str, Any]]:
     """The global loss of each step, and numbers about this rank's engine."""
-    here = Ranks(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
+    here = this_rank()
     config = torch_config.read(path)
-    engine = TorchEngine(config, LlamaConfig.from_dict(MODEL), 0, here, sharded=sharded)
+    engine = TorchEngine(config, LlamaConfig.from_dict(model), 0, here, sharded=sharded)
+    return train(engine, here, steps, load, save)
+
+
+def this_rank() -> Ranks:
+    """In a rank of the harness."""
+    return Ranks(dist.get_rank(), dist.get_world_size(), dist.get_rank(), torch.device("cpu"))
+
+
+def train(
+    engine: Engine, here: Ranks, steps: tuple[int, int], load: Path | None, save: Path | None
+) -> tuple[list[float], dict[str, Any]]:
+    """As the trainer does it, without its reports."""
+    watched: list[int] = []
+    engine.watch(lambda step, report: watched.append(step))
     if load is not None:
         assert engine.load(load) == {"step": steps[0]}
     found = []
@@ -59,4 +75,5 @@ def losses(
     if save is not None:
         engine.save(save, steps[1], {"step": steps[1]})
     kept = {"bytes": engine.state_bytes(), "calls": engine.polar_calls(), "lr": engine.lr}
+    kept |= {"watched": watched, "parameters": engine.parameters}
     return found, {**kept, "dtypes": {str(p.dtype) for p in engine.model.parameters()}}

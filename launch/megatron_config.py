@@ -1,0 +1,114 @@
+"""The YAML of --engine megatron (configs/megatron), and what that engine needs of the machine."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import runpy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import spectral_dist
+from spectral_dist.launch import yaml_config
+from spectral_dist.launch.yaml_config import FLAG, Rule, RunConfig, whole
+
+OPTIMIZERS: dict[str, Any] = {
+    "spectral_muon": spectral_dist.Muon,
+    "spectral_polargrad": spectral_dist.PolarGrad,
+    "spectral_root": spectral_dist.ROOT,
+}
+ADAM = "adam"  # Megatron's own
+SHIM = "SPECTRAL_MEGATRON_SHIM"
+"""Environment variable, FILE:VERSION. Megatron-core runs on GPUs; where there is none, FILE is run
+and its ``install(VERSION)`` called, to make that version importable and fit for the machine. For
+tests: tests/integrations/megatron_cpu.py is such a file.
+"""
+DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+"""What tensor parallelism cuts."""
+NO_EFFECT = {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
+"""What a LlamaConfig may say, and has to say here."""
+
+
+@dataclass(frozen=True)
+class MegatronConfig(RunConfig):
+    """Sizes and switches have Megatron's names. ``dtype``: bfloat16 has float32 masters."""
+
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    sequence_parallel: bool = False
+    use_distributed_optimizer: bool = False
+
+    def identity(self) -> dict[str, Any]:
+        """Also what decides which states there are."""
+        own = {name: getattr(self, name) for name in ("use_distributed_optimizer", "dtype")}
+        return {**super().identity(), **own}
+
+    def check_model(self, model: Any) -> None:
+        """ValueError for a LlamaConfig that is not built here, or not cut evenly."""
+        across = self.tensor_parallel
+        for name in DIVIDED:
+            if getattr(model, name) % across:
+                raise self.fail(
+                    "tensor_parallel",
+                    f"the model's {name}, {getattr(model, name)}, is no multiple of {across}",
+                )
+        wanted: dict[str, tuple[Any, Any]] = {
+            name: (getattr(model, name), value) for name, value in NO_EFFECT.items()
+        }
+        wanted["hidden_act"] = (model.hidden_act, "silu")
+        wanted["rope_type"] = (model.rope_parameters.get("rope_type", "default"), "default")
+        for name, (found, value) in wanted.items():
+            if found != value:
+                raise ValueError(
+                    f"the model's {name} is {found!r}; --engine megatron builds Llamas with"
+                    f" {value!r}"
+                )
+
+
+RULES: dict[str, Rule] = {
+    **yaml_config.RULES,
+    "tensor_parallel": whole(1),
+    "pipeline_parallel": whole(1),
+    "sequence_parallel": FLAG,
+    "use_distributed_optimizer": FLAG,
+}
+
+
+def read(path: Path) -> MegatronConfig:
+    """A configuration, checked. ValueError: the message names the file and the key."""
+    example = "configs/megatron/tiny_muon.yaml"
+    config = MegatronConfig(
+        **yaml_config.read(path, MegatronConfig, OPTIMIZERS, ADAM, RULES, example)
+    )
+    if config.pipeline_parallel > 1:
+        raise config.fail(
+            "pipeline_parallel",
+            "this release of --engine megatron has 1 only; launch/megatron.sh runs Megatron-LM's"
+            " own script, which has more",
+        )
+    if config.sequence_parallel and config.tensor_parallel == 1:
+        raise config.fail("sequence_parallel", "it needs tensor_parallel above 1")
+    if config.options.scalar_weight_decay is not None:
+        raise config.fail(
+            "optimizer",
+            "scalar_weight_decay has no effect here: Megatron decays all but 1-D parameters by"
+            " weight_decay",
+        )
+    return config
+
+
+def prepare() -> None:
+    """Make sure that megatron-core can be imported and run. ValueError: it cannot."""
+    if not torch.cuda.is_available():
+        if SHIM not in os.environ:
+            raise ValueError(
+                "--engine megatron needs GPUs, and torch finds none here; --engine ddp and fsdp"
+                " run on CPUs"
+            )
+        file, _, version = os.environ[SHIM].rpartition(":")
+        runpy.run_path(file)["install"](version)
+    if importlib.util.find_spec("megatron") is None:
+        raise ValueError("--engine megatron needs: pip install 'spectral-dist[megatron]'")

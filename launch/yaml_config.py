@@ -1,0 +1,207 @@
+"""What the YAMLs of all engines that have one share: how they are read, and what is checked."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from spectral_dist.options import ROUTING, Options, suggest
+
+ADAM_OPTIONS = ("lr", "betas", "eps", "weight_decay")
+DTYPES = ("float32", "bfloat16")
+
+Rule = tuple[Callable[[Any], bool], str]
+"""Whether a value holds, and what it must be."""
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """YAML in which 1e-3 is a number, and a key that is there twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} is there twice", node.start_mark
+                )
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a DeepSpeed JSON would say; the fields are the YAML's keys, with their defaults.
+
+    ``steps`` are those of the whole run: warmup, then a cosine to a tenth of the learning rate.
+    """
+
+    path: Path
+    kind: str  # optimizer.type
+    options: Options
+    routing: Mapping[str, Any]  # matrices, scalars, split
+    batch: int
+    steps: int
+    micro_batch: int | None = None  # batch / data-parallel ranks
+    warmup: int = 0  # steps / 10, if the YAML does not say
+    clip: float = 1.0  # 0: off
+    dtype: str = "float32"
+    monitor_every: int = 0  # 0: off
+    save_every: int = 0  # 0: at the end only; --save-every goes first
+    given: frozenset[str] = frozenset()  # keys of the YAML
+
+    def fail(self, key: str, what: str) -> ValueError:
+        """The error of a bad value."""
+        return ValueError(f"{self.path}: {key}: {what}")
+
+    def micro(self, data_ranks: int) -> int:
+        """Rows of a micro-batch on one of the data-parallel ranks. ValueError: it does not fit."""
+        micro = self.micro_batch or max(1, self.batch // data_ranks)
+        if self.batch % (micro * data_ranks):
+            raise self.fail(
+                "batch",
+                f"{self.batch} is no multiple of micro_batch {micro} times {data_ranks}"
+                " data-parallel rank(s)",
+            )
+        return micro
+
+    def factor(self, step: int) -> float:
+        """On the learning rate at `step` (from 0): up over `warmup`, then down to 0.1."""
+        if step < self.warmup:
+            return (step + 1) / self.warmup
+        progress = min(1.0, (step - self.warmup) / max(1, self.steps - self.warmup))
+        return 0.55 + 0.45 * math.cos(math.pi * progress)
+
+    def identity(self) -> dict[str, Any]:
+        """The optimizer's part that a checkpoint brings with it, so that it cannot be changed."""
+        if type(self.options) is Options:  # the framework's own Adam
+            own = {name: getattr(self.options, name) for name in ADAM_OPTIONS}
+        else:
+            matrix, scalar = self.options.matrix_group(), self.options.scalar_group()
+            own = matrix | {f"scalar_{name}": value for name, value in scalar.items()}
+        routing = {name: self.routing.get(name) or None for name in ROUTING}
+        return {"type": self.kind, "warmup": self.warmup, **own, **routing}
+
+    def check_resumed(self, source: Path, saved: Mapping[str, Any]) -> None:
+        """ValueError if a checkpoint's identity is another one."""
+        for name, now in self.identity().items():
+            if saved.get(name) != now:
+                raise ValueError(
+                    f"cannot resume {source}: the optimizer's {name} was"
+                    f" {saved.get(name)}, now {self.path} says {now}"
+                )
+
+
+def whole(least: int) -> Rule:
+    """A whole number."""
+    return (
+        lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= least,
+        f"a whole number, at least {least}",
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+FLAG: Rule = (lambda v: isinstance(v, bool), "true or false")
+DTYPE: Rule = (lambda v: v in DTYPES, " or ".join(DTYPES))
+RULES: dict[str, Rule] = {
+    "batch": whole(1),
+    "steps": whole(1),
+    "micro_batch": whole(1),
+    "warmup": whole(0),
+    "clip": (lambda v: _is_number(v) and 0 <= v < math.inf, "a number, at least 0 (0: off)"),
+    "dtype": DTYPE,
+    "monitor_every": whole(0),
+    "save_every": whole(0),
+}
+
+
+def read(
+    path: Path,
+    cls: type[RunConfig],
+    optimizers: Mapping[str, Any],
+    adam: str,
+    rules: Mapping[str, Rule],
+    example: str,
+) -> dict[str, Any]:
+    """The arguments of ``cls``, each checked by its rule, if it has one.
+
+    ``optimizers`` have an ``option_type``; ``adam`` is the type beside them that is not ours.
+    ValueError: names the file and the key.
+    """
+    loaded = _load(path, example)
+    known = {f.name for f in fields(cls)} - {"path", "kind", "options", "routing", "given"}
+    known |= {"optimizer"}
+    for key in loaded:
+        if key not in known:
+            raise ValueError(f"{path}: unknown key {key!r}{suggest(str(key), known)}")
+    for key in ("optimizer", "batch", "steps"):
+        if key not in loaded:
+            raise ValueError(f"{path}: {key} is missing")
+    values = {str(key): value for key, value in loaded.items() if key != "optimizer"}
+    for key, value in values.items():
+        if key in rules:
+            check(f"{path}: {key}", value, rules[key])
+    kind, options, routing = _optimizer(path, loaded["optimizer"], optimizers, adam)
+    values.setdefault("warmup", values["steps"] // 10)
+    if values.get("monitor_every") and kind == adam:
+        raise ValueError(
+            f"{path}: monitor_every: there is nothing to watch: {adam} has no matrices"
+        )
+    own = {"path": path, "kind": kind, "options": options, "routing": routing}
+    return {**own, "given": frozenset(loaded), **values}
+
+
+def check(where: str, value: Any, rule: Rule) -> None:
+    """ValueError if the value does not hold."""
+    holds, wanted = rule
+    if not holds(value):
+        raise ValueError(f"{where} is {value!r}; it must be {wanted}")
+
+
+def _load(path: Path, example: str) -> dict[Any, Any]:
+    try:
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"cannot read the configuration {path}: {said}") from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path}: expected keys and values, as in {example}")
+    return loaded
+
+
+def _optimizer(
+    path: Path, given: Any, optimizers: Mapping[str, Any], adam: str
+) -> tuple[str, Options, dict[str, Any]]:
+    """Type, options and routing."""
+    where = f"{path}: optimizer"
+    if not isinstance(given, dict) or "type" not in given:
+        first = next(iter(optimizers))
+        raise ValueError(f"{where} is {given!r}; write {{type: {first}, lr: 0.006}}")
+    own = {key: value for key, value in given.items() if key != "type"}
+    types = (*optimizers, adam)
+    kind = given["type"]
+    if kind not in types:
+        raise ValueError(f"{where}: unknown type {kind!r}{suggest(str(kind), types)}")
+    if kind == adam:
+        for name in own:
+            if name not in ADAM_OPTIONS:
+                raise ValueError(
+                    f"{where}: {adam} has no option {name!r}{suggest(str(name), ADAM_OPTIONS)}"
+                )
+        return kind, Options.from_user(own, where), {}
+    routing = {name: own.pop(name) for name in ROUTING if name in own}
+    return kind, optimizers[kind].option_type.from_user(own, where), routing
