@@ -90,7 +90,9 @@ def test_every_module_is_in_the_wheel(installed):
 def test_files_that_are_no_modules(installed):
     for pattern in (
         "configs/deepspeed/*.json",
+        "configs/megatron/*.yaml",
         "configs/models/*.json",
+        "configs/torch/*.yaml",
         "launch/*.sh",
         "launch/*.sbatch",
     ):

@@ -71,7 +71,8 @@ class OnCPU(TorchFunctionMode):
 def install(version: str) -> None:
     """Make ``import megatron.core`` this version and fit for the CPU; again: nothing."""
     if "megatron.core" in sys.modules:
-        found = sys.modules["megatron.core"].__version__
+        # in a git checkout, be it ours, it appends the commit
+        found = sys.modules["megatron.core"].__version__.partition("+")[0]
         assert found == version, f"this process has {found}: use one pool for each version"
         return
     # its checkpoints start a process, which a pool's ranks, being daemons, may not

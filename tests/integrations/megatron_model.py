@@ -21,7 +21,7 @@ SEQUENCES = 8
 LENGTH = 16
 VOCABULARY = 128
 _current: dict[str, Any] = {}
-"""The sizes that this process has Megatron's groups for: making them takes long."""
+"""Megatron's groups in this process, and the sizes they are for: making them takes long."""
 
 
 def parallel(
@@ -36,17 +36,19 @@ def parallel(
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
     asked = (tp, pp, ep, etp, tuple(sorted(options.items())))
-    if asked != _current.get("groups"):
-        if _current:
+    there = parallel_state.get_tensor_model_parallel_group(check_initialized=False)
+    if there is None or _current != {"sizes": asked, "group": there}:
+        if there is not None:
             parallel_state.destroy_model_parallel()
-            gc.collect()  # optimizers in cycles keep groups, and groups threads
-            for group in list(dist.distributed_c10d._world.pg_map):
-                if group is not dist.group.WORLD:
-                    dist.destroy_process_group(group)
+        gc.collect()  # optimizers in cycles keep groups, and groups threads
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
         parallel_state.initialize_model_parallel(
             tp, pp, expert_model_parallel_size=ep, expert_tensor_parallel_size=etp, **options
         )
-        _current["groups"] = asked
+        made = parallel_state.get_tensor_model_parallel_group()
+        _current.update(sizes=asked, group=made)
     model_parallel_cuda_manual_seed(123, force_reset_rng=True)
     return parallel_state.get_data_parallel_rank(), parallel_state.get_data_parallel_world_size()
 

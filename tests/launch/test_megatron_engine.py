@@ -27,8 +27,6 @@ TP = {"tensor_parallel": 2}
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "TP 2 x DP 2, distributed optimizer": (4, {**TP, **DISTRIBUTED, "monitor_every": 4}),
     "TP 2, sequence parallel": (2, {**TP, "sequence_parallel": True}),
-    "DP 2, distributed optimizer": (2, DISTRIBUTED),
-    "alone": (1, {}),
 }
 
 
@@ -75,7 +73,7 @@ def test_it_is_the_run_of_plain_torch(folder: Path, layout: str) -> None:
     agrees(folder, "spectral_muon", layout, 1e-4)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "spectral_muon"])
+@pytest.mark.parametrize("kind", ["spectral_polargrad", "adam"])
 def test_with_every_optimizer(folder: Path, kind: str) -> None:
     agrees(folder, kind, "TP 2, sequence parallel", 1e-3)
 
