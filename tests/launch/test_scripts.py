@@ -31,7 +31,10 @@ def test_torch_is_pinned_in_one_place() -> None:
     assert pin not in (ROOT / "setup.cfg").read_text()
 
 
-@pytest.mark.parametrize("name", ["torchrun.sh", "deepspeed.sh", "mpirun.sh", "slurm.sbatch"])
+SLURM = pytest.param("slurm.sbatch", marks=pytest.mark.slow)  # its command line is below
+
+
+@pytest.mark.parametrize("name", ["torchrun.sh", "deepspeed.sh", "mpirun.sh", SLURM])
 def test_templates_run_two_ranks_here(job: Job, name: str) -> None:
     if name == "mpirun.sh":
         mpi_or_skip()
