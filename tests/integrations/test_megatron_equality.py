@@ -101,6 +101,16 @@ def test_matrices_that_stay_cut_take_the_same_steps(name, layout):
     assert sum(one["polar_calls"] for one in found) == 5 * MATRICES
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapping", [{}, DISTRIBUTED], ids=["", "distributed optimizer"])
+@pytest.mark.parametrize("strategy", ["owner", "gram"])
+@pytest.mark.parametrize("name", NAMES)
+def test_eight_ranks(name, strategy, wrapping):
+    """TP 4 x DP 2."""
+    found = check(NEW, name, (8, {"tp": 4}, wrapping), options={"strategy": strategy})
+    assert sum(one["polar_calls"] for one in found) == 5 * MATRICES
+
+
 def test_matrices_that_stay_cut_in_the_older_megatron():
     check(OLD, "spectral_muon", "TP 2 x DP 2", options=GRAM)
 
