@@ -150,6 +150,24 @@ def test_megatrons_scheduler_drives_every_group(version):
     assert moved == pytest.approx(0.001, rel=0.3)  # Adam's first step is lr, and decay's is small
 
 
+def by_collection(version):
+    """The same step with the process groups handed over as with Megatron's own."""
+    runs.build(version, "spectral_muon", {"tp": 2})
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    given = {"pg_collection": groups, "use_gloo_process_groups": False}
+    kwargs = {"wrapping": {"use_distributed_optimizer": True}, "steps": 2}
+    plain = runs.train(version, "spectral_muon", {"tp": 2}, **kwargs)
+    other = runs.train(version, "spectral_muon", {"tp": 2}, options=given, **kwargs)
+    return runs.same_bits(other["parameters"], plain["parameters"])
+
+
+@pytest.mark.parametrize("version", [NEW, OLD])
+def test_process_groups_may_be_handed_over(version):
+    assert harness.run(4, by_collection, version, pool=version) == [True] * 4
+
+
 def early(version):
     """What a script gets that took Megatron's function before ours was imported."""
     runs.build(version, "spectral_muon")
