@@ -111,6 +111,20 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(inner)
 
 
+def name_latest(checkpoint: Path) -> None:
+    """Make it the one that ``latest`` finds: last, so that it is never one that is not whole."""
+    new = checkpoint.with_name("latest.new")
+    new.write_text(checkpoint.name, encoding="utf-8")
+    new.replace(checkpoint.with_name("latest"))
+
+
+def latest(folder: Path) -> Path:
+    """The newest checkpoint in the folder. ValueError: none is named."""
+    if not (folder / "latest").is_file():
+        raise ValueError(f"no checkpoint to resume in {folder}")
+    return folder / (folder / "latest").read_text(encoding="utf-8").strip()
+
+
 def prepare_deepspeed() -> Any:
     """The deepspeed module, set up for this machine."""
     if not torch.accelerator.is_available():

@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 
 from spectral_dist.integrations.megatron import get_spectral_megatron_optimizer
 from spectral_dist.launch import megatron_model
-from spectral_dist.launch.engines import Engine, State
+from spectral_dist.launch.engines import Engine, State, latest, name_latest
 from spectral_dist.launch.megatron_config import ADAM, MegatronConfig
 from spectral_dist.launch.ranks import Ranks
 from spectral_dist.launch.yaml_config import ADAM_OPTIONS
@@ -136,15 +136,12 @@ class MegatronEngine(Engine):
         dist.barrier()
         extra = {"state": state, "done": self.done, "config": self.config.identity()}
         dist_checkpointing.save({**self._content(loading=False), "extra": extra}, str(target))
-        if self.ranks.first:  # last, so that it never names a checkpoint that is not whole
-            (folder / "latest.new").write_text(target.name, encoding="utf-8")
-            (folder / "latest.new").replace(folder / "latest")
+        if self.ranks.first:
+            name_latest(target)
 
     def load(self, folder: Path) -> State:
         """Restore the newest checkpoint in `folder`; the `state` it was saved with. ValueError."""
-        if not (folder / "latest").is_file():
-            raise ValueError(f"no checkpoint to resume in {folder}")
-        source = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+        source = latest(folder)
         if not dist_checkpointing.check_is_distributed_checkpoint(str(source)):
             raise ValueError(f"{source} was not saved by --engine megatron")
         extra = dist_checkpointing.load_common_state_dict(str(source))["extra"]

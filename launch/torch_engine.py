@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 import spectral_dist
 from spectral_dist import checkpoint
 from spectral_dist.launch import llama, torch_sharding
-from spectral_dist.launch.engines import Engine, State
+from spectral_dist.launch.engines import Engine, State, latest, name_latest
 from spectral_dist.launch.ranks import Ranks
 from spectral_dist.launch.torch_config import ADAMW, OPTIMIZERS, TorchConfig
 from spectral_dist.monitor import Monitor
@@ -98,15 +98,12 @@ class TorchEngine(Engine):
         else:
             checkpoint.save(target, self.model, self.optimizer, **extra)
         dist.barrier()
-        if self.ranks.first:  # last, so that it never names a checkpoint that is not whole
-            (folder / "latest.new").write_text(target.name, encoding="utf-8")
-            (folder / "latest.new").replace(folder / "latest")
+        if self.ranks.first:
+            name_latest(target)
 
     def load(self, folder: Path) -> State:
         """Restore the newest checkpoint in `folder`; the `state` it was saved with. ValueError."""
-        if not (folder / "latest").is_file():
-            raise ValueError(f"no checkpoint to resume in {folder}")
-        source = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+        source = latest(folder)
         if not (source / ".metadata").is_file():
             raise ValueError(f"{source} was not saved by --engine ddp or fsdp")
         content: dict[str, Any] = {"extra": b""}
