@@ -5,11 +5,12 @@ from spectral_dist._version import __version__
 from spectral_dist.groups import param_groups, tag
 from spectral_dist.integrations.fsdp import MeshPlacer
 from spectral_dist.optimizer import SpectralOptimizer
-from spectral_dist.optimizers import ROOT, Muon, PolarGrad
+from spectral_dist.optimizers import ROOT, SUMO, Muon, PolarGrad
 from spectral_dist.rules.adamw import BACKENDS, Update
 
 __all__ = [
     "ROOT",
+    "SUMO",
     "Muon",
     "PolarGrad",
     "__version__",

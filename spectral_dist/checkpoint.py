@@ -1,8 +1,9 @@
 """Checkpoints by torch.distributed.checkpoint: save on n ranks of one layout, load on m of another.
 
 Optimizer state is keyed by parameter name, with global offsets: DTensors where parameters are
-DTensors, whole tensors where every rank has them, ``Runs`` where momentum is at its owner alone.
-All ranks have the same keys, from before the first step.
+DTensors, whole tensors where every rank has them, ``Runs`` where momentum is at its owner alone;
+matrix state by matrix name, as ``Runs``. Of parameters, all ranks have the same keys, from before
+the first step.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from spectral_dist.groups import Route
+from spectral_dist.matrix_state import check_saved
 from spectral_dist.matrix_step import Unit
 from spectral_dist.optimizer import SpectralOptimizer
 from spectral_dist.sharding import collectives
@@ -89,10 +91,11 @@ class Runs(torch.Tensor):
         return self.parts[index.offset]
 
 
-def state_dict(optimizer: SpectralOptimizer) -> dict[str, Any]:
+def state_dict(optimizer: SpectralOptimizer, *, saving: bool = True) -> dict[str, Any]:
     """{"state": {parameter: {"step", "exp_avg", ...}}, "groups": JSON}, for DCP to save or load.
 
-    Its tensors are the optimizer's own. A collective call the first time.
+    Also {"matrices": ``matrix_state``} if there is any. Its tensors are the optimizer's own. A
+    collective call the first time.
     """
     state: dict[str, dict[str, Any]] = {}
     groups = []
@@ -106,7 +109,37 @@ def state_dict(optimizer: SpectralOptimizer) -> dict[str, Any]:
                 state[routes[i].name] = entry
         plain = {k: v for k, v in group.items() if k not in NOT_SAVED}
         groups.append({**plain, "names": [route.name for route in routes]})
-    return {"state": state, "groups": json.dumps(groups, default=float)}
+    found: dict[str, Any] = {"state": state, "groups": json.dumps(groups, default=float)}
+    matrices = matrix_state(optimizer, saving)
+    return {**found, "matrices": matrices} if matrices else found
+
+
+def matrix_state(optimizer: SpectralOptimizer, saving: bool) -> dict[str, dict[str, Runs]]:
+    """{matrix: {quantity: what this rank keeps of it}}, for DCP to save or load.
+
+    What several ranks have is among what each of them loads, and what its owner saves.
+    """
+    found: dict[str, dict[str, Runs]] = {}
+    for part in optimizer.matrix_parts():
+        if part.speaks or not saving:
+            where = (part.offsets or (0,), tuple(part.values.shape) or (1,))  # DCP cuts no scalars
+            whole = Runs(part.shape or (1,), part.values, [(where, part.values)])
+            found.setdefault(part.matrix, {})[part.name] = whole
+    return found
+
+
+def check_matrix_state(
+    optimizer: SpectralOptimizer, saved: Mapping[str, Any], prefix: str = ""
+) -> None:
+    """Raise if a checkpoint's metadata has other matrix state than this rank's.
+
+    Raises:
+        ValueError: names the matrix, and what must have been changed.
+    """
+    for part in optimizer.matrix_parts():
+        entry = saved.get(f"{prefix}{part.matrix}.{part.name}")
+        shape = None if entry is None else tuple(entry.size)
+        check_saved(part, () if shape == (1,) and not part.shape else shape)
 
 
 def load_state_dict(optimizer: SpectralOptimizer, loaded: Mapping[str, Any]) -> None:
@@ -165,7 +198,7 @@ def load(folder: str | Path, model: nn.Module, optimizer: SpectralOptimizer) -> 
         raise ValueError(f"{folder} holds no checkpoint: there is no .metadata in it")
     content: dict[str, Any] = {
         "model": get_model_state_dict(model),
-        "optimizer": state_dict(optimizer),
+        "optimizer": state_dict(optimizer, saving=False),
         "extra": b"",
     }
     saved = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
@@ -176,6 +209,7 @@ def load(folder: str | Path, model: nn.Module, optimizer: SpectralOptimizer) -> 
                     f"{folder} has no {key} of {name}; it was saved of another model, or with that"
                     " parameter on the other of the rule and AdamW (matrices, scalars)"
                 )
+    check_matrix_state(optimizer, saved, "optimizer.matrices.")
     with _alone_is_fine():
         dcp_load(content, checkpoint_id=str(folder))
     set_model_state_dict(model, content["model"])

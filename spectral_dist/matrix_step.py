@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
-from typing import Any, Protocol
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from spectral_dist.polar import of_gram, polar, reductions, resolve_dtype
+from spectral_dist.handles import Handle, SlabHandle
+from spectral_dist.matrix_state import MatrixState
 from spectral_dist.rules.rule import Rule
+from spectral_dist.sharding import collectives
 from spectral_dist.sharding.exchange import Exchange, Piece, Pieces
 from spectral_dist.sharding.gram import Reduction
 from spectral_dist.sharding.layout import Placement
 from spectral_dist.sharding.plan import Plan
-
-
-class Watch(Protocol):
-    """What a monitor wants to see of one step; see ``spectral_dist.monitor``."""
-
-    def factors(self, which: Sequence[int], matrices: Tensor, factors: Tensor) -> None:
-        """What was orthogonalized at this owner, and what came out."""
-
-    def grams(
-        self, which: Sequence[int], of_matrices: Tensor, of_factors: Tensor, nuclear: Tensor
-    ) -> None:
-        """The Grams of both, of the short side, and <X, U>."""
-
-    def note(self, which: Sequence[int], name: str, values: Tensor) -> None:
-        """A number for each matrix."""
-
-    def runs(
-        self, which: Sequence[int], weights: Sequence[Tensor], directions: Sequence[Tensor]
-    ) -> None:
-        """Runs of weights, still unchanged, and of their directions."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +34,7 @@ class Unit:
     """their indices in the group"""
     plan: Plan | None = None
     exchange: Exchange | None = None
+    state: MatrixState | None = None
     blocks: Unit | None = None
     period: int = 1
 
@@ -70,7 +54,15 @@ class Unit:
     @cached_property
     def alone(self) -> bool:
         """Whether momentum is kept by the owner's replica alone."""
-        return self.plan is not None and self.copies > 1 and not self.placement.everywhere
+        if self.plan is None or self.state is not None:
+            return False
+        return self.copies > 1 and not self.placement.everywhere
+
+    @property
+    def spread(self) -> bool:
+        """Whether there is matrix state, of which this rank may not have all."""
+        ranks = map(collectives.size, (self.placement.group, self.placement.replicas))
+        return self.state is not None and max(ranks) > 1
 
     @cached_property
     def names(self) -> list[str]:
@@ -103,110 +95,6 @@ class Unit:
         return local.new_zeros(numel, dtype=dtype)
 
 
-class Handle:
-    """What a rule may do with whole matrices at their owner; counts polar factors."""
-
-    def __init__(
-        self,
-        group: dict[str, Any],
-        names: Sequence[str],
-        observers: Sequence[Callable[[Sequence[str], Tensor], None]],
-        watch: Watch | None = None,
-    ) -> None:
-        self.group, self.names, self.observers, self.watch = group, names, observers, watch
-        self.which: Sequence[int] = ()
-        """the matrices in hand"""
-        self.shape = (0, 0)
-        """theirs"""
-        self.polar_calls = 0
-
-    def polar(self, matrices: Tensor, rows: Sequence[Sequence[float]] | None = None) -> Tensor:
-        """Their polar factors, by the group's method, or by these (a, b, c)."""
-        self.polar_calls += len(matrices)
-        for observer in self.observers:
-            observer([self.names[i] for i in self.which], matrices)
-        factors = polar(
-            matrices,
-            method=self.group["polar"] if rows is None else rows,
-            steps=self.group["polar_steps"] if rows is None else None,
-            compute_dtype=self.group["polar_dtype"],
-        )
-        if self.watch:
-            self.watch.factors(self.which, matrices, factors)
-        return factors
-
-    def inner(self, a: Tensor, b: Tensor) -> Tensor:
-        """Their inner products, (k,)."""
-        return reductions.inner(a, b)
-
-    def quantile(self, magnitudes: Tensor, q: float) -> Tensor:
-        """The q-quantile of each one's elements, (k,)."""
-        return reductions.quantile(magnitudes, q)
-
-    def fraction(self, which: Tensor) -> Tensor:
-        """The fraction of each one's elements that are true, (k,)."""
-        return which.mean((1, 2), dtype=torch.float32)
-
-    def note(self, name: str, values: Callable[[], Tensor]) -> None:
-        """Tell the monitor, if one watches this step."""
-        if self.watch:
-            self.watch.note(self.which, name, values())
-
-
-class SlabHandle:
-    """What a rule may do with matrices that lie in slabs over a group; as ``Handle``.
-
-    ``handle``: of the unit, with the matrices in hand. A matrix counts, and is told to the monitor,
-    at the rank that evaluates its polynomial.
-    """
-
-    def __init__(self, handle: Handle, reduction: Reduction) -> None:
-        self._handle, self._reduction = handle, reduction
-        self.shape = reduction.shape
-
-    def polar(self, matrices: Tensor, rows: Sequence[Sequence[float]] | None = None) -> Tensor:
-        """Slabs of their polar factors, by the group's method, or by these (a, b, c)."""
-        group, watch = self._handle.group, self._handle.watch
-        method = group["polar"] if rows is None else rows
-        steps = group["polar_steps"] if rows is None else None
-        computed = resolve_dtype(method, group["polar_dtype"], matrices.dtype, matrices.device)
-        dtype = of_gram.dtype_of(method, steps, computed)
-        evaluate = partial(of_gram.multiplier, method=method, steps=steps)
-        factors = self._reduction.multiply(matrices, dtype, evaluate)
-        self._handle.polar_calls += len(self._reduction.mine)
-        if watch:
-            found = [self._reduction.gram(x.float()) for x in (matrices, factors)]
-            of_both = self._reduction.add(torch.stack(found))
-            nuclear = self.inner(matrices, factors)
-            mine = self._reduction.mine
-            if mine:
-                watch.grams(self._mine(), *(x[mine] for x in (*of_both, nuclear)))
-        return factors
-
-    def inner(self, a: Tensor, b: Tensor) -> Tensor:
-        """Their inner products over all slabs, (k,)."""
-        return self._reduction.add(reductions.inner(a, b))
-
-    def quantile(self, magnitudes: Tensor, q: float) -> Tensor:
-        """The q-quantile of each one's elements, (k,)."""
-        return self._reduction.quantile(magnitudes, q)
-
-    def fraction(self, which: Tensor) -> Tensor:
-        """The fraction of each one's elements that are true, (k,)."""
-        count = self._reduction.add(which.sum((1, 2), dtype=torch.int64))
-        return count.float() / (self.shape[0] * self.shape[1])
-
-    def note(self, name: str, values: Callable[[], Tensor]) -> None:
-        """Tell the monitor, if one watches this step."""
-        if self._handle.watch:
-            found = values()  # a call of all the group
-            if self._reduction.mine:
-                self._handle.watch.note(self._mine(), name, found[self._reduction.mine])
-
-    def _mine(self) -> list[int]:
-        return [self._reduction.matrices[k] for k in self._reduction.mine]
-
-
 class MatrixStep:
     """A rule's part in one exchange of one unit: ``exchange.Work``.
 
@@ -230,6 +118,7 @@ class MatrixStep:
         self.numbers = rule.absorbs(group)
         self.absorbs = self.numbers and unit.alone
         self.present = [grad is not None for grad in grads]
+        self.absent = self._without_gradient()
         self.home = exchange.home_device, exchange.home_dtype
         filled = [
             torch.zeros_like(w) if g is None else g.contiguous()
@@ -238,7 +127,9 @@ class MatrixStep:
         self.grad_of = exchange.stored.views(filled)
         self.weight_of = exchange.stored.views(weights)
         self.momentum_of: dict[Piece, Tensor] = {}
-        if unit.alone:
+        if not rule.momentum:
+            pass
+        elif unit.alone:
             for index, momentum in enumerate(momenta):
                 self.momentum_of |= unit.kept.packed_views(index, momentum)
         else:
@@ -248,11 +139,14 @@ class MatrixStep:
     def request(self, pieces: list[Piece]) -> list[Tensor]:
         """Accumulate, and what must be orthogonalized."""
         grads = self._accumulate(pieces)
-        return self.rule.request(self.group, [self.momentum_of[p] for p in pieces], grads)
+        momenta = [self.momentum_of[p] for p in pieces] if self.rule.momentum else []
+        return self.rule.request(self.group, momenta, grads)
 
     def _accumulate(self, pieces: Sequence[Piece]) -> list[Tensor]:
-        """Put the gradients into the momentum; them, as wide as it."""
+        """Put the gradients into the momentum, if there is one; them, as wide as it."""
         grads = [self.grad_of[p].to(*self.home) for p in pieces]
+        if not self.rule.momentum:
+            return grads
         kept = [i for i, p in enumerate(pieces) if self.present[p.tensor]]
         momenta = [self.momentum_of[pieces[i]] for i in kept]
         if kept:
@@ -261,12 +155,36 @@ class MatrixStep:
 
     def direction(self, matrices: Tensor, which: Sequence[int]) -> tuple[Tensor, Tensor | None]:
         """The rule's direction of a batch of whole matrices."""
-        self.handle.which, self.handle.shape = which, (matrices.shape[-2], matrices.shape[-1])
-        return self.rule.direction(self.group, matrices, self.handle)
+        shape = (matrices.shape[-2], matrices.shape[-1])
+        with self._in_hand(which, shape, range(len(which))):
+            return self.rule.direction(self.group, matrices, self.handle)
 
     def slabs(self, slabs: Tensor, reduction: Reduction) -> tuple[Tensor, Tensor | None]:
         """The rule's direction of a batch of slabs."""
-        return self.rule.direction(self.group, slabs, SlabHandle(self.handle, reduction))
+        with self._in_hand(reduction.matrices, reduction.shape, reduction.mine):
+            return self.rule.direction(self.group, slabs, SlabHandle(self.handle, reduction))
+
+    @contextmanager
+    def _in_hand(
+        self, which: Sequence[int], shape: tuple[int, int], mine: Sequence[int]
+    ) -> Iterator[None]:
+        """The handle with these matrices; the state of those without gradient stays as it is."""
+        state: Mapping[str, Tensor] = {}
+        absent: list[int] = []
+        if self.unit.state is not None:
+            state = self.unit.state.of(which)
+            absent = [k for k, matrix in enumerate(which) if matrix in self.absent]
+        before = self.unit.state.saved(which, mine, absent) if self.unit.state and absent else []
+        self.handle.take(which, shape, state)
+        yield
+        for tensor, rows, values in before:
+            tensor[rows] = values
+
+    def _without_gradient(self) -> set[int]:
+        """Matrices of parameters that are here and have none, as they then have nowhere."""
+        without = {i for i, present in enumerate(self.present) if not present}
+        layouts = self.unit.placement.layouts if without else ()
+        return {i for i, layout in enumerate(layouts) if layout.tiles[0].tensor in without}
 
     def absorb(
         self, pieces: list[Piece], directions: list[Tensor], numbers: list[Tensor]
@@ -288,7 +206,7 @@ class MatrixStep:
 
     def settle(self, pieces: list[Piece], directions: list[Tensor], numbers: list[Tensor]) -> None:
         """Momentum of the other replicas' matrices where it is kept everywhere; the weights."""
-        if self.unit.copies > 1 and not self.unit.alone:
+        if self.unit.copies > 1 and not self.unit.alone and self.rule.momentum:
             self._accumulate([p for p in pieces if p not in self.own])
         if self.numbers and not self.absorbs:
             directions = self.absorb(pieces, directions, numbers)

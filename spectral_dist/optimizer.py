@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from spectral_dist import groups as routing
-from spectral_dist import strategy
+from spectral_dist import matrix_state, strategy
 from spectral_dist.groups import Route
-from spectral_dist.matrix_step import Handle, MatrixStep, Unit
+from spectral_dist.handles import Handle
+from spectral_dist.matrix_state import MatrixState, Part, elements
+from spectral_dist.matrix_step import MatrixStep, Unit
 from spectral_dist.monitor import Monitor
 from spectral_dist.options import Options, group_options
 from spectral_dist.placement import Placer, WholeParameters
@@ -174,7 +177,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
             unit = unit.at(strategy.steps(unit, [self.state[p]["step"] for p in present]))
         assert unit.exchange is not None
         weights = [self.placer.local(p) for p in tensors]
-        momenta = [self.placer.local(self.state[p]["exp_avg"]) for p in tensors]
+        momenta = []
+        if self.rule.momentum:
+            momenta = [self.placer.local(self.state[p]["exp_avg"]) for p in tensors]
         watch = self.monitor.watch(unit, group, self.rule) if self.monitor else None
         handle = Handle(group, unit.names, self.observers, watch)
         unit.exchange.run(MatrixStep(self.rule, group, unit, weights, grads, momenta, handle))
@@ -218,7 +223,9 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 stacklevel=4,
             )
         gram = strategy.in_slabs(self.options, group, placement, wire, bool(self.observers))
-        plan = make_plan(placement.layouts, ranks, numel, replicas, gram=gram)
+        state = partial(elements, self.rule, group)
+        load = state if any(state(x.matrix.shape) for x in placement.layouts) else None
+        plan = make_plan(placement.layouts, ranks, numel, replicas, gram=gram, load=load)
         exchange = Exchange(
             placement.layouts,
             plan,
@@ -229,11 +236,16 @@ class SpectralOptimizer(torch.optim.Optimizer):
             wire_dtype=wire,
             meter=self.meter,
         )
-        return strategy.with_blocks(Unit(placement, indices, plan, exchange), self.options, numel)
+        kept = MatrixState(self.rule, group, placement.layouts, exchange) if load else None
+        unit = Unit(placement, indices, plan, exchange, kept)
+        return strategy.with_blocks(unit, self.options, numel)
 
     def _ensure_state(self, group: dict[str, Any], unit: Unit, index: int, p: Tensor) -> None:
         """Every parameter has its state from the start, so that all ranks have the same keys."""
         state = self.state[p]
+        if group["kind"] == "matrix" and not self.rule.momentum:
+            state.setdefault("step", torch.zeros((), dtype=torch.float32))
+            return
         if "exp_avg" in state:
             kept = unit.kept.numel.get(index, 0) if unit.alone else None
             if kept is not None and state["exp_avg"].numel() != kept:  # loaded whole
@@ -245,20 +257,43 @@ class SpectralOptimizer(torch.optim.Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = unit.momentum(index, p, self.placer.local(p))
 
+    def matrix_parts(self) -> Iterator[Part]:
+        """What this rank keeps of matrices, beside momentum: none before ``units`` was called."""
+        for units in self._units.values():
+            for unit in units:
+                if unit.state is not None:
+                    yield from unit.state.parts()
+
+    def matrix_state(self) -> dict[str, dict[str, Tensor]]:
+        """{matrix: {quantity: what this rank keeps of it}}; ``rules.rule.Kept`` says what."""
+        found: dict[str, dict[str, Tensor]] = {}
+        for part in self.matrix_parts():
+            found.setdefault(part.matrix, {})[part.name] = part.values
+        return found
+
     def state_dict(self) -> dict[str, Any]:
-        """As torch's.
+        """As torch's; of a rule that keeps matrix state, with "matrix_state" beside "state".
 
         Raises:
-            ValueError: momentum is at owners alone (DistributedDataParallel), so that no rank has
-                the whole of it.
+            ValueError: momentum (DistributedDataParallel) or matrix state is at owners alone, so
+                that no rank has the whole of it.
         """
-        if any(unit.alone for units in self._units.values() for unit in units):
+        units = [unit for units in self._units.values() for unit in units]
+        if any(unit.alone for unit in units):
             raise ValueError(
                 "under DistributedDataParallel a matrix's momentum is on its owner alone, so no"
                 " rank's state_dict() is whole. Write spectral_dist.checkpoint.save(folder, model,"
                 " optimizer) on every rank, or build the optimizer with replicate_momentum=True"
             )
-        return super().state_dict()
+        if self.placer.beside or not any(unit.state for unit in units):
+            return super().state_dict()
+        if any(unit.spread for unit in units):
+            raise ValueError(
+                f"{type(self).__name__} keeps its state at the owners of matrices, so no rank's"
+                " state_dict() is whole. Write spectral_dist.checkpoint.save(folder, model,"
+                " optimizer) on every rank"
+            )
+        return {**super().state_dict(), "matrix_state": self.matrix_state()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but states keep the dtype they were saved in, whatever the parameter's."""
@@ -270,6 +305,10 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 kept = self.state[p].get(name)  # None if a hook has dropped it
                 if kept is not None and isinstance(value, Tensor) and value.dtype != kept.dtype:
                     self.state[p][name] = value.to(p.device, copy=True)
+        if "matrix_state" in state_dict:
+            for group in self.param_groups:
+                self.units(group)
+            matrix_state.load(self.matrix_parts(), state_dict["matrix_state"])
 
     def _check_finite(
         self, units: Sequence[Unit], grads: Sequence[Sequence[Tensor | None]]
@@ -326,10 +365,12 @@ def _extremes(grads: list[Tensor]) -> list[Tensor]:
 def wire_dtype(group: dict[str, Any], dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype in which a group's matrices travel: bfloat16 if their polar factor is computed so.
 
-    Otherwise that of the momentum: float16 would overflow before it is normalised.
+    Otherwise that of momentum: float16 would overflow before it is normalised.
     """
     if group["wire_dtype"] is not None:
         return DTYPES[group["wire_dtype"]]
+    if "polar_dtype" not in group:
+        return torch.promote_types(dtype, torch.float32)
     method = group.get("polar", "jordan")  # AdaNewton is computed as jordan is
     computed = resolve_dtype(method, group["polar_dtype"], dtype, device)
     return computed if computed == torch.bfloat16 else torch.promote_types(dtype, torch.float32)

@@ -12,9 +12,9 @@ from torch import Tensor
 from spectral_dist import calibrate
 from spectral_dist.groups import Route
 from spectral_dist.optimizer import SpectralOptimizer
-from spectral_dist.options import MuonOptions, PolarGradOptions, ROOTOptions
+from spectral_dist.options import MuonOptions, PolarGradOptions, ROOTOptions, SUMOOptions
 from spectral_dist.polar import fit, stability
-from spectral_dist.rules import muon, polargrad, root
+from spectral_dist.rules import muon, polargrad, root, sumo
 from spectral_dist.sharding import collectives
 
 
@@ -92,6 +92,27 @@ class ROOT(SpectralOptimizer):
                     start = tuple(table[key])
                     steps = group["polar_steps"]
                     table[key] = list(fit.fit(spectra.centers, weights, steps=steps, start=start))
+
+
+class SUMO(SpectralOptimizer):
+    """``SpectralOptimizer`` by SUMO's rule; ``spectral_dist.options.SUMOOptions``."""
+
+    rule, option_type = sumo.SUMO(), SUMOOptions
+
+    def complete(self, options: dict[str, Any], routes: Sequence[Route]) -> dict[str, Any]:
+        """Say which matrices have no smaller subspace at this rank."""
+        if options["kind"] == "matrix":
+            matrices = [m for route in routes for m in route.matrices]
+            full = [m for m in matrices if sumo.rank_of(options, m.shape) == min(m.shape)]
+            if full:
+                names = ", ".join(m.name for m in full[:3]) + ", ..." * (len(full) > 3)
+                warnings.warn(
+                    f"SUMO with rank {options['rank']} has no smaller subspace in {len(full)} of"
+                    f" {len(matrices)} matrices ({names}): there it is Muon with an exact polar"
+                    " factor, and keeps a momentum as large as the matrix",
+                    stacklevel=5,
+                )
+        return options
 
 
 class Spectra:

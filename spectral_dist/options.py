@@ -16,6 +16,7 @@ from spectral_dist import polar
 from spectral_dist.polar import DTYPES, of_gram
 from spectral_dist.rules.adamw import BACKENDS
 from spectral_dist.rules.muon import SCALES
+from spectral_dist.rules.sumo import BASES
 from spectral_dist.sharding.cost import Machine
 
 SCALE_ALIASES = {
@@ -54,8 +55,6 @@ class Options:
     lr: float = 1e-3
     momentum: float = 0.95
     weight_decay: float = 0.1
-    polar_steps: int | None = None
-    polar_dtype: str = "auto"
     wire_dtype: str | None = None
     strategy: str = "auto"
     block_period: int = 5
@@ -134,8 +133,6 @@ class Options:
             fail(
                 "wire_dtype", "write 'float32' or 'bfloat16' (float16 would overflow unnormalised)"
             )
-        if self.polar_dtype not in ("auto", *DTYPES):
-            fail("polar_dtype", f"unknown dtype{suggest(str(self.polar_dtype), ('auto', *DTYPES))}")
 
     def _check_strategy(self, where: str) -> None:
         if self.strategy not in STRATEGIES:
@@ -182,7 +179,21 @@ class Options:
 
 
 @dataclass(frozen=True)
-class PolarOptions(Options):
+class _ComputedOptions(Options):
+    polar_steps: int | None = None
+    polar_dtype: str = "auto"
+
+    def check(self, where: str) -> None:
+        """Also the dtype."""
+        super().check(where)
+        known = ("auto", *DTYPES)
+        if self.polar_dtype not in known:
+            what = f"unknown dtype{suggest(str(self.polar_dtype), known)}"
+            self.fail(where, "polar_dtype", what)
+
+
+@dataclass(frozen=True)
+class PolarOptions(_ComputedOptions):
     """Of the optimizers whose polar factor can be chosen."""
 
     polar: str | Sequence[Sequence[float]] = "jordan"
@@ -202,7 +213,6 @@ class PolarOptions(Options):
 
 @dataclass(frozen=True)
 class _ScaledOptions(Options):
-    nesterov: bool = True
     scale: str = "match_rms_adamw"
 
     def check(self, where: str) -> None:
@@ -217,6 +227,8 @@ class _ScaledOptions(Options):
 @dataclass(frozen=True)
 class MuonOptions(_ScaledOptions, PolarOptions):
     """Muon's options."""
+
+    nesterov: bool = True
 
 
 @dataclass(frozen=True)
@@ -233,9 +245,10 @@ class PolarGradOptions(PolarOptions):
 
 
 @dataclass(frozen=True)
-class ROOTOptions(_ScaledOptions):
+class ROOTOptions(_ScaledOptions, _ComputedOptions):
     """ROOT's options. ``coefficients``: 'published', 'jordan' or a file of `calibrate`'s."""
 
+    nesterov: bool = True
     polar_steps: int = 5
     quantile: float = 0.9
     coefficients: str = "published"
@@ -257,6 +270,44 @@ class ROOTOptions(_ScaledOptions):
             self.fail(where, "strategy", f"{why}; write 'owner', or adapt_every=0")
 
 
+@dataclass(frozen=True)
+class SUMOOptions(_ScaledOptions):
+    """SUMO's options. ``rank``: a number, or as a float a fraction of the short side."""
+
+    rank: int | float = 0.25
+    period: int = 250
+    refresh_below: float = 0.0
+    limiter: float = 1.1
+    perp_scale: float = 1.0
+    basis: str = "randomized"
+    seed: int = 0
+
+    def numbers(self) -> dict[str, tuple[float, float]]:
+        """Also those of its own."""
+        own = ("refresh_below", "limiter", "perp_scale")
+        return {**super().numbers(), **dict.fromkeys(own, (0.0, math.inf))}
+
+    def check(self, where: str) -> None:
+        """Also the subspace, and what has no effect on it."""
+        super().check(where)
+        fraction = isinstance(self.rank, float) and 0 < self.rank <= 1
+        if not fraction and _no_whole_number(self.rank, 1):
+            what = "write a whole number, at least 1, or a fraction of the short side in (0, 1]"
+            self.fail(where, "rank", what)
+        for name, least in (("period", 1), ("seed", 0)):
+            if _no_whole_number(getattr(self, name), least):
+                self.fail(where, name, f"it must be a whole number, at least {least}")
+        if 0 < self.limiter < 1:
+            self.fail(where, "limiter", "write the growth allowed, at least 1; 0 turns it off")
+        if self.basis not in BASES:
+            self.fail(where, "basis", f"unknown basis{suggest(self.basis, BASES)}")
+        if self.strategy == "block":
+            self.fail(where, "strategy", "SUMO's bases are those of whole matrices; write 'owner'")
+        if self.replicate_momentum:
+            why = "SUMO has none: its state is at owners, and spectral_dist.checkpoint saves it"
+            self.fail(where, "replicate_momentum", why)
+
+
 FRAMEWORK_KEYS = {
     *("name", "initial_lr", "swa_lr", "param_names", "is_expert_group", "moe", "lr_mult"),
     *("max_lr", "min_lr", "base_momentum", "max_momentum", "last_batch_iteration"),
@@ -265,7 +316,7 @@ FRAMEWORK_KEYS = {
 }
 """Keys that schedulers and frameworks keep in parameter groups for themselves."""
 OPTION_NAMES = frozenset(
-    f.name for cls in (MuonOptions, PolarGradOptions, ROOTOptions) for f in fields(cls)
+    f.name for cls in (MuonOptions, PolarGradOptions, ROOTOptions, SUMOOptions) for f in fields(cls)
 )
 _SCALAR_ONLY = ("scalar_lr", "scalar_weight_decay", "betas", "eps")
 _WHOLE = ("strategy", "block_period", "machine", "scalar_backend", "check_finite", "bucket_mb",

@@ -24,6 +24,8 @@ class Placer(Protocol):
 
     partial: bool
     """whether a rank may have none of a group's tensors, and still has a part in its step"""
+    beside: bool
+    """whether the framework's checkpoints are given matrix state beside ``state_dict()``"""
 
     def prepare(self, optimizer: torch.optim.Optimizer) -> bool:
         """Called first in every step; False means that this call is no step at all."""
@@ -53,6 +55,7 @@ class WholeParameters:
     """
 
     partial = False
+    beside = False
 
     def __init__(self, group: Group = None, everywhere: bool = False) -> None:
         self.group, self.everywhere = group, everywhere

@@ -14,9 +14,16 @@ from spectral_dist.matrix_step import Unit
 from spectral_dist.options import Options
 from spectral_dist.polar import Method, of_gram, resolve_dtype
 from spectral_dist.rules.root import shape_key
+from spectral_dist.rules.sumo import rank_of
 from spectral_dist.sharding import collectives
-from spectral_dist.sharding.boxes import blocks
-from spectral_dist.sharding.cost import Job, Machine, cheaper_in_slabs
+from spectral_dist.sharding.boxes import blocks, slabs
+from spectral_dist.sharding.cost import (
+    Job,
+    Machine,
+    cheaper_in_slabs,
+    in_slabs_if_cheaper,
+    subspace_seconds,
+)
 from spectral_dist.sharding.exchange import Exchange
 from spectral_dist.sharding.layout import Placement
 from spectral_dist.sharding.plan import make_plan
@@ -48,6 +55,8 @@ def in_slabs(
     never = observed or bool(getattr(options, "adapt_every", 0))
     if ranks == 1 or not (asked or (options.strategy == "auto" and not never)):
         return [False] * len(layouts)
+    if "rank" in group:
+        return _subspaces(options, group, placement, wire, asked)
     found: dict[tuple[int, int], torch.dtype | None] = {}
     for shape in {layout.matrix.shape for layout in layouts}:
         try:
@@ -70,6 +79,35 @@ def in_slabs(
         widest,
     )
     return cheaper_in_slabs(layouts, able, job, Machine.from_user(options.machine or {}))
+
+
+def _subspaces(
+    options: Options,
+    group: dict[str, Any],
+    placement: Placement,
+    wire: torch.dtype,
+    asked: bool,
+) -> list[bool]:
+    """``in_slabs`` of SUMO, whose subspace is one of the rows of a square matrix."""
+    layouts, ranks = placement.layouts, collectives.size(placement.group)
+    able = [slabs(x, ranks).along == int(x.matrix.shape[1] > x.matrix.shape[0]) for x in layouts]
+    if asked:
+        unable = [x.matrix.name for x, fine in zip(layouts, able, strict=True) if not fine]
+        if unable:
+            warnings.warn(
+                f"strategy is 'gram', but {', '.join(unable[:3])} ({len(unable)} matrices) are"
+                " square and cut by columns, where SUMO's basis is one of the rows: they are done"
+                " at their owners",
+                stacklevel=6,
+            )
+        return able
+    job = Job(ranks, collectives.size(placement.replicas), 0, wire.itemsize, False, 8)
+    machine = Machine.from_user(options.machine or {})
+
+    def seconds(shape: tuple[int, int], count: int) -> tuple[float, float]:
+        return subspace_seconds(shape, rank_of(group, shape), count, job, machine)
+
+    return in_slabs_if_cheaper(layouts, able, ranks, seconds)
 
 
 def _method(group: dict[str, Any], shape: tuple[int, int]) -> tuple[Method, int | None]:

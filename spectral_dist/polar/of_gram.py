@@ -75,13 +75,13 @@ def multiplier(r: Tensor, method: Method, steps: int | None) -> Tensor:
     The inverse square root of R by eigh (missing rank is dropped as in ``exact.by_eigh``) where
     ``method`` has no polynomial. A matrix with NaN or infinity in it comes out as NaN.
     """
+    found = rows_of(method, steps)
+    if found is None:
+        return inverse_root(r)
+    rows, safety = found
     # the Frobenius norm squared
     squares = r.diagonal(dim1=-2, dim2=-1).sum(-1)
     squares = torch.where(squares == 0, 1.0, squares)[:, None, None]
-    found = rows_of(method, steps)
-    if found is None:
-        return _inverse_root(r, squares)
-    rows, safety = found
     q = gram_polynomial(r.div_(squares).div_(safety**2), rows)
     # rounding makes Q as far from symmetric as it is large where R vanishes. Its own product with X
     # is right, and so is the mean's; that of one half mirrored is not (measured: 12 steps of
@@ -90,10 +90,17 @@ def multiplier(r: Tensor, method: Method, steps: int | None) -> Tensor:
     return q.mul_(squares.rsqrt()).div_(safety)
 
 
-def _inverse_root(r: Tensor, squares: Tensor) -> Tensor:
-    """R^(-1/2) on the range of R; NaN if the trace is: eigh would raise on one rank alone."""
-    fine = squares.isfinite()
+def inverse_root(r: Tensor, cutoff: float = 0.0) -> Tensor:
+    """R^(-1/2) on the range of R, for each R = X X^T of (k, s, s), by eigh; symmetric.
+
+    Singular values of X up to ``cutoff`` times its largest are dropped, and those that R's rounding
+    hides. A matrix whose trace is NaN or infinite comes out as NaN: eigh would raise, and in a
+    collective on one rank alone.
+    """
+    fine = r.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()[:, None, None]
     lam, v = torch.linalg.eigh(torch.where(fine, r, 0.0))
-    keep = lam > lam[..., -1:] * (lam.shape[-1] * torch.finfo(r.dtype).eps)
+    least = max(cutoff**2, lam.shape[-1] * torch.finfo(r.dtype).eps)
+    keep = lam > lam[..., -1:] * least
+    # the inner where keeps rsqrt away from the rounded eigenvalues at or below zero
     scale = torch.where(keep, torch.where(keep, lam, 1.0).rsqrt(), 0.0)
     return torch.where(fine, torch.bmm(v * scale[..., None, :], v.mT), math.nan)

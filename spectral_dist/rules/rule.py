@@ -2,21 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Kept:
+    """One quantity of matrix state: what a rule keeps of a matrix from step to step.
+
+    ``shape``: for a whole matrix. ``where``: 'slab' if its first dimension is the matrix's long
+    side, and is cut as that is where matrices stay in slabs; 'owner' if it is at the owner alone;
+    'all' if every rank that has a slab has it. ``dtype``: None is that of the directions.
+    """
+
+    shape: tuple[int, ...]
+    where: str
+    dtype: torch.dtype | None = None
+
+
 class Handle(Protocol):
     """What a rule may do with a batch of matrices (k, m, n), wherever their elements are.
 
     What it has in hand may be a slab of each: rows or columns of it, of the same for all, even
-    none. ``shape`` is that of the whole matrices.
+    none. ``shape`` is that of the whole matrices, ``names`` are theirs. ``state``: what the rule
+    keeps of them, each stacked: (k, ...), but (k', ...) of what is 'owner' of k' of them.
     """
 
     shape: tuple[int, int]
+    names: Sequence[str]
+    state: Mapping[str, Tensor]
 
     def polar(self, matrices: Tensor, rows: Sequence[Sequence[float]] | None = None) -> Tensor:
         """Their polar factors, by the options' method, or by these (a, b, c)."""
@@ -30,6 +48,21 @@ class Handle(Protocol):
     def fraction(self, which: Tensor) -> Tensor:
         """The fraction of each one's elements that are true, (k,)."""
 
+    def at_owner(
+        self,
+        parts: Tensor,
+        evaluate: Callable[[Tensor, list[int]], Tensor],
+        among: Sequence[int] | None = None,
+    ) -> Tensor:
+        """What ``evaluate`` makes of sums over slabs, (j, ...), each at its owner; (j, ...) too.
+
+        It gets the sums (j', ...) of those that are owned here and their places in the state that
+        is at owners. ``among``: which of the matrices in hand, ascending; None is all.
+        """
+
+    def orthogonalized(self, places: list[int], matrices: Tensor, factors: Tensor) -> None:
+        """Count, and show the monitor, what was orthogonalized without ``polar``, at owners."""
+
     def note(self, name: str, values: Callable[[], Tensor]) -> None:
         """Tell the monitor, if there is one, a number for each, (k,)."""
 
@@ -40,6 +73,13 @@ class Rule:
     M is the shard state ``exp_avg``. Everything but ``direction`` is elementwise and gets lists of
     flat runs, at least one; only ``direction`` sees whole matrices.
     """
+
+    momentum = True
+    """Whether there is M. If not, momenta are empty, and ``accumulate`` is not called."""
+
+    def keeps(self, options: dict[str, Any], shape: tuple[int, int]) -> dict[str, Kept]:
+        """The matrix state of a whole matrix of this shape, all zeros before its first step."""
+        return {}
 
     def absorbs(self, options: dict[str, Any]) -> bool:
         """Whether momentum comes after the polar factor: then ``absorb`` is called."""

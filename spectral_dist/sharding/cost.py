@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -89,6 +89,23 @@ def gram_seconds(
     return computed + sent / machine.bandwidth + 4 * machine.latency
 
 
+def subspace_seconds(
+    shape: tuple[int, int], rank: int, count: int, job: Job, machine: Machine
+) -> tuple[float, float]:
+    """Of ``count`` matrices whose rule works in a subspace of this rank: (at owners, in slabs).
+
+    What travels alone: an owner takes in and sends out whole matrices, while of slabs rank x short
+    numbers go to the owner and back. The rare refreshes are left out.
+    """
+    short, long = sorted(shape)
+    busiest = -(-count // (job.ranks * job.replicas))
+    whole = 2 * busiest * short * long * job.itemsize / machine.bandwidth
+    mine = -(-count // job.replicas)
+    others = (job.ranks - 1) / job.ranks
+    small = 2 * others * mine * rank * short * job.itemsize / machine.bandwidth
+    return whole + 2 * machine.latency, small + 2 * machine.latency
+
+
 def cheaper_in_slabs(
     layouts: Sequence[Layout], able: Sequence[bool], job: Job, machine: Machine
 ) -> list[bool]:
@@ -97,15 +114,30 @@ def cheaper_in_slabs(
     If it is ``able``, the cost says so, and tensor parallelism has cut it into slabs already. FSDP
     and ZeRO cut as well, but tell of no blocks: there the owner's bits are those of one process.
     """
+
+    def seconds(shape: tuple[int, int], count: int) -> tuple[float, float]:
+        whole = owner_seconds(shape, count, job, machine)
+        return whole, gram_seconds(shape, count, True, job, machine)
+
+    return in_slabs_if_cheaper(layouts, able, job.ranks, seconds)
+
+
+def in_slabs_if_cheaper(
+    layouts: Sequence[Layout],
+    able: Sequence[bool],
+    ranks: int,
+    seconds: Callable[[tuple[int, int], int], tuple[float, float]],
+) -> list[bool]:
+    """``cheaper_in_slabs`` by (shape, how many) -> seconds (at owners, in slabs)."""
     found: dict[tuple[int, int], list[int]] = {}
     for i, layout in enumerate(layouts):
         cut = len({tile.block for tile in layout.tiles}) > 1
-        if able[i] and cut and slabs(layout, job.ranks).still:
+        if able[i] and cut and slabs(layout, ranks).still:
             found.setdefault(layout.matrix.shape, []).append(i)
     result = [False] * len(layouts)
     for shape, indices in found.items():
-        in_slabs = gram_seconds(shape, len(indices), True, job, machine)
-        if in_slabs < owner_seconds(shape, len(indices), job, machine):
+        at_owners, in_slabs = seconds(shape, len(indices))
+        if in_slabs < at_owners:
             for i in indices:
                 result[i] = True
     return result

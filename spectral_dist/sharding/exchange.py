@@ -144,6 +144,12 @@ class Exchange:
         self.given = Pieces([piece for route in self.routes for piece in route.gives])
         """this rank's runs of the matrices that its replica owns"""
 
+    def batches(self) -> Iterator[tuple[tuple[int, ...], Reduction | None]]:
+        """The matrices that this rank computes together, and how, if it has slabs of them."""
+        for route in self.routes:
+            for which in route.batches:
+                yield which, self._reductions.get(which)
+
     def run(self, work: Work) -> None:
         """Take every matrix to its owner and its direction back, bucket by bucket.
 

@@ -7,7 +7,7 @@ Every call is one of all the group's ranks, in the same order; a slab may be emp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -25,16 +25,18 @@ class Reduction:
 
     Attributes:
         mine: which of the matrices this rank evaluates the polynomial of, and speaks for.
+        begin, length: of this rank's slabs, along the matrices' long side.
     """
 
     def __init__(self, batch: SlabBatch, group: Group, meter: Meter) -> None:
         self.matrices, self.shape = batch.matrices, batch.shape
         self.along = batch.cut.along
         self._group, self._meter = group, meter
-        rank, ranks = collectives.rank(group), collectives.size(group)
-        self._counts = [batch.owners.count(r) for r in range(ranks)]
-        self._rank = rank
-        self.mine = [k for k, owner in enumerate(batch.owners) if owner == rank]
+        self._rank, self._ranks = collectives.rank(group), collectives.size(group)
+        self._owners = batch.owners
+        self.mine = [k for k, owner in enumerate(batch.owners) if owner == self._rank]
+        begin, end = batch.cut.ranges[self._rank]
+        self.begin, self.length = begin, end - begin
 
     def add(self, values: Tensor) -> Tensor:
         """Everyone's values added up, in place."""
@@ -45,6 +47,30 @@ class Reduction:
         """X X^T of the short side of this rank's slabs alone, (k, s, s)."""
         return torch.bmm(x, x.mT) if self.along else torch.bmm(x.mT, x)
 
+    def at_owner(
+        self,
+        parts: Tensor,
+        evaluate: Callable[[Tensor, list[int]], Tensor],
+        among: Sequence[int] | None = None,
+    ) -> Tensor:
+        """What ``evaluate`` makes of the sums of everyone's parts, (j, ...), on every rank.
+
+        It gets the sums (j', ...) of the matrices that are ``mine``, added in the order of ranks,
+        and their places in ``mine``; what it gives, (j', ...), travels unless it is of no elements.
+        Of j matrices that divide evenly over P ranks, (P - 1)/P j times the elements of a part, and
+        of a result, leave a rank. ``among``: which of the matrices, ascending; None is all.
+        """
+        which = range(len(self._owners)) if among is None else among
+        counts = [0] * self._ranks
+        for k in which:
+            counts[self._owners[k]] += 1
+        asked = set(which)
+        places = [place for place, k in enumerate(self.mine) if k in asked]
+        sums = self._collect(parts.reshape(len(parts), -1), counts)
+        found = evaluate(sums.view(len(places), *parts.shape[1:]), places)
+        shared = self._return(found.reshape(len(places), math.prod(found.shape[1:])), counts)
+        return shared.view(len(parts), *found.shape[1:])
+
     def multiply(
         self, x: Tensor, dtype: torch.dtype, evaluate: Callable[[Tensor], Tensor]
     ) -> Tensor:
@@ -52,11 +78,13 @@ class Reduction:
 
         ``evaluate`` gets the Grams (k', s, s) in ``dtype`` of the matrices that are ``mine``, and
         may overwrite them; Q is symmetric, and what c X gets is Q / c. Products are in ``dtype``.
-        Of each Gram its half travels: to the owner, which adds in the order of ranks, and of Q from
-        there; of k matrices that divide evenly over P ranks, (P - 1)/P k s (s + 1) numbers a rank.
+        Of each Gram and of its Q only the half travels: for each matrix, s (s + 1) numbers.
         """
         wide = self._bounded(x.to(dtype), x.dtype)
-        q = self._return(evaluate(self._collect(self.gram(wide))))
+        gram = self.gram(wide)
+        side = gram.shape[-1]
+        half = self.at_owner(fold(gram), lambda sums, _: fold(evaluate(unfold(sums, side))))
+        q = unfold(half, side)
         product = torch.bmm(q, wide) if self.along else torch.bmm(wide, q)
         return product.to(x.dtype)
 
@@ -73,35 +101,34 @@ class Reduction:
         collectives.max_ranks(largest, self._group, self._meter)
         return wide / largest.clamp_min(torch.finfo(wide.dtype).tiny)[:, None, None]
 
-    def _collect(self, grams: Tensor) -> Tensor:
-        """The sums of everyone's Grams of the matrices that are ``mine``."""
-        halves = fold(grams)
-        numel, own = halves.shape[1], len(self.mine)
-        ranks = len(self._counts)
+    def _collect(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """The sums of everyone's rows, of those that are this rank's: counts[r] are rank r's."""
+        numel, own = rows.shape[1], counts[self._rank]
         arrived = collectives.all_to_all(
-            halves.view(-1),
-            [count * numel for count in self._counts],
-            [own * numel] * ranks,
+            rows.reshape(-1),
+            [count * numel for count in counts],
+            [own * numel] * self._ranks,
             self._group,
             self._meter,
         )
-        return unfold(arrived.wait().view(ranks, own, numel).sum(0), grams.shape[-1])
+        return arrived.wait().view(self._ranks, own, numel).sum(0)
 
-    def _return(self, q: Tensor) -> Tensor:
-        """Everyone's Q of all the matrices, in their order."""
-        halves = fold(q)
-        numel, ranks = halves.shape[1], len(self._counts)
-        if len(set(self._counts)) == 1:
-            found = collectives.all_gather(halves.view(-1), self._group, self._meter).wait()
+    def _return(self, rows: Tensor, counts: list[int]) -> Tensor:
+        """Everyone's rows, in the order of ranks."""
+        numel, flat = rows.shape[1], rows.reshape(-1)
+        if not numel:
+            return rows.new_empty(sum(counts), 0)
+        if len(set(counts)) == 1:
+            found = collectives.all_gather(flat, self._group, self._meter)
         else:  # a gather would pad
             found = collectives.all_to_all(
-                halves.view(-1).repeat(ranks),
-                [halves.numel()] * ranks,
-                [count * numel for count in self._counts],
+                flat.repeat(self._ranks),
+                [flat.numel()] * self._ranks,
+                [count * numel for count in counts],
                 self._group,
                 self._meter,
-            ).wait()
-        return unfold(found.view(-1, numel), q.shape[-1])
+            )
+        return found.wait().view(-1, numel)
 
     def quantile(self, x: Tensor, q: float) -> Tensor:
         """The q-quantile of each whole matrix's elements, (k,), bit by bit as if they were here.

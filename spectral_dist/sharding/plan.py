@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from spectral_dist.sharding.boxes import slabs
@@ -32,7 +32,8 @@ class Plan:
     owners: tuple[int, ...]
     buckets: tuple[Bucket, ...]
     loads: tuple[float, ...]
-    """Each rank's Newton-Schulz cost per step, in multiply-adds; of ``gram``, the polynomials'."""
+    """Each rank's Newton-Schulz cost per step, in multiply-adds; of ``gram``, the polynomials'; or
+    whatever else was balanced."""
     strategies: tuple[str, ...]
     """Each matrix's: 'owner', 'gram', or 'local' where one rank holds it whole."""
 
@@ -67,11 +68,13 @@ def choose_owners(
     replicas: int = 1,
     gram: Sequence[bool] = (),
     homes: Sequence[int] = (),
+    load: Callable[[tuple[int, int]], float] | None = None,
 ) -> tuple[list[int], list[bool], list[float]]:
     """Owner, whether the matrix must move, and the resulting loads, by longest processing time.
 
     gram: of each matrix, whether it is done in slabs; then any rank may have its polynomial.
     homes: of each matrix, the replica that it must be done in, if that is not open.
+    load: of a shape, what is to be balanced; None: ``cost``, and ``polynomial_cost`` in slabs.
 
     Matrices that one rank holds whole stay with it (in one of its replicas); the others go,
     costliest first, to the least loaded rank: of those that hold a part if they are few (of two
@@ -85,12 +88,12 @@ def choose_owners(
         moves[i] = len(holders) > 1
         if gram and gram[i]:
             moves[i] = not slabs(layout, ranks).still
-            open_.append((-polynomial_cost(layout.matrix.shape), i, range(ranks)))
+            open_.append((-(load or polynomial_cost)(layout.matrix.shape), i, range(ranks)))
         elif replicas > 1 or moves[i]:
-            open_.append((-cost(layout.matrix.shape), i, holders))
+            open_.append((-(load or cost)(layout.matrix.shape), i, holders))
         else:
             owners[i] = holders[0]
-            loads[owners[i]] += cost(layout.matrix.shape)
+            loads[owners[i]] += (load or cost)(layout.matrix.shape)
     heap = [(load, r) for r, load in enumerate(loads)]
     heapq.heapify(heap)
     for negative, i, holders in sorted(open_, key=lambda item: item[:2]):
@@ -167,16 +170,17 @@ def make_plan(
     *,
     gram: Sequence[bool] = (),
     homes: Sequence[int] = (),
+    load: Callable[[tuple[int, int]], float] | None = None,
 ) -> Plan:
     """Owners and buckets. A bucket holds at most ``bucket_numel`` elements (or one matrix) a rank.
 
     ``ranks`` are those of one replica. Buckets that move come after the first one that does not,
-    so that their first exchange is in flight while that one is computed. ``gram``, ``homes``: as
-    ``choose_owners``; a matrix that one rank holds whole is no matter for ``gram``.
+    so that their first exchange is in flight while that one is computed. ``gram``, ``homes`` and
+    ``load``: as ``choose_owners``; a matrix that one rank holds whole is no matter for ``gram``.
     """
     cut = [len(x.holders()) > 1 for x in layouts] if any(gram) else []
     gram = [wanted and apart for wanted, apart in zip(gram, cut, strict=True)] if cut else []
-    owners, moves, loads = choose_owners(layouts, ranks, replicas, gram, homes)
+    owners, moves, loads = choose_owners(layouts, ranks, replicas, gram, homes, load)
     # every replica gets the directions of all of them: share the bound among replicas
     limit = max(1, bucket_numel // replicas)
     at_rest, in_motion = (
