@@ -128,12 +128,14 @@ class Exchange:
         lines = [f"{x.matrix.name} {strategy} owner {owner}" for x, owner, strategy in where]
         lines += [f"bucket {bucket}" for bucket in plan.buckets] + [f"wire {wire_dtype}"]
         collectives.assert_same(lines, groups, device)
+        # a product on CPUs rounds by its operands' alignment, and by what it is batched with
+        self._alone = device.type == "cpu"
         self.routes: list[Route] = []
         self._reductions: dict[tuple[int, ...], Reduction] = {}
         for bucket in plan.buckets:
             here = (bucket, layouts, rank, ranks, replica, self.copies)
             if not bucket.gram:
-                self.routes.append(route_to_owners(*here))
+                self.routes.append(route_to_owners(*here, not self._alone))
                 continue
             route, batches = route_to_slabs(*here)
             self.routes.append(route)
@@ -206,7 +208,10 @@ class Exchange:
         found = []
         for x, which in zip(batches, route.batches, strict=True):
             reduction = self._reductions.get(which)
-            found.append(work.slabs(x, reduction) if reduction else work.direction(x, which))
+            if reduction:
+                found.append(work.slabs(x, reduction))
+            else:
+                found.append(work.direction(x.clone() if self._alone else x, which))
         return found
 
     def _deliver(self, route: Route, directions: list[Tensor]) -> Pending:

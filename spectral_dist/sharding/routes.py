@@ -6,7 +6,7 @@ All orders are computed here, once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeAlias
 
 import torch
@@ -188,10 +188,18 @@ def pieces_of(layout: Layout, index: int, rank: int) -> list[Piece]:
 
 
 def route_to_owners(
-    bucket: Bucket, layouts: Sequence[Layout], rank: int, ranks: int, replica: int, replicas: int
+    bucket: Bucket,
+    layouts: Sequence[Layout],
+    rank: int,
+    ranks: int,
+    replica: int,
+    replicas: int,
+    together: bool = True,
 ) -> Route:
-    """Of a bucket whose matrices are to be whole at their owners."""
+    """Of a bucket whose matrices are to be whole at their owners; equal shapes ``together``."""
     batches = batches_of(layouts, bucket.matrices.get(replica * ranks + rank, ()))
+    if not together:
+        batches = [replace(batch, matrices=(i,)) for batch in batches for i in batch.matrices]
     wholes = Wholes(layouts, batches, ranks)
     found = [batch.matrices for batch in batches]
     everyone = list(range(sum(map(len, found))))
