@@ -53,7 +53,7 @@ class MeshPlacer(WholeParameters):
         self._mesh: DeviceMesh | None = None
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
-    def prepare(self, optimizer: torch.optim.Optimizer) -> bool:
+    def prepare(self, optimizer: Any) -> bool:
         """Find the widest mesh, once."""
         if self._mesh is None:
             tensors = [p for group in optimizer.param_groups for p in group["params"]]

@@ -128,9 +128,25 @@ def matrix_state(optimizer: SpectralOptimizer, saving: bool) -> dict[str, dict[s
     return found
 
 
-def check_matrix_state(
-    optimizer: SpectralOptimizer, saved: Mapping[str, Any], prefix: str = ""
-) -> None:
+def save_matrix_state(folder: str | Path, optimizer: SpectralOptimizer) -> None:
+    """Write the matrix state alone, for a framework that saves the rest. A collective call."""
+    with _alone_is_fine():
+        dcp_save({"matrices": matrix_state(optimizer, True)}, checkpoint_id=str(folder))
+
+
+def load_matrix_state(folder: str | Path, optimizer: SpectralOptimizer) -> None:
+    """Restore what ``save_matrix_state`` has written, on any number of ranks. A collective call.
+
+    Raises:
+        ValueError: it is of other matrices, or of another rank.
+    """
+    saved = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    check_matrix_state(optimizer, saved, "matrices.")
+    with _alone_is_fine():
+        dcp_load({"matrices": matrix_state(optimizer, False)}, checkpoint_id=str(folder))
+
+
+def check_matrix_state(optimizer: SpectralOptimizer, saved: Mapping[str, Any], prefix: str) -> None:
     """Raise if a checkpoint's metadata has other matrix state than this rank's.
 
     Raises:

@@ -185,12 +185,18 @@ class SpectralOptimizer(torch.optim.Optimizer):
         unit.exchange.run(MatrixStep(self.rule, group, unit, weights, grads, momenta, handle))
         self.polar_calls += handle.polar_calls
 
-    def units(self, group: dict[str, Any]) -> list[Unit]:
+    def locate(self) -> None:
+        """Find where everything lives, and make all states. A collective call, the first time."""
+        self.placer.prepare(self)
+        for group, tensors in self.placer.steps(self):
+            self.units(group, tensors)
+
+    def units(self, group: dict[str, Any], tensors: Sequence[Tensor] | None = None) -> list[Unit]:
         """The group's parameters by where they live, with their states there from the first call.
 
-        A collective call, the first time.
+        ``tensors``: in place of those that the group has. A collective call, the first time.
         """
-        tensors = list(group["params"])
+        tensors = list(group["params"] if tensors is None else tensors)
         if not tensors and not (self.placer.partial and self.routes[group["id"]]):
             return []
         self.placer.prepare(self)
@@ -306,8 +312,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
                 if kept is not None and isinstance(value, Tensor) and value.dtype != kept.dtype:
                     self.state[p][name] = value.to(p.device, copy=True)
         if "matrix_state" in state_dict:
-            for group in self.param_groups:
-                self.units(group)
+            self.locate()
             matrix_state.load(self.matrix_parts(), state_dict["matrix_state"])
 
     def _check_finite(

@@ -114,6 +114,21 @@ class SUMO(SpectralOptimizer):
                 )
         return options
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As every optimizer's.
+
+        Raises:
+            ValueError: it was saved with another rank, of which the state has not the shape.
+        """
+        for own, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            ranks = own.get("rank"), saved.get("rank")
+            if own["kind"] == saved.get("kind") and ranks[0] != ranks[1]:
+                raise ValueError(
+                    f"rank is {ranks[0]} here, but {ranks[1]} in the checkpoint; write the rank"
+                    " that it was saved with"
+                )
+        super().load_state_dict(state_dict)
+
 
 class Spectra:
     """Counts of the singular values of what is orthogonalized, shape by shape, in 512 bins."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from spectral_dist.groups import Route
@@ -27,8 +26,11 @@ class Placer(Protocol):
     beside: bool
     """whether the framework's checkpoints are given matrix state beside ``state_dict()``"""
 
-    def prepare(self, optimizer: torch.optim.Optimizer) -> bool:
+    def prepare(self, optimizer: Any) -> bool:
         """Called first in every step; False means that this call is no step at all."""
+
+    def steps(self, optimizer: Any) -> Iterator[tuple[dict[str, Any], Sequence[Tensor]]]:
+        """What the framework steps on: each group with the tensors that it then has."""
 
     def key(self, group: dict[str, Any], tensors: Sequence[Tensor]) -> object:
         """Equal for two calls of ``place`` that would give the same answer."""
@@ -61,9 +63,14 @@ class WholeParameters:
         self.group, self.everywhere = group, everywhere
         self._wrapped: Group = None
 
-    def prepare(self, optimizer: torch.optim.Optimizer) -> bool:
+    def prepare(self, optimizer: Any) -> bool:
         """Nothing to do."""
         return True
+
+    def steps(self, optimizer: Any) -> Iterator[tuple[dict[str, Any], Sequence[Tensor]]]:
+        """All groups at once."""
+        for group in optimizer.param_groups:
+            yield group, group["params"]
 
     def key(self, group: dict[str, Any], tensors: Sequence[Tensor]) -> object:
         """A group's parameters never change."""

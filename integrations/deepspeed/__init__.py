@@ -24,9 +24,10 @@ from spectral_dist import groups as routing
 from spectral_dist.integrations.deepspeed.checkpoint import keep_checkpoints
 from spectral_dist.integrations.deepspeed.config import refuse, refuse_type
 from spectral_dist.integrations.deepspeed.fp16 import scale_loss_at_stage0
+from spectral_dist.integrations.deepspeed.matrix_state import keep_matrix_state
 from spectral_dist.integrations.deepspeed.placement import ZeroPlacer
 from spectral_dist.optimizer import SpectralOptimizer
-from spectral_dist.optimizers import ROOT, Muon, PolarGrad
+from spectral_dist.optimizers import ROOT, SUMO, Muon, PolarGrad
 from spectral_dist.options import ROUTING
 
 _building: ContextVar[DeepSpeedEngine | None] = ContextVar("engine being built", default=None)
@@ -80,7 +81,11 @@ class SpectralROOT(_FromJSON, ROOT):
     """``spectral_dist.ROOT`` named in a DeepSpeed JSON."""
 
 
-TYPES = {cls.__name__: cls for cls in (SpectralMuon, SpectralPolarGrad, SpectralROOT)}
+class SpectralSUMO(_FromJSON, SUMO):
+    """``spectral_dist.SUMO`` named in a DeepSpeed JSON."""
+
+
+TYPES = {cls.__name__: cls for cls in (SpectralMuon, SpectralPolarGrad, SpectralROOT, SpectralSUMO)}
 
 
 def _claim(engine: DeepSpeedEngine, client: SpectralOptimizer | None) -> None:
@@ -126,6 +131,7 @@ def _configure(
         _building.reset(token)
     engine.basic_optimizer.placer.start(engine.basic_optimizer)
     keep_checkpoints(engine.basic_optimizer)
+    keep_matrix_state(engine, engine.basic_optimizer)
     scale_loss_at_stage0(engine)
 
 
@@ -153,7 +159,7 @@ def _install() -> None:
     DeepSpeedEngine._is_supported_optimizer = is_supported
     for name, cls in TYPES.items():
         setattr(torch.optim, name, cls)
-    ZERO_SUPPORTED_OPTIMIZERS.extend([Muon, PolarGrad, ROOT, *TYPES.values()])
+    ZERO_SUPPORTED_OPTIMIZERS.extend([Muon, PolarGrad, ROOT, SUMO, *TYPES.values()])
 
 
 _install()

@@ -1,26 +1,40 @@
-"""Make DeepSpeed's checkpoints, the universal one too, carry matrix state."""
+"""Make DeepSpeed's checkpoints, the universal one too, carry momentum."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from spectral_dist.optimizer import SpectralOptimizer
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 def keep_checkpoints(optimizer: SpectralOptimizer) -> None:
-    """The converter to universal checkpoints reads exp_avg_sq of every state: give it zeros.
+    """The converter to universal checkpoints reads Adam's moments of every state: give it zeros.
 
     They have stride 0, so they cost no memory and no bytes on disk, and are dropped on load.
     """
-    optimizer.register_state_dict_post_hook(_add_exp_avg_sq)
-    optimizer.register_load_state_dict_pre_hook(_drop_exp_avg_sq)
+    optimizer.register_state_dict_post_hook(_add_moments)
+    optimizer.register_load_state_dict_pre_hook(_drop_moments)
 
 
-def _matrix_states(state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+def drop_moments(optimizer: SpectralOptimizer, state: dict[str, Any]) -> None:
+    """Take out of a matrix's state the moments that its rule has not."""
+    for name in MOMENTS[int(optimizer.rule.momentum) :]:
+        state.pop(name, None)
+
+
+def _copied(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """With states of its own: the inner dicts are the optimizer's, and must stay as they are."""
+    return {**state_dict, "state": {k: dict(v) for k, v in state_dict["state"].items()}}
+
+
+def _matrix_keys(state_dict: dict[str, Any]) -> list[int]:
     return [
-        state_dict["state"][i]
+        i
         for group in state_dict["param_groups"]
         if group["kind"] == "matrix"
         for i in group["params"]
@@ -28,19 +42,21 @@ def _matrix_states(state_dict: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _add_exp_avg_sq(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    # the inner dicts are the optimizer's own, so they are copied before anything is added
-    state_dict = {**state_dict, "state": {k: dict(v) for k, v in state_dict["state"].items()}}
-    for state in _matrix_states(state_dict):
-        momentum = state["exp_avg"]
-        state["exp_avg_sq"] = momentum.new_zeros(1).expand_as(momentum)
+def _add_moments(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    state_dict = _copied(state_dict)
+    saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+    flat: list[Tensor] = [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = dict(zip(saved, flat, strict=True))
+    for i in _matrix_keys(state_dict):
+        zeros = torch.zeros(1, device=shapes[i].device).expand(shapes[i].shape)
+        for name in MOMENTS:
+            state_dict["state"][i].setdefault(name, zeros)
     return state_dict
 
 
-def _drop_exp_avg_sq(
-    optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]
-) -> dict[str, Any]:
-    state_dict = {**state_dict, "state": {k: dict(v) for k, v in state_dict["state"].items()}}
-    for state in _matrix_states(state_dict):
-        state.pop("exp_avg_sq", None)
+def _drop_moments(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    state_dict = _copied(state_dict)
+    assert isinstance(optimizer, SpectralOptimizer)
+    for i in _matrix_keys(state_dict):
+        drop_moments(optimizer, state_dict["state"][i])
     return state_dict

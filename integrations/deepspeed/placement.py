@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,12 +11,16 @@ from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
 from spectral_dist.groups import Route
+from spectral_dist.integrations.deepspeed.checkpoint import drop_moments
+from spectral_dist.optimizer import SpectralOptimizer
 from spectral_dist.placement import Located, WholeParameters
 from spectral_dist.sharding.layout import Cut, Placement, lay
 
 
 class ZeroPlacer(WholeParameters):
     """Every ZeRO stage's layout.
+
+    Matrix state is saved beside what DeepSpeed saves (``matrix_state``).
 
     - stage 0: every rank has every parameter (in float32 copies when the model is 16-bit).
     - stages 1 and 2, and BF16_Optimizer: a group's parameters lie in one flat tensor, at the
@@ -25,14 +29,17 @@ class ZeroPlacer(WholeParameters):
       parameters, each cut into equal runs by rank.
     """
 
+    beside = True
+
     def __init__(self, engine: Any) -> None:
         # everywhere: DeepSpeed saves rank 0's state only at stage 0, without a collective
         super().__init__(engine.seq_data_parallel_group, everywhere=True)
+        self.engine = engine
         self.ready = False
         """False while the engine is being built: FP16_UnfusedOptimizer then calls step() once."""
         self._options: list[dict[str, Any]] = []
 
-    def start(self, optimizer: torch.optim.Optimizer) -> None:
+    def start(self, optimizer: SpectralOptimizer) -> None:
         """Take steps from now on; remember each group's options."""
         self._options = [
             {k: v for k, v in group.items() if k not in ("params", "lr")}
@@ -40,7 +47,7 @@ class ZeroPlacer(WholeParameters):
         ]
         self.ready = True
 
-    def prepare(self, optimizer: torch.optim.Optimizer) -> bool:
+    def prepare(self, optimizer: SpectralOptimizer) -> bool:
         """Undo what loading a universal checkpoint does to groups and states."""
         groups = optimizer.param_groups
         if self.ready and len(groups) == len(self._options):
@@ -49,8 +56,20 @@ class ZeroPlacer(WholeParameters):
                     group.update(self._options[index])
         for group in groups:
             for p in group["params"] if group["kind"] == "matrix" else ():
-                optimizer.state[p].pop("exp_avg_sq", None)
+                drop_moments(optimizer, optimizer.state[p])
         return self.ready
+
+    def steps(
+        self, optimizer: SpectralOptimizer
+    ) -> Iterator[tuple[dict[str, Any], Sequence[Tensor]]]:
+        """Stage 3 steps on one sub-group at a time, and between steps groups are empty."""
+        flats = getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", None)
+        if flats is None:
+            yield from super().steps(optimizer)
+            return
+        for number, flat in enumerate(flats):
+            group = self.engine.optimizer.sub_group_to_group_id[number]
+            yield optimizer.param_groups[group], [flat]
 
     def key(self, group: dict[str, Any], tensors: Sequence[Tensor]) -> object:
         """The sub-group at stage 3, the group elsewhere."""

@@ -45,7 +45,10 @@ CASES = [
 ]  # fmt: skip
 
 
-def train(layout: str, options: dict[str, Any], odd: bool = True) -> dict[str, Any]:
+def train(
+    layout: str, options: dict[str, Any], odd: bool = True, zeros: bool = False
+) -> dict[str, Any]:
+    """``zeros``: in place of a missing gradient, as DeepSpeed has them."""
     laid = layouts.build(layout, odd=odd)
     with quiet():
         groups = spectral_dist.param_groups(laid.model, split={"qkv": 3})
@@ -54,6 +57,8 @@ def train(layout: str, options: dict[str, Any], odd: bool = True) -> dict[str, A
         before: dict[str, Tensor] = {}
         for step in range(STEPS):
             laid.backward(step)
+            for p in laid.named.values() if zeros else ():
+                p.grad = torch.zeros_like(p) if p.grad is None and p.requires_grad else p.grad
             optimizer.step()
             for part in optimizer.matrix_parts():
                 if part.name == "basis":
