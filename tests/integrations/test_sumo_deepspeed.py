@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from tests import harness
@@ -137,8 +136,8 @@ def test_errors_of_checkpoints(tmp_path: Path) -> None:
     harness.run(2, train, configured(1, 2), folder, 0, 1, save="a")
     other = configured(1, 2)
     other["optimizer"]["params"]["rank"] = 5
-    with pytest.raises(harness.RankError, match="rank is 5 here, but 0.5 in the checkpoint"):
+    with pytest.raises(harness.RankError, match=r"rank is 5 here, but 0\.5 in the"):
         harness.run(2, train, other, folder, 1, 2, load="a")
     (tmp_path / "a" / "spectral_dist").rename(tmp_path / "elsewhere")
-    with pytest.raises(harness.RankError, match="has no matrix state.*load_optimizer_states=False"):
+    with pytest.raises(harness.RankError, match=r"has no matrix state.*load_optimizer_states"):
         harness.run(2, train, configured(1, 2), folder, 1, 2, load="a")
