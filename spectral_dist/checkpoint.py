@@ -184,6 +184,8 @@ def load_state_dict(optimizer: SpectralOptimizer, loaded: Mapping[str, Any]) -> 
                     " with different options in the checkpoint; build the groups as they were"
                 )
             group.update({k: tuple(v) if k == "betas" else v for k, v in old.items()})
+    for call in optimizer.after_load:
+        call()
 
 
 def save(folder: str | Path, model: nn.Module, optimizer: SpectralOptimizer, **extra: Any) -> None:

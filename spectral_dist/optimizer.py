@@ -46,6 +46,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         polar_calls: matrices this rank has orthogonalized.
         observers: called with the names and values (k, m, n) of all that is orthogonalized here.
         monitor: see ``spectral_dist.monitor``.
+        after_load: called on every rank when a checkpoint has been loaded.
         meter: calls and bytes of this rank's exchanges; ``comm_bytes`` is their sum.
 
     Raises:
@@ -73,6 +74,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         self._warned: set[str] = set()
         self.observers: list[Callable[[Sequence[str], Tensor], None]] = []
         self.monitor: Monitor | None = None
+        self.after_load: list[Callable[[], None]] = []
         self._scalar_update = adamw.BACKENDS[self.options.scalar_backend]()
         super().__init__(routing.grouped(params), {"lr": self.options.lr})
 
@@ -314,6 +316,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
         if "matrix_state" in state_dict:
             self.locate()
             matrix_state.load(self.matrix_parts(), state_dict["matrix_state"])
+            for call in self.after_load:
+                call()
 
     def _check_finite(
         self, units: Sequence[Unit], grads: Sequence[Sequence[Tensor | None]]
