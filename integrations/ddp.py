@@ -23,7 +23,7 @@ from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Meter
 from spectral_dist.sharding.layout import Matrix
 
-GradBucket: TypeAlias = dist.GradBucket  # type: ignore[attr-defined]
+GradBucket: TypeAlias = dist.GradBucket  # type: ignore[attr-defined,name-defined]
 
 
 def project_gradients(model: DistributedDataParallel, optimizer: SUMO) -> "Projection":

@@ -19,6 +19,7 @@ OPTIMIZERS: dict[str, Any] = {
     "spectral_muon": spectral_dist.Muon,
     "spectral_polargrad": spectral_dist.PolarGrad,
     "spectral_root": spectral_dist.ROOT,
+    "spectral_sumo": spectral_dist.SUMO,
 }
 ADAM = "adam"  # Megatron's own
 SHIM = "SPECTRAL_MEGATRON_SHIM"

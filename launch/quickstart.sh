@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains a small Llama on the Python source found here, on 2 ranks with ZeRO-2: first with
 # SpectralMuon, then with AdamW on the same data and schedule. Prints both results side by side.
-# `quickstart.sh polargrad` and `quickstart.sh root` take that one in place of Muon.
+# `quickstart.sh polargrad`, `root` or `sumo` takes that one in place of Muon.
 # It installs what it needs into .venv and downloads no data. About 5 minutes on 2 cores.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -11,8 +11,9 @@ case $chosen in
   muon) config=zero2 title=SpectralMuon ;;
   polargrad) config=zero2_polargrad title=SpectralPolarGrad ;;
   root) config=zero2_root title=SpectralROOT ;;
+  sumo) config=zero2_sumo title=SpectralSUMO ;;
   *)
-    echo "error: unknown optimizer $chosen; known: muon, polargrad, root" >&2
+    echo "error: unknown optimizer $chosen; known: muon, polargrad, root, sumo" >&2
     exit 2
     ;;
 esac

@@ -15,6 +15,7 @@ OPTIMIZERS: dict[str, Any] = {
     "Muon": spectral_dist.Muon,
     "PolarGrad": spectral_dist.PolarGrad,
     "ROOT": spectral_dist.ROOT,
+    "SUMO": spectral_dist.SUMO,
 }
 ADAMW = "AdamW"  # torch's own
 SHARDED = ("mesh", "tensor_parallel", "param_dtype")

@@ -48,6 +48,8 @@ ENGINE_KEYS = {
 }
 """In DeepSpeed's files: what is no state, or is read from elsewhere."""
 MODEL_FILE = "mp_rank_00_model_states.pt"
+BESIDE = "spectral_dist"
+"""In DeepSpeed's files: that matrix state was saved beside them."""
 
 
 def convert(from_format: str, source: str | Path, to_format: str, target: str | Path) -> Run:
@@ -95,6 +97,8 @@ def _read_dcp(folder: Path) -> Run:
                 run.state.setdefault(name, {})[what] = content[key]
             case ("optimizer", "groups"):
                 run.groups = json.loads(content[key])
+            case ("optimizer", "matrices", *_):
+                raise ValueError(_no_place(folder))
             case ("extra",):
                 run.extra = torch.load(io.BytesIO(content[key]), weights_only=True)
             case _:
@@ -113,6 +117,13 @@ def _write_dcp(folder: Path, run: Run) -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is")
         dcp_save(content, checkpoint_id=str(folder), no_dist=True)
+
+
+def _no_place(folder: Path) -> str:
+    return (
+        f"{folder} holds matrix state (SUMO's bases and moments), for which no other format has a"
+        " place; load it with the optimizer that saved it, on any number of ranks"
+    )
 
 
 # -- universal
@@ -142,6 +153,8 @@ def _numbers(path: Path) -> list[int]:
 def _read_universal(folder: Path) -> Run:
     """Runs what the pickles in its files say: only of checkpoints that you trust."""
     files = _engine_files(folder)
+    if BESIDE in files[0]:
+        raise ValueError(_no_place(folder))
     common = torch.load(folder / "zero" / "optimizer_state.pt", "cpu", weights_only=False)
     if common.get("dynamic_loss_scale"):
         warnings.warn(f"{folder}: fp16's loss scale is left behind; it starts anew", stacklevel=4)

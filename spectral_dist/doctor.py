@@ -20,11 +20,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from spectral_dist.first_step import expected, how, of
 from spectral_dist.polar import polar
-from spectral_dist.polar.reductions import quantile
 from spectral_dist.rules.muon import SCALES
-from spectral_dist.rules.root import shape_key
-from spectral_dist.sharding.layout import Matrix
 
 RANKS = 2
 LENGTH = 256
@@ -224,7 +222,7 @@ class Examination:
         factors: list[float] = []
         for route in engine.basic_optimizer.all_routes:
             for matrix in route.matrices:
-                step = expected(options, of(matrix, gradients[route.name]))
+                step = expected(options, of(matrix, gradients[route.name]), matrix.name)
                 wanted = SCALES["match_rms_adamw"](*matrix.shape) * min(matrix.shape) ** 0.5
                 factors.append(wanted / max(float(step.norm()), 1e-30))
         return LR * max(factors)
@@ -245,7 +243,7 @@ class Examination:
                     of(matrix, tensors[route.name]) for tensors in (gradients, before, after)
                 )
                 moved = ((1 - self.lr * options["weight_decay"]) * w0 - w1) / self.lr
-                asked = expected(options, g)
+                asked = expected(options, g, matrix.name)
                 error = float((moved - asked).norm() / asked.norm())
                 if error > worst:
                     worst, name = error, matrix.name
@@ -259,7 +257,7 @@ class Examination:
             "direction = polar factor of the whole gradient",
             worst < limit,
             f"largest error {worst:.1e} ({name}; limit {limit:g}); its cosine to the exact polar"
-            f" factor is {lowest:.3f}, polar={options.get('polar', 'AdaNewton')}",
+            f" factor is {lowest:.3f}, {how(options)}",
         )
 
     def accumulation(self, before: dict[str, Tensor], after: dict[str, Tensor]) -> Row:
@@ -320,29 +318,6 @@ class Examination:
         return Row("an overflowing step changes nothing", same, how if same else f"{how}, changed")
 
 
-def expected(options: dict[str, Any], g: Tensor) -> Tensor:
-    """What the first step must subtract from a matrix over lr, from its gradient; float64."""
-    shape = (g.shape[-2], g.shape[-1])
-    size = SCALES[options["scale"]](*shape) if "scale" in options else 1.0
-    if "coefficients" in options:  # ROOT
-        limit = quantile(g.abs()[None], options["quantile"])
-        rows = [options["coefficients"][shape_key(shape)]] * options["polar_steps"]
-        return polar(g.clamp(-limit, limit), method=rows).mul_(size)
-    factor = polar(g, method=options["polar"], steps=options["polar_steps"])
-    if "nu_power" in options:  # PolarGrad: momentum is (1 - beta) G, or (1 - beta) U
-        power, keeps = options["nu_power"], 1 - options["momentum"]
-        size = (
-            keeps ** (1 if options["polar_first"] else power) * float((g * factor).sum()) ** power
-        )
-    return factor.mul_(size)
-
-
-def of(matrix: Matrix, parameter: Tensor) -> Tensor:
-    """The matrix's elements of its parameter, float64."""
-    flat, n = parameter.reshape(-1), matrix.shape[1]
-    return torch.cat([flat[s : s + r * n] for s, r in matrix.blocks]).view(matrix.shape).double()
-
-
 def whole(engine: Any) -> dict[str, Tensor]:
     """All parameters in float32, on every rank."""
     import deepspeed
@@ -360,8 +335,10 @@ def whole_dtype(engine: Any) -> torch.dtype:
 
 def momentum_norm(engine: Any) -> float:
     """Norm of the matrices' momentum over all ranks (up to a constant factor)."""
-    states = engine.basic_optimizer.state.values()
-    total = sum(float(s["exp_avg"].double().square().sum()) for s in states if len(s) == 2)
+    optimizer = engine.basic_optimizer
+    moments = [s["exp_avg"] for s in optimizer.state.values() if s.keys() == {"step", "exp_avg"}]
+    moments += [part.values for part in optimizer.matrix_parts() if part.name == "moment"]
+    total = sum(float(moment.double().square().sum()) for moment in moments)
     number = torch.tensor(total, dtype=torch.float32, device=engine.device)
     dist.all_reduce(number)
     return math.sqrt(float(number))
@@ -369,7 +346,8 @@ def momentum_norm(engine: Any) -> float:
 
 def snapshot(engine: Any) -> list[list[float]]:
     """Sums that tell whether any state of the optimizer has changed."""
-    states = engine.basic_optimizer.state.values()
+    optimizer = engine.basic_optimizer
+    states = [*optimizer.state.values(), *optimizer.matrix_state().values()]
     return [[float(v.double().sum()) for v in state.values()] for state in states]
 
 

@@ -37,12 +37,12 @@ def rule(stage: int, kind: str, options: Any = None, **changes: Any) -> dict[str
 
 def rows(configuration: dict[str, Any], fault: str) -> dict[str, bool]:
     """The table on this rank, with a fault built in."""
-    from spectral_dist import doctor, matrix_step
+    from spectral_dist import doctor, handles
     from spectral_dist.launch.engines import prepare_deepspeed
 
     accelerator = prepare_deepspeed().get_accelerator()
     accelerator.is_fp16_supported = lambda: True
-    whole = matrix_step.polar
+    whole = handles.polar
 
     def halves(x: torch.Tensor, **options: Any) -> torch.Tensor:
         return torch.cat([whole(part.contiguous(), **options) for part in x.chunk(2, 1)], 1)
@@ -55,10 +55,10 @@ def rows(configuration: dict[str, Any], fault: str) -> dict[str, bool]:
         return whole(x)
 
     patches = {
-        "": mock.patch.object(matrix_step, "polar", whole),
-        "local shards": mock.patch.object(matrix_step, "polar", halves),
-        "update clipped": mock.patch.object(matrix_step, "polar", sized),
-        "twice": mock.patch.object(matrix_step.Handle, "polar", twice),
+        "": mock.patch.object(handles, "polar", whole),
+        "local shards": mock.patch.object(handles, "polar", halves),
+        "update clipped": mock.patch.object(handles, "polar", sized),
+        "twice": mock.patch.object(handles.Handle, "polar", twice),
     }
     with patches[fault]:
         return {row.check: row.passed for row in doctor.Examination(configuration, MODEL).run()}
@@ -81,6 +81,7 @@ def failed(configuration: dict[str, Any], fault: str = "") -> list[str]:
         rule(2, "SpectralPolarGrad", gradient_clipping=1.0),
         rule(3, "SpectralPolarGrad", {"polar_first": True, "polar": "jordan"}),
         rule(1, "SpectralROOT", bf16={"enabled": True}),
+        rule(3, "SpectralSUMO", {"rank": 0.25}, gradient_clipping=1.0),
     ],
     ids=[
         "stage 0 fp16",
@@ -90,6 +91,7 @@ def failed(configuration: dict[str, Any], fault: str = "") -> list[str]:
         "PolarGrad",
         "PolarGrad, polar first",
         "ROOT bf16",
+        "SUMO",
     ],
 )
 def test_good_configs_pass(configuration: dict[str, Any]) -> None:

@@ -59,7 +59,7 @@ def test_stages_differ_in_the_stage_only() -> None:
     assert all(config == found[0] for config in found)
 
 
-@pytest.mark.parametrize("kind", ["PolarGrad", "ROOT"])
+@pytest.mark.parametrize("kind", ["PolarGrad", "ROOT", "SUMO"])
 def test_other_optimizers_differ_in_the_optimizer_only(kind: str) -> None:
     names = ("zero2", f"zero2_{kind.lower()}")
     muon, other = (json.loads((ROOT / f"configs/deepspeed/{n}.json").read_text()) for n in names)
@@ -72,6 +72,7 @@ TORCH = {
     "muon": "Muon",
     "polargrad": "PolarGrad",
     "root": "ROOT",
+    "sumo": "SUMO",
     "adamw": "AdamW",
     "hsdp": "Muon",
     "tp_fsdp": "Muon",
