@@ -42,6 +42,12 @@ def parts(w: Tensor, split: int) -> list[Tensor]:
     return [part for matrix in (w if w.ndim == 3 else [w]) for part in matrix.chunk(split)]
 
 
+def part_name(name: str, i: int, w: Tensor, split: int) -> str:
+    """What the package calls the i-th of ``parts``."""
+    stack = f"{name}[{i // split}]" if w.ndim == 3 else name
+    return stack if split == 1 else f"{stack}/{i % split}"
+
+
 def train(
     options: dict[str, Any],
     count: int = 10,
@@ -52,6 +58,7 @@ def train(
     oracle: rules.Oracle | None = None,
     split: dict[str, int] | None = None,
     skip_missing: bool = False,
+    take: Callable[[str, Tensor, Tensor, dict[str, Any]], None] | None = None,
     make: Callable[..., torch.nn.Module] = models.build,
     tokens: Callable[[int], Tensor] = models.tokens,
     **model_options: Any,
@@ -61,7 +68,7 @@ def train(
     ``factors``: of both learning rates, step by step. ``rule``: a name in ``rules.RULES``, with its
     options among ``options``, or 'muon', which is Muon with jordan here. ``split``: part of a
     name -> equal blocks of rows. ``skip_missing``: a parameter without gradient stays as it is,
-    where else its gradient is zero.
+    where else its gradient is zero. ``take``: in place of ``rule``, one step on a matrix by name.
     """
     model = make(**model_options)
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -87,9 +94,12 @@ def train(
                 if named[name].grad is None:
                     continue
                 values = (named[name].data, named[name].grad, momentum)
-                for wgm in zip(*(parts(x, splits[name]) for x in values), strict=True):
+                found = zip(*(parts(x, splits[name]) for x in values), strict=True)
+                for i, wgm in enumerate(found):
                     changed = {**options, "lr": options["lr"] * factor}
-                    if rule == "muon" and oracle is None:
+                    if take:
+                        take(part_name(name, i, momentum, splits[name]), *wgm[:2], changed)
+                    elif rule == "muon" and oracle is None:
                         muon(*wgm, changed)
                     else:
                         rules.RULES[rule](*wgm, changed, oracle)
