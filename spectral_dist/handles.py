@@ -98,13 +98,14 @@ class Handle:
         """What ``evaluate`` makes of them: there is one slab."""
         return evaluate(parts, list(range(len(self.which)) if among is None else among))
 
-    def orthogonalized(self, places: list[int], matrices: Tensor, factors: Tensor) -> None:
+    def orthogonalized(self, places: list[int] | None, matrices: Tensor, factors: Tensor) -> None:
         """Count what was orthogonalized without ``polar``; show it to those who watch."""
-        self.polar_calls += len(places)
+        found = range(len(self.which)) if places is None else places
+        self.polar_calls += len(found)
         for observer in self.observers:
-            observer([self.names[k] for k in places], matrices)
-        if self.watch and places:
-            self.watch.factors([self.which[k] for k in places], matrices, factors)
+            observer([self.names[k] for k in found], matrices)
+        if self.watch and found:
+            self.watch.factors([self.which[k] for k in found], matrices, factors)
 
     def note(self, name: str, values: Callable[[], Tensor]) -> None:
         """Tell the monitor, if one watches this step."""
@@ -125,21 +126,14 @@ class SlabHandle:
 
     def polar(self, matrices: Tensor, rows: Sequence[Sequence[float]] | None = None) -> Tensor:
         """Slabs of their polar factors, by the group's method, or by these (a, b, c)."""
-        group, watch = self._handle.group, self._handle.watch
+        group = self._handle.group
         method = group["polar"] if rows is None else rows
         steps = group["polar_steps"] if rows is None else None
         computed = resolve_dtype(method, group["polar_dtype"], matrices.dtype, matrices.device)
         dtype = of_gram.dtype_of(method, steps, computed)
         evaluate = partial(of_gram.multiplier, method=method, steps=steps)
         factors = self._reduction.multiply(matrices, dtype, evaluate)
-        self._handle.polar_calls += len(self._reduction.mine)
-        if watch:
-            found = [self._reduction.gram(x.float()) for x in (matrices, factors)]
-            of_both = self._reduction.add(torch.stack(found))
-            nuclear = self.inner(matrices, factors)
-            mine = self._reduction.mine
-            if mine:
-                watch.grams(self._mine(), *(x[mine] for x in (*of_both, nuclear)))
+        self.orthogonalized(None, matrices, factors)
         return factors
 
     def inner(self, a: Tensor, b: Tensor) -> Tensor:
@@ -164,9 +158,19 @@ class SlabHandle:
         """What ``evaluate`` makes of sums over slabs, each at its owner."""
         return self._reduction.at_owner(parts, evaluate, among)
 
-    def orthogonalized(self, places: list[int], matrices: Tensor, factors: Tensor) -> None:
+    def orthogonalized(self, places: list[int] | None, matrices: Tensor, factors: Tensor) -> None:
         """As ``Handle``: ``places`` are among the matrices that are owned here."""
-        self._handle.orthogonalized([self._reduction.mine[k] for k in places], matrices, factors)
+        mine, watch = self._reduction.mine, self._handle.watch
+        if places is not None:
+            self._handle.orthogonalized([mine[k] for k in places], matrices, factors)
+            return
+        self._handle.polar_calls += len(mine)
+        if watch:
+            found = [self._reduction.gram(x.float()) for x in (matrices, factors)]
+            of_both = self._reduction.add(torch.stack(found))
+            nuclear = self.inner(matrices, factors)
+            if mine:
+                watch.grams(self._mine(), *(x[mine] for x in (*of_both, nuclear)))
 
     def note(self, name: str, values: Callable[[], Tensor]) -> None:
         """Tell the monitor, if one watches this step."""

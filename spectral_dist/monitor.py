@@ -28,6 +28,7 @@ QUANTITIES = {
     "stable_rank": "||X||_F^2 / ||X||_2^2 of what was orthogonalized (power iteration, about 1%)",
     "nuclear_norm": "<X, U>",
     "clamped_fraction": "of its elements beyond ROOT's quantile; 0 for other rules",
+    "captured_fraction": "|Q^T G| / |G| of SUMO's subspace; 0 for other rules",
 }
 _COLUMNS = ("update_squares", "weight_squares", *list(QUANTITIES)[2:])
 POWER_STEPS = 20

@@ -74,6 +74,23 @@ def test_the_numbers_of_a_first_step() -> None:
                 assert found == pytest.approx(value, rel=tolerance, abs=2e-5), (name, quantity)
 
 
+@pytest.mark.parametrize("rank", [2, 1.0])
+def test_the_numbers_of_sumo(rank: float) -> None:
+    """What is orthogonalized is the gradient inside of the subspace, of its top directions."""
+    model, seen, _ = watched(spectral_dist.SUMO, 1, 1, rank=rank, basis="svd", perp_scale=0.0)
+    for name, p in model.named_parameters():
+        found = {quantity: values[name] for quantity, values in seen[0][1].items()}
+        sigma = torch.linalg.svdvals(p.grad.double())
+        top = sigma[:2] if rank == 2 else sigma
+        captured = float(top.norm() / sigma.norm()) if rank == 2 else 0.0
+        assert found["captured_fraction"] == pytest.approx(captured, rel=1e-4)
+        assert found["nuclear_norm"] == pytest.approx(float(top.sum()), rel=1e-4)
+        wanted = float(top.square().sum() / top[0] ** 2)
+        assert found["stable_rank"] == pytest.approx(wanted, rel=0.02)
+        assert found["orthogonality_error"] < 1e-5
+        assert found["update_rms"] == pytest.approx(0.2, rel=1e-4)
+
+
 def test_stable_rank() -> None:
     for spectrum in ([1.0] * 6, [1, 0.5, 0.1, 0.01], [1.0, 0.0, 0.0], [3e-12, 1e-12]):
         u = torch.linalg.qr(torch.randn(len(spectrum), len(spectrum)))[0]

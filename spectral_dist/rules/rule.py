@@ -60,8 +60,11 @@ class Handle(Protocol):
         is at owners. ``among``: which of the matrices in hand, ascending; None is all.
         """
 
-    def orthogonalized(self, places: list[int], matrices: Tensor, factors: Tensor) -> None:
-        """Count, and show the monitor, what was orthogonalized without ``polar``, at owners."""
+    def orthogonalized(self, places: list[int] | None, matrices: Tensor, factors: Tensor) -> None:
+        """Count, and show the monitor, what was orthogonalized without ``polar``.
+
+        ``places``: at owners, of whole matrices; None: what is in hand, slabs or not.
+        """
 
     def note(self, name: str, values: Callable[[], Tensor]) -> None:
         """Tell the monitor, if there is one, a number for each, (k,)."""

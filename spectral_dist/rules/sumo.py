@@ -49,7 +49,7 @@ class SUMO(Rule):
         """Q, M, |D| of the step before, and the steps from the first gradient not zero on."""
         short, long = sorted(shape)
         r = rank_of(options, shape)
-        found = {"step": Kept((), "all", torch.int64), "norm": Kept((), "all", torch.float32)}
+        found = {"step": Kept((), "all", torch.int64), "norm": Kept((), "all", torch.float64)}
         if r == short:
             return {**found, "moment": Kept((long, short), "slab")}
         return {**found, "basis": Kept((long, r), "slab"), "moment": Kept((r, short), "owner")}
@@ -95,6 +95,7 @@ class SUMO(Rule):
             return of_gram.inverse_root(gram, cutoff)
 
         polar = (wide @ handle.at_owner(wide.mT @ wide, root)).to(moment.dtype)
+        handle.orthogonalized(None, moment, polar)
         return polar * scale_of(options, handle.shape)
 
     def _refresh(self, options: dict[str, Any], g: Tensor, handle: Handle) -> None:
@@ -103,8 +104,8 @@ class SUMO(Rule):
         due = [k for k, t in enumerate(steps) if refreshes(options, handle.names[k], t)]
         basis, moment = handle.state["basis"], handle.state["moment"]
         if options["refresh_below"]:
-            norms = handle.at_owner(basis.mT @ g, lambda c, _: c.square().sum((1, 2))[:, None])
-            low = norms[:, 0].sqrt() <= options["refresh_below"]
+            inside = handle.at_owner(basis.mT @ g, lambda c, _: _squares(c))
+            low = inside[:, 0].sqrt() <= options["refresh_below"]
             due = sorted({*due, *low.nonzero()[:, 0].tolist()})  # waits for the device
         if not due:
             return
@@ -161,17 +162,27 @@ def exact_polar(x: Tensor, cutoff: float) -> Tensor:
 
 def _limited(d: Tensor, limit: float, handle: Handle) -> Tensor:
     """D, no longer than ``limit`` times the one before."""
-    norms, before = handle.inner(d, d).sqrt(), handle.state["norm"]
+    norms, before = _norms(d, handle), handle.state["norm"]
     allowed = torch.where(before > 0, torch.clamp(limit * before / norms, max=1.0), 1.0)
     before.copy_(norms * allowed)
     return d * allowed.to(d.dtype)[:, None, None]
 
 
+def _squares(x: Tensor) -> Tensor:
+    """Of Frobenius norms, (k, 1) float64: those of float32 may overflow."""
+    rows: Tensor = torch.linalg.vector_norm(x, dim=-1)
+    return rows.double().square().sum(-1, keepdim=True)
+
+
+def _norms(x: Tensor, handle: Handle) -> Tensor:
+    """Frobenius norms of whole matrices, (k,) float64."""
+    return handle.at_owner(_squares(x), lambda sums, _: sums)[:, 0].sqrt()
+
+
 def _captured(projected: Tensor, g: Tensor, handle: Handle) -> Tensor:
     """|Q^T G| / |G|."""
-    squares = handle.at_owner(projected, lambda c, _: c.square().sum((1, 2))[:, None])[:, 0]
-    whole = handle.inner(g, g).to(squares.dtype)
-    return (squares / whole.clamp_min(torch.finfo(whole.dtype).tiny)).sqrt()
+    inside, whole = handle.at_owner(projected, lambda c, _: _squares(c)), _norms(g, handle)
+    return inside[:, 0].sqrt() / whole.clamp_min(torch.finfo(whole.dtype).tiny)
 
 
 # -- bases: the top r left singular vectors of (j, slab of m, n), of the matrices ``due``
@@ -189,12 +200,14 @@ def randomized(options: dict[str, Any], g: Tensor, handle: Handle, due: Sequence
     y = g @ sketches.to(device=g.device, dtype=g.dtype)
     for _ in range(POWER_STEPS):
         y = _orthonormal(y, handle, due).to(g.dtype)
-        y = g @ handle.at_owner(g.mT @ y, lambda z, _: z, due)
+        # orthonormal in the half step, too: products of both would lose what kappa(G)^2 hides
+        y = g @ handle.at_owner(g.mT @ y, lambda z, _: _orthonormal_whole(z), due)
     y = _orthonormal(y, handle, due)
 
     def leading(small: Tensor, places: list[int]) -> Tensor:
         """The top r left singular vectors of Y^T G, (j', columns, r)."""
-        values, vectors = _eigenpairs(small.double(), r, cutoff_of(handle.shape, g.dtype))
+        wide = small.double()
+        values, vectors = _top(wide @ wide.mT, r, cutoff_of(handle.shape, g.dtype))
         return vectors * (values > 0)[:, None]
 
     return y @ handle.at_owner(y.to(g.dtype).mT @ g, leading, due)
@@ -230,9 +243,12 @@ def _orthonormal(y: Tensor, handle: Handle, due: Sequence[int]) -> Tensor:
     return y
 
 
-def _eigenpairs(x: Tensor, r: int, cutoff: float) -> tuple[Tensor, Tensor]:
-    """Of X X^T."""
-    return _top(x @ x.mT, r, cutoff)
+def _orthonormal_whole(z: Tensor) -> Tensor:
+    """The same of Z that is in one place, as Z's dtype."""
+    wide = z.double()
+    for _ in range(2):
+        wide = wide @ of_gram.inverse_root(wide.mT @ wide)
+    return wide.to(z.dtype)
 
 
 def _top(gram: Tensor, r: int, cutoff: float) -> tuple[Tensor, Tensor]:
@@ -245,7 +261,8 @@ def _top(gram: Tensor, r: int, cutoff: float) -> tuple[Tensor, Tensor]:
     lam, v = lam.flip(-1)[:, :r], v.flip(-1)[:, :, :r]
     largest = v.gather(1, v.abs().argmax(1, keepdim=True))
     v = torch.where(largest < 0, -v, v)
-    lam = torch.where(lam > lam[:, :1] * cutoff**2, lam, 0.0)
+    least = max(cutoff**2, gram.shape[-1] * torch.finfo(gram.dtype).eps)
+    lam = torch.where(lam > lam[:, :1] * least, lam, 0.0)
     return torch.where(fine, lam, math.nan), torch.where(fine[:, None], v, math.nan)
 
 

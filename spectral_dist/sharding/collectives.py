@@ -143,6 +143,8 @@ def assert_same(lines: Sequence[str], groups: Sequence[Group], device: torch.dev
 
     ``groups``: of shards, then of replicas, each of which has the first kind of group of its own.
     """
+    if all(size(group) == 1 for group in groups):
+        return
     digest = hashlib.sha256("\n".join(lines).encode()).digest()[:7]
     found = torch.tensor([int.from_bytes(digest, "big"), 0], dtype=torch.int64, device=device)
     for group in groups:
