@@ -74,6 +74,7 @@ def test_the_numbers_of_a_first_step() -> None:
                 assert found == pytest.approx(value, rel=tolerance, abs=2e-5), (name, quantity)
 
 
+@pytest.mark.filterwarnings("ignore:SUMO with rank")
 @pytest.mark.parametrize("rank", [2, 1.0])
 def test_the_numbers_of_sumo(rank: float) -> None:
     """What is orthogonalized is the gradient inside of the subspace, of its top directions."""
