@@ -58,7 +58,8 @@ class Reading:
     """What a parameter is by itself, before any pattern: see ``Route``.
 
     ``shape``: whole and unsharded; ``view``: as its matrices are read, if otherwise. ``split``: how
-    it holds several matrices, unless the user says otherwise.
+    it holds several matrices, unless the user says otherwise. ``name``: in the whole model, if a
+    rank has a part of it and calls it otherwise; its matrices are called after that.
     """
 
     shape: tuple[int, ...]
@@ -66,6 +67,7 @@ class Reading:
     reason: str
     view: tuple[int, ...] = ()
     split: Split | None = None
+    name: str = ""
 
 
 Reader: TypeAlias = Callable[[str, nn.Parameter, nn.Module], Reading]
@@ -222,7 +224,7 @@ def classify(
             kind, reason = "frozen", "requires_grad is False"
         elif kind == "matrix":
             parts = split[pattern] if split and pattern is not None else found.split
-            held = matrices_of(name, view, parts)
+            held = matrices_of(found.name or name, view, parts)
         elif pattern is not None:
             raise ValueError(f"split: {pattern!r} matches {name}, which is no matrix ({reason})")
         exact = kind == "matrix" and any(option == "one_sided" for option, _ in asked)

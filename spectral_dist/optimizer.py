@@ -251,18 +251,16 @@ class SpectralOptimizer(torch.optim.Optimizer):
     def _ensure_state(self, group: dict[str, Any], unit: Unit, index: int, p: Tensor) -> None:
         """Every parameter has its state from the start, so that all ranks have the same keys."""
         state = self.state[p]
-        if group["kind"] == "matrix" and not self.rule.momentum:
-            state.setdefault("step", torch.zeros((), dtype=torch.float32))
-            return
-        if "exp_avg" in state:
+        if "exp_avg" in state or ("step" in state and not self.rule.momentum):
             kept = unit.kept.numel.get(index, 0) if unit.alone else None
             if kept is not None and state["exp_avg"].numel() != kept:  # loaded whole
                 state["exp_avg"] = unit.kept.pack(index, state["exp_avg"])
             return
         if group["kind"] == "scalar":
             state.update(adamw.new_state(p))
-        else:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            return
+        state["step"] = torch.zeros((), dtype=torch.float32)
+        if self.rule.momentum:
             state["exp_avg"] = unit.momentum(index, p, self.placer.local(p))
 
     def matrix_parts(self) -> Iterator[Part]:

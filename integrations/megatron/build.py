@@ -21,6 +21,7 @@ from spectral_dist.groups import Route
 from spectral_dist.integrations.megatron.checkpoint import keep_checkpoints
 from spectral_dist.integrations.megatron.config import refuse, refuse_adapting, spectral_options
 from spectral_dist.integrations.megatron.inner import TYPES, InsideMegatron
+from spectral_dist.integrations.megatron.names import copies, global_names, unwrap
 from spectral_dist.integrations.megatron.placement import FlatRange, MegatronPlacer
 from spectral_dist.integrations.megatron.ranks import Ranks, alone
 from spectral_dist.integrations.megatron.reader import MegatronReader
@@ -48,7 +49,7 @@ def build(
     TYPES[name].option_type.from_user(options, name)  # before the table: it stands out
     refuse(config, model_chunks)
     refuse_adapting(given, model_chunks)
-    reader = MegatronReader(*_ranks(pg_collection))
+    reader = MegatronReader(*_ranks(pg_collection), global_names(model_chunks))
     routes = _routes(model_chunks, reader, {k: v for k, v in given.items() if k in ROUTING})
     if config_overrides is None:
         config_overrides = get_standard_config_overrides(config)
@@ -60,7 +61,12 @@ def build(
         leaf.config = config
         if leaf.optimizer is not None:
             members = _members(leaf, as_adam, overrides)
-            _swap(leaf, members, TYPES[name], options, routes, reader)
+            inner = _swap(leaf, members, TYPES[name], options, routes, reader)
+            again = copies(model_chunks)
+            twice = {
+                m.name for r in routes.values() if id(r.parameter) in again for m in r.matrices
+            }
+            keep_checkpoints(leaf, inner, twice)
     built.config = config
     return built
 
@@ -88,9 +94,7 @@ def _routes(
     """The route of every parameter of all chunks, by its id."""
     model = nn.Module()
     for index, chunk in enumerate(chunks):
-        inside: Any = chunk
-        while isinstance(getattr(inside, "module", None), nn.Module):
-            inside = inside.module  # DistributedDataParallel, Float16Module
+        inside = unwrap(chunk)
         if len(chunks) == 1:
             model = inside
         else:
@@ -131,8 +135,8 @@ def _swap(
     options: Mapping[str, Any],
     routes: Mapping[int, Route],
     reader: MegatronReader,
-) -> None:
-    """Put ours in the place of the Adam of one of Megatron's optimizers."""
+) -> InsideMegatron:
+    """Put ours in the place of the Adam of one of Megatron's optimizers; it."""
     adam = leaf.optimizer
     groups, keys = [], []
     for number, group in enumerate(adam.param_groups):
@@ -157,7 +161,7 @@ def _swap(
     inner.placer = MegatronPlacer(reader, home, ranges, inner.options.replicate_momentum)
     leaf.optimizer = inner
     leaf.init_state_fn = lambda optimizer, config=None: optimizer.prepare()
-    keep_checkpoints(leaf, inner)
+    return inner
 
 
 def _members(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from spectral_dist.integrations.megatron import matrix_checkpoint
 from spectral_dist.integrations.megatron.inner import InsideMegatron
 
 FORMAT = "distrib_optim_sharding_type"
@@ -18,11 +19,15 @@ RESHARDABLE = "fully_reshardable"
 Megatron's own default is one that 0.19 can no longer write."""
 
 
-def keep_checkpoints(leaf: Any, inner: InsideMegatron) -> None:
-    """Have one of Megatron's optimizers save and load what ours needs."""
+def keep_checkpoints(leaf: Any, inner: InsideMegatron, copies: Collection[str]) -> None:
+    """Have one of Megatron's optimizers save and load what ours needs.
+
+    ``copies``: names of matrices that an earlier pipeline stage has, too.
+    """
     sharded, load = leaf.sharded_state_dict, leaf.load_state_dict
     distributed = isinstance(leaf, DistributedOptimizer)
     states = inner.as_adam if distributed else contextlib.nullcontext
+    within = False
 
     @functools.wraps(sharded)
     def sharded_state_dict(
@@ -31,13 +36,26 @@ def keep_checkpoints(leaf: Any, inner: InsideMegatron) -> None:
         inner.prepare()
         if distributed and not args and kwargs.get("sharding_type") is None:
             kwargs["metadata"] = {FORMAT: RESHARDABLE, **(kwargs.get("metadata") or {})}
-        with inner.gathering(), states():
-            return sharded(model_sharded_state_dict, is_loading, *args, **kwargs)
+        nonlocal within
+        within = True  # the distributed optimizer loads inside of what it does to be loaded
+        try:
+            with inner.gathering(), states():
+                found = sharded(model_sharded_state_dict, is_loading, *args, **kwargs)
+        finally:
+            within = False
+        if not inner.rule.momentum:
+            parts = inner.matrix_parts()
+            found[matrix_checkpoint.ENTRY] = matrix_checkpoint.sharded(parts, copies, is_loading)
+        return found
 
     @functools.wraps(load)
     @torch.no_grad()
     def load_state_dict(state_dict: Any) -> Any:
         inner.prepare()
+        state_dict = dict(state_dict)
+        found = state_dict.pop(matrix_checkpoint.ENTRY, {})
+        if not within:
+            matrix_checkpoint.fill(inner.matrix_parts(), found)
         with inner.gathering(), states():
             return load(state_dict)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spectral_dist.matrix_step import Unit
 from spectral_dist.optimizer import SpectralOptimizer
-from spectral_dist.optimizers import ROOT, Muon, PolarGrad
+from spectral_dist.optimizers import ROOT, SUMO, Muon, PolarGrad
 from spectral_dist.sharding.exchange import Piece
 from spectral_dist.sharding.gather import from_owners
 
@@ -69,6 +69,11 @@ class InsideMegatron(SpectralOptimizer):
             ValueError: momentum is at owners alone, and this is not a call on all ranks.
         """
         units = [(group, unit) for group in self.param_groups for unit in self.units(group)]
+        if any(unit.state for _, unit in units) and not self._gathering:
+            raise ValueError(
+                "a matrix's state is on its owner alone, and this checkpoint is written without the"
+                " other ranks. Write --ckpt-format torch_dist"
+            )
         whole: dict[Tensor, Tensor] = {}
         for group, unit in units:
             if unit.alone:
@@ -134,7 +139,8 @@ class InsideMegatron(SpectralOptimizer):
     def as_adam(self) -> Iterator[None]:
         """States that the distributed optimizer can copy buffer by buffer: Adam's two, no scalar.
 
-        A matrix's ``exp_avg_sq`` is zeros, for as long as this takes.
+        Of a matrix, ``exp_avg_sq`` (and of a rule without momentum ``exp_avg``) is zeros, for as
+        long as this takes.
         """
         if self._dressed:  # Megatron loads inside of what it does to save
             yield
@@ -149,15 +155,17 @@ class InsideMegatron(SpectralOptimizer):
                 for p in group["params"]:
                     self.state[p]["step"] = torch.tensor(float(self.taken))
                     if group["kind"] == "matrix":
-                        self.state[p].pop("exp_avg_sq", None)
+                        for name in ("exp_avg", "exp_avg_sq")[int(self.rule.momentum) :]:
+                            self.state[p].pop(name, None)
 
     def _dress(self) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 state = self.state[p]
                 state.pop("step", None)
-                if "exp_avg_sq" not in state:
-                    state["exp_avg_sq"] = torch.zeros_like(state["exp_avg"])
+                for name in ("exp_avg", "exp_avg_sq"):
+                    if name not in state:
+                        state[name] = torch.zeros_like(p, dtype=torch.float32)
 
 
 class SpectralMuon(Muon, InsideMegatron):
@@ -172,9 +180,14 @@ class SpectralROOT(ROOT, InsideMegatron):
     """``spectral_dist.ROOT`` as --optimizer spectral_root."""
 
 
+class SpectralSUMO(SUMO, InsideMegatron):
+    """``spectral_dist.SUMO`` as --optimizer spectral_sumo."""
+
+
 TYPES: dict[str, type[InsideMegatron]] = {
     "spectral_muon": SpectralMuon,
     "spectral_polargrad": SpectralPolarGrad,
     "spectral_root": SpectralROOT,
+    "spectral_sumo": SpectralSUMO,
 }
 """By the name that --optimizer takes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -30,10 +31,11 @@ class MegatronReader:
 
     Args:
         ranks: of the dense parameters, and of the experts.
+        names: of parameters in the whole model, by their ids.
     """
 
-    def __init__(self, ranks: Ranks, expert_ranks: Ranks) -> None:
-        self.ranks, self.expert_ranks = ranks, expert_ranks
+    def __init__(self, ranks: Ranks, expert_ranks: Ranks, names: Mapping[int, str]) -> None:
+        self.ranks, self.expert_ranks, self.names = ranks, expert_ranks, names
         self._gated: set[int] = set()
 
     def __call__(self, model: nn.Module) -> Reader:
@@ -44,7 +46,8 @@ class MegatronReader:
         def read(name: str, parameter: nn.Parameter, module: nn.Module) -> Reading:
             shape = self._whole(parameter)
             kind, reason = _kind(name, parameter, module, len(shape))
-            return Reading(shape, kind, reason, split=splits.get(id(parameter)))
+            split, known_as = splits.get(id(parameter)), self.names[id(parameter)]
+            return Reading(shape, kind, reason, split=split, name=known_as)
 
         return read
 

@@ -57,9 +57,12 @@ def gpt(
     *, swiglu: bool = True, heads: int = 4, query_groups: int | None = 2, hidden: int = 64,
     layers: int = 2, ffn: int = 96, vocab: int = VOCABULARY, bf16: bool = False, tied: bool = False,
     moe_experts: int | None = None, attention_output_gate: bool = False,
-    sequence_parallel: bool = False, **options: Any,
+    sequence_parallel: bool = False, vp_stage: int | None = None, **options: Any,
 ) -> nn.Module:  # fmt: skip
-    """This rank's part of the model: rotary positions, no biases; options go to its config."""
+    """This rank's part of the model: rotary positions, no biases; options go to its config.
+
+    ``vp_stage``: which of the parts it has, if several (interleaved pipeline stages).
+    """
     from megatron.core import parallel_state
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -81,6 +84,10 @@ def gpt(
         "bias_activation_fusion": False, "bias_dropout_fusion": False, "apply_rope_fusion": False,
         "masked_softmax_fusion": False, "gradient_accumulation_fusion": False,
     }  # fmt: skip
+    stage = {} if vp_stage is None else {"ignore_virtual": False, "vp_stage": vp_stage}
+    if stage:
+        sizes = parallel_state.get_virtual_pipeline_model_parallel_world_size()
+        settings["virtual_pipeline_model_parallel_size"] = sizes
     if moe_experts:
         settings |= {
             "num_moe_experts": moe_experts, "moe_ffn_hidden_size": ffn, "moe_router_topk": 2,
@@ -91,8 +98,9 @@ def gpt(
         get_gpt_layer_local_spec(num_experts=moe_experts, normalization="RMSNorm"),
         vocab_size=vocab,
         max_sequence_length=LENGTH,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(**stage),
+        post_process=parallel_state.is_pipeline_last_stage(**stage),
+        vp_stage=vp_stage,
         position_embedding_type="rope",
         share_embeddings_and_output_weights=tied,
     )

@@ -58,7 +58,7 @@ def counts(optimizer: Any) -> dict[str, Any]:
     """Matrices orthogonalized, bytes sent, elements of momentum, on this rank."""
     ours = [o for o in inner(optimizer) if hasattr(o, "polar_calls")]
     momenta = [
-        o.state[p]["exp_avg"].numel()
+        o.state[p]["exp_avg"].numel() if "exp_avg" in o.state[p] else 0
         for o in ours
         for group in o.param_groups
         if group["kind"] == "matrix"
@@ -68,6 +68,9 @@ def counts(optimizer: Any) -> dict[str, Any]:
         "polar_calls": sum(o.polar_calls for o in ours),
         "bytes": sum(o.comm_bytes for o in ours),
         "momentum": sum(momenta),
+        "matrix_state": sum(
+            p.values.numel() for o in ours for p in o.matrix_parts() if p.speaks and p.shape
+        ),
     }
 
 
@@ -127,6 +130,16 @@ def load(folder: str, *args: Any, sharding: str | None = None, **kwargs: Any) ->
         "steps": restored.taken - 3,
         "coefficients": [table for table in tables if table],
         "keys": keys,
+        "matrix keys": sorted(
+            {
+                key
+                for o in inner(optimizer)
+                for group in o.param_groups
+                if group["kind"] == "matrix"
+                for p in group["params"]
+                for key in o.state[p]
+            }
+        ),
     }
 
 
