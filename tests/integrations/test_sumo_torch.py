@@ -14,6 +14,7 @@ from tests import harness
 from tests.integrations import torch_layouts as layouts
 from tests.integrations.test_torch_equality import give, quiet
 from tests.reference import training
+from tests.weights import Weights
 
 STEPS = 20
 OPTIONS: dict[str, Any] = {
@@ -140,3 +141,38 @@ def test_bitwise_with_equal_gradients(layout: str, world: int, setting: str) -> 
     """Owners compute what one process does, bit by bit; a parameter without gradient is in it."""
     for different in harness.run(world, given, layout, SETTINGS[setting]):
         assert different == []
+
+
+def sent(strategy: str, rank: int) -> list[dict[str, int]]:
+    """Bytes that this rank sends in a step with a refresh, and in one without."""
+    laid = layouts.build("fsdp", functools.partial(Weights, **dict.fromkeys("abcd", (48, 24))))
+    with quiet():
+        groups = spectral_dist.param_groups(laid.model)
+        optimizer = spectral_dist.SUMO(
+            groups, rank=rank, perp_scale=0.0, limiter=0.0, strategy=strategy, check_finite=False
+        )
+        found = []
+        for step in range(2):
+            give(step, laid)
+            before = dict(optimizer.meter.bytes)
+            optimizer.step()
+            now = {k: v - before.get(k, 0) for k, v in optimizer.meter.bytes.items()}
+            found.append({k: v for k, v in now.items() if v})
+    return found
+
+
+def test_bytes_of_a_step() -> None:
+    """Owners get all of their matrices; in slabs only r x n of each travels, there and back."""
+    m, n, r, ranks = 48, 24, 5, 2
+    others = (ranks - 1) / ranks
+    for first, second in harness.run(ranks, sent, "owner", r):
+        assert first == second == {"all_to_all": 4 * 2 * others * 4 * m * n / ranks}
+    for first, second in harness.run(ranks, sent, "gram", r):
+        half = 4 * others * 4 * r * n
+        assert second == {"all_to_all": half, "all_gather": half}
+        # sketches of c columns: c x n twice there and back, their c x c Grams in float64 (6), c x r
+        c = r + 8
+        there = 3 * 4 * c * n + 6 * 8 * c * c + 4 * r * r
+        assert first["all_to_all"] == half + 4 * others * there
+        back = 2 * 4 * c * n + 6 * 8 * c * c + 8 * c * r
+        assert first["all_gather"] == half + 4 * others * back
