@@ -88,7 +88,7 @@ def alone(version, model):
     return harness.run(1, named, version, {}, MODELS[model], pool=version)[0][0]
 
 
-@pytest.mark.parametrize("version", [NEW, OLD])
+@pytest.mark.parametrize("version", [NEW, pytest.param(OLD, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("model", "layout"), CASES, ids=[f"{m}-{n}" for m, (_, n) in CASES])
 def test_names_are_those_of_one_process(version, model, layout):
     ranks, groups = layout

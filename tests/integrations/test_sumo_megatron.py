@@ -35,15 +35,20 @@ def alone(
 @pytest.mark.parametrize(
     ("version", "layout", "wrapping", "options"),
     [
-        (NEW, (2, {}), {}, {}),
         (NEW, (4, {}), DISTRIBUTED, SUBSPACE),
-        (NEW, (2, {"tp": 2}), {}, {}),
         (NEW, (2, {"tp": 2}), DISTRIBUTED, GRAM),
         (NEW, (4, {"tp": 2}), {}, GRAM),
         (NEW, (4, {"tp": 2}), DISTRIBUTED, {}),
-        (NEW, (4, {"tp": 2}), {}, SUBSPACE | GRAM),
         (NEW, (4, {"tp": 2, "pp": 2}), {}, {}),
-        (OLD, (4, {"tp": 2}), DISTRIBUTED, GRAM),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                (NEW, (2, {}), {}, {}),
+                (NEW, (2, {"tp": 2}), {}, {}),
+                (NEW, (4, {"tp": 2}), {}, SUBSPACE | GRAM),
+                (OLD, (4, {"tp": 2}), DISTRIBUTED, GRAM),
+            )
+        ),
     ],
 )
 def test_twenty_steps_are_those_of_one_process(version, layout, wrapping, options):
@@ -92,7 +97,13 @@ TARGETS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 @pytest.mark.parametrize(
     ("version", "wrapping", "saved"),
-    [(NEW, {}, {}), (NEW, DISTRIBUTED, GRAM), (OLD, DISTRIBUTED, {}), (OLD, {}, GRAM)],
+    [
+        (NEW, {}, GRAM),
+        (OLD, DISTRIBUTED, {}),
+        pytest.param(NEW, DISTRIBUTED, GRAM, marks=pytest.mark.slow),
+        pytest.param(NEW, {}, {}, marks=pytest.mark.slow),
+        pytest.param(OLD, {}, GRAM, marks=pytest.mark.slow),
+    ],
 )
 def test_losses_are_those_of_the_run_that_never_stopped(tmp_path, version, wrapping, saved):
     """Saved at TP 2 x DP 2, at owners or in slabs; loaded by other owners, or in slabs."""

@@ -35,14 +35,19 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gram, criterion": {"strategy": "gram", "refresh_below": 0.02, "limiter": 1.0},
 }
 CASES = [
-    ("ddp", 2, "paper"), ("ddp", 4, "subspace"), ("ddp", 3, "full"),
-    ("fsdp", 2, "paper"), ("fsdp", 3, "subspace"), ("fsdp", 4, "criterion"),
-    ("fsdp", 2, "small buckets"), ("fsdp", 3, "full"),
-    ("fsdp", 2, "gram"), ("fsdp", 4, "gram, subspace, svd"), ("fsdp", 3, "gram, full"),
-    ("hsdp", 4, "paper"), ("hsdp", 4, "gram"),
-    ("tp", 2, "paper"), ("tp", 2, "gram"), ("tp", 2, "gram, subspace, svd"),
-    ("tp", 2, "gram, criterion"), ("tp_sequence", 2, "subspace"),
-    ("tp_fsdp", 4, "paper"), ("tp_fsdp", 4, "gram"), ("tp_fsdp", 4, "gram, full"),
+    ("ddp", 2, "paper"), ("ddp", 3, "full"), ("ddp", 4, "subspace"),
+    ("fsdp", 2, "gram"), ("fsdp", 3, "subspace"), ("fsdp", 4, "criterion"),
+    ("fsdp", 3, "gram, full"), ("hsdp", 4, "gram"),
+    ("tp", 2, "paper"), ("tp", 2, "gram, criterion"), ("tp_sequence", 2, "subspace"),
+    ("tp_fsdp", 4, "paper"), ("tp_fsdp", 4, "gram"),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            ("fsdp", 2, "paper"), ("fsdp", 2, "small buckets"), ("fsdp", 3, "full"),
+            ("fsdp", 4, "gram, subspace, svd"), ("hsdp", 4, "paper"), ("tp", 2, "gram"),
+            ("tp", 2, "gram, subspace, svd"), ("tp_fsdp", 4, "gram, full"),
+        )
+    ),
 ]  # fmt: skip
 
 
