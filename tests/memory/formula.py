@@ -51,14 +51,14 @@ def matrix_state(
 
     One number where AdamW has two, the momentum: of what the rank steps on, but under DDP of the
     matrices it owns. SUMO keeps r (m + n) numbers of those instead, whatever the layout, and of
-    each a float32 norm and an int64 step count. A step count of each tensor have all.
+    each a float64 norm and an int64 step count. A step count of each tensor have all.
     """
     if optimizer == "adamw":
         return adamw_state(shapes, layout, rank, world)
     found = parts(shapes, layout, rank, world)
     kept, own = sum(found), [shapes[name] for name in owned]
     if optimizer == "sumo":
-        kept = sum(3 + (r * (m + n) if r < min(m, n) else m * n) for m, n in own)
+        kept = sum(4 + (r * (m + n) if r < min(m, n) else m * n) for m, n in own)
     elif layout == "ddp":
         kept = sum(m * n for m, n in own)
     return FLOAT * (kept + len(found))
