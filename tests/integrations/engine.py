@@ -36,6 +36,7 @@ def engine_for(
     model: torch.nn.Module | None = None,
     zero_init: bool = False,
     optimizer: Any = None,
+    parameters: Any = None,
     **model_options: Any,
 ) -> Any:
     with warnings.catch_warnings():
@@ -56,7 +57,9 @@ def engine_for(
         elif model is None:
             model = models.build(**model_options)
         chosen = optimizer(model) if optimizer else None
-        return deepspeed.initialize(model=model, config=configuration, optimizer=chosen)[0]
+        return deepspeed.initialize(
+            model=model, config=configuration, optimizer=chosen, model_parameters=parameters
+        )[0]
 
 
 def micro_batches(step: int, accumulation: int, same: bool) -> list[torch.Tensor]:
