@@ -38,7 +38,7 @@ LAYERS = {"small": 11, "large": 35}
 """Equal modulo 8, so that boundaries of ZeRO's partitions cut the same matrices of both."""
 LAYOUTS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
 RULES = {"muon": "Muon", "polargrad": "PolarGrad", "root": "ROOT", "sumo": "SUMO"}
-OPTIMIZERS = ("adamw", *(k for k, name in RULES.items() if hasattr(spectral_dist, name)))
+OPTIMIZERS = ("adamw", *RULES)
 VOCABULARY, WIDTH, FF = 64, 63, 127  # odd, so that every layout has uneven parts or padding
 BUCKET = WIDTH * FF
 """Elements of a bucket: the largest matrix. On CPUs a rule works on one matrix of a bucket at a
