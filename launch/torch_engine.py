@@ -52,12 +52,16 @@ class TorchEngine(Engine):
         self.model = self.model.to(ranks.device)
         if mesh is None and ranks.world > 1:
             self.model = DistributedDataParallel(self.model)
-        self.optimizer = _optimizer(config, self.model)
+        self.optimizer = self.make_optimizer()
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: config.factor(step)
         )
         if config.monitor_every:
             self.optimizer.monitor = Monitor(config.monitor_every, [])
+
+    def make_optimizer(self) -> Any:
+        """As the configuration says."""
+        return _optimizer(self.config, self.model)
 
     def backward(self, rows: Tensor, *, last: bool) -> Tensor:
         """Forward and backward of one micro-batch; its mean loss, detached."""

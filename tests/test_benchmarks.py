@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import fsdp_step, megatron_step
+from benchmarks import fsdp_step, megatron_step, sumo_quickstart
 from benchmarks import polargrad_problems as problems
-from tests import harness
+from tests import harness, models
 from tests.integrations import megatron_cpu
 
 TINY = {
@@ -166,3 +167,103 @@ def test_megatron_steps_are_what_the_formula_and_the_reference_say():
         sizes = [sorted((m, n)) for m, n, _ in settings.matrices(contender.split)]
         assert macs == 5 * sum(s * s * (2 * long + s) for s, long in sizes)
         assert max(found[name]["error"] for found in ranks) < 1e-5
+
+
+ADAM = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+GALORE = """
+from torch.optim import AdamW as Plain
+class AdamW(Plain):
+    def __init__(self, groups, no_deprecation_warning, **adam):
+        super().__init__(groups, **adam)
+"""
+
+
+@pytest.fixture
+def galore(tmp_path, monkeypatch):
+    """A folder where galore_torch's AdamW is torch's, and the package's __init__ fails."""
+    for name in ("galore_torch", "galore_torch.adamw"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path / "galore_torch").mkdir()
+    (tmp_path / "galore_torch/__init__.py").write_text("import bitsandbytes_that_is_not_there")
+    (tmp_path / "galore_torch/adamw.py").write_text(GALORE)
+    yield str(tmp_path)
+    for name in ("galore_torch", "galore_torch.adamw"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("contender", sumo_quickstart.CONTENDERS, ids=lambda c: c.name)
+def test_every_contender_of_the_quickstart_takes_a_step(contender, galore):
+    model = models.build(odd=False)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = sumo_quickstart.build(
+        contender.kind, model, contender.lr, ADAM, contender.options, galore
+    )
+    model(models.tokens(0)).backward()
+    optimizer.step()
+    for old, new in zip(before, model.parameters(), strict=True):
+        assert new.isfinite().all()
+        assert not torch.equal(old, new)
+    matrices, rest = fsdp_step.matrices_and_rest(model)
+    moments = sum(2 * p.nbytes for p in rest)
+    found = sumo_quickstart.state_bytes(optimizer, model)
+    steps = 16 * len(before)  # 0-d tensors
+    assert moments <= found["all"] - found["matrices"] <= moments + steps
+    if contender.kind == "Muon":
+        momenta = sum(p.nbytes for p in matrices)
+        assert momenta <= found["numbers"] <= found["matrices"] <= momenta + steps
+    if contender.kind == "SUMO":
+        numbers = sum(r * sum(p.shape) for p in matrices for r in [contender.options["rank"] * 24])
+        assert 4 * numbers <= found["numbers"] <= found["matrices"] <= 4 * numbers + steps
+
+
+def test_galore_has_a_part_of_the_short_side_and_the_rest_in_a_plain_group(galore):
+    options = {"rank": 0.25, "scale": 0.25}
+    model = models.build(odd=False)
+    optimizer = sumo_quickstart.build("GaLore", model, 0.01, ADAM, options, galore)
+    plain, low = optimizer.param_groups
+    assert "rank" not in plain
+    assert (low["rank"], low["scale"], low["betas"]) == (6, 0.25, (0.9, 0.95))
+    matrices, rest = fsdp_step.matrices_and_rest(model)
+    assert list(map(id, low["params"])) == list(map(id, matrices))
+    assert list(map(id, plain["params"])) == list(map(id, rest))
+
+
+def test_galore_is_left_out_where_it_is_not_installed(tmp_path):
+    with pytest.raises(ImportError, match=r"pip install --no-deps --target .* galore-torch"):
+        sumo_quickstart.galore(str(tmp_path))
+
+
+def test_state_is_counted_by_storages_each_once():
+    class Projector:
+        view = None
+
+    model = torch.nn.Linear(8, 4)
+    optimizer = torch.optim.SGD(model.parameters())
+    projector = Projector()
+    projector.view = torch.zeros(10, 10)[:, :3]
+    state = {"projector": projector, "again": projector.view, "step": 3}
+    optimizer.state = {model.weight: state, model.bias: {"exp_avg": torch.zeros(4)}}
+    found = sumo_quickstart.state_bytes(optimizer, model)
+    assert found == {"all": 416, "matrices": 400, "numbers": 120}
+
+
+def test_the_best_lr_is_no_last_one_and_the_table_says_what_was_changed():
+    def runs(contender):
+        bits = (torch.tensor(contender.lr / 0.04).log2() ** 2).item() + 1
+        period = contender.options.get("period", 0)
+        bits -= 0.1 * (period == 20) + 0.01 * (contender.options.get("perp_scale") == 0)
+        return {
+            "name": contender.name, "kind": contender.kind, "lr": contender.lr, "seed": 0,
+            "options": contender.options, "bits_per_byte": bits,
+            "state": dict.fromkeys(("all", "matrices", "numbers"), 1.5e6),
+        }  # fmt: skip
+
+    bench = object.__new__(sumo_quickstart.Bench)
+    bench.run = runs
+    contender = next(c for c in sumo_quickstart.CONTENDERS if c.kind == "SUMO")
+    assert bench.best_lr(contender).lr == pytest.approx(0.048)
+    found = bench.finals(contender)
+    assert [r["options"]["period"] for r in found] == [250, 50, 20, 20]
+    assert [r["options"]["perp_scale"] for r in found] == [1, 1, 1, 0]
+    last = sumo_quickstart.table(found).splitlines()[-1]
+    assert last.startswith(f"| {contender.name}, perp_scale 0.0 | 0.048 | 20 |")
