@@ -85,7 +85,8 @@ class Engine(ABC):
     def state_bytes(self) -> int:
         """Bytes of optimizer state that this rank holds."""
         storages = {}
-        for tensor in _tensors(dict(self.optimizer.state)):
+        beside = getattr(self.optimizer, "matrix_state", dict)()
+        for tensor in _tensors([dict(self.optimizer.state), beside]):
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             storage = local.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()

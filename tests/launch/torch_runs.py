@@ -19,6 +19,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "Muon": {"type": "Muon", "lr": 0.01},
     "PolarGrad": {"type": "PolarGrad", "lr": 0.3, "scalar_lr": 0.01},
     "ROOT": {"type": "ROOT", "lr": 0.01},
+    "SUMO": {"type": "SUMO", "lr": 0.01, "rank": 0.5, "period": 5},
     "AdamW": {"type": "AdamW", "lr": 0.01},
 }
 
