@@ -29,8 +29,14 @@ def resume(folder, version, name, wrapping, targets, sharding=None, **kwargs):
     return wanted, found
 
 
-@pytest.mark.parametrize("wrapping", WRAPPINGS)
-@pytest.mark.parametrize("version", [NEW, OLD])
+@pytest.mark.parametrize(
+    ("version", "wrapping"),
+    [
+        *((NEW, wrapping) for wrapping in WRAPPINGS),
+        (OLD, "distributed optimizer"),
+        pytest.param(OLD, "", marks=pytest.mark.slow),
+    ],
+)
 def test_losses_are_those_of_the_run_that_never_stopped(tmp_path, version, wrapping):
     targets = TARGETS if version == NEW else ["TP 2 x DP 2", "DP 4"]
     wanted, found = resume(tmp_path, version, "spectral_muon", WRAPPINGS[wrapping], targets)

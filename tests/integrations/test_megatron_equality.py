@@ -66,7 +66,10 @@ def test_five_steps_are_those_of_one_process(layout):
     assert sum(one["polar_calls"] for one in found) == 5 * MATRICES
 
 
-@pytest.mark.parametrize("layout", ["TP 2 x DP 2", "TP 4, distributed optimizer"])
+@pytest.mark.parametrize(
+    "layout",
+    ["TP 2 x DP 2", pytest.param("TP 4, distributed optimizer", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("name", NAMES[1:])
 def test_five_steps_of_the_other_rules(name, layout):
     """What a rule is given does not depend on the rule: every layout is above."""
@@ -75,7 +78,9 @@ def test_five_steps_of_the_other_rules(name, layout):
 
 
 @pytest.mark.parametrize("layout", ["TP 2 x DP 2", "TP 2 x DP 2, distributed optimizer"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])]
+)
 def test_five_steps_are_those_of_one_process_in_the_older_megatron(name, layout):
     found = check(OLD, name, layout)
     assert sum(one["polar_calls"] for one in found) == 5 * MATRICES
@@ -91,9 +96,9 @@ GRAM = {"strategy": "gram"}
         ("spectral_muon", "TP 2 x DP 2, distributed optimizer"),
         ("spectral_muon", "TP 4"),
         ("spectral_polargrad", "TP 2 x DP 2, distributed optimizer"),
-        ("spectral_polargrad", "TP 4"),
         ("spectral_root", "TP 2 x DP 2"),
-        ("spectral_root", "TP 4, distributed optimizer"),
+        pytest.param("spectral_polargrad", "TP 4", marks=pytest.mark.slow),
+        pytest.param("spectral_root", "TP 4, distributed optimizer", marks=pytest.mark.slow),
     ],
 )
 def test_matrices_that_stay_cut_take_the_same_steps(name, layout):

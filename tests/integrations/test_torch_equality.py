@@ -88,6 +88,10 @@ MATRICES = {True: 2 * 4 + 3 + 1, False: 2 * 4}
 """Matrices of the model with and without its odd parts; a split makes two more of each qkv."""
 
 
+def slow_if(wanted: bool) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.slow] * wanted
+
+
 def matrices(layout: str, split: Any = None) -> int:
     return MATRICES[layouts.options_for(layout).get("odd", True)] + (2 * 2 if split else 0)
 
@@ -203,7 +207,7 @@ def check_against_reference(layout: str, world: int, name: str) -> None:
 @pytest.mark.parametrize(
     ("layout", "world", "setting"),
     [
-        (layout, world, setting)
+        pytest.param(layout, world, setting, marks=slow_if(layout in BESIDES))
         for layout, world in FULL_PRECISION
         for setting in (FEWER if layout in BESIDES or (layout, world) in AGAIN else EVERYWHERE)
     ],
