@@ -120,7 +120,7 @@ def plot(found: Found, by_rank: Found, worlds: Sequence[int], png: Path) -> None
         muon = state(found[Case("fsdp", "muon"), world])
         label = "Muon, as many ranks" if not number else ""
         right.axhline(muon, color=colors["muon"], linewidth=0.8, label=label, **style)
-    right.set(xlabel="r")
+    right.set(xlabel="r", xticks=sorted({case.rank for case, _ in by_rank}))
     for axes in (left, right):
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
