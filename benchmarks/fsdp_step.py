@@ -244,6 +244,7 @@ CONTENDERS = {
     "PolarGrad bf16 (jordan)": Contender(_ours("PolarGrad", polar="jordan", **HALF)),
     "PolarGrad float32 (qdwh)": Contender(_ours("PolarGrad", **FLOAT)),
     "ROOT bf16": Contender(_ours("ROOT", **HALF)),
+    "SUMO r = 1/4": Contender(_ours("SUMO", rank=0.25)),
     "torch.optim.Muon": Contender(_torch_muon),
     "muon_fsdp2": Contender(_muon_fsdp2, "muon_fsdp2"),
     "muonium": Contender(_dtensor("muonium"), "muonium"),

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from spectral_dist.launch import llama
 from spectral_dist.launch.ranks import Ranks
 from spectral_dist.monitor import Report
+from spectral_dist.optimizer import SpectralOptimizer
 
 State = dict[str, Any]
 
@@ -85,8 +86,10 @@ class Engine(ABC):
     def state_bytes(self) -> int:
         """Bytes of optimizer state that this rank holds."""
         storages = {}
-        beside = getattr(self.optimizer, "matrix_state", dict)()
-        for tensor in _tensors([dict(self.optimizer.state), beside]):
+        kept: list[Any] = [dict(self.optimizer.state)]
+        if isinstance(self.optimizer, SpectralOptimizer):
+            kept.append(self.optimizer.matrix_state())
+        for tensor in _tensors(kept):
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
             storage = local.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()

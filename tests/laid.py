@@ -102,6 +102,8 @@ def layout(name, parts, shape, rank, tensor):
 class Placed:
     """A placer of given layouts."""
 
+    partial = beside = False
+
     def __init__(self, layouts, group, replicas, everywhere):
         self.group, self.replicas = group, replicas
         self.placement = Placement(
