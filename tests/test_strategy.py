@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
 
 import spectral_dist
 from spectral_dist import strategy
-from spectral_dist.options import MuonOptions, PolarGradOptions, ROOTOptions
-from spectral_dist.sharding.cost import Job, Machine, cheaper_in_slabs, gram_seconds, owner_seconds
+from spectral_dist.options import MuonOptions, PolarGradOptions, ROOTOptions, SUMOOptions
+from spectral_dist.sharding.cost import (
+    Job,
+    Machine,
+    cheaper_in_slabs,
+    gram_seconds,
+    owner_seconds,
+    subspace_seconds,
+)
 from spectral_dist.sharding.plan import make_plan, share
 from tests import harness, laid
 
@@ -59,6 +68,9 @@ def test_seconds_by_hand():
     assert gram_seconds((10, 2), 3, True, job, machine) == pytest.approx(still)
     flips = 2 * 0.5 * 3 * 20 / 2 * 2
     assert gram_seconds((2, 10), 3, False, job, machine) == pytest.approx(still + flips / 10)
+    # rank 1: two of three at one owner, in and out; or 1 x 2 numbers of each there and back
+    found = subspace_seconds((10, 2), 1, 3, job, machine)
+    assert found == pytest.approx((2 * 2 * 20 * 2 / 10 + 2, 2 * 0.5 * 3 * 2 * 2 / 10 + 2))
 
 
 def groups_of(cls, **options):
@@ -94,10 +106,40 @@ def chosen(cls, given, observed=False, dtype="bfloat16"):
         (ROOTOptions, {}, False, True),
         (ROOTOptions, {"adapt_every": 5}, False, False),
         (ROOTOptions, {"strategy": "gram"}, False, True),
+        (SUMOOptions, {"rank": 256}, False, True),
+        (SUMOOptions, {"rank": 256}, True, False),
+        (SUMOOptions, {"rank": 256, "strategy": "owner"}, False, False),
     ],
 )
 def test_auto_and_forced(cls, given, observed, wanted):
     assert harness.run(2, chosen, cls, given, observed) == [[wanted]] * 2
+
+
+def sumo(ranks, shape, along, rank, asked):
+    """(what SUMO does of 16 matrices that lie in strips, the warnings)."""
+    options, group = groups_of(SUMOOptions, rank=rank, strategy=asked)
+    layouts = tiled(16, shape, ranks, along)
+    placement = laid.Placed(layouts, dist.group.WORLD, None, False).placement
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        chosen = strategy.in_slabs(options, group, placement, torch.float32, False)
+    assert len(set(chosen)) == 1
+    return chosen[0], [str(w.message) for w in found]
+
+
+def test_sumo_stays_in_slabs_where_less_travels():
+    """Of matrices of 64 x 64 on 4 ranks: 3/4 r x 64 numbers of each, or a fourth of them whole."""
+    assert harness.run(4, sumo, 4, (64, 64), 0, 21, "auto") == [(True, [])] * 4
+    assert harness.run(4, sumo, 4, (64, 64), 0, 22, "auto") == [(False, [])] * 4
+    assert harness.run(4, sumo, 4, (64, 128), 1, 42, "auto") == [(True, [])] * 4
+
+
+def test_sumo_and_square_matrices_cut_by_columns():
+    """The basis is one of the rows under every layout, so such slabs are no use; it is said."""
+    assert harness.run(2, sumo, 2, (64, 64), 1, 4, "auto") == [(False, [])] * 2
+    for chosen, texts in harness.run(2, sumo, 2, (64, 64), 1, 4, "gram"):
+        assert not chosen
+        assert "w0, w1, w2 (16 matrices) are square and cut by columns" in texts[0]
 
 
 def test_forced_in_float64():
