@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ FOLDER = "spectral_dist"
 def keep_matrix_state(engine: Any, optimizer: SpectralOptimizer) -> None:
     """Have this engine's checkpoints carry the optimizer's matrix state, if it has any."""
     if optimizer.rule.momentum:
+        _refuse_others(engine)
         return
     save, load = engine.save_checkpoint, engine.load_checkpoint
 
@@ -47,15 +48,37 @@ def keep_matrix_state(engine: Any, optimizer: SpectralOptimizer) -> None:
         if path is None:
             return path, client_state
         written = client_state.pop(FOLDER, None)
-        names = ("load_module_strict", "load_optimizer_states", "load_lr_scheduler_states",
-                 "load_module_only")  # fmt: skip
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if given.get("load_optimizer_states", True) and not given.get("load_module_only", False):
+        if _wants_state(args, kwargs):
             optimizer.locate()
             checkpoint.load_matrix_state(_find(path, written), optimizer)
         return path, client_state
 
     engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
+
+
+def _refuse_others(engine: Any) -> None:
+    """Have a rule with momentum refuse a checkpoint without: its zeros would pass for momentum."""
+    load = engine.load_checkpoint
+
+    @functools.wraps(load)
+    def load_checkpoint(load_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        path, client_state = load(load_dir, tag, *args, **kwargs)
+        if client_state and FOLDER in client_state and _wants_state(args, kwargs):
+            raise ValueError(
+                f"{path} was saved with SUMO, and holds no momentum for this optimizer; load it"
+                " with SpectralSUMO, or with load_optimizer_states=False"
+            )
+        return path, client_state
+
+    engine.load_checkpoint = load_checkpoint
+
+
+def _wants_state(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``load_checkpoint`` is to load optimizer states, by what follows the tag."""
+    names = ("load_module_strict", "load_optimizer_states", "load_lr_scheduler_states",
+             "load_module_only")  # fmt: skip
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return given.get("load_optimizer_states", True) and not given.get("load_module_only", False)
 
 
 def _find(path: str, written: str | None) -> Path:

@@ -157,7 +157,7 @@ class Exchange:
 
         A bucket pauses whenever it has something in flight, and the younger ones go first; so the
         next bucket's exchange is in flight while this one is computed, and this one's return while
-        the next is. Two buckets are in memory, three where shards have replicas.
+        the next is. Three buckets are in memory, four where shards have replicas.
         """
         waiting = [self._way(route, work) for route in self.routes][::-1]
         under_way: list[Iterator[None]] = []
