@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 
 from spectral_dist.groups import Route
 from spectral_dist.placement import Located, WholeParameters, check_contiguous
@@ -83,6 +84,18 @@ class MeshPlacer(WholeParameters):
             parameters = [(routes[i], tensors[i], spreads[i]) for i in indices]
             located.append((self._place(on, dims, copied, parameters), tuple(indices)))
         return located
+
+    @contextmanager
+    def whole(self, tensors: Sequence[Tensor], *, write: bool = False) -> Iterator[list[Tensor]]:
+        """DTensors all-gathered; each rank writes its own part back."""
+        gathered = [t.full_tensor() if isinstance(t, DTensor) else t.detach() for t in tensors]
+        yield gathered
+        for tensor, full in zip(tensors if write else (), gathered, strict=write):
+            if isinstance(tensor, DTensor):
+                mesh = tensor.device_mesh
+                copies = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False)
+                mine = copies.redistribute(mesh, tensor.placements).to_local()
+                tensor.to_local().detach().copy_(mine)
 
     def _place(
         self,

@@ -11,14 +11,13 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from spectral_dist.group_options import OPTION_NAMES, applies
 from spectral_dist.heads import full_shape, output_heads
-from spectral_dist.options import OPTION_NAMES, applies
 from spectral_dist.patterns import Patterns
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.layout import Matrix
+from spectral_dist.splits import Split, matrices_of
 
-Split: TypeAlias = int | list[int]
-"""Equal parts, or the rows of each part: how one weight holds several matrices."""
 TAG = "spectral_dist_route"
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -32,7 +31,7 @@ FSDP1 = (
 
 @dataclass(frozen=True)
 class Route:
-    """What becomes of one parameter: ``kind`` is 'matrix', 'scalar' (AdamW) or 'frozen'."""
+    """What becomes of one parameter: 'matrix', 'scalar' (AdamW), 'skew' (POET's) or 'frozen'."""
 
     name: str
     parameter: nn.Parameter
@@ -46,6 +45,8 @@ class Route:
     """whether its polar factor is to be taken exactly, by the Gram matrix of its short side"""
     stacked: bool = False
     """whether the first of three dimensions counts matrices"""
+    layer: Any = None
+    """the ``poet.layer.PoetLayer`` whose skew parameter this is"""
 
     @property
     def stack(self) -> int:
@@ -114,55 +115,6 @@ def torch_reader(model: nn.Module) -> Reader:
     return read
 
 
-def _row_parts(rows: int, split: Split, where: str) -> list[list[tuple[int, int]]]:
-    """For each part of a split, its (first row, rows) blocks.
-
-    An int is that many equal parts. A list is the rows of each part; if they sum to a divisor of
-    ``rows``, the pattern repeats, as in QKV weights stored per query group.
-    """
-    if isinstance(split, bool) or not isinstance(split, int | list | tuple):
-        raise ValueError(
-            f"split {where}: {split!r} is neither a number of parts nor a list of rows"
-        )
-    if isinstance(split, list | tuple) and not all(type(part) is int for part in split):
-        raise ValueError(f"split {where}: {split!r} must list whole numbers of rows")
-    if isinstance(split, int):
-        if split < 1 or rows % split:
-            raise ValueError(f"split {where}: {rows} rows cannot be cut into {split} equal parts")
-        split = [rows // split] * split
-    period = sum(split)
-    if not split or min(split) < 1 or rows % period:
-        raise ValueError(
-            f"split {where}: parts of {split} rows sum to {period}, but the weight has {rows} rows;"
-            " the sum must be the rows or divide them"
-        )
-    parts: list[list[tuple[int, int]]] = []
-    start = 0
-    for part in split:
-        parts.append([(group * period + start, part) for group in range(rows // period)])
-        start += part
-    return parts
-
-
-def matrices_of(name: str, shape: Sequence[int], split: Split | None) -> tuple[Matrix, ...]:
-    """The matrices of a parameter: itself, each of a 3-D stack, or the parts of a split of those.
-
-    Anything beyond three dimensions, and convolutions, are out x (the rest).
-    """
-    count, m, n = shape if len(shape) == 3 else (1, shape[0], math.prod(shape[1:]))
-    parts = [[(0, m)]] if split is None else _row_parts(m, split, f"of {name}")
-    found = []
-    for k in range(count):
-        stack = f"{name}[{k}]" if len(shape) == 3 else name
-        for j, blocks in enumerate(parts):
-            part = stack if split is None else f"{stack}/{j}"
-            rows = sum(r for _, r in blocks)
-            found.append(
-                Matrix(part, (rows, n), tuple((k * m * n + row * n, r) for row, r in blocks))
-            )
-    return tuple(found)
-
-
 def classify(
     model: nn.Module,
     *,
@@ -203,9 +155,15 @@ def classify(
         _check_usable(name, parameter)
     read = reader(model)
     routes = []
+    rotated = any(_rotated(module) for module in model.modules())
     for name, parameter, module in _named(model):
         found = read(name, parameter, module)
         shape, kind, reason = found.shape, found.kind, found.reason
+        layer: Any = module if _rotated(module) and module.is_skew(name) else None  # type: ignore[operator]
+        if layer is not None:
+            kind, reason = "skew", "rotates a frozen weight"
+        elif rotated and kind == "matrix":  # POET does not orthogonalize: spectral_dist.poet
+            kind, reason = "scalar", f"{reason}, not rotated"
         asked = [
             (o, hit) for o, patterns in forced.items() if (hit := patterns.find(name)) is not None
         ]
@@ -229,17 +187,24 @@ def classify(
             raise ValueError(f"split: {pattern!r} matches {name}, which is no matrix ({reason})")
         exact = kind == "matrix" and any(option == "one_sided" for option, _ in asked)
         stacked = bool(held) and len(view) == 3
-        routes.append(Route(name, parameter, shape, kind, reason, held, replicas, exact, stacked))
+        routes.append(
+            Route(name, parameter, shape, kind, reason, held, replicas, exact, stacked, layer)
+        )
     names = [route.name for route in routes if route.kind != "frozen"]
     every = (*forced.values(), splits)
     here = [used for patterns in every for used in patterns.used.values()]
-    *used, some = anywhere([*here, any(route.kind == "matrix" for route in routes)])
+    *used, some = anywhere([*here, any(route.kind in ("matrix", "skew") for route in routes)])
     for patterns in every:
         patterns.used = {pattern: used.pop(0) for pattern in patterns.used}
         patterns.check(names)
     if not some:
         _check_some_matrix(routes)
     return routes
+
+
+def _rotated(module: nn.Module) -> bool:
+    """Whether it is a ``poet.layer.PoetLayer``, which this file is imported by."""
+    return hasattr(module, "is_skew")
 
 
 def unwrap(model: nn.Module) -> tuple[nn.Module, Any]:
@@ -385,7 +350,7 @@ def table(routes: Sequence[Route]) -> str:
     for route in routes:
         rows.setdefault((route.kind, route.reason), []).append(route)
     lines = [f"{'goes to':<16}{'params':>7}{'matrices':>9}{'numbers':>15}  why (example)"]
-    word = {"matrix": "orthogonalized", "scalar": "AdamW", "frozen": "not trained"}
+    word = {"matrix": "orthogonalized", "scalar": "AdamW", "frozen": "not trained", "skew": "Adam"}
     for (kind, reason), found in sorted(rows.items(), key=lambda row: row[0][0]):
         numbers = sum(torch.Size(route.shape).numel() for route in found)
         count = sum(len(route.matrices) for route in found)

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from spectral_dist import groups as routing
 from spectral_dist import matrix_state, strategy
+from spectral_dist.group_options import group_options
 from spectral_dist.groups import Route
 from spectral_dist.handles import Handle
 from spectral_dist.matrix_state import MatrixState, Part, elements
 from spectral_dist.matrix_step import MatrixStep, Unit
 from spectral_dist.monitor import Monitor
-from spectral_dist.options import Options, group_options
+from spectral_dist.options import BaseOptions, Options
 from spectral_dist.placement import Placer, WholeParameters
 from spectral_dist.polar import DTYPES, resolve_dtype
 from spectral_dist.rules import adamw
@@ -54,7 +55,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
     """
 
     rule: Rule
-    option_type: ClassVar[type[Options]]
+    option_type: ClassVar[type[BaseOptions]]
+    options: Any
     placer_type: ClassVar[Callable[[Group, bool], Placer]] = WholeParameters
 
     def __init__(
@@ -66,7 +68,8 @@ class SpectralOptimizer(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         self.options = self.option_type.from_user({"lr": lr, **options}, type(self).__name__)
-        self.placer: Placer = type(self).placer_type(process_group, self.options.replicate_momentum)
+        everywhere = getattr(self.options, "replicate_momentum", False)
+        self.placer: Placer = type(self).placer_type(process_group, everywhere)
         self.meter = Meter()
         self.polar_calls = 0
         self.routes: list[list[Route]] = []
@@ -218,7 +221,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
         indices: tuple[int, ...],
         tensors: Sequence[Tensor],
     ) -> Unit:
-        if group["kind"] == "scalar":
+        if group["kind"] != "matrix":
             return Unit(placement, indices)
         like = tensors[indices[0]] if indices else torch.empty(0, device=placement.device)
         wide = torch.promote_types(like.dtype, torch.float32)
@@ -256,7 +259,7 @@ class SpectralOptimizer(torch.optim.Optimizer):
             if kept is not None and state["exp_avg"].numel() != kept:  # loaded whole
                 state["exp_avg"] = unit.kept.pack(index, state["exp_avg"])
             return
-        if group["kind"] == "scalar":
+        if group["kind"] != "matrix":
             state.update(adamw.new_state(p))
             return
         state["step"] = torch.zeros((), dtype=torch.float32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -25,6 +24,11 @@ SCALE_ALIASES = {
     "spectral_norm": "spectral",
     "unit_rms_norm": "spectral",
 }
+NOT_OF_MATRICES = (
+    *("scalar_lr", "scalar_weight_decay", "betas", "eps"),  # of the rest
+    *("strategy", "block_period", "machine", "scalar_backend", "check_finite", "bucket_mb",
+      "replicate_momentum", "adapt_every"),  # of the optimizer as a whole
+)  # fmt: skip
 STRATEGIES = {
     "auto": "gram where tensor parallelism has cut matrices so that it is faster, else owner",
     "owner": "one rank gets the whole matrix",
@@ -49,24 +53,17 @@ def _no_whole_number(value: object, least: int) -> bool:
 
 
 @dataclass(frozen=True)
-class Options:
+class BaseOptions:
     """What every optimizer takes; every integration takes these names, with these defaults."""
 
     lr: float = 1e-3
-    momentum: float = 0.95
     weight_decay: float = 0.1
-    wire_dtype: str | None = None
-    strategy: str = "auto"
-    block_period: int = 5
-    machine: Mapping[str, float] | None = None
     scalar_lr: float | None = None
     scalar_weight_decay: float | None = None
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     scalar_backend: str = "torch"
     check_finite: bool = True
-    bucket_mb: float = 64.0
-    replicate_momentum: bool = False
 
     @classmethod
     def from_user(cls, given: Mapping[str, Any], where: str = "Muon") -> Self:
@@ -95,8 +92,8 @@ class Options:
 
     def numbers(self) -> dict[str, tuple[float, float]]:
         """The options that are numbers, and their bounds: at least the first, below the second."""
-        names = ("lr", "weight_decay", "scalar_lr", "scalar_weight_decay", "eps", "bucket_mb")
-        return {**dict.fromkeys(names, (0.0, math.inf)), "momentum": (0.0, 1.0)}
+        names = ("lr", "weight_decay", "scalar_lr", "scalar_weight_decay", "eps")
+        return dict.fromkeys(names, (0.0, math.inf))
 
     def fail(self, where: str, name: str, what: str) -> NoReturn:
         """Raise the ValueError that a bad option gets."""
@@ -124,9 +121,69 @@ class Options:
                 fail(field.name, "it must be a name")
             if field.type == "bool" and not isinstance(value, bool):
                 fail(field.name, "it must be true or false")
-        self._check_strategy(where)
         if self.scalar_backend not in BACKENDS:
             fail("scalar_backend", f"unknown backend{suggest(str(self.scalar_backend), BACKENDS)}")
+
+    def group(self, kind: str) -> dict[str, Any]:
+        """What a parameter group of this kind carries; plain values, so that checkpoints can.
+
+        Raises:
+            ValueError: this optimizer has no use for that kind.
+        """
+        if kind != "scalar":
+            raise ValueError(
+                "the model has been converted by spectral_dist.poet.convert, so its weights are"
+                " frozen, and only spectral_dist.POET (SpectralPOET, spectral_poet) trains their"
+                " rotations; name that one, or leave the conversion out"
+                if kind == "skew"
+                else "POET orthogonalizes no matrix; it trains the rotations of a model that"
+                " spectral_dist.poet.convert(model) has converted: do that first, and name no"
+                " matrices"
+            )
+        return self.scalar_group()
+
+    def scalar_group(self) -> dict[str, Any]:
+        """What a parameter group on AdamW carries."""
+        decay = self.scalar_weight_decay
+        return {
+            "kind": "scalar",
+            "lr": self.lr,
+            "lr_ratio": self.ratio(self.scalar_lr, "scalar_lr"),
+            "betas": self.betas,
+            "eps": self.eps,
+            "weight_decay": self.weight_decay if decay is None else decay,
+        }
+
+    def ratio(self, lr: float | None, name: str) -> float:
+        """``lr`` over the base lr: schedulers may then write one lr into every group."""
+        if lr is None or lr == self.lr:
+            return 1.0
+        if self.lr == 0:
+            raise ValueError(f"{name} is {lr}, but it is kept as a ratio to lr, which is 0; set lr")
+        return lr / self.lr
+
+
+@dataclass(frozen=True)
+class Options(BaseOptions):
+    """What every optimizer takes that orthogonalizes matrices."""
+
+    momentum: float = 0.95
+    wire_dtype: str | None = None
+    strategy: str = "auto"
+    block_period: int = 5
+    machine: Mapping[str, float] | None = None
+    bucket_mb: float = 64.0
+    replicate_momentum: bool = False
+
+    def numbers(self) -> dict[str, tuple[float, float]]:
+        """Also momentum and the bucket."""
+        return {**super().numbers(), "bucket_mb": (0.0, math.inf), "momentum": (0.0, 1.0)}
+
+    def check(self, where: str) -> None:
+        """Also what the exchange needs."""
+        super().check(where)
+        fail = partial(self.fail, where)
+        self._check_strategy(where)
         if self.bucket_mb <= 0:
             fail("bucket_mb", "it must be above 0")
         if self.wire_dtype is not None and self.wire_dtype not in ["float32", "bfloat16"]:
@@ -152,30 +209,14 @@ class Options:
         except ValueError as error:
             raise ValueError(f"{where}: machine: {error}") from None
 
+    def group(self, kind: str) -> dict[str, Any]:
+        """Also of matrices."""
+        return self.matrix_group() if kind == "matrix" else super().group(kind)
+
     def matrix_group(self) -> dict[str, Any]:
         """What a parameter group of matrices carries; plain values, so that checkpoints can."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if applies(f.name, "matrix")}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in NOT_OF_MATRICES}
         return {"kind": "matrix", "lr_ratio": 1.0, **own}
-
-    def scalar_group(self) -> dict[str, Any]:
-        """What a parameter group on AdamW carries."""
-        decay = self.scalar_weight_decay
-        return {
-            "kind": "scalar",
-            "lr": self.lr,
-            "lr_ratio": self.ratio(self.scalar_lr, "scalar_lr"),
-            "betas": self.betas,
-            "eps": self.eps,
-            "weight_decay": self.weight_decay if decay is None else decay,
-        }
-
-    def ratio(self, lr: float | None, name: str) -> float:
-        """``lr`` over the base lr: schedulers may then write one lr into every group."""
-        if lr is None or lr == self.lr:
-            return 1.0
-        if self.lr == 0:
-            raise ValueError(f"{name} is {lr}, but it is kept as a ratio to lr, which is 0; set lr")
-        return lr / self.lr
 
 
 @dataclass(frozen=True)
@@ -308,60 +349,29 @@ class SUMOOptions(_ScaledOptions):
             self.fail(where, "replicate_momentum", why)
 
 
-FRAMEWORK_KEYS = {
-    *("name", "initial_lr", "swa_lr", "param_names", "is_expert_group", "moe", "lr_mult"),
-    *("max_lr", "min_lr", "base_momentum", "max_momentum", "last_batch_iteration"),
-    *("wd_mult", "start_wd", "end_wd", "pre_wd_mult", "pre_lr_mult", "optimizer"),
-    *("is_expert_parallel", "is_decoupled_lr", "default_config", "spectral_kind"),
-}
-"""Keys that schedulers and frameworks keep in parameter groups for themselves."""
-OPTION_NAMES = frozenset(
-    f.name for cls in (MuonOptions, PolarGradOptions, ROOTOptions, SUMOOptions) for f in fields(cls)
-)
-_SCALAR_ONLY = ("scalar_lr", "scalar_weight_decay", "betas", "eps")
-_WHOLE = ("strategy", "block_period", "machine", "scalar_backend", "check_finite", "bucket_mb",
-          "replicate_momentum", "adapt_every")  # fmt: skip
-"""Of the optimizer, not of a group."""
+@dataclass(frozen=True)
+class POETOptions(BaseOptions):
+    """POET's options. ``lr`` is the skew's; ``weight_decay`` that of the rest, as it has none."""
 
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-6
+    merge_every: int = 400
+    clip_ramp: int = 0
 
-def applies(name: str, kind: str) -> bool:
-    """Whether a parameter group of this kind can have the option."""
-    if kind == "scalar":
-        return name in ("lr", "weight_decay", "betas", "eps")
-    return name in OPTION_NAMES and name not in (*_SCALAR_ONLY, *_WHOLE)
+    def check(self, where: str) -> None:
+        """Also whole numbers of steps."""
+        super().check(where)
+        for name, least in (("merge_every", 1), ("clip_ramp", 0)):
+            if _no_whole_number(getattr(self, name), least):
+                self.fail(where, name, f"it must be a whole number of steps, at least {least}")
+        if self.clip_ramp > self.merge_every:
+            self.fail(where, "clip_ramp", f"it must be at most merge_every, {self.merge_every}")
+        if self.scalar_weight_decay is not None:
+            self.fail(where, "scalar_weight_decay", "write weight_decay: the skew has none")
 
-
-def group_options(group: Mapping[str, Any], base: Options) -> dict[str, Any]:
-    """The full options of a group of one kind: the optimizer's, changed by the group's own.
-
-    Keys that are no option stay: frameworks keep their own there.
-    """
-    kind = group["kind"]
-    full = base.matrix_group() if kind == "matrix" else base.scalar_group()
-    own = {k: v for k, v in group.items() if k not in ("params", "kind", "routes")}
-    for name in own:
-        near = difflib.get_close_matches(name, OPTION_NAMES, n=1, cutoff=0.85)
-        if name in OPTION_NAMES and name not in full:
-            hint = " (one_sided is for optimizers that have it: Muon, PolarGrad)" * (
-                name == "polar"
-            )
-            raise ValueError(f"a parameter group of kind {kind!r} has no option {name!r}{hint}")
-        if name not in OPTION_NAMES and name not in full and name not in FRAMEWORK_KEYS:
-            if near:
-                raise ValueError(
-                    f"a parameter group: unknown option {name!r}; did you mean {near[0]!r}?"
-                )
-            warnings.warn(
-                f"a parameter group has a key {name!r}, which is no option here and has no effect",
-                stacklevel=3,
-            )
-    type(base).from_user({k: v for k, v in own.items() if k in OPTION_NAMES}, "a parameter group")
-    lr = own.pop("lr", None)
-    if lr is not None:
-        full["lr_ratio"] = base.ratio(lr, "a group's lr")
-    if "betas" in own:
-        own["betas"] = tuple(own["betas"])
-    full.update(own)
-    if kind == "matrix" and "polar" in full:
-        polar.check(full["polar"], full["polar_steps"], full["polar_dtype"])
-    return full
+    def group(self, kind: str) -> dict[str, Any]:
+        """Also of skew parameters."""
+        if kind != "skew":
+            return super().group(kind)
+        own = {"kind": "skew", "lr": self.lr, "lr_ratio": 1.0, "weight_decay": 0.0}
+        return {**own, "betas": self.betas, "eps": self.eps, "merge_every": self.merge_every}

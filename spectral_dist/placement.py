@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from itertools import zip_longest
 from typing import Any, Protocol
 
@@ -25,6 +26,8 @@ class Placer(Protocol):
     """whether a rank may have none of a group's tensors, and still has a part in its step"""
     beside: bool
     """whether the framework's checkpoints are given matrix state beside ``state_dict()``"""
+    masters: bool
+    """whether the model has copies of the parameters that it steps on, written after the step"""
 
     def prepare(self, optimizer: Any) -> bool:
         """Called first in every step; False means that this call is no step at all."""
@@ -39,6 +42,14 @@ class Placer(Protocol):
         self, group: dict[str, Any], routes: Sequence[Route], tensors: Sequence[Tensor]
     ) -> list[Located]:
         """Where the parameters of ``routes`` live, given the group's current tensors."""
+
+    def whole(
+        self, tensors: Sequence[Tensor], *, write: bool = False
+    ) -> AbstractContextManager[list[Tensor]]:
+        """Parameters brought together for a while; ``write``: what is done to them, stays.
+
+        Where that takes communication, a collective call, and all ranks write the same.
+        """
 
     def everyone(self) -> list[Group]:
         """Groups that span the ranks which train the model together, one after the other."""
@@ -58,6 +69,7 @@ class WholeParameters:
 
     partial = False
     beside = False
+    masters = False
 
     def __init__(self, group: Group = None, everywhere: bool = False) -> None:
         self.group, self.everywhere = group, everywhere
@@ -113,6 +125,12 @@ class WholeParameters:
         """The ranks that hold replicas: what the user said, or the model's DDP wrapper."""
         self._wrapped = routes[0].replicas
         return self._wrapped if self.group is None else self.group
+
+    def whole(
+        self, tensors: Sequence[Tensor], *, write: bool = False
+    ) -> AbstractContextManager[list[Tensor]]:
+        """They are."""
+        return nullcontext([tensor.detach() for tensor in tensors])
 
     def everyone(self) -> list[Group]:
         """The replicas."""

@@ -1,0 +1,142 @@
+"""The Cayley-Neumann map: packed skew-symmetric blocks -> G - I, with G (nearly) orthogonal.
+
+G = (I + Q)(I + Q + ... + Q^k) = I + 2 Q + ... + 2 Q^k + Q^(k+1), arXiv 2603.05500 (k = 3 there), or
+exactly Cayley's (I + Q)(I - Q)^-1. With eigenvalues +-i theta of Q, the singular values of G are
+1 + theta^2 (k = 1), sqrt(1 + theta^6) (2), 1 - theta^4 (3), sqrt(1 + theta^10) (4).
+
+It is G - I that everything here is about: near the identity, G would round to 16-bit's grid.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Order: TypeAlias = int | str
+EXACT = "exact"
+ORDERS: tuple[Order, ...] = (1, 2, 3, 4, EXACT)
+POWER_STEPS = 20
+
+
+def packed_size(block: int) -> int:
+    """Numbers of a skew-symmetric (block, block): its strict upper triangle."""
+    return block * (block - 1) // 2
+
+
+def unpack(skew: Tensor, block: int) -> Tensor:
+    """(k, b (b - 1) / 2), the strict upper triangles row by row -> Q, (k, b, b)."""
+    upper = skew.new_zeros(len(skew), block * block)
+    upper.index_copy_(1, _upper(block, skew.device), skew)
+    square = upper.view(-1, block, block)
+    q: Tensor = square - square.transpose(1, 2)
+    return q
+
+
+def pack(gradient: Tensor) -> Tensor:
+    """dL/dQ, (k, b, b) -> the gradient of the packed numbers, dL/dQ[r, c] - dL/dQ[c, r]."""
+    block = gradient.shape[-1]
+    flat = (gradient - gradient.transpose(1, 2)).flatten(1)
+    packed: Tensor = flat.index_select(1, _upper(block, gradient.device))
+    return packed
+
+
+@functools.lru_cache(maxsize=64)
+def _upper(block: int, device: torch.device) -> Tensor:
+    rows, columns = torch.triu_indices(block, block, 1, device=device)
+    places: Tensor = rows * block + columns
+    return places
+
+
+def delta(skew: Tensor, block: int, order: Order) -> Tensor:
+    """G - I, (k, b, b), of packed blocks (k, b (b - 1) / 2), in their dtype."""
+    q = unpack(skew, block)
+    if order == EXACT:
+        eye = torch.eye(block, dtype=q.dtype, device=q.device)
+        return torch.linalg.solve(eye - q, 2 * q)
+    squared = q @ q
+    if order == 1:
+        return 2 * q + squared
+    tail = q
+    if order != 2:
+        tail = 2 * q + (squared if order == 3 else 2 * squared + q @ squared)
+    change: Tensor = 2 * q + 2 * squared + squared @ tail
+    return change
+
+
+def delta_backward(skew: Tensor, block: int, order: Order, gradient: Tensor) -> Tensor:
+    """The gradient of packed blocks from that of ``delta``, (k, b, b).
+
+    With A = Q^T and S_j = sum_i A^i D A^(j-1-i), dL/dQ is sum_j c_j S_j over the powers of Q in G.
+    """
+    d, a = gradient, unpack(skew, block).transpose(1, 2)
+    if order == EXACT:
+        inverse = torch.eye(block, dtype=a.dtype, device=a.device) + delta(skew, block, order) / 2
+        return pack(2 * inverse.mT @ d @ inverse.mT)
+    c1, c2, c3, c4, c5 = [2.0] * int(order) + [1.0] + [0.0] * (4 - int(order))
+    s2 = a @ d + d @ a
+    total = c1 * d + c2 * s2
+    if c3:
+        a2 = a @ a
+        left, right = c3 * s2, c3 * a2
+        if c4:
+            s4 = a2 @ s2 + s2 @ a2
+            left, right = left + c5 * s4, right + c5 * (a2 @ a2) if c5 else right
+            total = total + c4 * s4
+        total = total + a @ left + d @ right
+    return pack(total)
+
+
+class CayleyNeumann(torch.autograd.Function):
+    """``delta`` in at least float32 whatever autocast says, rounded once; it saves its input alone.
+
+    ``known``: what it gives for this input, if that is at hand.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, skew: Tensor, block: int, order: Order, dtype: torch.dtype, known: Tensor | None
+    ) -> Tensor:
+        """(k, b (b - 1) / 2) -> (k, b, b) in ``dtype``."""
+        ctx.save_for_backward(skew)
+        ctx.block, ctx.order = block, order
+        if known is not None:
+            return known.detach()
+        with torch.autocast(skew.device.type, enabled=False):
+            return delta(_wide(skew), block, order).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradient of the packed blocks, in their dtype."""
+        (skew,) = ctx.saved_tensors
+        wide = _wide(skew)
+        with torch.autocast(skew.device.type, enabled=False):
+            found = delta_backward(wide, ctx.block, ctx.order, gradient.to(wide.dtype))
+        return found.to(skew.dtype), None, None, None, None
+
+
+def _wide(skew: Tensor) -> Tensor:
+    return skew.to(torch.promote_types(skew.dtype, torch.float32))
+
+
+def norms(skew: Tensor, block: int) -> Tensor:
+    """||Q||_2 of each block, (k,), by the power iteration on -Q^2: about 1%, never above it."""
+    q = unpack(_wide(skew), block)
+    v = torch.cos(torch.arange(block, dtype=q.dtype, device=q.device) + 1.0)  # in no symmetry
+    v = v.expand(len(q), block).unsqueeze(-1)
+    for _ in range(POWER_STEPS):
+        v = q @ (q @ v)
+        v = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(1e-30)
+    found: Tensor = torch.linalg.vector_norm(q @ v, dim=(-2, -1))
+    return found
+
+
+def orthogonality_errors(change: Tensor) -> Tensor:
+    """||G G^T - I||_F / sqrt(b) of each G = I + ``change``, (k, b, b) -> (k,)."""
+    error = change + change.mT + change @ change.mT
+    found: Tensor = torch.linalg.matrix_norm(error) / change.shape[-1] ** 0.5
+    return found

@@ -1,0 +1,198 @@
+"""A model's nn.Linears to rotated ones, as the same function; and back to plain weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectral_dist import groups as routing
+from spectral_dist import polar
+from spectral_dist.groups import Route
+from spectral_dist.optimizer import SpectralOptimizer
+from spectral_dist.options import suggest
+from spectral_dist.patterns import Patterns
+from spectral_dist.poet.layer import PoetLayer, PoetLinear, Settings
+from spectral_dist.poet.permutation import generator
+from spectral_dist.poet.rotation import Rotation, Span
+
+SETTINGS = tuple(f.name for f in fields(Settings))
+
+
+def convert(
+    model: nn.Module,
+    *,
+    matrices: Iterable[str] = (),
+    scalars: Iterable[str] = (),
+    **settings: Any,
+) -> nn.Module:
+    """Rotate every nn.Linear but the output head, in place, as the same function; the model.
+
+    Their weights are frozen, and keep their names; each gets two skew parameters. Do it before the
+    model is sharded, wrapped or given to a framework, on every rank.
+
+    Args:
+        matrices, scalars: regular expressions of weights' names to rotate as well, or not to.
+        settings: see ``spectral_dist.poet.Settings``: block, blocks, segments, order, form,
+            variant, init, seed.
+
+    Raises:
+        ValueError: unknown or bad settings; blocks that do not fit (all layers where they do not
+            are named); tied weights; a model that is sharded or converted already.
+    """
+    chosen = settings_of(settings)
+    routes = _linears(model, matrices, scalars)
+    shapes = {route.name.removesuffix(".weight"): route.shape for route in routes}
+    sides = {
+        key: (("in", ((0, n),), 0, 1), ("out", ((0, m),), 0, 1)) for key, (m, n) in shapes.items()
+    }
+    made = rotations(chosen, sides)
+    for key in shapes:
+        layer: Any = model.get_submodule(key)
+        initialize(layer.weight, key, chosen)
+        layer.__class__ = PoetLinear
+        layer.rotate_by(key, made[key][:1], made[key][1:], chosen)
+    return model
+
+
+def settings_of(given: Mapping[str, Any]) -> Settings:
+    """Settings from keywords or JSON. ValueError: an unknown name, a bad value."""
+    for name in given:
+        if name not in SETTINGS:
+            raise ValueError(f"poet.convert: unknown setting {name!r}{suggest(name, SETTINGS)}")
+    try:
+        return Settings(**given)
+    except ValueError as error:
+        raise ValueError(f"poet.convert: {error}") from None
+
+
+def rotations(
+    settings: Settings, layers: Mapping[str, Sequence[tuple[str, tuple[Span, ...], int, int]]]
+) -> dict[str, list[Rotation]]:
+    """Of each layer, those of its sides: (side, spans, rank, ranks), 'in' first.
+
+    Raises:
+        ValueError: names every layer whose blocks do not fit, and patterns that match none.
+    """
+    patterns = Patterns("blocks", settings.blocks)
+    made: dict[str, list[Rotation]] = {}
+    wrong = []
+    for key, sides in layers.items():
+        pattern = patterns.find(key, alone=True)
+        size = settings.block if pattern is None else settings.blocks[pattern]
+        inner, outer = size if isinstance(size, list | tuple) else (size, size)
+        made[key] = []
+        for side, spans, rank, ranks in sides:
+            block = inner if side == "in" else outer
+            if isinstance(block, float):
+                block = round(block * ranks * sum(count for _, count in spans))
+            try:
+                made[key].append(
+                    Rotation(
+                        f"{key}/{side}", f"skew_{side}", spans, block, settings.segments,
+                        settings.seed, settings.fully, rank, ranks,
+                    )
+                )  # fmt: skip
+            except ValueError as error:
+                wrong.append(str(error))
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    patterns.check(list(layers))
+    return made
+
+
+def _linears(model: nn.Module, matrices: Iterable[str], scalars: Iterable[str]) -> list[Route]:
+    """The weights to rotate: matrices that are a plain nn.Linear's.
+
+    Raises:
+        ValueError: the model is not as ``convert`` needs it.
+    """
+    inside, _ = routing.unwrap(model)
+    if inside is not model:
+        raise ValueError("poet.convert: convert the model before it is wrapped or compiled")
+    if any(isinstance(module, PoetLayer) for module in model.modules()):
+        raise ValueError("poet.convert: this model has been converted already")
+    found = []
+    for route in routing.classify(model, matrices=matrices, scalars=scalars):
+        if route.kind != "matrix":
+            continue
+        key, _, leaf = route.name.rpartition(".")
+        # a subclass may never call forward, as that of nn.MultiheadAttention
+        plain = leaf == "weight" and type(model.get_submodule(key)) is nn.Linear
+        if not plain and route.reason.startswith("matrices:"):
+            raise ValueError(f"poet.convert: {route.reason} matches {route.name}, no nn.Linear")
+        if not plain:
+            continue
+        if hasattr(route.parameter, "placements"):
+            raise ValueError(
+                f"poet.convert: {route.name} is sharded already; convert the model first"
+            )
+        found.append(route)
+    owners: dict[int, str] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        other = owners.setdefault(id(weight), name)
+        if other != name and any(weight is route.parameter for route in found):
+            raise ValueError(
+                f"poet.convert: {other} and {name} have one weight, which cannot be rotated in"
+                f" two layers; leave it out: scalars=[{other!r}]"
+            )
+    if not found:
+        raise ValueError("poet.convert: the model has no nn.Linear to rotate")
+    return found
+
+
+@torch.no_grad()
+def initialize(weight: Tensor, key: str, settings: Settings) -> None:
+    """Write the W to start from, the same on every rank and device (arXiv 2506.08001, section 3).
+
+    ``weight``: (m, n), all of it.
+    """
+    if settings.init != "own" and not weight.is_meta:
+        weight.copy_(initial(key, tuple(weight.shape), settings))
+
+
+def initial(key: str, shape: tuple[int, ...], settings: Settings) -> Tensor:
+    """The (m, n) of ``settings.init``, float32 on the CPU."""
+    drawn = torch.randn(shape, generator=generator("poet init", settings.seed, key))
+    if settings.init == "normalized":
+        drawn /= torch.linalg.vector_norm(drawn, dim=1, keepdim=True)
+        return drawn
+    return polar.polar(drawn, method="svd")
+
+
+@torch.no_grad()
+def export(model: nn.Module, optimizer: Any = None) -> dict[str, Tensor]:
+    """The state dict of the model as it was before ``convert``, W_eff = R_o W R_i in place of W.
+
+    On the CPU, in the dtypes the model has; W_eff is computed in float32. The model is not changed.
+    If the model is sharded this is a collective call, and every rank gets all of it.
+
+    ``optimizer``: the POET that trains the model, if a framework shards it in a way of its own
+    (DeepSpeed's stage 3).
+    """
+    model, _ = routing.unwrap(model)
+    whole = (
+        SpectralOptimizer.placer_type(None, False) if optimizer is None else optimizer.placer
+    ).whole
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, PoetLayer)}
+    left_out = {
+        f"{name}.{leaf}" for name, m in layers.items() for leaf in (*m.skews, "_extra_state")
+    }
+    found: dict[str, Tensor] = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if name in left_out:
+            continue
+        key, _, leaf = name.rpartition(".")
+        if key in layers and leaf == "weight":
+            layer = layers[key]
+            with whole([value, *layer.skews.values()]) as (weight, *skews):
+                turned = layer.effective(weight, dict(zip(layer.skews, skews, strict=True)))
+                found[name] = turned.to(weight.dtype).cpu()
+        else:
+            with whole([value]) as (tensor,):
+                found[name] = tensor.detach().cpu().clone()
+    return found

@@ -1,0 +1,263 @@
+"""A linear layer whose frozen W is rotated on both sides: y = R_o W R_i x + bias.
+
+Input-centric (arXiv 2603.05500): the rows of x are rotated, multiplied by W and rotated again, so
+that nothing of W's size is made and no gradient of W is. The bias comes after R_o.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+from spectral_dist.options import suggest
+from spectral_dist.poet import cayley
+from spectral_dist.poet.cayley import CayleyNeumann, Order
+from spectral_dist.poet.rotation import Rotate, Rotation, rotate
+
+Block: TypeAlias = int | float
+FORMS = ("block_stochastic", "fully_stochastic")
+VARIANTS = ("fast", "memory")
+INITS = ("own", "normalized", "uniform_spectrum")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How layers are rotated; every integration takes these names, with these defaults.
+
+    Args:
+        block: the size b of the blocks of both sides; a fraction of the dimension in the fully
+            stochastic form.
+        blocks: pattern of layer names -> (b_in, b_out), or one size for both, where ``block`` does
+            not divide a dimension or another size is wanted.
+        segments: of every dimension: a multiple of every tensor-parallel size to be used.
+        order: of the Cayley-Neumann map, 1 to 4, or 'exact'. 3 is the papers', and shrinks every
+            singular value at each merge; 4 keeps them.
+        form: 'block_stochastic' rotates all of a dimension in blocks, 'fully_stochastic' one random
+            subset of it in one block.
+        variant: 'fast' keeps W R_i x and the rotations for the backward pass, 'memory' makes them
+            again from x.
+        init: W to start from. 'own' is the layer's, so that nothing changes; 'normalized' Gaussian
+            rows of norm 1; 'uniform_spectrum' singular values that are all 1.
+        seed: of permutations and of ``init``.
+
+    Raises:
+        ValueError: names the setting, and what to write.
+    """
+
+    block: Block = 256
+    blocks: Mapping[str, Block | Sequence[Block]] = field(default_factory=dict)
+    segments: int = 1
+    order: Order = 4
+    form: str = "block_stochastic"
+    variant: str = "fast"
+    init: str = "own"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        known = {"order": cayley.ORDERS, "form": FORMS, "variant": VARIANTS, "init": INITS}
+        for name, values in known.items():
+            if getattr(self, name) not in values or isinstance(getattr(self, name), bool):
+                self._fail(name, f"unknown{suggest(str(getattr(self, name)), map(str, values))}")
+        for name, least in (("segments", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                self._fail(name, f"it must be a whole number, at least {least}")
+        if not isinstance(self.blocks, Mapping):
+            self._fail("blocks", "write patterns and sizes, as in {'k_proj': [256, 64]}")
+        for name, size in (("block", self.block), *self.blocks.items()):
+            pair = size if isinstance(size, list | tuple) else (size, size)
+            if len(pair) != 2 or not all(self._fits(b) for b in pair):
+                what = "a fraction in (0, 1] or a size" if self.fully else "a whole number"
+                where = "block" if name == "block" else f"blocks: {name!r}"
+                raise ValueError(
+                    f"{where} is {size!r}; write {what}, at least 2, or two of them for"
+                    " (b_in, b_out)"
+                )
+
+    @property
+    def fully(self) -> bool:
+        """Whether a random subset is rotated, and not all."""
+        return self.form == "fully_stochastic"
+
+    def _fits(self, size: Any) -> bool:
+        if self.fully and isinstance(size, float):
+            return 0 < size <= 1
+        return isinstance(size, int) and not isinstance(size, bool) and size >= 2
+
+    def _fail(self, name: str, what: str) -> None:
+        raise ValueError(f"{name} is {getattr(self, name)!r}; {what}")
+
+
+class PoetLayer(nn.Module):
+    """What every rotated layer is, whoever multiplies by W: see ``PoetLinear``.
+
+    Attributes:
+        weight: W in its own order, frozen; all that is learned is merged into it.
+        key: the layer's name in the whole model, of which permutations are made.
+        inner, outer: the rotations of its inputs and of its outputs (several of a fused weight);
+            each names a parameter of the layer, (blocks, b (b - 1) / 2) in at least float32.
+        group: the ranks that hold the other tiles of the matrix, under tensor parallelism.
+        merges: how many there were. In checkpoints, with the settings: ``get_extra_state``.
+    """
+
+    weight: Tensor
+    key: str
+    inner: tuple[Rotation, ...]
+    outer: tuple[Rotation, ...]
+    settings: Settings
+    merges: int
+    group: Any = None
+
+    def rotate_by(
+        self, key: str, inner: Sequence[Rotation], outer: Sequence[Rotation], settings: Settings
+    ) -> None:
+        """Freeze W and add the skew parameters, all zero: the same function."""
+        self.key, self.inner, self.outer = key, tuple(inner), tuple(outer)
+        self.settings, self.merges = settings, 0
+        self.keeps = False
+        self.forget()
+        self.weight.requires_grad_(False)
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        for rotation in self.rotations:
+            zeros = torch.zeros(rotation.shape, dtype=dtype, device=self.weight.device)
+            self.register_parameter(rotation.skew, nn.Parameter(zeros))
+
+    @property
+    def rotations(self) -> tuple[Rotation, ...]:
+        """Of both sides."""
+        return (*self.inner, *self.outer)
+
+    def is_skew(self, name: str) -> bool:
+        """Whether a parameter of that name, within a model or here, is one of its skews."""
+        return name.rsplit(".", 1)[-1] in {rotation.skew for rotation in self.rotations}
+
+    @property
+    def skews(self) -> dict[str, nn.Parameter]:
+        """The skew parameters by name."""
+        return {rotation.skew: getattr(self, rotation.skew) for rotation in self.rotations}
+
+    def turn(self, x: Tensor, side: Sequence[Rotation]) -> Tensor:
+        """Rows x (..., d) -> x R^T, by the side's skew parameters as they are now."""
+        kind = x.device.type
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        deltas = [self._delta(rotation, x.dtype) for rotation in side]
+        index = self._index(side, x.device)
+        rows = x.reshape(-1, x.shape[-1])
+        turned: Tensor = Rotate.apply(rows, index, not self.settings.fully, *deltas)  # type: ignore[no-untyped-call]
+        return turned.view(x.shape)
+
+    def maybe_again(self, function: Any, x: Tensor) -> Any:
+        """``function(x)``; in the memory variant done again in backward, to save x only."""
+        if self.settings.variant == "memory" and torch.is_grad_enabled():
+            return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
+        return function(x)
+
+    def _delta(self, rotation: Rotation, dtype: torch.dtype) -> Tensor:
+        skew, order = getattr(self, rotation.skew), self.settings.order
+        known, key = None, (dtype, skew.data_ptr(), skew._version)
+        keep = self.keeps and self.training and torch.is_grad_enabled()
+        if keep and self._deltas.get(rotation.skew, (None,))[0] == key:
+            known = self._deltas[rotation.skew][1]
+        found: Tensor = CayleyNeumann.apply(  # type: ignore[no-untyped-call]
+            skew, rotation.block, order, dtype, known
+        )
+        if keep and known is None:
+            self._deltas[rotation.skew] = (key, found.detach())
+        return found
+
+    def _index(self, side: Sequence[Rotation], device: torch.device) -> Tensor:
+        at = (side[0].skew, device)
+        if at not in self._indices:
+            found = [rotation.index(self.merges) for rotation in side]
+            self._indices[at] = torch.cat(found).to(device, non_blocking=True)
+        return self._indices[at]
+
+    def keep(self) -> None:
+        """Have the fast variant keep G between micro-batches; who says so calls ``forget``."""
+        self.keeps = self.settings.variant == "fast"
+
+    def forget(self, indices: bool = True) -> None:
+        """The skew parameters have changed; with ``indices`` the permutations as well."""
+        self._deltas: dict[str, tuple[Any, Tensor]] = {}
+        if indices:
+            self._indices: dict[tuple[str, torch.device], Tensor] = {}
+
+    @torch.no_grad()
+    def effective(self, weight: Tensor, skews: Mapping[str, Tensor]) -> Tensor:
+        """R_o W R_i of whole (here: of this rank's tile) tensors, (m, n) in at least float32."""
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        for side, transposed in ((self.inner, False), (self.outer, True)):
+            deltas = []
+            for rotation in side:
+                skew = skews[rotation.skew].to(wide.dtype)
+                change = cayley.delta(skew, rotation.block, self.settings.order)
+                deltas.append(change if transposed else change.mT)
+            rows = wide.mT.contiguous() if transposed else wide
+            index = self._index(side, wide.device)
+            turned = rotate(rows, index, deltas, not self.settings.fully)
+            wide = turned.mT if transposed else turned
+        return wide
+
+    @torch.no_grad()
+    def merge(self, weight: Tensor, skews: Mapping[str, Tensor]) -> None:
+        """W <- R_o W R_i in place, skew parameters <- 0, new permutations next.
+
+        ``weight``, ``skews``: the layer's own, wherever a framework has brought them together.
+        """
+        weight.copy_(self.effective(weight, skews))
+        for skew in skews.values():
+            skew.zero_()
+        self.merges += 1
+        self.forget()
+
+    def assembled(self, weight: Tensor) -> Tensor:
+        """The whole matrix, of which ``weight`` is this rank's tile. A collective call."""
+        return weight
+
+    def get_extra_state(self) -> Tensor:
+        """Merges, and all of the settings that permutations and blocks depend on, int64."""
+        return torch.tensor([self.merges, *self._fixed().values()], dtype=torch.int64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """ValueError if the layer was built with other settings."""
+        merges, *values = state.tolist()
+        for (name, here), there in zip(self._fixed().items(), values, strict=True):
+            if here != there:
+                raise ValueError(
+                    f"{self.key}: {name} is {here} here, but {there} in the checkpoint; convert the"
+                    " model with the settings it was saved with"
+                )
+        self.merges = merges
+        self.forget()
+
+    def _fixed(self) -> dict[str, int]:
+        s = self.settings
+        return {
+            "seed": s.seed, "segments": s.segments, "form": FORMS.index(s.form),
+            "order": cayley.ORDERS.index(s.order), "the block of inputs": self.inner[0].block,
+            "the block of outputs": self.outer[0].block,
+        }  # fmt: skip
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.forget()
+
+
+class PoetLinear(PoetLayer, nn.Linear):
+    """nn.Linear as R_o W R_i: made of one, in place, by ``spectral_dist.poet.convert``."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        found: Tensor = self.maybe_again(self._rotated, input)
+        return found if self.bias is None else found + self.bias.to(found.dtype)
+
+    def _rotated(self, x: Tensor) -> Tensor:
+        return self.turn(linear(self.turn(x, self.inner), self.weight), self.outer)

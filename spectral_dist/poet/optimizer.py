@@ -1,0 +1,130 @@
+"""POET's optimizer: Adam on the skew parameters, AdamW on the rest, and the merge."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectral_dist.optimizer import SpectralOptimizer
+from spectral_dist.options import POETOptions
+from spectral_dist.poet import report
+from spectral_dist.poet.layer import PoetLayer
+from spectral_dist.rules.rule import Rule
+
+START = 0.1
+"""Of the clipping limit, in the first step after a merge."""
+
+
+class POET(SpectralOptimizer):
+    """Trains the rotations of a model that ``spectral_dist.poet.convert`` has converted.
+
+    ``SpectralOptimizer`` without a matrix: every parameter is stepped elementwise where it lies,
+    with moments in float32. Every ``merge_every`` steps (arXiv 2506.08001, algorithm 1) the
+    rotations are multiplied into the frozen weights, and the skew parameters, their moments and
+    their step count start again from zero, in the same step.
+
+    Options: ``spectral_dist.options.POETOptions``. The count of steps since the last merge is the
+    skew's own ``step``, and that of merges is in the layers: both are in every checkpoint.
+    """
+
+    rule, option_type = Rule(), POETOptions  # the rule of no matrix
+    options: POETOptions
+
+    def __init__(self, params: Iterable[Any], lr: float = POETOptions.lr, **options: Any) -> None:
+        super().__init__(params, lr, **options)
+        if not self.layers:
+            raise ValueError(
+                "POET trains the rotations of a model that spectral_dist.poet.convert(model) has"
+                " converted; this one has none"
+            )
+        for layer in self.layers:
+            layer.keep()
+        self._ramp_asked = False
+
+    @property
+    def layers(self) -> list[PoetLayer]:
+        """The rotated layers, in the model's order."""
+        found = {id(r.layer): r.layer for r in self.all_routes if r.layer is not None}
+        return list(found.values())
+
+    def steps_taken(self) -> int:
+        """With those before the last merge, if ``merge_every`` never changed."""
+        return self.layers[0].merges * self._merge_every() + self.steps_since_merge()
+
+    def steps_since_merge(self) -> int:
+        """Of the skew parameters."""
+        counts = [float(s["step"]) for s in self._skew_states() if "step" in s]
+        return int(max(counts, default=0.0))
+
+    def clip_factor(self) -> float:
+        """What to multiply the limit of gradient clipping by in the coming step.
+
+        1, but from 0.1 up to 1 over the ``clip_ramp`` steps after a merge. Frameworks that clip by
+        themselves are told; in your own loop: ``clip_grad_norm_(parameters, limit *
+        optimizer.clip_factor())``.
+        """
+        self._ramp_asked = True
+        ramp, since = self.options.clip_ramp, self.steps_since_merge()
+        if not ramp or since >= ramp or not self.layers[0].merges:
+            return 1.0
+        return START + (1 - START) * since / ramp
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step, and the merge if it is due (unless a framework has yet to write the model)."""
+        if self.options.clip_ramp and self.layers[0].merges and not self._ramp_asked:
+            self._ramp_asked = True
+            warnings.warn(
+                f"clip_ramp is {self.options.clip_ramp}, but nobody asks for clip_factor(): clip"
+                " gradients to limit * optimizer.clip_factor(), or leave clip_ramp out",
+                stacklevel=2,
+            )
+        loss = super().step(closure)
+        for layer in self.layers:
+            layer.forget(indices=False)
+        if not self.placer.masters:
+            self.merge_if_due()
+        return loss
+
+    @torch.no_grad()
+    def merge_if_due(self) -> bool:
+        """Whether it was. The model has the values of the last step; a collective call."""
+        if self.steps_since_merge() < self._merge_every():
+            return False
+        numbers, drifts = [], []
+        for layer in self.layers:
+            skews = layer.skews
+            with self.placer.whole([layer.weight, *skews.values()], write=True) as whole:
+                weight, named = whole[0], dict(zip(skews, whole[1:], strict=True))
+                numbers.append(report.rotations(layer, named))
+                before = layer.assembled(weight).clone() if self.monitor else None
+                layer.merge(weight, named)
+                if before is not None:
+                    drifts.append(report.drift(before, layer.assembled(weight)))
+        for group, tensors in self.placer.steps(self):
+            if group["kind"] == "skew":
+                self._restart(tensors)
+        report.write(self.layers, numbers, drifts, self.monitor, self.steps_taken())
+        return True
+
+    def _restart(self, tensors: Iterable[Tensor]) -> None:
+        """Zero what the optimizer steps on, be it a master copy, and Adam with it."""
+        for p in tensors:
+            self.placer.local(p).zero_()
+            for value in self.state.get(p, {}).values():
+                if isinstance(value, Tensor):
+                    self.placer.local(value).zero_()
+
+    def _merge_every(self) -> int:
+        return next(int(g["merge_every"]) for g in self.param_groups if g["kind"] == "skew")
+
+    def _skew_states(self) -> list[dict[str, Any]]:
+        found = []
+        for group, tensors in self.placer.steps(self):
+            if group["kind"] == "skew":
+                found += [self.state.get(p, {}) for p in tensors]
+        return found

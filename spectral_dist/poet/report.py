@@ -1,0 +1,75 @@
+"""What a merge did: how far rotations had turned, and what became of W's singular values."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from spectral_dist.monitor import Monitor, Report
+from spectral_dist.poet import cayley
+from spectral_dist.poet.layer import PoetLayer
+from spectral_dist.sharding import collectives
+
+QUANTITIES = {
+    "skew_norm": "the largest ||Q||_2 of the layer's blocks, as they were merged",
+    "rotation_error": "the largest ||G G^T - I||_F / sqrt(b) of its blocks",
+    "singular_value_drift": "max |s / s0 - 1| of W's singular values over the merge",
+}
+LIMIT = 0.5
+"""Of ||Q||_2: at 1 the Cayley-Neumann series no longer is Cayley's map."""
+
+
+def rotations(layer: PoetLayer, skews: Mapping[str, Tensor]) -> Tensor:
+    """(skew_norm, rotation_error), on every rank that has a tile of the matrix; no host sync."""
+    order, worst = layer.settings.order, []
+    for rotation in layer.rotations:
+        skew = skews[rotation.skew]
+        skew = skew.to(torch.promote_types(skew.dtype, torch.float32))
+        change = cayley.delta(skew, rotation.block, order)
+        errors = cayley.orthogonality_errors(change)
+        worst.append(torch.stack([cayley.norms(skew, rotation.block).max(), errors.max()]))
+    found = torch.stack(worst).amax(0).float()
+    if layer.group is not None:
+        collectives.max_ranks(found, layer.group, collectives.Meter())
+    return found
+
+
+def drift(before: Tensor, after: Tensor) -> Tensor:
+    """max |s / s0 - 1| between the singular values of two matrices, in float64."""
+    s0, s = (torch.linalg.svdvals(w.double()) for w in (before, after))
+    found: Tensor = (s / s0 - 1).abs().max().float()
+    return found
+
+
+def write(
+    layers: Sequence[PoetLayer],
+    numbers: Sequence[Tensor],
+    drifts: Sequence[Tensor],
+    monitor: Monitor | None,
+    step: int,
+) -> None:
+    """Warn of rotations that went too far; write all to the monitor's sinks, if there is one."""
+    table = torch.stack(list(numbers)).tolist()
+    far = [(norm, layer.key) for layer, (norm, _) in zip(layers, table, strict=True)]
+    largest, name = max(far)
+    if not largest < LIMIT:
+        count = sum(not norm < LIMIT for norm, _ in far)
+        warnings.warn(
+            f"POET: at the merge after step {step} ||Q|| was {largest:.2f} in {name}, above"
+            f" {LIMIT} in {count} of {len(far)} layers; at 1 the series of the rotation no longer"
+            " is one. Lower lr or merge_every, or convert with order='exact'",
+            stacklevel=4,
+        )
+    if monitor is None or not collectives.is_first():
+        return
+    keys = [layer.key for layer in layers]
+    columns = [*zip(*table, strict=True), torch.stack(list(drifts)).tolist()]
+    report: Report = {
+        name: dict(zip(keys, values, strict=True))
+        for name, values in zip(QUANTITIES, columns, strict=True)
+    }
+    for sink in monitor.sinks:
+        sink(step, report)

@@ -1,0 +1,161 @@
+"""One side of a matrix and the blocks that rotate it: where they lie, and what they do to rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from spectral_dist.poet.cayley import packed_size
+from spectral_dist.poet.permutation import permutation
+
+Span: TypeAlias = tuple[int, int]
+"""First index, and how many."""
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """What one packed skew parameter rotates: one side of one matrix, or a tile's part of it.
+
+    ``key``: names matrix and side, for permutations. ``skew``: the parameter's name in its layer.
+    ``spans``: where the dimension lies here, in order; a tile of a fused weight has several.
+    ``rank`` of ``ranks``: which part of the dimension that is. ``fully``: R moves a random subset
+    of ``block`` indices, and else (block-stochastic) all of them, in blocks.
+
+    Raises:
+        ValueError: blocks or segments do not fit.
+    """
+
+    key: str
+    skew: str
+    spans: tuple[Span, ...]
+    block: int
+    segments: int = 1
+    seed: int = 0
+    fully: bool = False
+    rank: int = 0
+    ranks: int = 1
+
+    def __post_init__(self) -> None:
+        """ValueError that says what divides what."""
+        size = self.size * self.ranks
+        if self.segments % self.ranks:
+            raise ValueError(
+                f"{self.key}: segments is {self.segments}, which is no multiple of the"
+                f" {self.ranks} ranks that this dimension is cut over; write segments="
+                f"{self.ranks}, or a multiple of every tensor-parallel size to be used"
+            )
+        if size % self.segments:
+            raise ValueError(
+                f"{self.key}: its dimension, {size}, cannot be cut into {self.segments} equal"
+                " segments"
+            )
+        if self.fully:
+            if self.segments > 1:
+                raise ValueError(
+                    f"{self.key}: the fully stochastic form draws from whole dimensions; write"
+                    f" segments=1 (it is {self.segments}), or form='block_stochastic'"
+                )
+            if not 2 <= self.block <= size:
+                raise ValueError(
+                    f"{self.key}: block is {self.block}; write from 2 to its dimension, {size}, or"
+                    " a fraction of it"
+                )
+        elif self.block < 2 or (size // self.segments) % self.block:
+            length = size // self.segments
+            fits = [b for b in range(2, length + 1) if length % b == 0]
+            near = max((b for b in fits if b <= self.block), default=min(fits, default=0))
+            raise ValueError(
+                f"{self.key}: block {self.block} does not divide its dimension, {size}"
+                + f" in segments of {length}" * (self.segments > 1)
+                + f"; {near} does: blocks={{'a pattern of its name': (b_in, b_out)}}"
+            )
+
+    @property
+    def size(self) -> int:
+        """Of the dimension here."""
+        return sum(count for _, count in self.spans)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the skew parameter here: blocks x packed numbers."""
+        return 1 if self.fully else self.size // self.block, packed_size(self.block)
+
+    def index(self, merges: int) -> Tensor:
+        """The indices here, block after block, after so many merges; int64 on the CPU."""
+        places = torch.cat([torch.arange(first, first + count) for first, count in self.spans])
+        held = self.segments // self.ranks
+        length = self.size // held
+        found = []
+        for i in range(held):
+            segment = self.rank * held + i
+            order = permutation(length, "poet", self.seed, self.key, segment, merges)
+            found.append(places[i * length : (i + 1) * length][order])
+        return torch.cat(found)[: self.shape[0] * self.block]
+
+
+def rotate(x: Tensor, index: Tensor, deltas: Sequence[Tensor], whole: bool) -> Tensor:
+    """x R^T, (t, d) -> (t, d): rows times the rotations of blocks I + delta, at ``index``.
+
+    ``index``: of all deltas' blocks, one after the other; ``whole`` says that it is all of d.
+    """
+    picked = x.index_select(1, index)
+    turned = []
+    for part, change in zip(torch.split(picked, _widths(deltas), 1), deltas, strict=True):
+        blocks = _blocks(part, change)
+        turned.append(_rows(torch.baddbmm(blocks, blocks, change.mT)))
+    result = torch.empty_like(x) if whole else x.clone()
+    return result.index_copy_(1, index, torch.cat(turned, 1) if len(turned) > 1 else turned[0])
+
+
+class Rotate(torch.autograd.Function):
+    """``rotate``, saving its input and not the permuted copy of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, index: Tensor, whole: bool, *deltas: Tensor) -> Tensor:
+        """See ``rotate``."""
+        ctx.save_for_backward(x, index, *deltas)
+        ctx.whole = whole
+        return rotate(x, index, deltas, whole)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Of the rows, and of each delta."""
+        x, index, *deltas = ctx.saved_tensors
+        of_x: Tensor | None = None
+        of_deltas: Sequence[Tensor | None] = [None] * len(deltas)
+        if ctx.needs_input_grad[0]:
+            of_x = rotate(gradient, index, [change.mT for change in deltas], ctx.whole)
+        if any(ctx.needs_input_grad[3:]):
+            of_deltas = delta_gradients(x, gradient, index, deltas)
+        return of_x, None, None, *of_deltas
+
+
+def delta_gradients(
+    x: Tensor, gradient: Tensor, index: Tensor, deltas: Sequence[Tensor]
+) -> list[Tensor]:
+    """Of each delta in ``rotate``, from the gradient of its result."""
+    widths, found = _widths(deltas), []
+    parts = (torch.split(t.index_select(1, index), widths, 1) for t in (x, gradient))
+    for inputs, outputs, change in zip(*parts, deltas, strict=True):
+        found.append(torch.bmm(_blocks(outputs, change).mT, _blocks(inputs, change)))
+    return found
+
+
+def _widths(deltas: Sequence[Tensor]) -> list[int]:
+    return [change.shape[0] * change.shape[-1] for change in deltas]
+
+
+def _blocks(x: Tensor, change: Tensor) -> Tensor:
+    """(t, k b) -> (k, t, b), a view."""
+    return x.view(len(x), change.shape[0], change.shape[-1]).transpose(0, 1)
+
+
+def _rows(blocks: Tensor) -> Tensor:
+    """(k, t, b) -> (t, k b)."""
+    return blocks.transpose(0, 1).flatten(1)
