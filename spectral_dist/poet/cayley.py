@@ -56,7 +56,8 @@ def delta(skew: Tensor, block: int, order: Order) -> Tensor:
     q = unpack(skew, block)
     if order == EXACT:
         eye = torch.eye(block, dtype=q.dtype, device=q.device)
-        return torch.linalg.solve(eye - q, 2 * q)
+        exact: Tensor = torch.linalg.solve(eye - q, 2 * q)
+        return exact
     squared = q @ q
     if order == 1:
         return 2 * q + squared
