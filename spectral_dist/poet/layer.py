@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from spectral_dist.options import suggest
 from spectral_dist.poet import cayley
 from spectral_dist.poet.cayley import CayleyNeumann, Order
+from spectral_dist.poet.product import RotatedProduct
 from spectral_dist.poet.rotation import Rotate, Rotation, rotate
 
 Block: TypeAlias = int | float
@@ -145,14 +146,23 @@ class PoetLayer(nn.Module):
 
     def turn(self, x: Tensor, side: Sequence[Rotation]) -> Tensor:
         """Rows x (..., d) -> x R^T, by the side's skew parameters as they are now."""
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
+        x = _autocast(x)
         deltas = [self._delta(rotation, x.dtype) for rotation in side]
         index = self._index(side, x.device)
         rows = x.reshape(-1, x.shape[-1])
         turned: Tensor = Rotate.apply(rows, index, not self.settings.fully, *deltas)  # type: ignore[no-untyped-call]
         return turned.view(x.shape)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Rows x (..., n) -> R_o W R_i x, (..., m); all of W is here."""
+        if self.settings.fully:
+            return self.turn(linear(self.turn(x, self.inner), self.weight), self.outer)
+        x = _autocast(x)
+        deltas = [self._delta(rotation, x.dtype) for rotation in self.rotations]
+        inner, outer = (self._index(side, x.device) for side in (self.inner, self.outer))
+        rows, lean = x.reshape(-1, x.shape[-1]), self.settings.variant == "memory"
+        found: Tensor = RotatedProduct.apply(rows, self.weight, inner, outer, lean, *deltas)  # type: ignore[no-untyped-call]
+        return found.view(*x.shape[:-1], -1)
 
     def maybe_again(self, function: Any, x: Tensor) -> Any:
         """``function(x)``; in the memory variant done again in backward, to save x only."""
@@ -256,8 +266,12 @@ class PoetLinear(PoetLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        found: Tensor = self.maybe_again(self._rotated, input)
+        again = self.settings.fully  # else the product does it, and better
+        found: Tensor = self.maybe_again(self.multiply, input) if again else self.multiply(input)
         return found if self.bias is None else found + self.bias.to(found.dtype)
 
-    def _rotated(self, x: Tensor) -> Tensor:
-        return self.turn(linear(self.turn(x, self.inner), self.weight), self.outer)
+
+def _autocast(x: Tensor) -> Tensor:
+    """As nn.Linear takes its input under torch.autocast."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x

@@ -103,13 +103,40 @@ def rotate(x: Tensor, index: Tensor, deltas: Sequence[Tensor], whole: bool) -> T
 
     ``index``: of all deltas' blocks, one after the other; ``whole`` says that it is all of d.
     """
-    picked = x.index_select(1, index)
-    turned = []
-    for part, change in zip(torch.split(picked, _widths(deltas), 1), deltas, strict=True):
-        blocks = _blocks(part, change)
-        turned.append(_rows(torch.baddbmm(blocks, blocks, change.mT)))
+    return put_back(x, index, turn_blocks(x.index_select(1, index), deltas), whole)
+
+
+def put_back(x: Tensor, index: Tensor, turned: Tensor, whole: bool) -> Tensor:
+    """(t, d) with ``turned`` at ``index``, and x elsewhere."""
     result = torch.empty_like(x) if whole else x.clone()
-    return result.index_copy_(1, index, torch.cat(turned, 1) if len(turned) > 1 else turned[0])
+    return result.index_copy_(1, index, turned)
+
+
+def turn_blocks(picked: Tensor, deltas: Sequence[Tensor]) -> Tensor:
+    """(t, w) -> (t, w): each block of columns times (I + delta)^T, block after block.
+
+    In half precision x + x delta^T is rounded once, and I + delta never.
+    """
+    turned = []
+    for part, change in zip(_parts(picked, deltas), deltas, strict=True):
+        blocks = _blocks(part, change)
+        turned.append(torch.baddbmm(blocks, blocks, change.mT).transpose(0, 1).flatten(1))
+    return torch.cat(turned, 1) if len(turned) > 1 else turned[0]
+
+
+def block_gradients(picked: Tensor, gradient: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
+    """Of each delta in ``turn_blocks``, from the gradient of its result."""
+    parts = zip(_parts(picked, deltas), _parts(gradient, deltas), deltas, strict=True)
+    return [torch.bmm(_blocks(g, change).mT, _blocks(x, change)) for x, g, change in parts]
+
+
+def _parts(x: Tensor, deltas: Sequence[Tensor]) -> Sequence[Tensor]:
+    return torch.split(x, [change.shape[0] * change.shape[-1] for change in deltas], 1)
+
+
+def _blocks(x: Tensor, change: Tensor) -> Tensor:
+    """(t, k b) -> (k, t, b), a view."""
+    return x.view(len(x), change.shape[0], change.shape[-1]).transpose(0, 1)
 
 
 class Rotate(torch.autograd.Function):
@@ -127,35 +154,10 @@ class Rotate(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Of the rows, and of each delta."""
         x, index, *deltas = ctx.saved_tensors
+        picked = gradient.index_select(1, index)
         of_x: Tensor | None = None
-        of_deltas: Sequence[Tensor | None] = [None] * len(deltas)
         if ctx.needs_input_grad[0]:
-            of_x = rotate(gradient, index, [change.mT for change in deltas], ctx.whole)
-        if any(ctx.needs_input_grad[3:]):
-            of_deltas = delta_gradients(x, gradient, index, deltas)
+            back = turn_blocks(picked, [change.mT for change in deltas])
+            of_x = put_back(gradient, index, back, ctx.whole)
+        of_deltas = block_gradients(x.index_select(1, index), picked, deltas)
         return of_x, None, None, *of_deltas
-
-
-def delta_gradients(
-    x: Tensor, gradient: Tensor, index: Tensor, deltas: Sequence[Tensor]
-) -> list[Tensor]:
-    """Of each delta in ``rotate``, from the gradient of its result."""
-    widths, found = _widths(deltas), []
-    parts = (torch.split(t.index_select(1, index), widths, 1) for t in (x, gradient))
-    for inputs, outputs, change in zip(*parts, deltas, strict=True):
-        found.append(torch.bmm(_blocks(outputs, change).mT, _blocks(inputs, change)))
-    return found
-
-
-def _widths(deltas: Sequence[Tensor]) -> list[int]:
-    return [change.shape[0] * change.shape[-1] for change in deltas]
-
-
-def _blocks(x: Tensor, change: Tensor) -> Tensor:
-    """(t, k b) -> (k, t, b), a view."""
-    return x.view(len(x), change.shape[0], change.shape[-1]).transpose(0, 1)
-
-
-def _rows(blocks: Tensor) -> Tensor:
-    """(k, t, b) -> (t, k b)."""
-    return blocks.transpose(0, 1).flatten(1)
