@@ -28,7 +28,7 @@ class RotatedProduct(torch.autograd.Function):
         lean: bool,
         *deltas: Tensor,
     ) -> Tensor:
-        """``inner``, ``outer``: indices of the blocks. ``deltas``: of the inputs, of the outputs."""
+        """``inner``, ``outer``: indices of blocks. ``deltas``: of inputs, then of outputs."""
         product = _multiply(x, weight, inner, outer, deltas[0])
         ctx.save_for_backward(x, weight, inner, outer, None if lean else product, *deltas)
         result = x.new_empty(len(x), len(weight))
