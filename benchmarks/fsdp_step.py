@@ -191,13 +191,13 @@ def _ours(kind: str, **options: Any) -> Build:
 
 
 def matrices_and_rest(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Matrices, and the rest, as spectral_dist tells them."""
+    """Matrices (of POET what rotates them), and the rest, as spectral_dist tells them."""
     with contextlib.redirect_stderr(io.StringIO()):
         groups = spectral_dist.param_groups(model)
-    kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "scalar": []}
+    kinds: dict[str, list[nn.Parameter]] = {"matrix": [], "skew": [], "scalar": []}
     for group in groups:
         kinds[group["kind"]] += group["params"]
-    return kinds["matrix"], kinds["scalar"]
+    return kinds["matrix"] + kinds["skew"], kinds["scalar"]
 
 
 def _torch_muon(model: nn.Module) -> Any:

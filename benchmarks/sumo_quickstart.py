@@ -174,6 +174,8 @@ class Engine(TorchEngine):
 class Bench:
     """Runs, each done once: those in the file are taken from there."""
 
+    engine = Engine
+
     def __init__(self, path: Path, model: Path, peers: str) -> None:
         self.path, self.peers = path, peers
         self.model = llama.load_config(model)
@@ -197,7 +199,7 @@ class Bench:
             return self.done[key]
         started = time.perf_counter()
         torch.manual_seed(seed)
-        engine = Engine(contender, self.peers, config, self.model, seed, self.here)
+        engine = self.engine(contender, self.peers, config, self.model, seed, self.here)
         job = trainer.Job(
             out=self.path.with_suffix("") / contender.kind, steps=config.steps, stop_at=0,
             seq_len=256, seed=seed, eval_every=40, eval_batches=8, save_every=0,
