@@ -51,13 +51,13 @@ LARGE = {"block": 64, "blocks": {"q_proj|k_proj|v_proj|o_proj": 192, "gate|up": 
 CONTENDERS = (
     Contender("AdamW", "AdamW", 0.003),
     Contender("Muon", "Muon", 0.012),
-    Contender("POET, b 64", "POET", 0.016, {"block": 64, "merge_every": 20, **REST}),
-    Contender("POET, b 64, T 40", "POET", 0.016, {"block": 64, "merge_every": 40, **REST}),
+    Contender("POET b 64", "POET", 0.016, {"block": 64, "merge_every": 20, **REST}),
+    Contender("POET b 64 T 40", "POET", 0.016, {"block": 64, "merge_every": 40, **REST}),
     Contender(
-        "POET, b 64, normalized", "POET", 0.016,
+        "POET b 64 normalized", "POET", 0.016,
         {"block": 64, "merge_every": 20, "init": "normalized", **REST},
     ),
-    Contender("POET, b 192 and 256", "POET", 0.008, {**LARGE, "merge_every": 20, **REST}),
+    Contender("POET b 192 and 256", "POET", 0.008, {**LARGE, "merge_every": 20, **REST}),
 )  # fmt: skip
 
 
