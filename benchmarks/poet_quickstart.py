@@ -5,8 +5,7 @@
 Model, corpus, tokenizer, batches, schedule and evaluation are launch/'s own, as in
 benchmarks.sumo_quickstart, in one process with seed 0; clipping is the job's (1.0) for all.
 Embeddings, head and norms are on AdamW at lr .006 in POET's runs, and at the lr of the matrices in
-the others. The job has 120 steps, so POET merges every 20 or 40 and its lr is larger than its
-paper's for 400; each contender gets lrs a factor of 2 apart, and more while the best is the last.
+the others. The job has 120 steps, so POET merges every 20 or 40; its betas and eps are its own. Each contender gets lrs a factor of 2 apart, and more while the best is the last.
 
 Beside bits per byte, of a step after the last evaluation: bytes of gradients; of optimizer state;
 the most that the step takes for a moment beside them (tests/memory/live.py); and the bytes that
@@ -51,13 +50,13 @@ LARGE = {"block": 64, "blocks": {"q_proj|k_proj|v_proj|o_proj": 192, "gate|up": 
 CONTENDERS = (
     Contender("AdamW", "AdamW", 0.003),
     Contender("Muon", "Muon", 0.012),
-    Contender("POET b 64", "POET", 0.016, {"block": 64, "merge_every": 20, **REST}),
-    Contender("POET b 64 T 40", "POET", 0.016, {"block": 64, "merge_every": 40, **REST}),
+    Contender("POET b 64", "POET", 0.002, {"block": 64, "merge_every": 20, **REST}),
+    Contender("POET b 64 T 40", "POET", 0.002, {"block": 64, "merge_every": 40, **REST}),
     Contender(
-        "POET b 64 normalized", "POET", 0.016,
+        "POET b 64 normalized", "POET", 0.002,
         {"block": 64, "merge_every": 20, "init": "normalized", **REST},
     ),
-    Contender("POET b 192 and 256", "POET", 0.008, {**LARGE, "merge_every": 20, **REST}),
+    Contender("POET b 192 and 256", "POET", 0.001, {**LARGE, "merge_every": 20, **REST}),
 )  # fmt: skip
 
 
@@ -72,7 +71,8 @@ def build(model: nn.Module, contender: Contender, adam: Mapping[str, Any], wrap:
         return wrapped, sumo_quickstart.build(contender.kind, wrapped, lr, adam, options)
     with contextlib.redirect_stderr(io.StringIO()):  # the table of what is rotated
         groups = spectral_dist.param_groups(wrapped)
-    return wrapped, spectral_dist.POET(groups, lr=lr, **adam, **options)
+    decay = adam["weight_decay"]  # betas and eps are its own
+    return wrapped, spectral_dist.POET(groups, lr=lr, weight_decay=decay, **options)
 
 
 class Engine(sumo_quickstart.Engine):
