@@ -1,10 +1,11 @@
-"""Bytes of optimizer state per rank, against ranks and against SUMO's r; temporaries of a step.
+"""Bytes of optimizer state and gradients per rank, against ranks and r; temporaries of a step.
 
     .venv/bin/python -m benchmarks.memory_scaling --png memory.png --json memory.json
 
 Runs tests/memory/scaling.py, under torchrun on gloo, at every number of ranks (8 take some minutes
 on two cores). What it measures is exact and the same on any machine: bytes, no times. They are of a
 small Llama in float32; the script fails where they are not what tests/memory/formula.py says.
+POET's blocks are a third of its sides: of a large model they are a tenth and less.
 
 state: of the rank that has the most, all parameters, over the parameters' number: in bytes per
 parameter, so that it is about that of a large model; in SUMO's r counts over the short side, here
@@ -30,7 +31,8 @@ from tests.memory.scaling import OPTIMIZERS, Case
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {"ddp": "DDP", "fsdp": "FSDP2", **{f"zero{k}": f"ZeRO {k}" for k in range(4)}}
-TITLES = {"adamw": "AdamW", "muon": "Muon", "polargrad": "PolarGrad", "root": "ROOT"}
+TITLES = {"adamw": "AdamW", "muon": "Muon", "polargrad": "PolarGrad", "root": "ROOT",
+          "poet": "POET"}  # fmt: skip
 Found = dict[tuple[Case, int], list[dict[str, Any]]]
 """(case, ranks) -> of each rank"""
 
@@ -57,7 +59,12 @@ def measure(world: int, *arguments: str) -> Found:
 def state(ranks: Sequence[dict[str, Any]]) -> float:
     """Bytes per parameter, of the rank that has the most."""
     most: int = max(sum(rank["state"].values()) for rank in ranks)
-    return most / sum(ranks[0]["numbers"].values())
+    return most / int(ranks[0]["weights"])
+
+
+def gradients(ranks: Sequence[dict[str, Any]]) -> float:
+    """Bytes per parameter, of the rank that has the most."""
+    return max(rank["gradients"] for rank in ranks) / int(ranks[0]["weights"])
 
 
 def temporaries(ranks: Sequence[dict[str, Any]]) -> float:
@@ -81,8 +88,10 @@ def table(found: Found, worlds: Sequence[int], layouts: Sequence[str], what: Any
         for case in cases:
             if case.refresh and what is state:
                 continue
-            if case.optimizer == "adamw" and what is temporaries:
+            if case.optimizer in ("adamw", "poet") and what is temporaries:
                 continue  # torch's takes of its largest tensor, not of buckets
+            if case.optimizer not in ("adamw", "poet") and what is gradients:
+                continue  # as AdamW's
             cells = [f"{what(found[case, world]):.2f}" for world in worlds]
             lines.append(f"| {NAMES[layout]} | {title(case)} | {' | '.join(cells)} |")
     return lines
@@ -151,6 +160,8 @@ def main(
     print(f"{sum(one.values()):,} parameters in float32, {100 * share:.1f}% of them in matrices")
     print("\nbytes of state per parameter, on the rank that has the most\n")
     print(*table(found, counts, layouts.split(","), state), sep="\n")
+    print("\nbytes of gradients per parameter, on the rank that has the most\n")
+    print(*table(found, counts, layouts.split(","), gradients), sep="\n")
     print("\ntemporary memory of a step, in the largest of its buckets\n")
     print(*table(found, counts, layouts.split(","), temporaries), sep="\n")
     if by_rank:

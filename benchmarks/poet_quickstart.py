@@ -5,9 +5,10 @@
 Model, corpus, tokenizer, batches, schedule and evaluation are launch/'s own, as in
 benchmarks.sumo_quickstart, in one process with seed 0; clipping is the job's (1.0) for all.
 Embeddings, head and norms are on AdamW at lr .006 in POET's runs, and at the lr of the matrices in
-the others. The job has 120 steps, so POET merges every 20 or 40; its betas and eps are its own. Each contender gets lrs a factor of 2 apart, and more while the best is the last.
+the others. The job has 120 steps, so POET merges every 20 or 40; its betas and eps are its own.
+Each contender gets lrs a factor of 2 apart, and more while the best is the last.
 
-Beside bits per byte, of a step after the last evaluation: bytes of gradients; of optimizer state;
+Beside bits per byte, of the third step of a job of 2 ranks: bytes of gradients; of optimizer state;
 the most that the step takes for a moment beside them (tests/memory/live.py); and the bytes that
 each of 2 ranks sends under DistributedDataParallel in one step, counted by a communication hook and
 the optimizer's own meter (an all-reduce of n bytes sends 2 (P - 1) / P n). All of these are exact
@@ -76,7 +77,7 @@ def build(model: nn.Module, contender: Contender, adam: Mapping[str, Any], wrap:
 
 
 class Engine(sumo_quickstart.Engine):
-    """Of one contender; its last step's bytes are noted."""
+    """Of one contender."""
 
     def make_optimizer(self) -> Any:
         """The contender's, of a converted model if it is POET."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -99,9 +100,22 @@ def rotations(
             except ValueError as error:
                 wrong.append(str(error))
     if wrong:
-        raise ValueError("\n".join(wrong))
+        raise ValueError(_by_kind(wrong))
     patterns.check(list(layers))
     return made
+
+
+def _by_kind(problems: Iterable[str]) -> str:
+    """A line for each problem, those of layers that differ in their number alone together."""
+    alike: dict[str, list[str]] = {}
+    for text in problems:
+        name, _, what = text.partition(": ")
+        alike.setdefault(re.sub(r"\d+", "*", name) + what, []).append(text)
+    lines = []
+    for first, *others in alike.values():
+        name, _, what = first.partition(": ")
+        lines.append(f"{name}{f' and {len(others)} layers like it' * bool(others)}: {what}")
+    return "\n".join(lines)
 
 
 def _linears(model: nn.Module, matrices: Iterable[str], scalars: Iterable[str]) -> list[Route]:

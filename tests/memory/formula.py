@@ -32,6 +32,14 @@ def parts(shapes: Shapes, layout: str, rank: int, world: int) -> list[int]:
     return [-(-sum(numels) // (2 * world)) * 2]
 
 
+def gradients(shapes: Shapes, layout: str, rank: int, world: int) -> int:
+    """Bytes of the gradients that the rank's step gets, for parameters of one group.
+
+    FSDP2 gives each rank room for as many rows as the first has.
+    """
+    return FLOAT * sum(parts(shapes, layout, 0 if layout == "fsdp" else rank, world))
+
+
 def adamw_state(shapes: Shapes, layout: str, rank: int, world: int) -> int:
     """Bytes: two moments of what the rank steps on, and a float32 step count of each tensor."""
     found = parts(shapes, layout, rank, world)
@@ -51,9 +59,10 @@ def matrix_state(
 
     One number where AdamW has two, the momentum: of what the rank steps on, but under DDP of the
     matrices it owns. SUMO keeps r (m + n) numbers of those instead, whatever the layout, and of
-    each a float64 norm and an int64 step count. A step count of each tensor have all.
+    each a float64 norm and an int64 step count. A step count of each tensor have all. POET's are
+    Adam's, of the skew parameters that stand in for matrices.
     """
-    if optimizer == "adamw":
+    if optimizer in ("adamw", "poet"):  # of skew parameters, as of any others
         return adamw_state(shapes, layout, rank, world)
     found = parts(shapes, layout, rank, world)
     kept, own = sum(found), [shapes[name] for name in owned]

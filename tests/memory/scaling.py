@@ -4,8 +4,9 @@
         --layout zero1 --optimizer muon --out /tmp/found.json
 
 Builds a small Llama, takes three steps and writes what every rank had: the exact bytes of its
-optimizer's state, of matrices and of the rest (``formula`` says what they must be), and the peak
-of live temporary bytes in the last step (``live``). Lists with commas run one after the other.
+optimizer's state, of matrices and of the rest (``formula`` says what they must be), those of the
+gradients that the step got, and the peak of live temporary bytes in the last step (``live``). Lists
+with commas run one after the other.
 """
 
 from __future__ import annotations
@@ -31,15 +32,19 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import spectral_dist
-from tests.memory.formula import FLOAT, adamw_state, matrix_state, step_peak
+from spectral_dist import poet
+from tests.memory.formula import FLOAT, adamw_state, gradients, matrix_state, step_peak
 from tests.memory.live import Live, distinct_bytes
 
 LAYERS = {"small": 11, "large": 35}
 """Equal modulo 8, so that boundaries of ZeRO's partitions cut the same matrices of both."""
 LAYOUTS = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
-RULES = {"muon": "Muon", "polargrad": "PolarGrad", "root": "ROOT", "sumo": "SUMO"}
-OPTIMIZERS = ("adamw", *RULES)
+NAMES = {"poet": "POET", "muon": "Muon", "polargrad": "PolarGrad", "root": "ROOT", "sumo": "SUMO"}
+OPTIMIZERS = ("adamw", *NAMES)
 VOCABULARY, WIDTH, FF = 64, 63, 127  # odd, so that every layout has uneven parts or padding
+BLOCKS = {"[qkv]_proj": [21, 22], "o_proj": [22, 21], "(gate|up)_proj": [21, FF],
+          "down_proj": [FF, 21]}  # fmt: skip
+"""POET's: b near 22 on each side, but for the prime 127."""
 BUCKET = WIDTH * FF
 """Elements of a bucket: the largest matrix. On CPUs a rule works on one matrix of a bucket at a
 time and on GPUs on all at once; here that is the same, so that what is measured holds for both."""
@@ -58,36 +63,40 @@ class Case:
     refresh: bool = False
 
 
-def build_model(size: str) -> nn.Module:
+def build_model(case: Case) -> nn.Module:
     """A Llama with matrices of five shapes, 7 in each layer; the same on every rank."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(
+    model: nn.Module = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=VOCABULARY, hidden_size=WIDTH, intermediate_size=FF, head_dim=22,
-            num_attention_heads=3, num_key_value_heads=1, num_hidden_layers=LAYERS[size],
+            num_attention_heads=3, num_key_value_heads=1, num_hidden_layers=LAYERS[case.size],
         )
     )  # fmt: skip
+    return poet.convert(model, blocks=BLOCKS) if case.optimizer == "poet" else model
 
 
 def kind(name: str) -> str:
-    """Whether a parameter is a matrix or one of the rest, told here by its name."""
+    """Whether a parameter is of a matrix or one of the rest, told here by its name."""
     return "matrix" if "_proj." in name else "scalar"
 
 
 def shapes_of(model: nn.Module) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Kind -> name -> shape."""
+    """Kind -> name -> shape, of what is trained."""
     found: dict[str, dict[str, tuple[int, ...]]] = {"matrix": {}, "scalar": {}}
     for name, parameter in model.named_parameters():
-        found[kind(name)][name] = tuple(parameter.shape)
+        if parameter.requires_grad:
+            found[kind(name)][name] = tuple(parameter.shape)
     return found
 
 
 def options(case: Case) -> dict[str, Any]:
     """Of the optimizer, as keywords or JSON."""
     given: dict[str, Any] = {"lr": 1e-3}
-    if case.optimizer != "adamw":
+    if case.optimizer == "poet":
+        given["merge_every"] = 10**6
+    elif case.optimizer != "adamw":
         given["bucket_mb"] = case.bucket * FLOAT / 2**20
     if case.optimizer == "sumo":
         given |= {"rank": case.rank, "period": 1 if case.refresh else 10**6}
@@ -108,12 +117,16 @@ class Watched:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer, self._step = optimizer, optimizer.step
         self.kinds: dict[Tensor, str] = {}
-        self.peak = 0
+        self.peak = self.gradients = 0
         optimizer.step = self  # type: ignore[method-assign]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        grads = []
         for group in self.optimizer.param_groups:
-            self.kinds |= dict.fromkeys(group["params"], group["kind"])
+            which = "matrix" if group["kind"] == "skew" else group["kind"]
+            self.kinds |= dict.fromkeys(group["params"], which)
+            grads += [_local(p.grad) for p in group["params"] if p.grad is not None]
+        self.gradients += distinct_bytes(grads)  # stages 1 and 2 call it once for each group
         with Live() as live:
             result = self._step(*args, **kwargs)
         self.peak = max(self.peak, live.peak)
@@ -170,7 +183,7 @@ def training(case: Case, model: nn.Module) -> Iterator[tuple[Any, Callable[[Tens
 def _optimizer(case: Case, model: nn.Module) -> torch.optim.Optimizer:
     if case.optimizer == "adamw":
         return torch.optim.AdamW(by_kind(model), **options(case))
-    found: torch.optim.Optimizer = getattr(spectral_dist, RULES[case.optimizer])(
+    found: torch.optim.Optimizer = getattr(spectral_dist, NAMES[case.optimizer])(
         spectral_dist.param_groups(model), **options(case)
     )
     return found
@@ -187,7 +200,7 @@ def _engine(case: Case, model: nn.Module) -> Any:
         "gradient_clipping": 0.0,
         "zero_optimization": {"stage": int(case.layout[-1]), "reduce_bucket_size": 10**6},
         "optimizer": {
-            "type": f"Spectral{RULES[case.optimizer]}" if own else "AdamW",
+            "type": f"Spectral{NAMES[case.optimizer]}" if own else "AdamW",
             "params": params,
         },
     }
@@ -200,15 +213,16 @@ def measure(case: Case) -> dict[str, Any]:
     ``peak``: the least of the steps after the first, which makes state. All have the same, but
     that a thread of gloo may hold on to a tensor.
     """
-    model = build_model(case.size)
+    model = build_model(case)
     shapes = shapes_of(model)
+    plain = sum(p.numel() for name, p in model.named_parameters() if "skew" not in name)
     where = case.layout, dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(dist.get_rank())
     peaks = []
     with training(case, model) as (optimizer, step):
         watched = Watched(optimizer)
         for _ in range(STEPS):
-            watched.peak = 0
+            watched.peak = watched.gradients = 0
             step(torch.randint(VOCABULARY, (1, 8), generator=generator))
             peaks.append(watched.peak)
         owners, buckets = plans(optimizer)
@@ -220,10 +234,13 @@ def measure(case: Case) -> dict[str, Any]:
             "matrix": matrix_state(case.optimizer, shapes["matrix"], *where, own, case.rank),
             "scalar": adamw_state(shapes["scalar"], *where),
         },
+        "gradients": watched.gradients,
+        "gradients formula": sum(gradients(found, *where) for found in shapes.values()),
         "peak": min(peaks[1:]),
         "bound": bound(case, buckets) if owners else None,
         "buckets": buckets,
         "numbers": {kind: sum(map(math.prod, found.values())) for kind, found in shapes.items()},
+        "weights": plain,
     }
 
 
@@ -240,9 +257,14 @@ def problems(case: Case, ranks: Sequence[dict[str, Any]]) -> list[str]:
     for rank, result in enumerate(ranks):
         if result["state"] != result["formula"]:
             found.append(f"rank {rank} keeps {result['state']}, not {result['formula']}")
+        if result["gradients"] != result["gradients formula"]:
+            found.append(
+                f"rank {rank} has gradients of {result['gradients']} bytes, not"
+                f" {result['gradients formula']}"
+            )
         if result["bound"] is not None and result["peak"] > result["bound"]:
             found.append(f"rank {rank} took {result['peak']}, more than {result['bound']}")
-    shapes = shapes_of(build_model(case.size))["matrix"]
+    shapes = shapes_of(build_model(case))["matrix"]
     total = sum(
         matrix_state(
             case.optimizer, shapes, case.layout, r, len(ranks), () if r else shapes, case.rank

@@ -27,7 +27,7 @@ def check(case: Case, ranks: Found) -> None:
     assert scaling.problems(case, ranks) == []
     for found in ranks:
         assert found["state"]["matrix"] > 0
-        if case.optimizer == "adamw":
+        if case.optimizer in ("adamw", "poet"):  # which exchange nothing
             continue
         assert found["peak"] >= found["bound"] / 2  # the bound is no idle one
         copies = len(ranks) if case.layout in ("ddp", "zero0") else 1
@@ -57,8 +57,9 @@ def test_one_rank_alone(optimizer):
     ranks = run(1, case)
     check(case, ranks)
     numbers = ranks[0]["numbers"]["matrix"]
-    least = {"adamw": 2 * numbers, "sumo": 0}.get(optimizer, numbers)
-    most = numbers / 2 if optimizer == "sumo" else least + 7 * LAYERS["small"]
+    least = {"adamw": 2 * numbers, "poet": 2 * numbers, "sumo": 0}.get(optimizer, numbers)
+    tensors = (14 if optimizer == "poet" else 7) * LAYERS["small"]
+    most = numbers / 2 if optimizer == "sumo" else least + tensors
     assert FLOAT * least <= ranks[0]["state"]["matrix"] <= FLOAT * most
 
 
@@ -66,6 +67,7 @@ def test_one_rank_alone(optimizer):
     Case("zero1", "adamw"),
     *(Case(layout, "muon") for layout in ("zero0", "zero2", "zero3")),
     *(Case(layout, "sumo") for layout in ("ddp", "zero1")),
+    Case("ddp", "poet"),
 ], ids=lambda case: f"{case.layout}-{case.optimizer}")  # fmt: skip
 def test_two_ranks(case):
     check(case, run(2, case))
