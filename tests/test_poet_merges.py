@@ -12,7 +12,7 @@ from torch import nn
 import spectral_dist
 from spectral_dist import poet
 from spectral_dist.monitor import Monitor, to_jsonl
-from spectral_dist.poet.report import QUANTITIES
+from spectral_dist.poet.report import QUANTITIES, drift
 from tests.reference import poet as reference
 from tests.test_poet import BLOCKS, Loss, batch, made, skew_states, train
 
@@ -169,3 +169,14 @@ def test_the_monitor_reports_merges(order, tmp_path):
     assert found["singular_value_drift"]["2"] > 1e-3
     train(model, optimizer, 9, 4)
     assert seen == [4, 8, 12]
+
+
+def test_drift_leaves_out_what_is_zero():
+    """A layer that starts from zero, and one of low rank."""
+    assert drift(torch.zeros(4, 5), torch.zeros(4, 5)) == 0
+    torch.manual_seed(0)
+    w = torch.randn(6, 2) @ torch.randn(2, 5)
+    turned = torch.linalg.qr(torch.randn(6, 6))[0] @ w
+    assert drift(w, turned) <= 1e-5
+    assert float(drift(w, 0.9 * turned)) == pytest.approx(0.1, abs=1e-5)
+    assert float(drift(torch.eye(3), torch.diag(torch.tensor([1.0, 1.0, 0.0])))) == 1.0
