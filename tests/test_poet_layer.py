@@ -143,6 +143,20 @@ def test_a_small_rotation_is_not_lost_in_bf16():
     assert (moved - expected).norm() <= 0.02 * expected.norm()
 
 
+@pytest.mark.parametrize("form", ["block_stochastic", "fully_stochastic"])
+@pytest.mark.parametrize("variant", ["fast", "memory"])
+@pytest.mark.parametrize("batch", [(0,), (2, 0), ()])
+def test_no_rows_and_a_bare_one(form, variant, batch):
+    """An expert that no token was sent to; a vector."""
+    layer = rotated(form=form, variant=variant)
+    x = rows(*batch, N)
+    found = layer(x)
+    expected = x @ weight_of(layer).T + layer.bias
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    found.sum().backward()
+    assert layer.skew_in.grad.any() == (not batch)
+
+
 # -- conversion and merges do not change the function
 
 
@@ -330,6 +344,21 @@ def test_what_is_kept_is_never_stale(change):
         assert not torch.allclose(found, before, atol=1e-3)
     with torch.no_grad():
         assert torch.equal(layer(x), found)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch's own compiler
+def test_compiled():
+    """Also between micro-batches, and when the skews change."""
+    layer, x = rotated(), rows(4, N)
+    compiled = torch.compile(layer, backend="aot_eager")
+    layer.keep()
+    for seed in range(3):
+        for _ in range(2):
+            torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-12)
+        spin(layer, 0.2, seed)
+        layer.forget(indices=False)
+        torch.testing.assert_close(compiled(x), x @ weight_of(layer).T + layer.bias)
 
 
 # -- checkpoints
