@@ -75,7 +75,6 @@ def test_blocks_stay_in_their_segment(segments, block, merges):
     assert found.sort().values.tolist() == list(range(24))
     for i, part in enumerate(found.split(length)):
         assert part.sort().values.tolist() == list(range(i * length, (i + 1) * length))
-    assert found.tolist() != list(range(24)) or merges
 
 
 # -- tiles
