@@ -321,6 +321,12 @@ def load_other_merges(layer):
     layer.load_state_dict(other.state_dict())
 
 
+def count(layer):
+    state = layer.get_extra_state()
+    state[0] = 3
+    layer.set_extra_state(state)
+
+
 def put_another(layer):
     layer.skew_in = nn.Parameter(layer.skew_in.detach() * -0.5)
 
@@ -330,7 +336,7 @@ def merge(layer):
     spin(layer, 0.2, 5)
 
 
-@pytest.mark.parametrize("change", [edit, load, load_other_merges, put_another, merge])
+@pytest.mark.parametrize("change", [edit, load, load_other_merges, count, put_another, merge])
 def test_what_is_kept_is_never_stale(change):
     layer, x = rotated(), rows(4, N)
     layer.keep()
