@@ -237,6 +237,21 @@ def test_micro_batches_between_steps_see_the_skews_of_now():
     assert same(values(model), values(fresh))
 
 
+@pytest.mark.filterwarnings("ignore:.*has no gradient")
+def test_skews_written_by_a_framework_after_the_step_are_seen():
+    """Through ``data``, which counts no version, while a master was stepped on."""
+    model, optimizer = made()
+    x, _ = batch(0)
+    Loss(model)(*batch(0)).backward()
+    for p, _ in skew_states(optimizer):
+        p.grad = None
+    optimizer.step()
+    for p, _ in skew_states(optimizer):
+        p.data.fill_(0.1)
+    found = model(x)
+    assert torch.equal(found, model.eval()(x))
+
+
 # -- checkpoints
 
 
