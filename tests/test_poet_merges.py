@@ -56,7 +56,9 @@ def follow(model, lr, cycle, merges):
     return found
 
 
-@pytest.mark.parametrize("init", ["normalized", "uniform_spectrum"])
+@pytest.mark.parametrize(
+    "init", ["normalized", pytest.param("uniform_spectrum", marks=pytest.mark.slow)]
+)
 def test_order_4_keeps_the_spectrum(init):
     """400 steps and 20 merges."""
     model = well_conditioned(4, init)
