@@ -179,6 +179,22 @@ def test_no_decay_of_skews_and_decay_of_the_rest():
     assert [g["weight_decay"] for g in optimizer.param_groups if g["kind"] == "skew"] == [0.0]
 
 
+def test_rotations_have_no_decay_whoever_asks():
+    model, optimizer = made()
+    groups = spectral_dist.param_groups(model)
+    for group in groups:
+        group["weight_decay"] = 0.5
+    with pytest.raises(ValueError, match="weight_decay is set for rotations"):
+        spectral_dist.POET(groups)
+    run = reference_run(model)
+    for step in range(3):
+        for group in optimizer.param_groups:  # as Megatron's scheduler does
+            group["weight_decay"] = 0.1
+        train(model, optimizer, 1, step)
+        run.step(*batch(step))
+    agrees(model, run)
+
+
 def test_groups_may_have_options_of_their_own():
     model = poet.convert(net(), blocks={"^0$": (4, 3), "^2$": (6, 5)})
     groups = spectral_dist.param_groups(model)

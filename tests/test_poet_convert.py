@@ -139,7 +139,7 @@ def test_all_layers_that_do_not_fit_are_named_and_none_is_changed():
 
 
 def test_layers_that_differ_in_their_number_are_named_together():
-    with pytest.raises(ValueError, match=r"layers\.0\.qkv/in and 2 layers like it: ") as error:
+    with pytest.raises(ValueError, match=r"layers\.0\.qkv/in and 2 like it: ") as error:
         poet.convert(models.build(layers=3, odd=False), block=7)
     assert "layers.2.qkv" not in str(error.value)
     assert "layers.1.up/out" in str(error.value)  # 61 outputs, where layers.0.up has 56

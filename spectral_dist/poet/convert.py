@@ -114,7 +114,8 @@ def _by_kind(problems: Iterable[str]) -> str:
     lines = []
     for first, *others in alike.values():
         name, _, what = first.partition(": ")
-        lines.append(f"{name}{f' and {len(others)} layers like it' * bool(others)}: {what}")
+        more = f" and {len(others)} like it" * bool(others)
+        lines.append(f"{name}{more}: {what}")
     return "\n".join(lines)
 
 
@@ -164,9 +165,18 @@ def initialize(weight: Tensor, key: str, settings: Settings) -> None:
     """Write the W to start from, the same on every rank and device (arXiv 2506.08001, section 3).
 
     ``weight``: (m, n), all of it.
+
+    Raises:
+        ValueError: there is no memory yet to write to.
     """
-    if settings.init != "own" and not weight.is_meta:
-        weight.copy_(initial(key, tuple(weight.shape), settings))
+    if settings.init == "own":
+        return
+    if weight.is_meta:
+        raise ValueError(
+            f"poet.convert: init is {settings.init!r}, but {key} is on the meta device; convert"
+            " with init='own', or give the model memory first (model.to_empty(device=...))"
+        )
+    weight.copy_(initial(key, tuple(weight.shape), settings))
 
 
 def initial(key: str, shape: tuple[int, ...], settings: Settings) -> Tensor:

@@ -160,9 +160,9 @@ class PoetLayer(nn.Module):
         x = _autocast(x)
         deltas = [self._delta(rotation, x.dtype) for rotation in self.rotations]
         inner, outer = (self._index(side, x.device) for side in (self.inner, self.outer))
-        rows, lean = x.reshape(-1, x.shape[-1]), self.settings.variant == "memory"
-        found: Tensor = RotatedProduct.apply(rows, self.weight, inner, outer, lean, *deltas)  # type: ignore[no-untyped-call]
-        return found.view(*x.shape[:-1], -1)
+        rows = x.reshape(-1, x.shape[-1])
+        found: Tensor = RotatedProduct.apply(rows, self.weight, inner, outer, *deltas)  # type: ignore[no-untyped-call]
+        return found.view(*x.shape[:-1], len(self.weight))
 
     def maybe_again(self, function: Any, x: Tensor) -> Any:
         """``function(x)``; in the memory variant done again in backward, to save x only."""
@@ -172,9 +172,12 @@ class PoetLayer(nn.Module):
 
     def _delta(self, rotation: Rotation, dtype: torch.dtype) -> Tensor:
         skew, order = getattr(self, rotation.skew), self.settings.order
-        known, key = None, (dtype, skew.data_ptr(), skew._version)
+        known, key = None, None
         keep = self.keeps and self.training and torch.is_grad_enabled()
-        if keep and self._deltas.get(rotation.skew, (None,))[0] == key:
+        keep = keep and not torch.compiler.is_compiling()
+        if keep:
+            key = (dtype, skew.data_ptr(), skew._version)
+        if keep and rotation.skew in self._deltas and self._deltas[rotation.skew][0] == key:
             known = self._deltas[rotation.skew][1]
         found: Tensor = CayleyNeumann.apply(  # type: ignore[no-untyped-call]
             skew, rotation.block, order, dtype, known
@@ -266,8 +269,7 @@ class PoetLinear(PoetLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        again = self.settings.fully  # else the product does it, and better
-        found: Tensor = self.maybe_again(self.multiply, input) if again else self.multiply(input)
+        found: Tensor = self.maybe_again(self.multiply, input)
         return found if self.bias is None else found + self.bias.to(found.dtype)
 
 

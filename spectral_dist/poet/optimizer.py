@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from spectral_dist.groups import Route
 from spectral_dist.optimizer import SpectralOptimizer
 from spectral_dist.options import POETOptions
 from spectral_dist.poet import report
@@ -59,6 +60,21 @@ class POET(SpectralOptimizer):
         """Of the skew parameters."""
         counts = [float(s["step"]) for s in self._skew_states() if "step" in s]
         return int(max(counts, default=0.0))
+
+    def complete(self, options: dict[str, Any], routes: Sequence[Route]) -> dict[str, Any]:
+        """ValueError: a group of rotations that asks for decay."""
+        if options["kind"] == "skew" and options["weight_decay"]:
+            raise ValueError(
+                "a parameter group: weight_decay is set for rotations, which have none; set it in"
+                " the groups of kind 'scalar', or write POET(..., weight_decay=)"
+            )
+        return options
+
+    def _step_scalars(self, group: dict[str, Any], *args: Any) -> None:
+        """Without decay of rotations, whatever a scheduler has written into their group."""
+        super()._step_scalars(
+            {**group, "weight_decay": 0.0} if group["kind"] == "skew" else group, *args
+        )
 
     def clip_factor(self) -> float:
         """What to multiply the limit of gradient clipping by in the coming step.

@@ -15,7 +15,7 @@ class RotatedProduct(torch.autograd.Function):
     """Rows x (t, n) -> (t, m) of a frozen W that all blocks of both sides rotate.
 
     x is permuted once, the result once, and W in between, which is smaller than what is multiplied
-    by it: so W is kept in its own order. x and, unless ``lean``, W R_i x are saved.
+    by it: so W is kept in its own order. x and W R_i x are saved.
     """
 
     @staticmethod
@@ -25,12 +25,11 @@ class RotatedProduct(torch.autograd.Function):
         weight: Tensor,
         inner: Tensor,
         outer: Tensor,
-        lean: bool,
         *deltas: Tensor,
     ) -> Tensor:
         """``inner``, ``outer``: indices of blocks. ``deltas``: of inputs, then of outputs."""
         product = _multiply(x, weight, inner, outer, deltas[0])
-        ctx.save_for_backward(x, weight, inner, outer, None if lean else product, *deltas)
+        ctx.save_for_backward(x, weight, inner, outer, product, *deltas)
         result = x.new_empty(len(x), len(weight))
         return put_back(result, outer, turn_blocks(product, deltas[1:]), True)
 
@@ -39,8 +38,6 @@ class RotatedProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Of x and of the deltas."""
         x, weight, inner, outer, product, *deltas = ctx.saved_tensors
-        if product is None:
-            product = _multiply(x, weight, inner, outer, deltas[0])
         picked = gradient.index_select(1, outer)
         of_outer = block_gradients(product, picked, deltas[1:])
         back = turn_blocks(picked, [change.mT for change in deltas[1:]])
@@ -49,13 +46,13 @@ class RotatedProduct(torch.autograd.Function):
         of_x: Tensor | None = None
         if ctx.needs_input_grad[0]:
             of_x = put_back(x, inner, turn_blocks(back, [deltas[0].mT]), True)
-        return of_x, None, None, None, None, *of_inner, *of_outer
+        return of_x, None, None, None, *of_inner, *of_outer
 
 
 def _multiply(x: Tensor, weight: Tensor, inner: Tensor, outer: Tensor, change: Tensor) -> Tensor:
     """W R_i x, its outputs in the order of the outer blocks."""
     turned = turn_blocks(x.index_select(1, inner), [change])
-    return turned @ _permuted(weight, inner, outer).mT
+    return turned @ _permuted(weight, inner, outer).mT.to(turned.dtype)
 
 
 def _permuted(weight: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
