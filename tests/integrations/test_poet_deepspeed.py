@@ -24,7 +24,7 @@ CONVERSION: dict[str, Any] = {
 }  # fmt: skip
 OPTIONS: dict[str, Any] = {
     "lr": 0.02, "scalar_lr": 0.005, "weight_decay": 0.1, "merge_every": 3, "clip_ramp": 2,
-    "eps": 1e-5,
+    "eps": 1e-4,  # above the rounding of gradients, which Adam would take for a direction
 }  # fmt: skip
 STEPS = 8
 CLIP = 0.05
@@ -65,6 +65,8 @@ def start(configuration: dict[str, Any], way: str = "json", zero_init: bool = Fa
         flat = [p for p in model.parameters() if p.ndim < 2]
         rest = [p for p in model.parameters() if p.ndim > 1]
         parameters = [{"params": rest, "weight_decay": 0.1}, {"params": flat, "weight_decay": 0.1}]
+    elif way == "some":
+        parameters = list(model.layers[0].parameters())
     elif way in ("code", "client"):
         poet.convert(model, **CONVERSION)
 
@@ -165,22 +167,18 @@ def alone(accumulation: int = 1, clip: float = CLIP) -> dict[str, Any]:
     }
 
 
-def relative(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+def apart(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:
+    """The largest difference; the values are up to 4."""
     assert found.keys() == wanted.keys()
-    return max(
-        float((found[n] - w).abs().max() / w.abs().max().clamp_min(1e-3))
-        for n, w in wanted.items()
-    )
+    return max(float((found[name] - value).abs().max()) for name, value in wanted.items())
 
 
-def check(ranks: list[dict[str, Any]], bound: float = 1e-6) -> float:
-    wanted, worst = alone(), 0.0
+def check(ranks: list[dict[str, Any]], bound: float = 1e-6) -> None:
+    wanted = alone()
     for result in ranks:
         assert result["merges"] == wanted["merges"] == [STEPS // 3] * 8
-        worst = max(worst, relative(result["parameters"], wanted["parameters"]))
+        assert apart(result["parameters"], wanted["parameters"]) < bound
         assert result["frozen"]
-    assert worst < bound
-    return worst
 
 
 @pytest.mark.parametrize("stage", EVERYWHERE)
@@ -194,12 +192,230 @@ def test_sharded_equals_one_process(stage: int) -> None:
     for found, loss in zip(*steps, strict=True):
         assert found == pytest.approx(loss, rel=1e-6)
     for result in ranks:
-        assert relative(result["exported"], alone()["exported"]) < 1e-6
-        assert result["flat"] <= alone()["trained"] // (2 if stage else 1) + 256  # alignment
+        assert apart(result["exported"], alone()["exported"]) < 1e-6
+        # no master, no gradient and no moment of W: this is all that the optimizer ever sees
+        assert result["flat"] <= alone()["trained"] // (2 if stage else 1) + 64
+    assert apart(alone(2)["parameters"], alone(1, CLIP * 4)["parameters"]) > 1e-3  # it acts
 
 
-def test_probe() -> None:
-    for stage in range(4):
-        ranks = harness.run(2, train, configured(stage, 2, accumulation=2), export=True)
-        print(stage, check(ranks, 1), relative(ranks[0]["exported"], alone()["exported"]),
-              ranks[0]["flat"], alone()["trained"], ranks[0]["wrapper"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("way", ["listed", "groups", "code", "client"])
+def test_ways_to_convert(stage: int, way: str) -> None:
+    """The JSON converts, or the user has; DeepSpeed is given what there was before, or nothing."""
+    if way == "client" and stage == 1:
+        pytest.skip("as stage 2")
+    check(harness.run(2, train, configured(stage, 2, way), way))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("world", "stage", "changes"),
+    [
+        (1, 2, {}), (4, 1, {}), (3, 2, {}), (3, 3, {}), (4, 3, {}),
+        (2, 2, {"zero": {"offload_optimizer": {"device": "cpu"}}}),
+        (2, 3, {"zero": {"offload_optimizer": {"device": "cpu"}}}),
+        (2, 2, {"zero": {"round_robin_gradients": True, "overlap_comm": True}}),
+        (2, 3, {"zero": {"stage3_param_persistence_threshold": 0}}),
+        (2, 3, {"zero": {"offload_param": {"device": "cpu"}}}),
+    ],
+)  # fmt: skip
+def test_other_worlds_and_settings(world: int, stage: int, changes: dict[str, Any]) -> None:
+    check(harness.run(world, train, configured(stage, world, **changes)))
+
+
+@pytest.mark.parametrize(
+    "way",
+    [pytest.param("json", marks=pytest.mark.slow), pytest.param("code", marks=pytest.mark.slow)],
+)
+def test_zero_init(way: str) -> None:
+    """Its parameters are partitioned already when the model is converted, and W started anew."""
+    check(harness.run(2, train, configured(3, 2, way), way, zero_init=True))
+
+
+BF16 = {"bf16": {"enabled": True}}
+FP32_SUMS = {**BF16, "data_types": {"grad_accum_dtype": "fp32"}}
+
+
+def after_a_merge(configuration: dict[str, Any], zero_init: bool = False) -> dict[str, Any]:
+    """Train to a merge, and one step more at a learning rate of 0."""
+    running = start(configuration, zero_init=zero_init)
+    engine.steps(running, 0, 3)
+    merged = everything(running)
+    for group in running.basic_optimizer.param_groups:
+        group["lr"] = 0.0
+    engine.steps(running, 3, 4)
+    result = {"merged": merged, "later": everything(running)}
+    result["dtypes"] = {p.dtype for p in running.module.parameters()}
+    running.destroy()
+    return result
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "wrapper"),
+    [
+        pytest.param(0, BF16, "FP16_UnfusedOptimizer", marks=pytest.mark.slow),
+        pytest.param(1, BF16, "DeepSpeedZeroOptimizer", marks=pytest.mark.slow),
+        pytest.param(1, FP32_SUMS, "BF16_Optimizer", marks=pytest.mark.slow),
+        (2, BF16, "DeepSpeedZeroOptimizer"),
+        pytest.param(3, BF16, "DeepSpeedZeroOptimizer_Stage3", marks=pytest.mark.slow),
+        pytest.param(3, {**BF16, "init": True}, "DeepSpeedZeroOptimizer_Stage3",
+                     marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_masters_are_merged_as_well(stage: int, changes: dict[str, Any], wrapper: str) -> None:
+    """A step of lr 0 after a merge leaves every skew, the model's and its master, exactly 0."""
+    changes = dict(changes)
+    init = changes.pop("init", False)
+    for result in harness.run(2, after_a_merge, configured(stage, 2, **changes), zero_init=init):
+        assert result["dtypes"] == {torch.bfloat16}
+        for when in ("merged", "later"):
+            seen = result[when]
+            assert seen["wrapper"] == wrapper
+            assert seen["merges"] == [1] * 8
+            assert all(not p.any() for p in seen["masters"]["skew"])
+            assert len(seen["masters"]["skew"]) > 0
+            skews = {n: p for n, p in seen["parameters"].items() if ".skew_" in n}
+            assert len(skews) == 16
+            assert all(not p.any() for p in skews.values())
+        number = len(result["merged"]["masters"]["skew"])
+        for state in result["merged"]["states"][:number]:
+            assert all(not value.any() for value in state.values())
+        for name, value in result["merged"]["parameters"].items():
+            assert torch.equal(value, result["later"]["parameters"][name])
+
+
+def overflowing(configuration: dict[str, Any]) -> dict[str, Any]:
+    running = start(configuration)
+    before = everything(running)
+    engine.steps(running, 0, 1)
+    skipped = running.skipped_steps
+    middle = everything(running)
+    for step in range(1, 40):
+        engine.steps(running, step, step + 1)
+        if running.skipped_steps == skipped:
+            break
+        skipped = running.skipped_steps
+    result = {"before": before, "middle": middle, "after": everything(running), "skipped": skipped}
+    running.destroy()
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_skipped_step_is_none(stage: int) -> None:
+    """fp16's overflow neither merges nor counts."""
+    fp16 = {"enabled": True, "initial_scale_power": 30, "hysteresis": 1}
+    options = {"merge_every": 1, "clip_ramp": 1}
+    configuration = configured(stage, 2, fp16=fp16, options=options)
+    for result in harness.run(2, overflowing, configuration):
+        assert result["skipped"] >= 1
+        before, middle = result["before"], result["middle"]
+        assert middle["merges"] == [0] * 8
+        assert all(torch.equal(v, middle["parameters"][n]) for n, v in before["parameters"].items())
+        assert all(not value.any() for state in middle["states"] for value in state.values())
+        assert result["after"]["merges"] == [1] * 8
+
+
+def same(found: Any, wanted: Any) -> bool:
+    if isinstance(wanted, dict):
+        return found.keys() == wanted.keys() and all(same(found[k], v) for k, v in wanted.items())
+    if isinstance(wanted, list):
+        return len(found) == len(wanted) and all(map(same, found, wanted))
+    return torch.equal(found, wanted) if isinstance(wanted, torch.Tensor) else found == wanted
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        *(pytest.param(s, {}, marks=pytest.mark.slow) for s in (0, 1)),
+        pytest.param(2, {}, marks=pytest.mark.slow),
+        (3, {}),
+        *(pytest.param(s, BF16, marks=pytest.mark.slow) for s in (0, 1, 2, 3)),
+        pytest.param(1, FP32_SUMS, marks=pytest.mark.slow),
+    ],
+)
+def test_a_checkpoint_on_the_same_ranks(
+    stage: int, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Just before a merge, just after it and in mid-cycle: every bit as if never stopped."""
+    configuration, folder = configured(stage, 2, **changes), str(tmp_path)
+    whole = harness.run(2, train, configuration, folder=folder, saves=(2, 3, 4))
+    for step in (2, 3, 4):
+        ranks = harness.run(2, train, configuration, folder=folder, first=step, load=f"s{step}")
+        for never_stopped, result in zip(whole, ranks, strict=True):
+            assert result["losses"] == never_stopped["losses"][step:]
+            for what in ("parameters", "masters", "states", "merges"):
+                assert same(result[what], never_stopped[what]), (step, what)
+            assert {"mine": 3}.items() <= result["client_state"].items()
+            assert "spectral_poet" not in result["client_state"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stages", [(1, 2), (3, 3)])
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_universal_checkpoint_on_other_ranks(
+    stages: tuple[int, int], step: int, tmp_path: Path
+) -> None:
+    """W and its merges are in it, and each group's own step count: 2 -> 4 -> 1 ranks."""
+    folder, load = str(tmp_path), {"checkpoint": {"load_universal": True}}
+    harness.run(2, train, configured(stages[0], 2), folder=folder, last=step, saves=(step,))
+    tag = to_universal(tmp_path, f"s{step}")
+    config = configured(stages[1], 4, **load)
+    harness.run(4, train, config, folder=folder, first=step, last=7, load=tag, saves=(7,))
+    tag = to_universal(tmp_path, "s7")
+    check(harness.run(1, train, configured(stages[1], 1, **load), folder=folder, first=7, load=tag))
+
+
+def refused(configuration: dict[str, Any], match: str, way: str = "json", **kwargs: Any) -> None:
+    with pytest.raises(harness.RankError, match=match):
+        harness.run(1, train, configuration, way, last=1, **kwargs)
+
+
+def mended() -> list[int]:
+    """A second try on the same model, after an error of DeepSpeed's own."""
+    model, wrong = built(), configured(2, 1)
+    wrong["scheduler"] = {"type": "NoSuchLR", "params": {}}
+    with pytest.raises(Exception, match="NoSuchLR"):
+        engine.engine_for(wrong, model=model)
+    other = configured(2, 1)
+    other["optimizer"]["params"]["seed"] = 4
+    with pytest.raises(ValueError, match="already wrapped|with other settings"):
+        engine.engine_for(other, model=model)
+    return [layer.merges for layer in layers(model)]
+
+
+def test_errors() -> None:
+    """Each names the setting and what to write instead."""
+    refused(configured(2, 1), "would have no effect; take them out of the JSON", "code")
+    misspelt = configured(2, 1)
+    misspelt["optimizer"]["params"]["segmnts"] = 2
+    refused(misspelt, "unknown option 'segmnts'; did you mean 'segments'")
+    refused(configured(2, 1, options={"split": {"qkv": 3}}), "unknown option 'split'")
+    refused(configured(2, 1, options={"order": 7}), "poet.convert: order is 7")
+    refused(configured(2, 1, gradient_clipping=0.0), "clip_ramp is 2, but gradient_clipping is 0")
+    refused(configured(2, 1), r"leaves out \d+ trainable parameters", "some")
+    with pytest.raises(ValueError, match=r"spectral_dist.POET\(spectral_dist.param_groups"):
+        in_code()
+
+
+def in_code() -> None:
+    from spectral_dist.integrations.deepspeed import SpectralPOET
+
+    SpectralPOET([])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_checkpoints_of_others(stage: int, tmp_path: Path) -> None:
+    """Another block size, or another optimizer on either side."""
+    folder = str(tmp_path)
+    harness.run(1, train, configured(stage, 1), folder=folder, last=1, saves=(1,))
+    other = configured(stage, 1)
+    other["optimizer"]["params"]["blocks"] = {**CONVERSION["blocks"], "qkv": 12}
+    refused(other, "the block of inputs is 12 here, but 8|size mismatch", folder=folder, load="s1")
+    muon = configured(stage, 1)
+    muon["optimizer"] = {"type": "SpectralMuon", "params": engine.OPTIONS}
+    refused(muon, "POET|skew_in", folder=folder, load="s1")
+    harness.run(1, engine.interrupted, muon, folder, first=0, last=1, save="m", hidden=30)
+    refused(configured(stage, 1), "skew_in", folder=folder, load="m")
