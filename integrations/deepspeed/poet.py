@@ -145,8 +145,7 @@ def merge_after_steps(engine: Any, optimizer: POET) -> None:
     def take_model_step(*args: Any, **kwargs: Any) -> None:
         with _clipping(engine, optimizer.clip_factor()):
             take(*args, **kwargs)
-        if engine._step_applied:  # not after an overflow
-            optimizer.merge_if_due()
+        optimizer.merge_if_due()  # a skipped step is none of Adam's, and makes no merge due
 
     engine._take_model_step = take_model_step
 
