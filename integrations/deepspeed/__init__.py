@@ -24,7 +24,7 @@ from torch import nn
 from spectral_dist import groups as routing
 from spectral_dist.integrations.deepspeed import poet as rotated
 from spectral_dist.integrations.deepspeed.checkpoint import keep_checkpoints
-from spectral_dist.integrations.deepspeed.config import refuse, refuse_type
+from spectral_dist.integrations.deepspeed.config import refuse, refuse_for_poet, refuse_type
 from spectral_dist.integrations.deepspeed.fp16 import scale_loss_at_stage0
 from spectral_dist.integrations.deepspeed.matrix_state import keep_matrix_state
 from spectral_dist.integrations.deepspeed.placement import ZeroPlacer
@@ -141,6 +141,7 @@ def _configure(
         return
     refuse(engine)
     if isinstance(client, POET):
+        refuse_for_poet(engine)
         rotated.check_clip(engine, client.options.clip_ramp)
     _claim(engine, client)
     before = client.placer if client is not None else None
@@ -172,6 +173,7 @@ def _distribute(original: Callable[..., None], engine: DeepSpeedEngine, model: n
     if engine.optimizer_name() == rotated.NAME and engine.client_optimizer is None:
         engine.module = model  # where ``refuse`` looks for it
         refuse(engine)
+        refuse_for_poet(engine)
         _refuse_second(model)
         rotated.convert(engine, model)
     original(engine, model)

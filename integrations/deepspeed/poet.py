@@ -77,10 +77,10 @@ def convert(engine: Any, model: nn.Module) -> None:
 
 def cast_skews(engine: Any) -> None:
     """To the dtype of the model, of which masters are copies: not done after ``zero.Init``."""
-    dtype, _ = engine._mixed_precision_dtypes()
     for layer in layers_of(engine.module):
-        for skew in layer.skews.values() if dtype is not None else ():
-            if not hasattr(skew, "ds_id"):
+        dtype, _ = engine._mixed_precision_dtypes()
+        for skew in layer.skews.values():
+            if dtype is not None and not hasattr(skew, "ds_id"):
                 skew.data = skew.data.to(dtype)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectral_dist.integrations.deepspeed.matrix_state import wants_state
 from spectral_dist.optimizer import SpectralOptimizer
 from spectral_dist.poet.optimizer import POET
 
@@ -34,6 +35,11 @@ def keep_poet(engine: Any, optimizer: POET) -> None:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        if kwargs.get("exclude_frozen_parameters", (*args, False, False)[1]):
+            raise ValueError(
+                "exclude_frozen_parameters leaves out W, in which POET keeps what it has learned;"
+                " save without it"
+            )
         mine = {"steps": {g["id"]: float(s["step"]) for g, s in _states(optimizer) if "step" in s}}
         return save(save_dir, tag, {**(client_state or {}), KEY: mine}, *args, **kwargs)
 
@@ -49,10 +55,11 @@ def keep_poet(engine: Any, optimizer: POET) -> None:
                 " be with them. Load it with the optimizer it was saved with"
             )
         if engine.load_universal_checkpoint():
-            optimizer.placer.prepare(optimizer)  # stage 3 gives all groups the first one's options
-            for group, state in _states(optimizer):
-                if "step" in state:
-                    state["step"] = torch.tensor(mine["steps"][group["id"]])
+            if wants_state(args, kwargs):
+                optimizer.placer.prepare(optimizer)  # stage 3 gives all the first group's options
+                for group, state in _states(optimizer):
+                    if "step" in state:
+                        state["step"] = torch.tensor(mine["steps"][group["id"]])
             _load_layers(Path(path if os.path.isdir(path) else os.path.dirname(path)), optimizer)
         return path, client_state
 
@@ -110,7 +117,6 @@ def _rank(file: Path) -> int:
 def _of(tensors: Mapping[str, Tensor], name: str, folder: Path) -> Tensor:
     if name not in tensors:
         raise ValueError(
-            f"the checkpoint {folder} has no {name}; it was saved with exclude_frozen_parameters,"
-            " or from another model"
+            f"the checkpoint {folder} has no {name}: it is of another model, or of its parts"
         )
     return tensors[name]

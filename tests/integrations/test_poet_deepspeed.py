@@ -201,8 +201,6 @@ def test_sharded_equals_one_process(stage: int) -> None:
 @pytest.mark.parametrize("way", ["listed", "groups", "code", "client"])
 def test_ways_to_convert(stage: int, way: str) -> None:
     """The JSON converts, or the user has; DeepSpeed is given what there was before, or nothing."""
-    if way == "client" and stage == 1:
-        pytest.skip("as stage 2")
     check(harness.run(2, train, configured(stage, 2, way), way))
 
 
@@ -391,6 +389,7 @@ def test_errors() -> None:
     refused(configured(2, 1, options={"split": {"qkv": 3}}), "unknown option 'split'")
     refused(configured(2, 1, options={"order": 7}), "poet.convert: order is 7")
     refused(configured(2, 1, gradient_clipping=0.0), "clip_ramp is 2, but gradient_clipping is 0")
+    refused(configured(3, 1, zero={"zero_quantized_weights": True}), "round it again")
     assert harness.run(1, converted_again) == [[0] * 8]
     with pytest.raises(ValueError, match=r"spectral_dist.POET\(spectral_dist.param_groups"):
         in_code()
@@ -400,6 +399,18 @@ def in_code() -> None:
     from spectral_dist.integrations.deepspeed import SpectralPOET
 
     SpectralPOET([])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_no_checkpoint_without_w(stage: int, tmp_path: Path) -> None:
+    with pytest.raises(harness.RankError, match="leaves out W"):
+        harness.run(1, save_parts, configured(stage, 1), str(tmp_path))
+
+
+def save_parts(configuration: dict[str, Any], folder: str) -> None:
+    running = start(configuration)
+    running.save_checkpoint(folder, tag="a", exclude_frozen_parameters=True)
 
 
 @pytest.mark.slow
