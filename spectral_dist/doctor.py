@@ -44,13 +44,19 @@ def examine(config: dict[str, Any], model: Any) -> list[Row]:
     """Run every check of ``config`` (a DeepSpeed config) on ``model`` (a LlamaConfig), on 2 ranks.
 
     Raises:
-        ValueError: the config names no spectral optimizer, or the engine cannot be built with it;
-            the message is the first rank's.
+        ValueError: the config names no spectral optimizer or POET, or the engine cannot be built
+            with it; the message is the first rank's.
     """
     kind = config.get("optimizer", {}).get("type", "")
     if not str(kind).lower().startswith("spectral"):
         raise ValueError(
             f'optimizer.type is "{kind}"; doctor checks spectral optimizers, as "SpectralMuon"'
+        )
+    if str(kind).lower() == "spectralpoet":
+        raise ValueError(
+            'optimizer.type is "SpectralPOET", which orthogonalizes no matrix, so none of what'
+            " doctor checks applies to it; it checks SpectralMuon, SpectralPolarGrad, SpectralROOT"
+            " and SpectralSUMO"
         )
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -3,7 +3,8 @@
 It registers the class where DeepSpeed looks for optimizers it does not know (``torch.optim``), and
 wraps a private method, ``DeepSpeedEngine._configure_optimizer``, which sees both the module and the
 optimizer: that is how embeddings and heads are found with nothing tagged. A second one,
-``_is_supported_optimizer``, is wrapped to say what an unknown type may have meant.
+``_is_supported_optimizer``, is wrapped to say what an unknown type may have meant, and a third,
+``_configure_distributed_model``, to convert the model for POET before anything else is done to it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import inspect
 import weakref
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
@@ -21,14 +22,17 @@ from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import nn
 
 from spectral_dist import groups as routing
+from spectral_dist.integrations.deepspeed import poet as rotated
 from spectral_dist.integrations.deepspeed.checkpoint import keep_checkpoints
-from spectral_dist.integrations.deepspeed.config import refuse, refuse_type
+from spectral_dist.integrations.deepspeed.config import refuse, refuse_for_poet, refuse_type
 from spectral_dist.integrations.deepspeed.fp16 import scale_loss_at_stage0
 from spectral_dist.integrations.deepspeed.matrix_state import keep_matrix_state
 from spectral_dist.integrations.deepspeed.placement import ZeroPlacer
+from spectral_dist.integrations.deepspeed.poet_checkpoint import keep_poet, refuse_poet
 from spectral_dist.optimizer import SpectralOptimizer
 from spectral_dist.optimizers import ROOT, SUMO, Muon, PolarGrad
 from spectral_dist.options import ROUTING
+from spectral_dist.poet.optimizer import POET
 
 _building: ContextVar[DeepSpeedEngine | None] = ContextVar("engine being built", default=None)
 _engines: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DeepSpeedEngine]]
@@ -45,17 +49,19 @@ class _FromJSON(SpectralOptimizer):
         engine = _building.get()
         given = {name: options.pop(name) for name in ROUTING if name in options}
         if engine is None:
-            name = type(self).__name__
-            raise ValueError(
-                f"{name} is the optimizer that DeepSpeed builds from its JSON; in code, write"
-                f" spectral_dist.{name.removeprefix('Spectral')}(spectral_dist.param_groups(model),"
-                " ...)"
-            )
+            _refuse_in_code(type(self).__name__)
         self.option_type.from_user(options, type(self).__name__)  # before the table: it stands out
         routes = routing.classify(engine.module, **given)
         routing.show(routes)
         super().__init__(routing.grouped(_trainable(params), routes), **options)
         self.placer = ZeroPlacer(engine)
+
+
+def _refuse_in_code(name: str) -> NoReturn:
+    raise ValueError(
+        f"{name} is the optimizer that DeepSpeed builds from its JSON; in code, write"
+        f" spectral_dist.{name.removeprefix('Spectral')}(spectral_dist.param_groups(model), ...)"
+    )
 
 
 def _trainable(params: Iterable[Any]) -> list[Any]:
@@ -85,23 +91,42 @@ class SpectralSUMO(_FromJSON, SUMO):
     """``spectral_dist.SUMO`` named in a DeepSpeed JSON."""
 
 
-TYPES = {cls.__name__: cls for cls in (SpectralMuon, SpectralPolarGrad, SpectralROOT, SpectralSUMO)}
+class SpectralPOET(_FromJSON, POET):
+    """``spectral_dist.POET`` named in a DeepSpeed JSON; the engine has converted the model by it.
+
+    Takes the settings of ``poet.convert`` beside the optimizer's own, and no ``split``.
+    """
+
+    def __init__(self, params: Iterable[Any], **options: Any) -> None:
+        engine = _building.get()
+        if engine is None:
+            _refuse_in_code(type(self).__name__)
+        _, options = rotated.divided(options)
+        super().__init__(rotated.with_skews(params, engine.module), **options)
 
 
-def _claim(engine: DeepSpeedEngine, client: SpectralOptimizer | None) -> None:
-    """One engine a model and an optimizer: a second would flatten parameters already flattened."""
-    module = engine.module
+JSON = (SpectralMuon, SpectralPolarGrad, SpectralROOT, SpectralSUMO, SpectralPOET)
+TYPES = {cls.__name__: cls for cls in JSON}
+
+
+def _refuse_second(module: nn.Module) -> None:
+    """One engine a model: a second would flatten parameters already flattened."""
     other = _engines.get(module)
     if isinstance(module, DeepSpeedEngine) or (other is not None and other() is not None):
         raise ValueError(
             "this model is already wrapped by a DeepSpeed engine; use that engine, or build the"
             " model anew before a second deepspeed.initialize"
         )
+
+
+def _claim(engine: DeepSpeedEngine, client: SpectralOptimizer | None) -> None:
+    """One engine a model and an optimizer."""
+    _refuse_second(engine.module)
     if client is not None and isinstance(client.placer, ZeroPlacer):
         raise ValueError(
             "this optimizer already belongs to a DeepSpeed engine; build a new one for a second"
         )
-    _engines[module] = weakref.ref(engine)
+    _engines[engine.module] = weakref.ref(engine)
 
 
 def _configure(
@@ -115,6 +140,9 @@ def _configure(
         original(engine, client, parameters)
         return
     refuse(engine)
+    if isinstance(client, POET):
+        refuse_for_poet(engine)
+        rotated.check_clip(engine, client.options.clip_ramp)
     _claim(engine, client)
     before = client.placer if client is not None else None
     if client is not None:
@@ -129,10 +157,27 @@ def _configure(
         raise
     finally:
         _building.reset(token)
-    engine.basic_optimizer.placer.start(engine.basic_optimizer)
-    keep_checkpoints(engine.basic_optimizer)
-    keep_matrix_state(engine, engine.basic_optimizer)
+    optimizer = engine.basic_optimizer
+    optimizer.placer.start(optimizer)
+    keep_checkpoints(optimizer)
+    keep_matrix_state(engine, optimizer)
     scale_loss_at_stage0(engine)
+    if isinstance(optimizer, POET):
+        rotated.merge_after_steps(engine, optimizer)
+        keep_poet(engine, optimizer)
+    else:
+        refuse_poet(engine)
+
+
+def _distribute(original: Callable[..., None], engine: DeepSpeedEngine, model: nn.Module) -> None:
+    if engine.optimizer_name() == rotated.NAME and engine.client_optimizer is None:
+        engine.module = model  # where ``refuse`` looks for it
+        refuse(engine)
+        refuse_for_poet(engine)
+        _refuse_second(model)
+        rotated.convert(engine, model)
+    original(engine, model)
+    rotated.cast_skews(engine)
 
 
 def _install() -> None:
@@ -149,6 +194,13 @@ def _install() -> None:
         _configure(method, engine, client_optimizer, model_parameters)
 
     DeepSpeedEngine._configure_optimizer = configure
+    distribute_model = DeepSpeedEngine._configure_distributed_model
+
+    @functools.wraps(distribute_model)
+    def distribute(engine: DeepSpeedEngine, model: nn.Module) -> None:
+        _distribute(distribute_model, engine, model)
+
+    DeepSpeedEngine._configure_distributed_model = distribute
     supported = DeepSpeedEngine._is_supported_optimizer
 
     @functools.wraps(supported)
@@ -159,7 +211,7 @@ def _install() -> None:
     DeepSpeedEngine._is_supported_optimizer = is_supported
     for name, cls in TYPES.items():
         setattr(torch.optim, name, cls)
-    ZERO_SUPPORTED_OPTIMIZERS.extend([Muon, PolarGrad, ROOT, SUMO, *TYPES.values()])
+    ZERO_SUPPORTED_OPTIMIZERS.extend([Muon, PolarGrad, ROOT, SUMO, POET, *TYPES.values()])
 
 
 _install()

@@ -23,6 +23,29 @@ def refuse_type(name: str | None, ours: Iterable[str]) -> None:
     raise ValueError(f'optimizer.type is "{name}", which is unknown{suggest(name, ours)}')
 
 
+def refuse_for_poet(engine: Any) -> None:
+    """Raise for every engine that does not give back W as it was, or cannot take another.
+
+    Raises:
+        ValueError: names the setting and what works instead.
+    """
+    zero = engine._config.zero_config
+    offload = zero.offload_param
+    device = None if offload is None else str(getattr(offload.device, "value", offload.device))
+    rounded = " stores or gathers W in 8 bits, and each merge would round it again: set it to false"
+    cases: list[tuple[bool, str]] = [
+        (zero.zero_quantized_weights, "zero_quantized_weights" + rounded),
+        (
+            zero.zero_quantized_nontrainable_weights,
+            "zero_quantized_nontrainable_weights" + rounded,
+        ),
+        (device == "nvme", 'offload_param.device "nvme" is not supported: use "cpu"'),
+    ]
+    for found, what in cases:
+        if found:
+            raise ValueError(f"POET under DeepSpeed: {what}")
+
+
 def refuse(engine: Any) -> None:
     """Raise for every engine whose parameters do not lie as the placer reads them.
 

@@ -48,7 +48,7 @@ def keep_matrix_state(engine: Any, optimizer: SpectralOptimizer) -> None:
         if path is None:
             return path, client_state
         written = client_state.pop(FOLDER, None)
-        if _wants_state(args, kwargs):
+        if wants_state(args, kwargs):
             optimizer.locate()
             checkpoint.load_matrix_state(_find(path, written), optimizer)
         return path, client_state
@@ -63,7 +63,7 @@ def _refuse_others(engine: Any) -> None:
     @functools.wraps(load)
     def load_checkpoint(load_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
         path, client_state = load(load_dir, tag, *args, **kwargs)
-        if client_state and FOLDER in client_state and _wants_state(args, kwargs):
+        if client_state and FOLDER in client_state and wants_state(args, kwargs):
             raise ValueError(
                 f"{path} was saved with SUMO, and holds no momentum for this optimizer; load it"
                 " with SpectralSUMO, or with load_optimizer_states=False"
@@ -73,7 +73,7 @@ def _refuse_others(engine: Any) -> None:
     engine.load_checkpoint = load_checkpoint
 
 
-def _wants_state(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def wants_state(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether ``load_checkpoint`` is to load optimizer states, by what follows the tag."""
     names = ("load_module_strict", "load_optimizer_states", "load_lr_scheduler_states",
              "load_module_only")  # fmt: skip

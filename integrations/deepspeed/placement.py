@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor
 
 from spectral_dist.groups import Route
@@ -30,6 +32,7 @@ class ZeroPlacer(WholeParameters):
     """
 
     beside = True
+    masters = True
 
     def __init__(self, engine: Any) -> None:
         # everywhere: DeepSpeed saves rank 0's state only at stage 0, without a collective
@@ -70,6 +73,12 @@ class ZeroPlacer(WholeParameters):
         for number, flat in enumerate(flats):
             group = self.engine.optimizer.sub_group_to_group_id[number]
             yield optimizer.param_groups[group], [flat]
+
+    @contextmanager
+    def whole(self, tensors: Sequence[Tensor], *, write: bool = False) -> Iterator[list[Tensor]]:
+        """The model's own: at stage 3 gathered, and the first rank's values scattered again."""
+        with GatheredParameters(list(tensors), modifier_rank=0 if write else None):
+            yield [tensor.detach() for tensor in tensors]
 
     def key(self, group: dict[str, Any], tensors: Sequence[Tensor]) -> object:
         """The sub-group at stage 3, the group elsewhere."""

@@ -53,7 +53,7 @@ def convert(
     made = rotations(chosen, sides)
     for key in shapes:
         layer: Any = model.get_submodule(key)
-        initialize(layer.weight, key, chosen)
+        initialize(layer.weight, key, chosen, shapes[key])
         layer.__class__ = PoetLinear
         layer.rotate_by(key, made[key][:1], made[key][1:], chosen)
     return model
@@ -161,10 +161,12 @@ def _linears(model: nn.Module, matrices: Iterable[str], scalars: Iterable[str]) 
 
 
 @torch.no_grad()
-def initialize(weight: Tensor, key: str, settings: Settings) -> None:
+def initialize(
+    weight: Any, key: str, settings: Settings, shape: tuple[int, ...] | None = None
+) -> None:
     """Write the W to start from, the same on every rank and device (arXiv 2506.08001, section 3).
 
-    ``weight``: (m, n), all of it.
+    ``weight``: (m, n), all of it; or partitioned by DeepSpeed's ``zero.Init``, of that ``shape``.
 
     Raises:
         ValueError: there is no memory yet to write to.
@@ -176,7 +178,12 @@ def initialize(weight: Tensor, key: str, settings: Settings) -> None:
             f"poet.convert: init is {settings.init!r}, but {key} is on the meta device; convert"
             " with init='own', or give the model memory first (model.to_empty(device=...))"
         )
-    weight.copy_(initial(key, tuple(weight.shape), settings))
+    partitioned = hasattr(weight, "ds_id")  # then it has these methods
+    if partitioned:
+        weight.all_gather([weight])
+    weight.copy_(initial(key, tuple(weight.shape) if shape is None else shape, settings))
+    if partitioned:
+        weight.partition([weight], has_been_updated=True)
 
 
 def initial(key: str, shape: tuple[int, ...], settings: Settings) -> Tensor:

@@ -146,6 +146,7 @@ def test_exit_status_of_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     [
         ({"options": {"momentun": 0.9}}, "did you mean 'momentum'"),
         ({"optimizer": {"type": "AdamW"}}, "doctor checks spectral optimizers"),
+        ({"optimizer": {"type": "SpectralPOET"}}, "which orthogonalizes no matrix"),
     ],
 )
 def test_errors_by_text(changes: dict[str, Any], words: str, tmp_path: Path) -> None:

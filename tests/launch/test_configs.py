@@ -60,7 +60,7 @@ def test_stages_differ_in_the_stage_only() -> None:
     assert all(config == found[0] for config in found)
 
 
-@pytest.mark.parametrize("kind", ["PolarGrad", "ROOT", "SUMO"])
+@pytest.mark.parametrize("kind", ["PolarGrad", "ROOT", "SUMO", "POET"])
 def test_other_optimizers_differ_in_the_optimizer_only(kind: str) -> None:
     names = ("zero2", f"zero2_{kind.lower()}")
     muon, other = (json.loads((ROOT / f"configs/deepspeed/{n}.json").read_text()) for n in names)

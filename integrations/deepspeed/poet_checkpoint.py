@@ -1,0 +1,122 @@
+"""What DeepSpeed's checkpoints need for POET: they are known as its own, and universal ones whole.
+
+DeepSpeed saves frozen weights and ``_extra_state``, and loads them again, but not when it loads a
+universal checkpoint; and at stage 3 it then gives every group the step count of the first.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectral_dist.integrations.deepspeed.matrix_state import wants_state
+from spectral_dist.optimizer import SpectralOptimizer
+from spectral_dist.poet.optimizer import POET
+
+KEY = "spectral_poet"
+"""In client_state: {"steps": {a group's id: its step count}}."""
+
+
+def keep_poet(engine: Any, optimizer: POET) -> None:
+    """Have this engine's checkpoints say that they are POET's, and load universal ones whole."""
+    save, load = engine.save_checkpoint, engine.load_checkpoint
+
+    @functools.wraps(save)
+    def save_checkpoint(
+        save_dir: str,
+        tag: Any = None,
+        client_state: Mapping[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if kwargs.get("exclude_frozen_parameters", (*args, False, False)[1]):
+            raise ValueError(
+                "exclude_frozen_parameters leaves out W, in which POET keeps what it has learned;"
+                " save without it"
+            )
+        mine = {"steps": {g["id"]: float(s["step"]) for g, s in _states(optimizer) if "step" in s}}
+        return save(save_dir, tag, {**(client_state or {}), KEY: mine}, *args, **kwargs)
+
+    @functools.wraps(load)
+    def load_checkpoint(load_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        path, client_state = load(load_dir, tag, *args, **kwargs)
+        if path is None:
+            return path, client_state
+        mine = client_state.pop(KEY, None)
+        if mine is None:
+            raise ValueError(
+                f"{path} was not saved with POET: it has no rotations, and W is not what it would"
+                " be with them. Load it with the optimizer it was saved with"
+            )
+        if engine.load_universal_checkpoint():
+            if wants_state(args, kwargs):
+                optimizer.placer.prepare(optimizer)  # stage 3 gives all the first group's options
+                for group, state in _states(optimizer):
+                    if "step" in state:
+                        state["step"] = torch.tensor(mine["steps"][group["id"]])
+            _load_layers(Path(path if os.path.isdir(path) else os.path.dirname(path)), optimizer)
+        return path, client_state
+
+    engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
+
+
+def refuse_poet(engine: Any) -> None:
+    """Have any other optimizer's engine refuse POET's checkpoints."""
+    load = engine.load_checkpoint
+
+    @functools.wraps(load)
+    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        path, client_state = load(*args, **kwargs)
+        if client_state and KEY in client_state:
+            raise ValueError(
+                f"{path} was saved with POET, whose weights are W and rotations apart; load it with"
+                " SpectralPOET, and take plain weights out of it with spectral_dist.poet.export"
+            )
+        return path, client_state
+
+    engine.load_checkpoint = load_checkpoint
+
+
+def _states(optimizer: SpectralOptimizer) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    for group, tensors in optimizer.placer.steps(optimizer):
+        for p in tensors:
+            yield group, optimizer.state.get(p, {})
+
+
+def _load_layers(folder: Path, optimizer: POET) -> None:
+    """Every layer's W and ``_extra_state`` from DeepSpeed's files of a universal checkpoint.
+
+    Of stages 0 to 2 one file has all of W, of stage 3 each rank's has a run of its elements.
+    """
+    files = sorted(folder.glob("zero_pp_rank_*_model_states.pt"), key=_rank)
+    one = sorted(folder.glob("mp_rank_*_model_states.pt"))
+    saved = [torch.load(f, "cpu", weights_only=False, mmap=True) for f in files or one]
+    modules = [s["module"] for s in saved]
+    for layer in optimizer.layers:
+        layer.set_extra_state(_of(modules[0], f"{layer.key}._extra_state", folder))
+        name = f"{layer.key}.weight"
+        with optimizer.placer.whole([layer.weight], write=True) as (weight,):
+            if files:
+                parts = [_of(s["frozen_param_fragments"] or {}, name, folder) for s in saved]
+                found = torch.cat([part.flatten() for part in parts])[: weight.numel()]
+            else:
+                found = _of(modules[0], name, folder)
+            weight.copy_(found.view_as(weight))
+
+
+def _rank(file: Path) -> int:
+    return int(file.name.removeprefix("zero_pp_rank_").split("_")[0])
+
+
+def _of(tensors: Mapping[str, Tensor], name: str, folder: Path) -> Tensor:
+    if name not in tensors:
+        raise ValueError(
+            f"the checkpoint {folder} has no {name}: it is of another model, or of its parts"
+        )
+    return tensors[name]
