@@ -55,7 +55,19 @@ class MeshPlacer(WholeParameters):
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
     def prepare(self, optimizer: Any) -> bool:
-        """Find the widest mesh, once."""
+        """Find the widest mesh, once.
+
+        ValueError: the model has copies at the moment, of which POET's merge would be lost.
+        """
+        for route in optimizer.all_routes:
+            leaf = route.name.rpartition(".")[2]
+            if route.layer is not None and getattr(route.layer, leaf) is not route.parameter:
+                raise ValueError(
+                    f"{route.name} is not the parameter that this optimizer has: either the model"
+                    " was sharded after param_groups(model), or its last forward pass was followed"
+                    " by no backward pass, so that FSDP2 has not resharded it; call"
+                    " model.reshard() before optimizer.step()"
+                )
         if self._mesh is None:
             tensors = [p for group in optimizer.param_groups for p in group["params"]]
             meshes = [p.device_mesh for p in tensors if isinstance(p, DTensor)]

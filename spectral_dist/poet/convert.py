@@ -115,6 +115,9 @@ def _linears(model: nn.Module, matrices: Iterable[str], scalars: Iterable[str]) 
         raise ValueError("poet.convert: convert the model before it is wrapped or compiled")
     if any(isinstance(module, PoetLayer) for module in model.modules()):
         raise ValueError("poet.convert: this model has been converted already")
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "placements"):  # also of a Linear that fully_shard has subclassed
+            raise ValueError(f"poet.convert: {name} is sharded already; convert the model first")
     found = []
     for route in routing.classify(model, matrices=matrices, scalars=scalars):
         if route.kind != "matrix":
@@ -126,10 +129,6 @@ def _linears(model: nn.Module, matrices: Iterable[str], scalars: Iterable[str]) 
             raise ValueError(f"poet.convert: {route.reason} matches {route.name}, no nn.Linear")
         if not plain:
             continue
-        if hasattr(route.parameter, "placements"):
-            raise ValueError(
-                f"poet.convert: {route.name} is sharded already; convert the model first"
-            )
         found.append(route)
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
