@@ -20,6 +20,8 @@ from spectral_dist.poet.permutation import generator
 from spectral_dist.poet.rotation import Rotation, Span
 
 SETTINGS = tuple(f.name for f in fields(Settings))
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+"""What torch.compile and activation checkpointing put into names."""
 
 
 def convert(
@@ -177,12 +179,13 @@ def export(model: nn.Module, optimizer: Any = None) -> dict[str, Tensor]:
     whole = (
         SpectralOptimizer.placer_type(None, False) if optimizer is None else optimizer.placer
     ).whole
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, PoetLayer)}
+    layers = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, PoetLayer)}
     left_out = {
         f"{name}.{leaf}" for name, m in layers.items() for leaf in (*m.skews, "_extra_state")
     }
     found: dict[str, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
+        name = plain_name(name)
         if name in left_out:
             continue
         key, _, leaf = name.rpartition(".")
@@ -194,4 +197,12 @@ def export(model: nn.Module, optimizer: Any = None) -> dict[str, Tensor]:
         else:
             with whole([value]) as (tensor,):
                 found[name] = tensor.detach().cpu().clone()
+    assert all(f"{name}.weight" in found for name in layers)
     return found
+
+
+def plain_name(name: str) -> str:
+    """As the user's model has it."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name

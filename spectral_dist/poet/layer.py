@@ -247,15 +247,18 @@ class PoetLayer(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """ValueError if the layer was built with other settings."""
-        merges, *values = state.tolist()
-        for (name, here), there in zip(self._fixed().items(), values, strict=True):
+        self.check_extra_state(state)
+        self.merges = int(state[0])
+        self.forget()
+
+    def check_extra_state(self, state: Tensor) -> None:
+        """ValueError if it is of a layer that was built with other settings."""
+        for (name, here), there in zip(self._fixed().items(), state[1:].tolist(), strict=True):
             if here != there:
                 raise ValueError(
                     f"{self.key}: {name} is {here} here, but {there} in the checkpoint; convert the"
                     " model with the settings it was saved with"
                 )
-        self.merges = merges
-        self.forget()
 
     def _fixed(self) -> dict[str, int]:
         s = self.settings

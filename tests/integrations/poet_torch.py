@@ -31,14 +31,14 @@ OPTIONS: dict[str, Any] = {
 
 
 def model(setting: str = "fast", dtype: torch.dtype = torch.float64, **more: Any) -> Any:
-    """Converted, the same on every rank."""
-    plain = layouts.conditioned(**more.pop("model", {})).to(dtype)
-    if "scalars" in more:
-        return poet.convert(plain, **more)
-    given = {"block": 8, "blocks": BLOCKS, **SETTINGS[setting], **more}
+    """Converted, the same on every rank; ``odd``: with the parts of that name."""
+    odd = more.pop("odd", True)
+    plain = layouts.conditioned(odd=odd).to(dtype)
+    blocks = {name: size for name, size in BLOCKS.items() if odd or name != "unused"}
+    given = {"block": 8, "blocks": blocks, **SETTINGS[setting], **more}
     if given.get("segments", 1) > 1:  # 61 is prime
-        return poet.convert(plain, scalars=[r"layers\.1\.(up|down)", "unused"],
-                            **{**given, "blocks": {}})  # fmt: skip
+        given["blocks"] = {}
+        return poet.convert(plain, scalars=[r"layers\.1\.(up|down)", "unused"], **given)
     return poet.convert(plain, **given)
 
 
