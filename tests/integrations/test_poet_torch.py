@@ -67,7 +67,7 @@ def test_in_float32(layout: str, world: int) -> None:
 
 def reduced(layout: str) -> tuple[int, int, int, int]:
     """Numbers given to gradient reductions in a step, trainable, frozen; kept gradients of W."""
-    laid, optimizer = poet_torch.start(layout, odd=False)
+    laid, _ = poet_torch.start(layout, odd=False)
     sent = []
     if layout == "ddp":
 
