@@ -7,18 +7,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from spectral_dist.launch import torch_config
+import spectral_dist
+from spectral_dist import poet
+from spectral_dist.launch import llama, torch_config
 from spectral_dist.launch.pretrain import app
 from tests import harness
-from tests.launch.jobs import ROOT, STEPS, Job
-from tests.launch.torch_runs import losses, write
+from tests.integrations.test_torch_equality import quiet
+from tests.launch.jobs import MODEL, ROOT, STEPS, Job
+from tests.launch.torch_runs import losses, rows_of, write
 
 POET: dict[str, Any] = {
-    "type": "POET", "block": 8, "init": "normalized", "lr": 0.02, "merge_every": 4, "clip_ramp": 2,
-    "scalar_lr": 0.01, "scalars": ["layers.0.self_attn.o_proj"],
+    "type": "POET", "block": 8, "init": "normalized", "lr": 0.01, "eps": 1e-5, "merge_every": 4,
+    "clip_ramp": 2, "scalar_lr": 0.01, "scalars": ["layers.0.self_attn.o_proj"],
 }  # fmt: skip
 ROTATED = {"layers": 2 * 7 - 1, "numbers": 2 * (4 * 32 * 32 + 3 * 32 * 48) - 32 * 32}
 SKEW = {"sides": 2 * (8 * 32 + 3 * (32 + 48)) - 2 * 32}
@@ -123,7 +128,7 @@ def test_what_the_yaml_says(tmp_path: Path) -> None:
     assert config.rotates
     assert config.rotation == {"block": 8, "init": "normalized"}
     assert config.routing == {"scalars": POET["scalars"]}
-    assert (config.options.lr, config.options.merge_every) == (0.02, 4)
+    assert (config.options.lr, config.options.merge_every) == (0.01, 4)
     own = config.identity()
     assert (own["block"], own["order"], own["clip_ramp"]) == (8, 4, 2)
     assert "variant" not in own
@@ -157,6 +162,36 @@ def test_a_block_that_does_not_fit(folder: Path) -> None:
         harness.run(2, losses, path, True, (0, 0))
 
 
+# -- what comes out
+
+
+def test_the_exported_model_is_a_plain_llama(tmp_path: Path) -> None:
+    """Of plain transformers, saved and loaded by it: the logits of the trained one."""
+    config = LlamaConfig.from_dict(MODEL)
+    model: Any = poet.convert(llama.build(config, 0), block=8, init="normalized")
+    with quiet():
+        groups = spectral_dist.param_groups(model)
+    optimizer = spectral_dist.POET(groups, lr=0.02, merge_every=2)
+    for step in range(3):
+        rows = rows_of(step)
+        model(input_ids=rows, labels=rows).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    exported = poet.export(model)
+    plain: Any = LlamaForCausalLM(config)
+    assert exported.keys() == plain.state_dict().keys()
+    plain.load_state_dict(exported)
+    plain.save_pretrained(tmp_path)
+    again: Any = LlamaForCausalLM.from_pretrained(tmp_path)
+    rows = rows_of(9)
+    with torch.no_grad():
+        wanted, *found = (m.eval()(input_ids=rows).logits for m in (model, plain, again))
+    assert float(wanted.abs().max()) > 0.5
+    for logits in found:
+        assert float((logits - wanted).abs().max()) < 1e-5
+    assert torch.equal(*found)
+
+
 # -- the command
 
 
@@ -177,9 +212,9 @@ def test_config_or_optimizer(job: Job) -> None:
     none = refusal(job, "--engine", "megatron", "--optimizer", "adamw")
     assert "no configuration of adamw is shipped for --engine megatron; there are muon" in none
     # the shipped one is what is read: its blocks do not fit this tiny model
-    poet = refusal(job, "--engine", "fsdp", "--optimizer", "poet", "--seq-len", "16")
-    assert "configs/torch/poet.yaml: optimizer: " in poet
-    assert "block 64 does not divide" in poet
+    said = refusal(job, "--engine", "fsdp", "--optimizer", "poet", "--seq-len", "16")
+    assert "configs/torch/poet.yaml: optimizer: " in said
+    assert "block 64 does not divide" in said
 
 
 @pytest.mark.slow
@@ -196,14 +231,14 @@ def test_short_names_of_every_engine(job: Job) -> None:
 @pytest.mark.slow
 def test_ddp_alone_and_resumed(job: Job) -> None:
     config = job.folder / "poet.yaml"
-    own = {**POET, "merge_every": 3}
+    own = {**POET, "merge_every": 2}
     config.write_text(
         yaml.safe_dump({"optimizer": own, "batch": 8, "micro_batch": 2, "steps": STEPS})
     )
     options = ("--engine", "ddp", "--config", str(config))
     job.in_turn(
         ("whole", *options),
-        ("parts", *options, "--stop-at", "4"),
+        ("parts", *options, "--stop-at", "3"),
         ("parts", *options, "--resume"),
     )
     assert job.losses("parts") == job.losses("whole")
