@@ -62,7 +62,7 @@ def whole(
     ("layout", "world", "setting", "cut"),
     [
         pytest.param(layout, world, setting, cut, marks=[pytest.mark.slow] * (
-            (layout, setting, cut) != ("fsdp", "fast", 5)))
+            (layout, world, setting, cut) != ("fsdp", 2, "fast", 5)))
         for layout, world in (("one", 1), ("ddp", 2), ("fsdp", 2), ("fsdp", 4), ("hsdp", 4))
         for setting in ("fast", "fully, memory")
         for cut in CUTS
