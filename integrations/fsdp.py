@@ -53,9 +53,23 @@ class MeshPlacer(WholeParameters):
         super().__init__(group, everywhere)
         self._mesh: DeviceMesh | None = None
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+        self._meter = Meter()
 
     def prepare(self, optimizer: Any) -> bool:
-        """Find the widest mesh, once."""
+        """Find the widest mesh, once.
+
+        ValueError: the model has copies at the moment, of which POET's merge would be lost.
+        """
+        self._meter = optimizer.meter
+        for route in optimizer.all_routes:
+            leaf = route.name.rpartition(".")[2]
+            if route.layer is not None and getattr(route.layer, leaf) is not route.parameter:
+                raise ValueError(
+                    f"{route.name} is not the parameter that this optimizer has: either the model"
+                    " was sharded after param_groups(model), or its last forward pass was followed"
+                    " by no backward pass, so that FSDP2 has not resharded it; call"
+                    " model.reshard() before optimizer.step()"
+                )
         if self._mesh is None:
             tensors = [p for group in optimizer.param_groups for p in group["params"]]
             meshes = [p.device_mesh for p in tensors if isinstance(p, DTensor)]
@@ -88,7 +102,12 @@ class MeshPlacer(WholeParameters):
     @contextmanager
     def whole(self, tensors: Sequence[Tensor], *, write: bool = False) -> Iterator[list[Tensor]]:
         """DTensors all-gathered; each rank writes its own part back."""
-        gathered = [t.full_tensor() if isinstance(t, DTensor) else t.detach() for t in tensors]
+        gathered = []
+        for tensor in tensors:
+            if isinstance(tensor, DTensor):
+                self._count(tensor)
+            gathered.append(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+        gathered = [full.detach() for full in gathered]
         yield gathered
         for tensor, full in zip(tensors if write else (), gathered, strict=write):
             if isinstance(tensor, DTensor):
@@ -96,6 +115,13 @@ class MeshPlacer(WholeParameters):
                 copies = DTensor.from_local(full, mesh, [Replicate()] * mesh.ndim, run_check=False)
                 mine = copies.redistribute(mesh, tensor.placements).to_local()
                 tensor.to_local().detach().copy_(mine)
+
+    def _count(self, tensor: DTensor) -> None:
+        """That its shards are sent to the other ranks, each dimension's after the one before."""
+        mesh, numel = tensor.device_mesh, tensor.to_local().numel()
+        for dim, _ in _cuts("a parameter", tensor)[::-1]:
+            self._meter.count("all_gather", (mesh.size(dim) - 1) * numel * tensor.element_size())
+            numel *= mesh.size(dim)
 
     def _place(
         self,

@@ -19,6 +19,7 @@ from spectral_dist.launch import llama
 from spectral_dist.launch.ranks import Ranks
 from spectral_dist.monitor import Report
 from spectral_dist.optimizer import SpectralOptimizer
+from spectral_dist.poet.layer import PoetLayer
 
 State = dict[str, Any]
 
@@ -79,9 +80,15 @@ class Engine(ABC):
 
     @property
     def parameters(self) -> int:
-        """Numbers in the whole model."""
-        sizes = (getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
-        return sum(sizes)
+        """Numbers in the whole model, and in the one that POET's is exported as."""
+        layers = [m for m in self.model.modules() if isinstance(m, PoetLayer)]
+        added = {id(skew) for layer in layers for skew in layer.skews.values()}
+        return sum(_numel(p) for p in self.model.parameters() if id(p) not in added)
+
+    @property
+    def trained(self) -> int:
+        """Numbers that have a gradient."""
+        return sum(_numel(p) for p in self.model.parameters() if p.requires_grad)
 
     def state_bytes(self) -> int:
         """Bytes of optimizer state that this rank holds."""
@@ -102,6 +109,10 @@ class Engine(ABC):
     def polar_calls(self) -> int:
         """Matrices this rank has orthogonalized since its optimizer was made."""
         return int(getattr(self.optimizer, "polar_calls", 0))
+
+
+def _numel(parameter: Tensor) -> int:
+    return int(getattr(parameter, "ds_numel", parameter.numel()))  # ZeRO-3 empties it
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

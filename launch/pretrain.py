@@ -3,7 +3,7 @@
 torchrun --standalone --nproc_per_node 2 launch/pretrain.py \
     --model configs/models/quickstart.json --config configs/deepspeed/zero2.json
 torchrun --standalone --nproc_per_node 2 launch/pretrain.py --engine fsdp \
-    --model configs/models/quickstart.json --config configs/torch/muon.yaml
+    --model configs/models/quickstart.json --optimizer poet
 torchrun --standalone --nproc_per_node 4 launch/pretrain.py --engine megatron \
     --model configs/models/tiny.json --config configs/megatron/tiny_muon.yaml
 """
@@ -33,16 +33,30 @@ class EngineName(StrEnum):
     megatron = "megatron"
 
 
+class OptimizerName(StrEnum):
+    """Of which a configuration is shipped, for most engines."""
+
+    muon = "muon"
+    polargrad = "polargrad"
+    root = "root"
+    sumo = "sumo"
+    poet = "poet"
+    adamw = "adamw"
+
+
 @app.command()
 def main(
     model: Annotated[Path, Option(help="LlamaConfig as JSON (configs/models)")],
     config: Annotated[
-        Path,
+        Path | None,
         Option(
             help="deepspeed: JSON (configs/deepspeed); ddp, fsdp: YAML (configs/torch); megatron:"
             " YAML (configs/megatron)"
         ),
-    ],
+    ] = None,
+    optimizer: Annotated[
+        OptimizerName | None, Option(help="in place of --config: the one shipped for the engine")
+    ] = None,
     engine: Annotated[EngineName, Option()] = EngineName.deepspeed,
     data: Annotated[
         list[Path] | None,
@@ -73,6 +87,10 @@ def main(
 ) -> None:
     """Pretrain a Llama, alone or under torchrun, deepspeed or mpirun."""
     # --local_rank is what the deepspeed launcher adds; the environment says the same.
+    if (config is None) == (optimizer is None):
+        wrong = "both are given" if config else "neither is given"
+        raise BadParameter(f"{wrong}: write either --config FILE or --optimizer NAME")
+    config = config or shipped_config(engine, str(optimizer))
     options = dict(locals())
     if engine is not EngineName.deepspeed:
         for flag, given in (("--steps", steps is not None), ("--zero-init", zero_init)):
@@ -95,6 +113,23 @@ def main(
         typer.echo(f"pretrain: error: {error}", err=True)
         raise typer.Exit(2) from None
     _run(run)
+
+
+def shipped_config(engine: EngineName, optimizer: str) -> Path:
+    """The configuration of an optimizer. BadParameter: none is shipped for the engine."""
+    folder = Path(__file__).resolve().parents[1] / "configs"
+    plain, others, ending = {
+        EngineName.deepspeed: ("deepspeed/zero2", "deepspeed/zero2_", ".json"),
+        EngineName.megatron: ("megatron/tiny_muon", "megatron/tiny_", ".yaml"),
+    }.get(engine, ("torch/muon", "torch/", ".yaml"))
+    found = folder / f"{plain if optimizer == 'muon' else others + optimizer}{ending}"
+    if not found.is_file():
+        here = [path.stem.removeprefix("tiny_") for path in folder.glob(f"{others}*{ending}")]
+        raise BadParameter(
+            f"no configuration of {optimizer} is shipped for --engine {engine}; there are"
+            f" {', '.join(sorted(here))}: or write one, and give it as --config"
+        )
+    return found
 
 
 def read_settings(engine: EngineName, config: Path) -> yaml_config.RunConfig:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains a small Llama on the Python source found here, on 2 ranks with ZeRO-2: first with
 # SpectralMuon, then with AdamW on the same data and schedule. Prints both results side by side.
-# `quickstart.sh polargrad`, `root` or `sumo` takes that one in place of Muon.
+# `quickstart.sh polargrad`, `root`, `sumo` or `poet` takes that one in place of Muon.
 # It installs what it needs into .venv and downloads no data. About 5 minutes on 2 cores.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -12,8 +12,9 @@ case $chosen in
   polargrad) config=zero2_polargrad title=SpectralPolarGrad ;;
   root) config=zero2_root title=SpectralROOT ;;
   sumo) config=zero2_sumo title=SpectralSUMO ;;
+  poet) config=zero2_poet title=SpectralPOET ;;
   *)
-    echo "error: unknown optimizer $chosen; known: muon, polargrad, root, sumo" >&2
+    echo "error: unknown optimizer $chosen; known: muon, polargrad, root, sumo, poet" >&2
     exit 2
     ;;
 esac

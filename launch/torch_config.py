@@ -16,6 +16,7 @@ OPTIMIZERS: dict[str, Any] = {
     "PolarGrad": spectral_dist.PolarGrad,
     "ROOT": spectral_dist.ROOT,
     "SUMO": spectral_dist.SUMO,
+    "POET": spectral_dist.POET,
 }
 ADAMW = "AdamW"  # torch's own
 SHARDED = ("mesh", "tensor_parallel", "param_dtype")
@@ -33,7 +34,7 @@ class Mesh:
 @dataclass(frozen=True)
 class TorchConfig(RunConfig):
     """``param_dtype``: of FSDP's mixed precision, in which layers compute; None is ``dtype``, in
-    which parameters are kept.
+    which parameters are kept (with POET under FSDP2, those that are frozen: the rest is float32).
     """
 
     mesh: Mesh = field(default_factory=Mesh)
@@ -65,7 +66,13 @@ def read(path: Path) -> TorchConfig:
     )
     if "mesh" in values:
         values["mesh"] = _mesh(path, values["mesh"])
-    return TorchConfig(**values)
+    config = TorchConfig(**values)
+    if config.rotates and config.tensor_parallel > 1:
+        raise config.fail(
+            "tensor_parallel",
+            "POET has it with --engine megatron only; leave it out, so that FSDP2 cuts the weights",
+        )
+    return config
 
 
 def _mesh(path: Path, given: Any) -> Mesh:

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import spectral_dist
-from spectral_dist import checkpoint
+from spectral_dist import checkpoint, poet
 from spectral_dist.launch import llama, torch_sharding
 from spectral_dist.launch.engines import Engine, State, latest, name_latest
 from spectral_dist.launch.ranks import Ranks
@@ -45,8 +45,12 @@ class TorchEngine(Engine):
         self.data_rank, self.data_ranks = ranks.rank // across, ranks.world // across
         self.micro = config.micro(self.data_ranks)
         self.model = llama.build(model, seed)
+        skews = set(map(id, _rotate(config, self.model)))
         for parameter in self.model.parameters():  # and not the rotary frequencies
-            parameter.data = parameter.data.to(getattr(torch, config.dtype))
+            # which FSDP2 wants of one dtype, as far as it trains
+            wide = skews and (id(parameter) in skews or (sharded and parameter.requires_grad))
+            if not wide:
+                parameter.data = parameter.data.to(getattr(torch, config.dtype))
         if mesh is not None:
             torch_sharding.shard(self.model, mesh, config)  # moves what it cuts to the device
         self.model = self.model.to(ranks.device)
@@ -80,7 +84,10 @@ class TorchEngine(Engine):
     def step(self) -> None:
         """Optimizer and schedule, once the last micro-batch is done."""
         if self.config.clip > 0:
-            torch_sharding.clip_gradients(self.model.parameters(), self.config.clip)
+            limit = self.config.clip
+            if isinstance(self.optimizer, spectral_dist.POET):
+                limit *= self.optimizer.clip_factor()
+            torch_sharding.clip_gradients(self.model.parameters(), limit)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.scheduler.step()
@@ -133,6 +140,18 @@ class TorchEngine(Engine):
         return {"model": model, "adamw": optimizer}
 
 
+def _rotate(config: TorchConfig, model: nn.Module) -> list[nn.Parameter]:
+    """Convert the model if POET is to train it; its skew parameters."""
+    if not config.rotates:
+        return []
+    try:
+        poet.convert(model, **config.routing, **config.rotation)
+    except ValueError as error:
+        raise config.fail("optimizer", str(error)) from None
+    layers = [module for module in model.modules() if isinstance(module, poet.PoetLayer)]
+    return [skew for layer in layers for skew in layer.skews.values()]
+
+
 def _optimizer(config: TorchConfig, model: nn.Module) -> Any:
     options = config.options
     if config.kind == ADAMW:
@@ -147,7 +166,8 @@ def _optimizer(config: TorchConfig, model: nn.Module) -> Any:
         )
     given = {f.name: getattr(options, f.name) for f in fields(options)}
     try:
-        groups = spectral_dist.param_groups(model, **config.routing)
+        routing = {} if config.rotates else config.routing  # of which the conversion was told
+        groups = spectral_dist.param_groups(model, **routing)
         return OPTIMIZERS[config.kind](groups, **given)
     except ValueError as error:
         raise config.fail("optimizer", str(error)) from None

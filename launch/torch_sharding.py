@@ -59,8 +59,11 @@ def shard(model: Any, mesh: DeviceMesh, config: TorchConfig) -> None:
             parallelize_module(layer, mesh["tp"], styles)
     data = mesh["replicate", "shard"] if "replicate" in names else mesh["shard"]
     policy = MixedPrecisionPolicy()
-    if config.param_dtype is not None:
-        policy = MixedPrecisionPolicy(getattr(torch, config.param_dtype), torch.float32)
+    computed = config.param_dtype
+    if config.rotates and config.dtype != "float32":  # beside which all that trains is float32
+        computed = computed or config.dtype
+    if computed is not None:
+        policy = MixedPrecisionPolicy(getattr(torch, computed), torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, mesh=data, mp_policy=policy)
     fully_shard(model, mesh=data, mp_policy=policy)

@@ -204,6 +204,7 @@ class Trainer:
         return {
             "optimizer": engine.kind,
             "parameters": engine.parameters,
+            "trained_parameters": engine.trained,
             "ranks": ranks.world,
             "step": self.done,
             "tokens": self.done * engine.batch * self.job.seq_len,

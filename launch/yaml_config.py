@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from spectral_dist.options import ROUTING, Options, suggest
+from spectral_dist.options import ROUTING, BaseOptions, Options, POETOptions, suggest
+from spectral_dist.poet.convert import SETTINGS, settings_of
 
 ADAM_OPTIONS = ("lr", "betas", "eps", "weight_decay")
 DTYPES = ("float32", "bfloat16")
@@ -49,7 +50,7 @@ class RunConfig:
 
     path: Path
     kind: str  # optimizer.type
-    options: Options
+    options: BaseOptions
     routing: Mapping[str, Any]  # matrices, scalars, split
     batch: int
     steps: int
@@ -59,7 +60,13 @@ class RunConfig:
     dtype: str = "float32"
     monitor_every: int = 0  # 0: off
     save_every: int = 0  # 0: at the end only; --save-every goes first
+    rotation: Mapping[str, Any] = field(default_factory=dict)  # POET: settings of poet.convert
     given: frozenset[str] = frozenset()  # keys of the YAML
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the optimizer is POET, and so the model to be converted."""
+        return isinstance(self.options, POETOptions)
 
     def fail(self, key: str, what: str) -> ValueError:
         """The error of a bad value."""
@@ -88,8 +95,12 @@ class RunConfig:
         if type(self.options) is Options:  # the framework's own Adam
             own = {name: getattr(self.options, name) for name in ADAM_OPTIONS}
         else:
-            matrix, scalar = self.options.matrix_group(), self.options.scalar_group()
-            own = matrix | {f"scalar_{name}": value for name, value in scalar.items()}
+            first = self.options.group("skew" if self.rotates else "matrix")
+            scalar = self.options.scalar_group()
+            own = first | {f"scalar_{name}": value for name, value in scalar.items()}
+        if isinstance(self.options, POETOptions):
+            own |= {"clip_ramp": self.options.clip_ramp, **asdict(settings_of(self.rotation))}
+            del own["variant"]  # which changes no number
         routing = {name: self.routing.get(name) or None for name in ROUTING}
         return {"type": self.kind, "warmup": self.warmup, **own, **routing}
 
@@ -143,7 +154,14 @@ def read(
     ValueError: names the file and the key.
     """
     loaded = _load(path, example)
-    known = {f.name for f in fields(cls)} - {"path", "kind", "options", "routing", "given"}
+    known = {f.name for f in fields(cls)} - {
+        "path",
+        "kind",
+        "options",
+        "routing",
+        "rotation",
+        "given",
+    }
     known |= {"optimizer"}
     for key in loaded:
         if key not in known:
@@ -155,14 +173,16 @@ def read(
     for key, value in values.items():
         if key in rules:
             check(f"{path}: {key}", value, rules[key])
-    kind, options, routing = _optimizer(path, loaded["optimizer"], optimizers, adam)
+    kind, options, routing, rotation = _optimizer(path, loaded["optimizer"], optimizers, adam)
     values.setdefault("warmup", values["steps"] // 10)
     if values.get("monitor_every") and kind == adam:
         raise ValueError(
             f"{path}: monitor_every: there is nothing to watch: {adam} has no matrices"
         )
+    if getattr(options, "clip_ramp", 0) and values.get("clip", 1.0) == 0:
+        raise ValueError(f"{path}: optimizer: clip_ramp has no effect with clip: 0")
     own = {"path": path, "kind": kind, "options": options, "routing": routing}
-    return {**own, "given": frozenset(loaded), **values}
+    return {**own, "rotation": rotation, "given": frozenset(loaded), **values}
 
 
 def check(where: str, value: Any, rule: Rule) -> None:
@@ -185,8 +205,8 @@ def _load(path: Path, example: str) -> dict[Any, Any]:
 
 def _optimizer(
     path: Path, given: Any, optimizers: Mapping[str, Any], adam: str
-) -> tuple[str, Options, dict[str, Any]]:
-    """Type, options and routing."""
+) -> tuple[str, BaseOptions, dict[str, Any], dict[str, Any]]:
+    """Type, options, routing and rotation."""
     where = f"{path}: optimizer"
     if not isinstance(given, dict) or "type" not in given:
         first = next(iter(optimizers))
@@ -202,6 +222,27 @@ def _optimizer(
                 raise ValueError(
                     f"{where}: {adam} has no option {name!r}{suggest(str(name), ADAM_OPTIONS)}"
                 )
-        return kind, Options.from_user(own, where), {}
+        return kind, Options.from_user(own, where), {}, {}
     routing = {name: own.pop(name) for name in ROUTING if name in own}
-    return kind, optimizers[kind].option_type.from_user(own, where), routing
+    option_type, rotation = optimizers[kind].option_type, {}
+    if option_type is POETOptions:
+        rotation = _rotation(where, kind, own, routing)
+    return kind, option_type.from_user(own, where), routing, rotation
+
+
+def _rotation(
+    where: str, kind: str, own: dict[str, Any], routing: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The settings of ``poet.convert``, taken out of ``own`` and checked."""
+    for name in routing.keys() - {"matrices", "scalars"}:
+        raise ValueError(f"{where}: {name} has no effect: {kind} orthogonalizes no matrix")
+    known = {*SETTINGS, *(f.name for f in fields(POETOptions))}
+    for name in own:
+        if name not in known:
+            raise ValueError(f"{where}: unknown option {name!r}{suggest(str(name), known)}")
+    rotation = {name: own.pop(name) for name in SETTINGS if name in own}
+    try:
+        settings_of(rotation)
+    except ValueError as error:
+        raise ValueError(f"{where}: {str(error).removeprefix('poet.convert: ')}") from None
+    return rotation

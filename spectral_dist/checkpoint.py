@@ -29,16 +29,20 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from spectral_dist.groups import Route
+from spectral_dist.groups import Route, unwrap
 from spectral_dist.matrix_state import check_saved
 from spectral_dist.matrix_step import Unit
 from spectral_dist.optimizer import SpectralOptimizer
+from spectral_dist.poet.convert import plain_name
+from spectral_dist.poet.layer import PoetLayer
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.layout import Layout, Tile
 
 Chunk = tuple[tuple[int, ...], tuple[int, ...]]
 """(offsets, sizes) in the whole parameter."""
 NOT_SAVED = ("params", "id", "routes")
+SKEW = "skew_in"
+"""What every layer of POET has, and no other."""
 
 
 class Runs(torch.Tensor):
@@ -210,7 +214,7 @@ def load(folder: str | Path, model: nn.Module, optimizer: SpectralOptimizer) -> 
     """Restore what ``save`` has written, on any number of ranks; its ``extra``. A collective call.
 
     Raises:
-        ValueError: no checkpoint there, or one of other parameters or kinds.
+        ValueError: no checkpoint there, or one of other parameters or kinds, or rotated otherwise.
     """
     if not Path(folder, ".metadata").is_file():
         raise ValueError(f"{folder} holds no checkpoint: there is no .metadata in it")
@@ -220,6 +224,7 @@ def load(folder: str | Path, model: nn.Module, optimizer: SpectralOptimizer) -> 
         "extra": b"",
     }
     saved = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    _check_rotated(folder, model, content["model"], saved)
     for name, entry in content["optimizer"]["state"].items():
         for key in entry:
             if f"optimizer.state.{name}.{key}" not in saved:
@@ -234,6 +239,38 @@ def load(folder: str | Path, model: nn.Module, optimizer: SpectralOptimizer) -> 
     load_state_dict(optimizer, content["optimizer"])
     extra: dict[str, Any] = torch.load(io.BytesIO(content["extra"]), weights_only=True)
     return extra
+
+
+def _check_rotated(
+    folder: str | Path, model: nn.Module, here: Mapping[str, Any], saved: Mapping[str, Any]
+) -> None:
+    """ValueError if other layers are POET's than in a checkpoint, or others of their settings.
+
+    Before anything is loaded, as the model's tensors are written in place.
+    """
+    layers = {
+        f"{plain_name(name)}.".lstrip("."): module
+        for name, module in unwrap(model)[0].named_modules()
+        if isinstance(module, PoetLayer)
+    }
+    there = {name[len("model.") : -len(SKEW)] for name in saved if name.endswith(SKEW)}
+    for prefix in sorted(there ^ layers.keys()):
+        if prefix in there:
+            raise ValueError(
+                f"{prefix}weight is rotated by POET in {folder}, and not here; call"
+                " spectral_dist.poet.convert(model, ...) as it was called then, and load that; or"
+                " make plain weights of it there with spectral_dist.poet.export"
+            )
+        raise ValueError(
+            f"{prefix}weight is rotated by POET here, and not in {folder}; load that into the plain"
+            " model, and call spectral_dist.poet.convert(model, ...) after it"
+        )
+    if layers:
+        states = {name: here[name] for name in (f"{prefix}_extra_state" for prefix in layers)}
+        with _alone_is_fine():
+            dcp_load({"model": states}, checkpoint_id=str(folder))
+        for layer, state in zip(layers.values(), states.values(), strict=True):
+            layer.check_extra_state(state)
 
 
 @contextlib.contextmanager

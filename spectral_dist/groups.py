@@ -17,6 +17,7 @@ from spectral_dist.patterns import Patterns
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.layout import Matrix
 from spectral_dist.splits import Split, matrices_of
+from spectral_dist.wrappers import check as check_wrappers
 
 TAG = "spectral_dist_route"
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
@@ -140,6 +141,7 @@ def classify(
         ValueError: a pattern that matches nothing or contradicts another, a split that does not
             fit, FSDP1's flattened parameters, uninitialised parameters, or no matrix at all.
     """
+    given_model = model
     model, replicas = unwrap(model)
     if not isinstance(split or {}, Mapping):
         raise ValueError(
@@ -199,6 +201,8 @@ def classify(
         patterns.check(names)
     if not some:
         _check_some_matrix(routes)
+    if rotated:
+        check_wrappers(given_model, {r.name: r.parameter for r in routes if r.kind == "skew"})
     return routes
 
 

@@ -44,6 +44,11 @@ class Run:
         self.groups = json.loads(json.dumps(self.groups, default=float))
         found: set[str] = set()
         for group in self.groups:
+            if group["kind"] not in MOMENTS:
+                raise ValueError(
+                    f"{where} is POET's, whose rotations no other optimizer goes on with; load it"
+                    " with POET, and take plain weights out with spectral_dist.poet.export"
+                )
             for name in group["names"]:
                 if name in found or name not in self.model:
                     what = "is in two groups" if name in found else "is not in the model"

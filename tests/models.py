@@ -54,9 +54,9 @@ class Tiny(nn.Module):
             x = x + 0.1 * self.frozen(x)
             for expert in self.experts:
                 x = x + 0.3 * torch.tanh(x @ expert) @ expert.mT
-        return nn.functional.cross_entropy(
-            self.head(x)[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten()
-        )
+        logits = self.head(x)[:, :-1].flatten(0, 1)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return nn.functional.cross_entropy(logits.to(wide), tokens[:, 1:].flatten())
 
 
 def build(seed: int = 0, **kwargs: object) -> Tiny:

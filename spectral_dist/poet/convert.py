@@ -21,6 +21,8 @@ from spectral_dist.poet.permutation import generator
 from spectral_dist.poet.rotation import Rotation, Span
 
 SETTINGS = tuple(f.name for f in fields(Settings))
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+"""What torch.compile and activation checkpointing put into names."""
 
 
 def convert(
@@ -130,6 +132,9 @@ def _linears(model: nn.Module, matrices: Iterable[str], scalars: Iterable[str]) 
         raise ValueError("poet.convert: convert the model before it is wrapped or compiled")
     if any(isinstance(module, PoetLayer) for module in model.modules()):
         raise ValueError("poet.convert: this model has been converted already")
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "placements"):  # also of a Linear that fully_shard has subclassed
+            raise ValueError(f"poet.convert: {name} is sharded already; convert the model first")
     found = []
     for route in routing.classify(model, matrices=matrices, scalars=scalars):
         if route.kind != "matrix":
@@ -141,10 +146,6 @@ def _linears(model: nn.Module, matrices: Iterable[str], scalars: Iterable[str]) 
             raise ValueError(f"poet.convert: {route.reason} matches {route.name}, no nn.Linear")
         if not plain:
             continue
-        if hasattr(route.parameter, "placements"):
-            raise ValueError(
-                f"poet.convert: {route.name} is sharded already; convert the model first"
-            )
         found.append(route)
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
@@ -209,12 +210,13 @@ def export(model: nn.Module, optimizer: Any = None) -> dict[str, Tensor]:
     whole = (
         SpectralOptimizer.placer_type(None, False) if optimizer is None else optimizer.placer
     ).whole
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, PoetLayer)}
+    layers = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, PoetLayer)}
     left_out = {
         f"{name}.{leaf}" for name, m in layers.items() for leaf in (*m.skews, "_extra_state")
     }
     found: dict[str, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
+        name = plain_name(name)
         if name in left_out:
             continue
         key, _, leaf = name.rpartition(".")
@@ -226,4 +228,12 @@ def export(model: nn.Module, optimizer: Any = None) -> dict[str, Tensor]:
         else:
             with whole([value]) as (tensor,):
                 found[name] = tensor.detach().cpu().clone()
+    assert all(f"{name}.weight" in found for name in layers)
     return found
+
+
+def plain_name(name: str) -> str:
+    """As the user's model has it."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name

@@ -123,6 +123,7 @@ class PoetLayer(nn.Module):
         self.key, self.inner, self.outer = key, tuple(inner), tuple(outer)
         self.settings, self.merges = settings, 0
         self.keeps = False
+        self._watched: dict[str, Tensor] = {}
         self.forget()
         self.weight.requires_grad_(False)
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
@@ -172,13 +173,16 @@ class PoetLayer(nn.Module):
 
     def _delta(self, rotation: Rotation, dtype: torch.dtype) -> Tensor:
         skew, order = getattr(self, rotation.skew), self.settings.order
-        known, key = None, None
         keep = self.keeps and self.training and torch.is_grad_enabled()
         keep = keep and not torch.compiler.is_compiling()
+        key, known = None, None
         if keep:
-            key = (dtype, skew.data_ptr(), skew._version)
-        if keep and rotation.skew in self._deltas and self._deltas[rotation.skew][0] == key:
-            known = self._deltas[rotation.skew][1]
+            # what FSDP2 gathers is at the same address, and of the same version, after any change
+            watched = self._watched.get(rotation.skew, skew)
+            local = getattr(watched, "_local_tensor", watched)
+            key = (dtype, skew.data_ptr(), skew._version, watched._version, local._version)
+            kept = self._deltas.get(rotation.skew)
+            known = kept[1] if kept is not None and kept[0] == key else None
         found: Tensor = CayleyNeumann.apply(  # type: ignore[no-untyped-call]
             skew, rotation.block, order, dtype, known
         )
@@ -194,8 +198,12 @@ class PoetLayer(nn.Module):
         return self._indices[at]
 
     def keep(self) -> None:
-        """Have the fast variant keep G between micro-batches; who says so calls ``forget``."""
+        """Have the fast variant keep G between micro-batches; who says so calls ``forget``.
+
+        Changes of the parameters that the layer has now are noticed, but those through ``.data``.
+        """
         self.keeps = self.settings.variant == "fast"
+        self._watched = dict(self.skews)
 
     def forget(self, indices: bool = True) -> None:
         """The skew parameters have changed; with ``indices`` the permutations as well."""
@@ -241,15 +249,18 @@ class PoetLayer(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """ValueError if the layer was built with other settings."""
-        merges, *values = state.tolist()
-        for (name, here), there in zip(self._fixed().items(), values, strict=True):
+        self.check_extra_state(state)
+        self.merges = int(state[0])
+        self.forget()
+
+    def check_extra_state(self, state: Tensor) -> None:
+        """ValueError if it is of a layer that was built with other settings."""
+        for (name, here), there in zip(self._fixed().items(), state[1:].tolist(), strict=True):
             if here != there:
                 raise ValueError(
                     f"{self.key}: {name} is {here} here, but {there} in the checkpoint; convert the"
                     " model with the settings it was saved with"
                 )
-        self.merges = merges
-        self.forget()
 
     def _fixed(self) -> dict[str, int]:
         s = self.settings
@@ -268,7 +279,14 @@ class PoetLinear(PoetLayer, nn.Linear):
     """nn.Linear as R_o W R_i: made of one, in place, by ``spectral_dist.poet.convert``."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """(..., in) -> (..., out). ValueError: torch's tensor parallelism has cut the layer."""
+        if hasattr(self.weight, "placements"):  # FSDP2 has gathered what it shards
+            raise ValueError(
+                f"{self.key}: POET knows no tensor parallelism by DTensors (parallelize_module);"
+                " leave this layer out of the plan and shard it with fully_shard, or train with"
+                " Megatron-core, whose column- and row-parallel layers it rotates"
+                " (spectral_dist.integrations.megatron)"
+            )
         found: Tensor = self.maybe_again(self.multiply, input)
         return found if self.bias is None else found + self.bias.to(found.dtype)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
+from spectral_dist import poet
 from spectral_dist.launch import llama, megatron_config, torch_config
 from spectral_dist.launch.torch_config import OPTIMIZERS
 from spectral_dist.options import Options
@@ -75,6 +76,7 @@ TORCH = {
     "root": "ROOT",
     "sumo": "SUMO",
     "adamw": "AdamW",
+    "poet": "POET",
     "hsdp": "Muon",
     "tp_fsdp": "Muon",
 }
@@ -87,10 +89,14 @@ def test_every_yaml_says_the_same_but_for_what_it_is_named_after() -> None:
         config = torch_config.read(ROOT / f"configs/torch/{name}.yaml")
         config.check_engine("fsdp")
         assert config.kind == kind
-        assert (config.batch, config.clip) == (jsons["train_batch_size"], 1.0)
+        clip = 0.1 if kind == "POET" else 1.0
+        assert (config.batch, config.clip) == (jsons["train_batch_size"], clip)
         schedule = jsons["scheduler"]["params"]
         assert config.steps == schedule["total_num_steps"]
         assert config.warmup == schedule["warmup_num_steps"]
+        if kind == "POET":
+            _rotates_the_quickstart(config)
+            continue
         twin = "" if kind == "Muon" else f"_{kind.lower()}"
         json_file = ROOT / f"configs/deepspeed/zero2{twin}.json"
         params = json.loads(json_file.read_text())["optimizer"]["params"]
@@ -102,6 +108,14 @@ def test_every_yaml_says_the_same_but_for_what_it_is_named_after() -> None:
                 config.check_engine("ddp")
         else:
             config.check_engine("ddp")
+
+
+def _rotates_the_quickstart(config: torch_config.TorchConfig) -> None:
+    """Blocks divide its dimensions, and merges happen."""
+    assert config.options.merge_every <= config.steps // 2
+    with torch.device("meta"):
+        model = LlamaForCausalLM(llama.load_config(ROOT / "configs/models/quickstart.json"))
+    poet.convert(model, **config.routing, **config.rotation)
 
 
 MEGATRON = {"tiny_muon": "tiny", "llama_8b": "llama_8b", "llama_70b": "llama_70b"}

@@ -78,7 +78,7 @@ def test_quickstart_knows_its_optimizers() -> None:
     script = ROOT / "launch/quickstart.sh"
     done = subprocess.run(["bash", str(script), "moun"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert "unknown optimizer moun; known: muon, polargrad, root, sumo" in done.stderr
+    assert "unknown optimizer moun; known: muon, polargrad, root, sumo, poet" in done.stderr
     for name in re.findall(r"config=(\w+)", script.read_text()):
         assert (ROOT / f"configs/deepspeed/{name}.json").exists()
 
