@@ -20,7 +20,9 @@ OPTIMIZERS: dict[str, Any] = {
     "spectral_polargrad": spectral_dist.PolarGrad,
     "spectral_root": spectral_dist.ROOT,
     "spectral_sumo": spectral_dist.SUMO,
+    "spectral_poet": spectral_dist.POET,
 }
+POET = "spectral_poet"
 ADAM = "adam"  # Megatron's own
 SHIM = "SPECTRAL_MEGATRON_SHIM"
 """Environment variable, FILE:VERSION. Megatron-core runs on GPUs; where there is none, FILE is run
@@ -46,6 +48,11 @@ class MegatronConfig(RunConfig):
         """Also what decides which states there are."""
         own = {name: getattr(self, name) for name in ("use_distributed_optimizer", "dtype")}
         return {**super().identity(), **own}
+
+    @property
+    def rotates(self) -> bool:
+        """Whether the model's weights are frozen, and rotated."""
+        return self.kind == POET
 
     def check_model(self, model: Any) -> None:
         """ValueError for a LlamaConfig that is not built here, or not cut evenly."""
@@ -92,6 +99,13 @@ def read(path: Path) -> MegatronConfig:
         )
     if config.sequence_parallel and config.tensor_parallel == 1:
         raise config.fail("sequence_parallel", "it needs tensor_parallel above 1")
+    segments = dict(getattr(config, "rotation", {})).get("segments", 1)
+    if config.rotates and segments % config.tensor_parallel:
+        raise config.fail(
+            "tensor_parallel",
+            f"the optimizer's segments, {segments}, are no multiple of it; write segments:"
+            f" {config.tensor_parallel}, or a multiple of every tensor_parallel to be used",
+        )
     if config.options.scalar_weight_decay is not None:
         raise config.fail(
             "optimizer",

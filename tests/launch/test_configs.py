@@ -103,7 +103,12 @@ def test_every_yaml_says_the_same_but_for_what_it_is_named_after() -> None:
             config.check_engine("ddp")
 
 
-MEGATRON = {"tiny_muon": "tiny", "llama_8b": "llama_8b", "llama_70b": "llama_70b"}
+MEGATRON = {
+    "tiny_muon": "tiny",
+    "tiny_poet": "tiny",
+    "llama_8b": "llama_8b",
+    "llama_70b": "llama_70b",
+}
 
 
 def test_every_megatron_yaml_has_a_model_that_it_cuts_evenly() -> None:
@@ -111,7 +116,7 @@ def test_every_megatron_yaml_has_a_model_that_it_cuts_evenly() -> None:
     for name, model in MEGATRON.items():
         config = megatron_config.read(ROOT / f"configs/megatron/{name}.yaml")
         config.check_model(llama.load_config(ROOT / f"configs/models/{model}.json"))
-        assert config.kind == "spectral_muon"
+        assert config.kind == ("spectral_poet" if name == "tiny_poet" else "spectral_muon")
         assert config.tensor_parallel > 1
         assert config.use_distributed_optimizer
         assert config.warmup < config.steps
