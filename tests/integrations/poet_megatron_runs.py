@@ -220,8 +220,9 @@ def load(folder: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
     state = dist_checkpointing.load(content(ddp, optimizer, True), folder)
     models.gpt_of(ddp).load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    ours = inner(optimizer)
-    steps = {float(ours.state[p]["step"]) for p in masters(ours)}
+    leaves = [leaf.optimizer for leaf in optimizer.chained_optimizers]
+    steps = {float(ours.state[p]["step"]) for ours in leaves for p in masters(ours)}
+    assert {ours.since for ours in leaves} == {1} or len(leaves) == 1
     return {**proceed(data, ddp, optimizer), "steps": steps}
 
 

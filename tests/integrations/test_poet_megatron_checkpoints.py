@@ -75,9 +75,9 @@ def test_experts_in_checkpoints(tmp_path, wrapping, version) -> None:
     kwargs = {"model": {"moe_experts": 4}, "pool": version}
     args = (str(tmp_path), version)
     wanted = harness.run(2, runs.save, *args, {"ep": 2}, wrapping, **kwargs)[0]
-    got = harness.run(4, runs.load, *args, {"ep": 4}, wrapping, **kwargs)[0]
-    assert got["losses"] == pytest.approx(wanted["losses"], rel=0, abs=2e-6)
-    assert got["steps"] == {1.0}
+    found = harness.run(4, runs.load, *args, {"ep": 4}, wrapping, **kwargs)
+    assert set().union(*(got["steps"] for got in found)) == {1.0}
+    assert found[0]["losses"] == pytest.approx(wanted["losses"], rel=0, abs=2e-6)
 
 
 @pytest.mark.slow
@@ -125,11 +125,10 @@ def test_exported_tiles_are_those_of_a_plain_model(version, wrapping, model) -> 
 
 ERRORS: dict[str, tuple[tuple[Any, ...], dict[str, Any], list[str]]] = {
     "muon": (("muon_on_rotations", NEW), {}, ["spectral_poet", "converted"]),
-    "plain": (("poet_on_weights", NEW), {}, ["poet.convert(model)"]),
-    "plain, no matrix": (
+    "plain": (
         ("poet_on_weights", NEW),
-        {"scalars": ["linear"]},
-        ["model_provider", "this one has none"],
+        {},
+        ["poet.convert(model)", "model_provider", "this one has none"],
     ),
     "wrapped": (("convert_wrapped", NEW), {}, ["DistributedDataParallel", "model_provider"]),
     "again": (("convert_again", NEW), {}, ["converted already"]),
