@@ -28,6 +28,7 @@ from spectral_dist.launch.megatron_config import ADAM, MegatronConfig
 from spectral_dist.launch.ranks import Ranks
 from spectral_dist.launch.yaml_config import ADAM_OPTIONS
 from spectral_dist.monitor import Monitor
+from spectral_dist.poet.layer import PoetLayer
 
 CONVERTED = ("matrices", "scalars")
 """What of a YAML's routing says which layers are rotated."""
@@ -126,12 +127,19 @@ class MegatronEngine(Engine):
 
     @property
     def parameters(self) -> int:
-        """Numbers in the whole model."""
-        across = self.config.tensor_parallel
-        return sum(
-            p.numel() * (across if getattr(p, "tensor_model_parallel", False) else 1)
-            for p in self.gpt.parameters()
-        )
+        """Numbers in the whole model, and in the one that POET's is exported as."""
+        layers = [m for m in self.gpt.modules() if isinstance(m, PoetLayer)]
+        added = {id(skew) for layer in layers for skew in layer.skews.values()}
+        return sum(self._numel(p) for p in self.gpt.parameters() if id(p) not in added)
+
+    @property
+    def trained(self) -> int:
+        """Numbers that have a gradient."""
+        return sum(self._numel(p) for p in self.gpt.parameters() if p.requires_grad)
+
+    def _numel(self, parameter: Tensor) -> int:
+        cut = getattr(parameter, "tensor_model_parallel", False)
+        return parameter.numel() * (self.config.tensor_parallel if cut else 1)
 
     def save(self, folder: Path, step: int, state: State) -> None:
         """Checkpoint everything into `folder`; on all ranks."""
