@@ -31,7 +31,7 @@ def test_it_trains_under_any_parallelism_and_resumes(tmp_path: Path) -> None:
     wanted, numbers = run(1, write(tmp_path, "alone", tensor_parallel=1))
     assert wanted[-1] < wanted[0] - 1
     for name, ranks, changed in (
-        ("tp", 2, {}),
+        ("tp", 2, {"sequence_parallel": True}),
         ("both", 4, {"use_distributed_optimizer": True}),
     ):
         found, here = run(ranks, write(tmp_path, name, **changed))
@@ -50,10 +50,9 @@ def test_it_trains_under_any_parallelism_and_resumes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("optimizer", "changed", "said"),
     [
-        ({"block": 5}, {}, r"optimizer: .*linear_qkv/in: block 5 does not divide"),
+        ({"block": 5}, {}, r"linear_qkv/in: block 5 does not divide"),
         ({"scalars": ["q_proj"]}, {}, r"optimizer: scalars: 'q_proj' matches no trainable"),
         ({"segments": 1}, {}, "tensor_parallel: the optimizer's segments, 1, are no multiple"),
-        ({}, {"sequence_parallel": True}, "sequence_parallel: spectral_poet has none"),
     ],
 )
 def test_what_does_not_fit_is_said(tmp_path: Path, optimizer, changed, said) -> None:  # type: ignore[no-untyped-def]
@@ -66,10 +65,13 @@ def test_what_does_not_fit_is_said(tmp_path: Path, optimizer, changed, said) -> 
 def test_pretrain_runs_it(job: Job) -> None:
     shim = ROOT / "tests/integrations/megatron_cpu.py"
     job.env["SPECTRAL_MEGATRON_SHIM"] = f"{shim}:{runs.VERSION}"
-    options = ("--engine", "megatron", "--config", str(ROOT / "configs/megatron/tiny_poet.yaml"))
-    assert "rotated" in job.ranks(4, "whole", *options, "--stop-at", "12")
-    job.ranks(4, "parts", *options, "--stop-at", "7")
-    job.ranks(4, "parts", *options, "--stop-at", "12", "--resume")
+    given = {"config": "configs/megatron/tiny_poet.yaml", "model": "configs/models/tiny.json"}
+    options = ["--engine", "megatron"]
+    for option, path in given.items():
+        options += [f"--{option}", str(ROOT / path)]
+    assert "rotated" in job.ranks(4, "whole", *options, "--stop-at", "4")
+    job.ranks(4, "parts", *options, "--stop-at", "2")
+    job.ranks(4, "parts", *options, "--stop-at", "4", "--resume")
     assert job.losses("parts") == job.losses("whole")
-    assert job.losses("whole")[-1] < job.losses("whole")[0] - 0.1
+    assert job.losses("whole")[-1] < job.losses("whole")[0]
     assert json.dumps(job.summary("whole"))
