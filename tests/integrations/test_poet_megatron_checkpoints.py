@@ -61,6 +61,9 @@ def test_settings_of_the_checkpoint_are_checked(tmp_path) -> None:
     wanted = harness.run(2, runs.save, *args, settings=given, pool=NEW)[0]
     got = harness.run(1, runs.load, str(tmp_path), NEW, settings=given, pool=NEW)[0]
     assert got["losses"] == pytest.approx(wanted["losses"], rel=0, abs=2e-6)
+    staged = dict(given, scalars=[r"layers\.0\.mlp\.linear_fc2"])  # on each stage they count from 0
+    for stage in harness.run(2, runs.attempt, "build", NEW, {"pp": 2}, settings=staged, pool=NEW):
+        assert not stage
     for other in ({"seed": 1}, {"order": 3}):
         args = ("load", str(tmp_path), NEW)
         text = harness.run(1, runs.attempt, *args, settings={**given, **other}, pool=NEW)[0]
