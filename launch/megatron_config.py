@@ -20,6 +20,7 @@ OPTIMIZERS: dict[str, Any] = {
     "spectral_polargrad": spectral_dist.PolarGrad,
     "spectral_root": spectral_dist.ROOT,
     "spectral_sumo": spectral_dist.SUMO,
+    "spectral_poet": spectral_dist.POET,
 }
 ADAM = "adam"  # Megatron's own
 SHIM = "SPECTRAL_MEGATRON_SHIM"
@@ -92,6 +93,13 @@ def read(path: Path) -> MegatronConfig:
         )
     if config.sequence_parallel and config.tensor_parallel == 1:
         raise config.fail("sequence_parallel", "it needs tensor_parallel above 1")
+    segments = config.rotation.get("segments", 1)
+    if config.rotates and segments % config.tensor_parallel:
+        raise config.fail(
+            "tensor_parallel",
+            f"the optimizer's segments, {segments}, are no multiple of it; write segments:"
+            f" {config.tensor_parallel}, or a multiple of every tensor_parallel to be used",
+        )
     if config.options.scalar_weight_decay is not None:
         raise config.fail(
             "optimizer",

@@ -21,13 +21,17 @@ from megatron.core.transformer.module import Float16Module
 from torch import Tensor
 from torch.nn.functional import pad
 
-from spectral_dist.integrations.megatron import get_spectral_megatron_optimizer
+from spectral_dist.integrations.megatron import get_spectral_megatron_optimizer, poet
 from spectral_dist.launch import megatron_model
 from spectral_dist.launch.engines import Engine, State, latest, name_latest
 from spectral_dist.launch.megatron_config import ADAM, MegatronConfig
 from spectral_dist.launch.ranks import Ranks
 from spectral_dist.launch.yaml_config import ADAM_OPTIONS
 from spectral_dist.monitor import Monitor
+from spectral_dist.poet.layer import PoetLayer
+
+CONVERTED = ("matrices", "scalars")
+"""What of a YAML's routing says which layers are rotated."""
 
 
 class MegatronEngine(Engine):
@@ -49,8 +53,10 @@ class MegatronEngine(Engine):
         self.data_ranks = parallel_state.get_data_parallel_world_size()
         model_parallel_cuda_manual_seed(seed)
         if ranks.first:
-            print(f"layers: {megatron_model.LAYERS}", flush=True)
+            print(f"layers: {megatron_model.layers(config)}", flush=True)
         self.gpt = megatron_model.build(model, config, seed, ranks.device)
+        if config.rotates:
+            _rotate(config, self.gpt)
         half = config.dtype == "bfloat16"
         self.model = DistributedDataParallel(
             self.gpt.config,
@@ -121,12 +127,19 @@ class MegatronEngine(Engine):
 
     @property
     def parameters(self) -> int:
-        """Numbers in the whole model."""
-        across = self.config.tensor_parallel
-        return sum(
-            p.numel() * (across if getattr(p, "tensor_model_parallel", False) else 1)
-            for p in self.gpt.parameters()
-        )
+        """Numbers in the whole model, and in the one that POET's is exported as."""
+        layers = [m for m in self.gpt.modules() if isinstance(m, PoetLayer)]
+        added = {id(skew) for layer in layers for skew in layer.skews.values()}
+        return sum(self._numel(p) for p in self.gpt.parameters() if id(p) not in added)
+
+    @property
+    def trained(self) -> int:
+        """Numbers that have a gradient."""
+        return sum(self._numel(p) for p in self.gpt.parameters() if p.requires_grad)
+
+    def _numel(self, parameter: Tensor) -> int:
+        cut = getattr(parameter, "tensor_model_parallel", False)
+        return parameter.numel() * (self.config.tensor_parallel if cut else 1)
 
     def save(self, folder: Path, step: int, state: State) -> None:
         """Checkpoint everything into `folder`; on all ranks."""
@@ -159,6 +172,15 @@ class MegatronEngine(Engine):
         return {"model": model, "optimizer": optimizer}
 
 
+def _rotate(config: MegatronConfig, gpt: Any) -> None:
+    """ValueError: blocks that do not fit, names that are not there."""
+    which = {name: config.routing[name] for name in CONVERTED if name in config.routing}
+    try:
+        poet.convert(gpt, **which, **config.rotation)
+    except ValueError as error:
+        raise config.fail("optimizer", str(error)) from None
+
+
 def _optimizer(config: MegatronConfig, model: Any) -> Any:
     options = config.options
     half = config.dtype == "bfloat16"
@@ -177,8 +199,10 @@ def _optimizer(config: MegatronConfig, model: Any) -> Any:
     if config.kind == ADAM:
         return get_megatron_optimizer(settings, [model])
     own = {f.name: getattr(options, f.name) for f in fields(options) if f.name not in ADAM_OPTIONS}
+    done = CONVERTED if config.rotates else ()
+    routing = {name: value for name, value in config.routing.items() if name not in done}
     try:
-        return get_spectral_megatron_optimizer(settings, [model], **own, **config.routing)
+        return get_spectral_megatron_optimizer(settings, [model], **own, **routing)
     except ValueError as error:
         raise config.fail("optimizer", str(error)) from None
 

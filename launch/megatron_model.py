@@ -20,13 +20,20 @@ from torch.nn.functional import silu
 from spectral_dist.launch import llama
 from spectral_dist.launch.megatron_config import MegatronConfig
 
-LAYERS = "Transformer Engine's" if HAVE_TE else "Megatron's local ones (no Transformer Engine here)"
+
+def layers(config: MegatronConfig) -> str:
+    """Whose layers ``build`` takes."""
+    if config.rotates:
+        return "Megatron's local ones, rotated"
+    if HAVE_TE:
+        return "Transformer Engine's"
+    return "Megatron's local ones (no Transformer Engine here)"
 
 
 def build(model: Any, config: MegatronConfig, seed: int, device: torch.device) -> Any:
     """This rank's tiles of the model of a LlamaConfig, float32. ValueError: it cannot be built."""
     config.check_model(model)
-    if HAVE_TE:
+    if HAVE_TE and not config.rotates:
         spec = get_gpt_layer_with_transformer_engine_spec()
     else:
         spec = get_gpt_layer_local_spec(normalization="RMSNorm")
@@ -41,9 +48,10 @@ def build(model: Any, config: MegatronConfig, seed: int, device: torch.device) -
             share_embeddings_and_output_weights=model.tie_word_embeddings,
         )
     except AssertionError as error:
-        if not config.sequence_parallel or HAVE_TE:
+        if not config.sequence_parallel or (HAVE_TE and not config.rotates):
             raise
-        raise config.fail("sequence_parallel", f"install Transformer Engine: {error}") from None
+        what = f"{config.kind} has none" if config.rotates else "install Transformer Engine"
+        raise config.fail("sequence_parallel", f"{what}: {error}") from None
     _fill(built, model, seed)
     return built.to(device)
 

@@ -20,7 +20,8 @@ from spectral_dist import groups as routing
 from spectral_dist.groups import Route
 from spectral_dist.integrations.megatron.checkpoint import keep_checkpoints
 from spectral_dist.integrations.megatron.config import refuse, refuse_adapting, spectral_options
-from spectral_dist.integrations.megatron.inner import TYPES, InsideMegatron
+from spectral_dist.integrations.megatron.inner import TYPES, InsideMegatron, SpectralPOET
+from spectral_dist.integrations.megatron.merging import keep_merging
 from spectral_dist.integrations.megatron.names import copies, global_names, unwrap
 from spectral_dist.integrations.megatron.placement import FlatRange, MegatronPlacer
 from spectral_dist.integrations.megatron.ranks import Ranks, alone
@@ -49,8 +50,11 @@ def build(
     TYPES[name].option_type.from_user(options, name)  # before the table: it stands out
     refuse(config, model_chunks)
     refuse_adapting(given, model_chunks)
-    reader = MegatronReader(*_ranks(pg_collection), global_names(model_chunks))
+    reader = MegatronReader(*ranks_of(pg_collection), global_names(model_chunks))
     routes = _routes(model_chunks, reader, {k: v for k, v in given.items() if k in ROUTING})
+    if issubclass(TYPES[name], SpectralPOET):
+        rotated = on_any_stage([any(route.kind == "skew" for route in routes.values())])[0]
+        _check_converted(name, config, given, rotated)
     if config_overrides is None:
         config_overrides = get_standard_config_overrides(config)
     as_adam = copy.copy(config)
@@ -68,10 +72,27 @@ def build(
             }
             keep_checkpoints(leaf, inner, twice)
     built.config = config
+    if issubclass(TYPES[name], SpectralPOET):
+        keep_merging(built, config, model_chunks)
     return built
 
 
-def _ranks(collection: Any) -> tuple[Ranks, Ranks]:
+def _check_converted(name: str, config: Any, given: Mapping[str, Any], rotated: bool) -> None:
+    """ValueError: POET has nothing to rotate, on any stage, or nothing to clip."""
+    if not rotated:
+        raise ValueError(
+            f"{name} trains the rotations of a model that"
+            " spectral_dist.integrations.megatron.poet.convert(model) has converted, in the"
+            " model_provider; this one has none"
+        )
+    if given.get("clip_ramp") and not config.clip_grad:
+        raise ValueError(
+            f"clip_ramp is {given['clip_ramp']}, but clip_grad is {config.clip_grad}: nothing is"
+            " clipped; write clip_grad=..., or --clip-grad, or leave clip_ramp out"
+        )
+
+
+def ranks_of(collection: Any) -> tuple[Ranks, Ranks]:
     """Of dense parameters, and of experts."""
     if collection is None:
         tensor = parallel_state.get_tensor_model_parallel_group()
@@ -99,12 +120,12 @@ def _routes(
             model = inside
         else:
             model.add_module(f"chunk{index}", inside)
-    found = routing.classify(model, reader=reader, anywhere=_on_any_stage, **given)
+    found = routing.classify(model, reader=reader, anywhere=on_any_stage, **given)
     routing.show(found)
     return {id(route.parameter): route for route in found}
 
 
-def _on_any_stage(here: list[bool]) -> list[bool]:
+def on_any_stage(here: list[bool]) -> list[bool]:
     """What is true of the part of the model on any pipeline stage. A collective call."""
     group = alone(parallel_state.get_pipeline_model_parallel_group(check_initialized=False))
     texts = collectives.gather_texts("".join(str(int(x)) for x in here), group)
@@ -112,16 +133,20 @@ def _on_any_stage(here: list[bool]) -> list[bool]:
 
 
 def _kinds(routes: Mapping[int, Route]) -> dict[ParamKey, dict[str, Any]]:
-    """Overrides that keep matrices, and those whose polar factor is exact, in their own groups."""
+    """Overrides that keep matrices, those whose polar factor is exact, and skews in own groups."""
 
     def among(wanted: str) -> Callable[[Any], bool]:
         return lambda parameter: _kind(routes[id(parameter)]) == wanted
 
     predicates = {
         kind: ParamPredicate(name=f"spectral_dist {kind}", fn=among(kind))
-        for kind in ("matrix", ONE_SIDED)
+        for kind in ("matrix", ONE_SIDED, "skew")
     }
-    return {ParamKey(predicate=found): {KIND: kind} for kind, found in predicates.items()}
+    overrides: dict[ParamKey, dict[str, Any]] = {
+        ParamKey(predicate=found): {KIND: kind} for kind, found in predicates.items()
+    }
+    overrides[ParamKey(predicate=predicates["skew"])]["wd_mult"] = 0.0  # the scheduler's
+    return overrides
 
 
 def _kind(route: Route) -> str:
@@ -158,7 +183,8 @@ def _swap(
     if isinstance(leaf, DistributedOptimizer):
         ranges = _ranges(leaf)
         home = {id(p): where for p, where in leaf.model_param_group_index_map.items()}
-    inner.placer = MegatronPlacer(reader, home, ranges, inner.options.replicate_momentum)
+    replicate = getattr(inner.options, "replicate_momentum", False)
+    inner.placer = MegatronPlacer(reader, home, ranges, replicate)
     leaf.optimizer = inner
     leaf.init_state_fn = lambda optimizer, config=None: optimizer.prepare()
     return inner

@@ -12,6 +12,7 @@ from torch import Tensor
 from spectral_dist.matrix_step import Unit
 from spectral_dist.optimizer import SpectralOptimizer
 from spectral_dist.optimizers import ROOT, SUMO, Muon, PolarGrad
+from spectral_dist.poet.optimizer import POET, START
 from spectral_dist.sharding.exchange import Piece
 from spectral_dist.sharding.gather import from_owners
 
@@ -39,6 +40,10 @@ class InsideMegatron(SpectralOptimizer):
 
     def steps_taken(self) -> int:
         """Counted, since a rank may have no matrix."""
+        return self.taken
+
+    def steps_of(self, group: dict[str, Any]) -> int:
+        """That a group's parameters have in their states."""
         return self.taken
 
     @torch.no_grad()
@@ -153,7 +158,7 @@ class InsideMegatron(SpectralOptimizer):
             self._dressed = False
             for group in self.param_groups:
                 for p in group["params"]:
-                    self.state[p]["step"] = torch.tensor(float(self.taken))
+                    self.state[p]["step"] = torch.tensor(float(self.steps_of(group)))
                     if group["kind"] == "matrix":
                         for name in ("exp_avg", "exp_avg_sq")[int(self.rule.momentum) :]:
                             self.state[p].pop(name, None)
@@ -184,10 +189,98 @@ class SpectralSUMO(SUMO, InsideMegatron):
     """``spectral_dist.SUMO`` as --optimizer spectral_sumo."""
 
 
+class SpectralPOET(POET, InsideMegatron):
+    """``spectral_dist.POET`` as --optimizer spectral_poet.
+
+    Steps since the last merge are counted, since a rank may have no skew parameter in its shard.
+    """
+
+    def __init__(self, groups: Sequence[dict[str, Any]], **options: Any) -> None:
+        self.since = 0
+        # not POET's: the optimizer of a stage's experts, say, may have no rotated layer
+        InsideMegatron.__init__(self, groups, **options)
+        for layer in self.layers:
+            layer.keep()
+        self._ramp_asked = True  # by ``merging``
+
+    def steps_taken(self) -> int:
+        """In all."""
+        return self.taken
+
+    def steps_since_merge(self) -> int:
+        """Of the skew parameters, wherever they are."""
+        return self.since
+
+    def steps_of(self, group: dict[str, Any]) -> int:
+        """Since the last merge, or in all."""
+        return self.since if group["kind"] == "skew" else self.taken
+
+    def is_due(self) -> bool:
+        """Whether the rotations are to be merged now."""
+        return self.since >= self._merge_every()
+
+    def clip_factor(self) -> float:
+        """The same on ranks that have no rotated layer."""
+        ramp = self.options.clip_ramp
+        if self.since >= ramp or self.since == self.taken:
+            return 1.0
+        return START + (1 - START) * self.since / ramp
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; ``merging`` merges, once the model has its result."""
+        loss = super().step(closure)
+        self.since += 1
+        return loss
+
+    @torch.no_grad()
+    def merge_if_due(self) -> bool:
+        """Whether it was."""
+        due = self.is_due()
+        if due and self.layers:
+            super().merge_if_due()
+        self.since = 0 if due else self.since
+        return due
+
+    def _merge_every(self) -> int:
+        return self.options.merge_every
+
+    def state_dict(self) -> dict[str, Any]:
+        """One number of steps for all states, as of Megatron's Adam; that since the merge beside.
+
+        ``STATE`` is the same dict in all groups.
+        """
+        found = super().state_dict()
+        for group, saved in zip(self.param_groups, found["param_groups"], strict=True):
+            saved[STATE]["since"] = self.since
+            for number in saved["params"]:
+                if group["kind"] == "skew" and "step" in found["state"][number]:
+                    found["state"][number]["step"] = torch.tensor(float(self.taken))
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """ValueError if the states are another optimizer's."""
+        shared: dict[str, Any] = next(
+            (g[STATE] for g in state_dict["param_groups"] if g.get(STATE)), {}
+        )
+        if "since" not in shared:
+            raise ValueError(
+                "the checkpoint's optimizer is not spectral_poet, so it has no steps since a merge;"
+                " start the optimizer anew with --no-load-optim"
+            )
+        super().load_state_dict(state_dict)
+        self.since = int(shared["since"])
+        for group in self.param_groups:
+            for p in group["params"]:
+                if group["kind"] == "skew" and "step" in self.state.get(p, {}):
+                    self.state[p]["step"] = torch.tensor(float(self.since))
+
+
 TYPES: dict[str, type[InsideMegatron]] = {
     "spectral_muon": SpectralMuon,
     "spectral_polargrad": SpectralPolarGrad,
     "spectral_root": SpectralROOT,
     "spectral_sumo": SpectralSUMO,
+    "spectral_poet": SpectralPOET,
 }
 """By the name that --optimizer takes."""

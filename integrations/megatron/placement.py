@@ -70,7 +70,7 @@ class MegatronPlacer(WholeParameters):
         copied: list[Route] = []
         for route in routes:
             tiled = cut_dimension(route.parameter) is not None and ranks.tensor > 1
-            (cut if tiled or group["kind"] == "scalar" else copied).append(route)
+            (cut if tiled or group["kind"] != "matrix" else copied).append(route)
         return [self._place(found, ranks, found is cut) for found in (cut, copied) if found]
 
     def _place(self, routes: Sequence[Route], ranks: Ranks, tiled: bool) -> Located:

@@ -41,7 +41,7 @@ class MegatronReader:
 
     def __call__(self, model: nn.Module) -> Reader:
         """What each parameter of the model is, by itself."""
-        splits = _fused(model)
+        splits = fused(model)
         self._gated |= {key for key, split in splits.items() if split == GATE_AND_UP}
 
         def read(name: str, parameter: nn.Parameter, module: nn.Module) -> Reading:
@@ -92,7 +92,7 @@ def _kind(name: str, parameter: Any, module: nn.Module, ndim: int) -> tuple[str,
     return "matrix", kind
 
 
-def _fused(model: nn.Module) -> dict[int, Split]:
+def fused(model: nn.Module) -> dict[int, Split]:
     """ids of weights that hold several matrices one above the other, and how."""
     splits: dict[int, Split] = {}
     for module in model.modules():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -16,7 +16,7 @@ from spectral_dist.groups import Route
 from spectral_dist.optimizer import SpectralOptimizer
 from spectral_dist.options import suggest
 from spectral_dist.patterns import Patterns
-from spectral_dist.poet.layer import PoetLayer, PoetLinear, Settings
+from spectral_dist.poet.layer import Block, PoetLayer, PoetLinear, Settings
 from spectral_dist.poet.permutation import generator
 from spectral_dist.poet.rotation import Rotation, Span
 
@@ -73,9 +73,14 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
 
 
 def rotations(
-    settings: Settings, layers: Mapping[str, Sequence[tuple[str, tuple[Span, ...], int, int]]]
+    settings: Settings,
+    layers: Mapping[str, Sequence[tuple[str, tuple[Span, ...], int, int]]],
+    anywhere: Callable[[list[bool]], list[bool]] = list,
 ) -> dict[str, list[Rotation]]:
     """Of each layer, those of its sides: (side, spans, rank, ranks), 'in' first.
+
+    A side 'out_k' is that of part k of a fused weight; ``blocks`` may name it as the layer's name
+    and '.k'. ``anywhere``: as in ``groups.classify``.
 
     Raises:
         ValueError: names every layer whose blocks do not fit, and patterns that match none.
@@ -84,15 +89,12 @@ def rotations(
     made: dict[str, list[Rotation]] = {}
     wrong = []
     for key, sides in layers.items():
-        pattern = patterns.find(key, alone=True)
-        size = settings.block if pattern is None else settings.blocks[pattern]
-        inner, outer = size if isinstance(size, list | tuple) else (size, size)
         made[key] = []
         for side, spans, rank, ranks in sides:
-            block = inner if side == "in" else outer
-            if isinstance(block, float):
-                block = round(block * ranks * sum(count for _, count in spans))
             try:
+                block = _block(settings, patterns, key, side)
+                if isinstance(block, float):
+                    block = round(block * ranks * sum(count for _, count in spans))
                 made[key].append(
                     Rotation(
                         f"{key}/{side}", f"skew_{side}", spans, block, settings.segments,
@@ -101,6 +103,8 @@ def rotations(
                 )  # fmt: skip
             except ValueError as error:
                 wrong.append(str(error))
+    found = anywhere(list(patterns.used.values()))
+    patterns.used = dict(zip(patterns.used, found, strict=True))
     if wrong:
         raise ValueError(_by_kind(wrong))
     patterns.check(list(layers))
@@ -119,6 +123,21 @@ def _by_kind(problems: Iterable[str]) -> str:
         more = f" and {len(others)} like it" * bool(others)
         lines.append(f"{name}{more}: {what}")
     return "\n".join(lines)
+
+
+def _block(settings: Settings, patterns: Patterns, key: str, side: str) -> Block:
+    """The size of one side's blocks. ValueError: two sizes for a part, which has one side."""
+    part = side.partition("_")[2]
+    pattern = patterns.find(f"{key}.{part}" if part else key, alone=True)
+    size = settings.block if pattern is None else settings.blocks[pattern]
+    if isinstance(size, int | float):
+        return size
+    if part and not re.search(str(pattern), key):
+        raise ValueError(
+            f"blocks: {pattern!r} is {size!r}, but {key}.{part} is a part of the outputs, and its"
+            " inputs are the layer's; write one size"
+        )
+    return size[side != "in"]
 
 
 def _linears(model: nn.Module, matrices: Iterable[str], scalars: Iterable[str]) -> list[Route]:

@@ -99,9 +99,9 @@ class POET(SpectralOptimizer):
                 " gradients to limit * optimizer.clip_factor(), or leave clip_ramp out",
                 stacklevel=2,
             )
+        self._forget()  # before, so that the step has the memory
         loss = super().step(closure)
-        for layer in self.layers:
-            layer.forget(indices=False)
+        self._forget()  # what a closure has kept
         if not self.placer.masters:
             self.merge_if_due()
         return loss
@@ -126,6 +126,10 @@ class POET(SpectralOptimizer):
                 self._restart(tensors)
         report.write(self.layers, numbers, drifts, self.monitor, self.steps_taken())
         return True
+
+    def _forget(self) -> None:
+        for layer in self.layers:
+            layer.forget(indices=False)
 
     def _restart(self, tensors: Iterable[Tensor]) -> None:
         """Zero what the optimizer steps on, be it a master copy, and Adam with it."""

@@ -114,7 +114,7 @@ def named(version, name):
 
 @pytest.mark.parametrize("version", [NEW, OLD])
 def test_the_name_alone_is_enough(version):
-    names = sorted(f"spectral_{rule}" for rule in ("muon", "polargrad", "root", "sumo"))
+    names = sorted(f"spectral_{rule}" for rule in ("muon", "poet", "polargrad", "root", "sumo"))
     found = harness.run(1, named, version, "spectral_root", pool=version)[0]
     assert found == ("SpectralROOT", names if version == NEW else [])
     assert "spectral_mun" in harness.run(1, named, version, "spectral_mun", pool=version)[0]

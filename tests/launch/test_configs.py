@@ -89,18 +89,17 @@ def test_every_yaml_says_the_same_but_for_what_it_is_named_after() -> None:
         config = torch_config.read(ROOT / f"configs/torch/{name}.yaml")
         config.check_engine("fsdp")
         assert config.kind == kind
-        clip = 0.1 if kind == "POET" else 1.0
-        assert (config.batch, config.clip) == (jsons["train_batch_size"], clip)
+        assert (config.batch, config.clip) == (jsons["train_batch_size"], 1.0)
         schedule = jsons["scheduler"]["params"]
         assert config.steps == schedule["total_num_steps"]
         assert config.warmup == schedule["warmup_num_steps"]
         if kind == "POET":
             _rotates_the_quickstart(config)
-            continue
         twin = "" if kind == "Muon" else f"_{kind.lower()}"
         json_file = ROOT / f"configs/deepspeed/zero2{twin}.json"
         params = json.loads(json_file.read_text())["optimizer"]["params"]
         params.pop("torch_adam", None)
+        assert {k: params.pop(k) for k in config.rotation} == config.rotation
         where = OPTIMIZERS[kind].option_type if kind in OPTIMIZERS else Options
         assert config.options == where.from_user(params)
         if name in ("hsdp", "tp_fsdp"):
@@ -118,7 +117,12 @@ def _rotates_the_quickstart(config: torch_config.TorchConfig) -> None:
     poet.convert(model, **config.routing, **config.rotation)
 
 
-MEGATRON = {"tiny_muon": "tiny", "llama_8b": "llama_8b", "llama_70b": "llama_70b"}
+MEGATRON = {
+    "tiny_muon": "tiny",
+    "tiny_poet": "tiny",
+    "llama_8b": "llama_8b",
+    "llama_70b": "llama_70b",
+}
 
 
 def test_every_megatron_yaml_has_a_model_that_it_cuts_evenly() -> None:
@@ -126,7 +130,7 @@ def test_every_megatron_yaml_has_a_model_that_it_cuts_evenly() -> None:
     for name, model in MEGATRON.items():
         config = megatron_config.read(ROOT / f"configs/megatron/{name}.yaml")
         config.check_model(llama.load_config(ROOT / f"configs/models/{model}.json"))
-        assert config.kind == "spectral_muon"
+        assert config.kind == ("spectral_poet" if name == "tiny_poet" else "spectral_muon")
         assert config.tensor_parallel > 1
         assert config.use_distributed_optimizer
         assert config.warmup < config.steps
