@@ -50,7 +50,7 @@ def test_it_trains_under_any_parallelism_and_resumes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("optimizer", "changed", "said"),
     [
-        ({"block": 5}, {}, r"linear_qkv/in: block 5 does not divide"),
+        ({"block": 5}, {}, r"linear_qkv/in and 1 like it: block 5 does not divide"),
         ({"scalars": ["q_proj"]}, {}, r"optimizer: scalars: 'q_proj' matches no trainable"),
         ({"segments": 1}, {}, "tensor_parallel: the optimizer's segments, 1, are no multiple"),
     ],
