@@ -33,7 +33,7 @@ def resume(folder, version, name, wrapping, targets, sharding=None, **kwargs):
     ("version", "wrapping"),
     [
         *((NEW, wrapping) for wrapping in WRAPPINGS),
-        (OLD, "distributed optimizer"),
+        pytest.param(OLD, "distributed optimizer", marks=pytest.mark.slow),
         pytest.param(OLD, "", marks=pytest.mark.slow),
     ],
 )
@@ -65,7 +65,9 @@ def test_formats_of_the_distributed_optimizer(tmp_path, sharding):
     assert found["TP 2 x DP 2"]["losses"] == wanted
 
 
-@pytest.mark.parametrize("wrapping", WRAPPINGS)
+@pytest.mark.parametrize(
+    "wrapping", ["", pytest.param("distributed optimizer", marks=pytest.mark.slow)]
+)
 def test_coefficients_that_root_has_adapted_are_saved(tmp_path, wrapping):
     """They change in step 2, between the groups' options, which flags set, and state."""
     options = {"adapt_every": 2}

@@ -142,7 +142,7 @@ def scheduled(version):
     return sorted(groups), moved["embedding.word_embeddings.weight"]
 
 
-@pytest.mark.parametrize("version", [NEW, OLD])
+@pytest.mark.parametrize("version", [NEW, pytest.param(OLD, marks=pytest.mark.slow)])
 def test_megatrons_scheduler_drives_every_group(version):
     """Half of the warm-up: lr .005, of which AdamW takes a fifth; biases and norms do not decay."""
     groups, moved = harness.run(2, scheduled, version, pool=version)[0]

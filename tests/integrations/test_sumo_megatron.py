@@ -99,7 +99,7 @@ TARGETS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
     ("version", "wrapping", "saved"),
     [
         (NEW, {}, GRAM),
-        (OLD, DISTRIBUTED, {}),
+        pytest.param(OLD, DISTRIBUTED, {}, marks=pytest.mark.slow),
         pytest.param(NEW, DISTRIBUTED, GRAM, marks=pytest.mark.slow),
         pytest.param(NEW, {}, {}, marks=pytest.mark.slow),
         pytest.param(OLD, {}, GRAM, marks=pytest.mark.slow),
@@ -204,7 +204,7 @@ def restore(version: str, folder: str, division: str, **options: Any) -> Any:
     return [torch.equal(part.values, wanted.values) for part, wanted in pairs]
 
 
-@pytest.mark.parametrize("version", [NEW, OLD])
+@pytest.mark.parametrize("version", [NEW, pytest.param(OLD, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("saved", ["two owners", "rows"])
 def test_any_division_loads_what_any_other_saved(tmp_path, saved, version):
     harness.run(4, store, version, str(tmp_path), saved, pool=version)

@@ -46,7 +46,7 @@ def _torch(job: Job, engine: str, kind: str, **keys: Any) -> tuple[str, ...]:
     return ("--engine", engine, "--config", str(config))
 
 
-@pytest.mark.parametrize("kind", ["AdamW", "Muon"])
+@pytest.mark.parametrize("kind", [pytest.param("AdamW", marks=pytest.mark.slow), "Muon"])
 def test_ddp_alone_and_resumed(job: Job, kind: str) -> None:
     options = _torch(job, "ddp", kind)
     printed, _, other_seed, again, nothing, _ = job.in_turn(
