@@ -46,7 +46,7 @@ def spin(model, turn=0.3, seed=0):
             for r in layer.rotations if isinstance(layer, PoetLinear) else ():
                 v = torch.randn(r.shape, generator=generator, dtype=torch.float64)
                 v = v * (turn / reference.thetas(v, r.block).max())
-                getattr(layer, r.skew).copy_(v)
+                getattr(layer, r.skew).copy_(v.flatten())
 
 
 def weight_of(layer, leaves=None):

@@ -117,7 +117,7 @@ def fill(model, sizes):
             for r in model.get_submodule(key).rotations:
                 v = torch.randn(r.shape, generator=generator, dtype=torch.float64)
                 v *= norm / reference.thetas(v, r.block).max()
-                getattr(model.get_submodule(key), r.skew).copy_(v)
+                getattr(model.get_submodule(key), r.skew).copy_(v.flatten())
 
 
 def merge_now(optimizer):
@@ -150,7 +150,9 @@ def test_the_monitor_reports_merges(order, tmp_path):
     for key in BLOCKS:
         layer = model.get_submodule(key)
         w = layer.weight.clone()
-        blocks = [(row, r.block) for r in layer.rotations for row in getattr(layer, r.skew)]
+        blocks = [
+            (row, r.block) for r in layer.rotations for row in getattr(layer, r.skew).view(r.shape)
+        ]
         gs = [reference.cayley(reference.skew_matrix(v.detach(), b), order) for v, b in blocks]
         errors = [torch.linalg.norm(g @ g.T - torch.eye(len(g))) / len(g) ** 0.5 for g in gs]
         expected["rotation_error"][key] = float(max(errors))

@@ -103,7 +103,8 @@ class PoetLayer(nn.Module):
         weight: W in its own order, frozen; all that is learned is merged into it.
         key: the layer's name in the whole model, of which permutations are made.
         inner, outer: the rotations of its inputs and of its outputs (several of a fused weight);
-            each names a parameter of the layer, (blocks, b (b - 1) / 2) in at least float32.
+            each names a parameter of the layer, block after block of b (b - 1) / 2 numbers, in at
+            least float32.
         group: the ranks that hold the other tiles of the matrix, under tensor parallelism.
         merges: how many there were. In checkpoints, with the settings: ``get_extra_state``.
     """
@@ -128,7 +129,8 @@ class PoetLayer(nn.Module):
         self.weight.requires_grad_(False)
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         for rotation in self.rotations:
-            zeros = torch.zeros(rotation.shape, dtype=dtype, device=self.weight.device)
+            # flat, so that FSDP2, which cuts the first dimension, cuts within blocks
+            zeros = torch.zeros(rotation.numel, dtype=dtype, device=self.weight.device)
             self.register_parameter(rotation.skew, nn.Parameter(zeros))
 
     @property
@@ -184,7 +186,7 @@ class PoetLayer(nn.Module):
             kept = self._deltas.get(rotation.skew)
             known = kept[1] if kept is not None and kept[0] == key else None
         found: Tensor = CayleyNeumann.apply(  # type: ignore[no-untyped-call]
-            skew, rotation.block, order, dtype, known
+            skew.view(rotation.shape), rotation.block, order, dtype, known
         )
         if keep and known is None:
             self._deltas[rotation.skew] = (key, found.detach())
@@ -218,7 +220,7 @@ class PoetLayer(nn.Module):
         for side, transposed in ((self.inner, False), (self.outer, True)):
             deltas = []
             for rotation in side:
-                skew = skews[rotation.skew].to(wide.dtype)
+                skew = skews[rotation.skew].to(wide.dtype).view(rotation.shape)
                 change = cayley.delta(skew, rotation.block, self.settings.order)
                 deltas.append(change if transposed else change.mT)
             rows = wide.mT.contiguous() if transposed else wide

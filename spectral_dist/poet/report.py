@@ -26,7 +26,7 @@ def rotations(layer: PoetLayer, skews: Mapping[str, Tensor]) -> Tensor:
     """(skew_norm, rotation_error), on every rank that has a tile of the matrix; no host sync."""
     order, worst = layer.settings.order, []
     for rotation in layer.rotations:
-        skew = skews[rotation.skew]
+        skew = skews[rotation.skew].view(rotation.shape)
         skew = skew.to(torch.promote_types(skew.dtype, torch.float32))
         change = cayley.delta(skew, rotation.block, order)
         errors = cayley.orthogonality_errors(change)

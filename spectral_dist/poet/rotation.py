@@ -82,8 +82,13 @@ class Rotation:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the skew parameter here: blocks x packed numbers."""
+        """Of the packed blocks here: (blocks, b (b - 1) / 2)."""
         return 1 if self.fully else self.size // self.block, packed_size(self.block)
+
+    @property
+    def numel(self) -> int:
+        """Of the skew parameter here."""
+        return self.shape[0] * self.shape[1]
 
     def index(self, merges: int) -> Tensor:
         """The indices here, block after block, after so many merges; int64 on the CPU."""

@@ -50,14 +50,17 @@ def shrink(theta: float, order: int | str) -> float:
 
 def thetas(skew: Tensor, b: int) -> Tensor:
     """|eigenvalues| of Q of every block, (k, b), float64."""
-    blocks = [torch.linalg.eigvals(skew_matrix(row.double(), b)) for row in skew.detach()]
+    blocks = [
+        torch.linalg.eigvals(skew_matrix(row.double(), b))
+        for row in skew.detach().view(-1, b * (b - 1) // 2)
+    ]
     return torch.stack(blocks).abs()
 
 
 def rotation(skew: Tensor, indices: Sequence[Tensor], d: int, order: int | str) -> Tensor:
-    """R = I + sum over blocks of D(S) (G - I) D(S)^T, d x d; a row of ``skew`` for each block."""
+    """R = I + sum over blocks of D(S) (G - I) D(S)^T, d x d; ``skew``: block after block."""
     r = torch.eye(d, dtype=skew.dtype)
-    for numbers, s in zip(skew, indices, strict=True):
+    for numbers, s in zip(skew.view(len(indices), -1), indices, strict=True):
         b = len(s)
         spread = torch.zeros(d, b, dtype=skew.dtype)
         for column, index in enumerate(s.tolist()):
