@@ -33,11 +33,8 @@ def parts(shapes: Shapes, layout: str, rank: int, world: int) -> list[int]:
 
 
 def gradients(shapes: Shapes, layout: str, rank: int, world: int) -> int:
-    """Bytes of the gradients that the rank's step gets, for parameters of one group.
-
-    FSDP2 gives each rank room for as many rows as the first has.
-    """
-    return FLOAT * sum(parts(shapes, layout, 0 if layout == "fsdp" else rank, world))
+    """Bytes of the gradients that the rank's step gets, for parameters of one group."""
+    return FLOAT * sum(parts(shapes, layout, rank, world))
 
 
 def adamw_state(shapes: Shapes, layout: str, rank: int, world: int) -> int:
