@@ -67,6 +67,11 @@ def gradients(ranks: Sequence[dict[str, Any]]) -> float:
     return max(rank["gradients"] for rank in ranks) / int(ranks[0]["weights"])
 
 
+def reduced(ranks: Sequence[dict[str, Any]]) -> float:
+    """Bytes per parameter that a rank hands to the reduction of gradients in a step."""
+    return max(rank["reduced"] for rank in ranks) / int(ranks[0]["weights"])
+
+
 def temporaries(ranks: Sequence[dict[str, Any]]) -> float:
     """Largest buckets, of the rank that takes the most."""
     return max(rank["peak"] / FLOAT / max(rank["buckets"].values()) for rank in ranks)
@@ -90,7 +95,7 @@ def table(found: Found, worlds: Sequence[int], layouts: Sequence[str], what: Any
                 continue
             if case.optimizer in ("adamw", "poet") and what is temporaries:
                 continue  # torch's takes of its largest tensor, not of buckets
-            if case.optimizer not in ("adamw", "poet") and what is gradients:
+            if case.optimizer not in ("adamw", "poet") and what in (gradients, reduced):
                 continue  # as AdamW's
             cells = [f"{what(found[case, world]):.2f}" for world in worlds]
             lines.append(f"| {NAMES[layout]} | {title(case)} | {' | '.join(cells)} |")
@@ -162,6 +167,9 @@ def main(
     print(*table(found, counts, layouts.split(","), state), sep="\n")
     print("\nbytes of gradients per parameter, on the rank that has the most\n")
     print(*table(found, counts, layouts.split(","), gradients), sep="\n")
+    print("\nbytes per parameter that a rank hands to the reduction of gradients in a step\n")
+    counted = [layout for layout in layouts.split(",") if layout in ("ddp", "fsdp")]
+    print(*table(found, counts, counted, reduced), sep="\n")
     print("\ntemporary memory of a step, in the largest of its buckets\n")
     print(*table(found, counts, layouts.split(","), temporaries), sep="\n")
     if by_rank:

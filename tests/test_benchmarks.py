@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import itertools
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import fsdp_step, megatron_step, sumo_quickstart
+from benchmarks import (
+    fsdp_step,
+    megatron_step,
+    poet_drift,
+    poet_numbers,
+    poet_quickstart,
+    sumo_quickstart,
+)
 from benchmarks import polargrad_problems as problems
+from spectral_dist.launch import llama
 from tests import harness, models
 from tests.integrations import megatron_cpu
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = {
     "quadratic": lambda: problems.Quadratic(20, 8, 4, 12),
     "logistic": lambda: problems.Logistic(30, 6, 4, 5, batch=10),
@@ -267,3 +277,44 @@ def test_the_best_lr_is_no_last_one_and_the_table_says_what_was_changed():
     assert [r["options"]["perp_scale"] for r in found] == [1, 1, 1, 0]
     last = sumo_quickstart.table(found).splitlines()[-1]
     assert last.startswith(f"| {contender.name}, perp_scale 0.0 | 0.048 | 20 |")
+
+
+def test_poet_numbers_are_those_of_its_paper():
+    """And AdamW's and Muon's those of the model: 2764.47M numbers, 2600.47M of them in matrices."""
+    found = poet_numbers.rows(ROOT / "configs/models/llama_3b.json", [256, 512])
+    assert found == [
+        ("AdamW", 2_764_474_880, 2 * 2_764_474_880),
+        ("Muon", 2_764_474_880, 2_764_474_880 + 32_000 * 2560 * 2 + 65 * 2560),
+        ("POET, b 256", 366_635_520, 2 * 366_635_520),
+        ("POET, b 512", 570_059_264, 2 * 570_059_264),
+    ]
+
+
+@pytest.mark.parametrize("contender", poet_quickstart.CONTENDERS, ids=lambda c: c.name)
+def test_poets_contenders_train_and_keep_what_adam_would(contender):
+    adam = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+    config = llama.load_config(ROOT / "configs/models/quickstart.json")
+    config.num_hidden_layers = 1
+    model, optimizer = poet_quickstart.build(
+        llama.build(config, 0), contender, adam, lambda model: model
+    )
+    tokens = torch.arange(32).view(2, 16)
+    losses = []
+    for _ in range(2):
+        loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if contender.kind != "Muon":
+        kept = sumo_quickstart.state_bytes(optimizer, model)["all"]
+        assert kept == sum(2 * p.nbytes + 4 for p in trained)
+    assert any(not p.requires_grad for p in model.parameters()) == (contender.kind == "POET")
+
+
+def test_merges_of_order_3_drift_and_of_order_4_do_not():
+    (three, norm), (four, _) = (poet_drift.drift(o, torch.float32, merges=40) for o in (3, 4))
+    assert 0.07 < norm < 0.09
+    assert three > 1e-4 > 1e-6 > four

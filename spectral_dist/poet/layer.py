@@ -103,8 +103,8 @@ class PoetLayer(nn.Module):
         weight: W in its own order, frozen; all that is learned is merged into it.
         key: the layer's name in the whole model, of which permutations are made.
         inner, outer: the rotations of its inputs and of its outputs (several of a fused weight);
-            each names a parameter of the layer, block after block of b (b - 1) / 2 numbers, in at
-            least float32.
+            each names a flat parameter of the layer, block after block of b (b - 1) / 2 numbers,
+            in at least float32.
         group: the ranks that hold the other tiles of the matrix, under tensor parallelism.
         merges: how many there were. In checkpoints, with the settings: ``get_extra_state``.
     """

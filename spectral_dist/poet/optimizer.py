@@ -124,7 +124,8 @@ class POET(SpectralOptimizer):
         for group, tensors in self.placer.steps(self):
             if group["kind"] == "skew":
                 self._restart(tensors)
-        report.write(self.layers, numbers, drifts, self.monitor, self.steps_taken())
+        table = report.pooled(self.layers, numbers, self.meter)
+        report.write(self.layers, table, drifts, self.monitor, self.steps_taken())
         return True
 
     def _forget(self) -> None:

@@ -12,6 +12,7 @@ from spectral_dist.monitor import Monitor, Report
 from spectral_dist.poet import cayley
 from spectral_dist.poet.layer import PoetLayer
 from spectral_dist.sharding import collectives
+from spectral_dist.sharding.collectives import Meter
 
 QUANTITIES = {
     "skew_norm": "the largest ||Q||_2 of the layer's blocks, as they were merged",
@@ -23,7 +24,7 @@ LIMIT = 0.5
 
 
 def rotations(layer: PoetLayer, skews: Mapping[str, Tensor]) -> Tensor:
-    """(skew_norm, rotation_error), on every rank that has a tile of the matrix; no host sync."""
+    """(skew_norm, rotation_error) of the blocks that are here; no host sync."""
     order, worst = layer.settings.order, []
     for rotation in layer.rotations:
         skew = skews[rotation.skew].view(rotation.shape)
@@ -31,10 +32,21 @@ def rotations(layer: PoetLayer, skews: Mapping[str, Tensor]) -> Tensor:
         change = cayley.delta(skew, rotation.block, order)
         errors = cayley.orthogonality_errors(change)
         worst.append(torch.stack([cayley.norms(skew, rotation.block).max(), errors.max()]))
-    found = torch.stack(worst).amax(0).float()
-    if layer.group is not None:
-        collectives.max_ranks(found, layer.group, collectives.Meter())
-    return found
+    return torch.stack(worst).amax(0).float()
+
+
+def pooled(layers: Sequence[PoetLayer], numbers: Sequence[Tensor], meter: Meter) -> Tensor:
+    """``rotations`` of each layer, (layers, 2): the largest of all ranks that have a tile of it.
+
+    One reduction for all layers that are cut over the same ranks.
+    """
+    table = torch.stack(list(numbers))
+    for group in {id(layer.group): layer.group for layer in layers}.values():
+        rows = [i for i, layer in enumerate(layers) if layer.group is group]
+        part = table[rows]
+        collectives.max_ranks(part, group, meter)
+        table[rows] = part
+    return table
 
 
 def drift(before: Tensor, after: Tensor) -> Tensor:
@@ -50,13 +62,13 @@ def drift(before: Tensor, after: Tensor) -> Tensor:
 
 def write(
     layers: Sequence[PoetLayer],
-    numbers: Sequence[Tensor],
+    numbers: Tensor,
     drifts: Sequence[Tensor],
     monitor: Monitor | None,
     step: int,
 ) -> None:
     """Warn of rotations that went too far; write all to the monitor's sinks, if there is one."""
-    table = torch.stack(list(numbers)).tolist()
+    table = numbers.tolist()
     far = [(norm, layer.key) for layer, (norm, _) in zip(layers, table, strict=True)]
     largest, name = max(far)
     if not largest < LIMIT:

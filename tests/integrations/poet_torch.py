@@ -23,7 +23,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "fully, memory": {"form": "fully_stochastic", "block": 9, "blocks": {"unused": (9, 2)},
                       "variant": "memory"},
 }  # fmt: skip
-# two blocks of 12, so fewer than 3 or 4 ranks; one of 61; unused never gets a gradient
+# 3 numbers of skew are fewer than 4 ranks; one block of 61; unused never gets a gradient
 BLOCKS = {r"layers\.1\.up": (12, 61), r"layers\.1\.down": (61, 8), "unused": (8, 3)}
 OPTIONS: dict[str, Any] = {
     "lr": 0.01, "merge_every": EVERY, "weight_decay": 0.1, "scalar_lr": 0.005, "clip_ramp": 2,

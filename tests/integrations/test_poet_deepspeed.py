@@ -218,10 +218,8 @@ def test_other_worlds_and_settings(world: int, stage: int, changes: dict[str, An
     check(harness.run(world, train, configured(stage, world, **changes)))
 
 
-@pytest.mark.parametrize(
-    "way",
-    [pytest.param("json", marks=pytest.mark.slow), pytest.param("code", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["json", "code"])
 def test_zero_init(way: str) -> None:
     """Its parameters are partitioned already when the model is converted, and W started anew."""
     check(harness.run(2, train, configured(3, 2, way), way, zero_init=True))

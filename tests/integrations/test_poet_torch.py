@@ -40,7 +40,7 @@ def alone(setting: str, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
 
 @pytest.mark.parametrize(("layout", "world", "accumulation", "setting"), CASES)
 def test_equals_one_process(layout: str, world: int, accumulation: int, setting: str) -> None:
-    """Fewer blocks than ranks, skews that no rank has a row of or that get no gradient: two merges.
+    """Skews of fewer numbers than ranks, and one that gets no gradient: two merges.
 
     In float64: Adam divides by gradients that are nearly zero, and so magnifies float32's rounding.
     """
@@ -69,7 +69,7 @@ def test_in_float32(layout: str, world: int) -> None:
 def reduced(layout: str) -> tuple[int, int, int, int]:
     """Numbers given to gradient reductions in a step, trainable, frozen; kept gradients of W.
 
-    FSDP2 pads the rows of what trains to a multiple of the ranks.
+    FSDP2 pads what trains to a multiple of the ranks.
     """
     laid, _ = poet_torch.start(layout, odd=False)
     sent = []

@@ -37,6 +37,16 @@ def gradients(shapes: Shapes, layout: str, rank: int, world: int) -> int:
     return FLOAT * sum(parts(shapes, layout, rank, world))
 
 
+def reduced(shapes: Shapes, layout: str, world: int) -> int:
+    """Bytes that a rank hands to the reduction of gradients in a step, of all that is trained.
+
+    FSDP2 pads the rows of each tensor to a multiple of the ranks, and reduces nothing on one alone.
+    """
+    if layout == "fsdp":
+        return (world > 1) * FLOAT * world * sum(parts(shapes, layout, 0, world))
+    return FLOAT * sum(map(math.prod, shapes.values()))
+
+
 def adamw_state(shapes: Shapes, layout: str, rank: int, world: int) -> int:
     """Bytes: two moments of what the rank steps on, and a float32 step count of each tensor."""
     found = parts(shapes, layout, rank, world)

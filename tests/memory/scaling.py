@@ -5,8 +5,8 @@
 
 Builds a small Llama, takes three steps and writes what every rank had: the exact bytes of its
 optimizer's state, of matrices and of the rest (``formula`` says what they must be), those of the
-gradients that the step got, and the peak of live temporary bytes in the last step (``live``). Lists
-with commas run one after the other.
+gradients that the step got, the bytes that DDP or FSDP2 reduced for it, and the peak of live
+temporary bytes in the last step (``live``). Lists with commas run one after the other.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 import typer
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -33,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import spectral_dist
 from spectral_dist import poet
+from tests.memory import formula
 from tests.memory.formula import FLOAT, adamw_state, gradients, matrix_state, step_peak
 from tests.memory.live import Live, distinct_bytes
 
@@ -147,8 +149,34 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+class Reduced:
+    """Bytes that this rank hands to DDP's or FSDP2's reduction of gradients, while it is open."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._plain = dist.reduce_scatter_single  # what FSDP2 looks up in every call
+
+    def hook(self, state, bucket):  # type: ignore[no-untyped-def]  # DDP checks annotations
+        """For DistributedDataParallel: what it does by itself."""
+        self.bytes += bucket.buffer().nbytes
+        return default_hooks.allreduce_hook(dist.group.WORLD, bucket)
+
+    def __enter__(self) -> Reduced:
+        def counting(output: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self.bytes += input.nbytes
+            return self._plain(output, input, *args, **kwargs)
+
+        dist.reduce_scatter_single = counting
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        dist.reduce_scatter_single = self._plain
+
+
 @contextlib.contextmanager
-def training(case: Case, model: nn.Module) -> Iterator[tuple[Any, Callable[[Tensor], None]]]:
+def training(
+    case: Case, model: nn.Module, reduced: Reduced
+) -> Iterator[tuple[Any, Callable[[Tensor], None]]]:
     """The optimizer, and what takes a training step."""
     quiet = contextlib.redirect_stderr(io.StringIO())  # the table of what is a matrix
     if case.layout.startswith("zero"):
@@ -164,6 +192,7 @@ def training(case: Case, model: nn.Module) -> Iterator[tuple[Any, Callable[[Tens
         return
     if case.layout == "ddp":
         wrapped: nn.Module = DistributedDataParallel(model)
+        wrapped.register_comm_hook(None, reduced.hook)  # type: ignore[operator]
     else:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for layer in model.model.layers:  # type: ignore[union-attr]
@@ -219,10 +248,10 @@ def measure(case: Case) -> dict[str, Any]:
     where = case.layout, dist.get_rank(), dist.get_world_size()
     generator = torch.Generator().manual_seed(dist.get_rank())
     peaks = []
-    with training(case, model) as (optimizer, step):
+    with Reduced() as reduced, training(case, model, reduced) as (optimizer, step):
         watched = Watched(optimizer)
         for _ in range(STEPS):
-            watched.peak = watched.gradients = 0
+            watched.peak = watched.gradients = reduced.bytes = 0
             step(torch.randint(VOCABULARY, (1, 8), generator=generator))
             peaks.append(watched.peak)
         owners, buckets = plans(optimizer)
@@ -236,6 +265,10 @@ def measure(case: Case) -> dict[str, Any]:
         },
         "gradients": watched.gradients,
         "gradients formula": sum(gradients(found, *where) for found in shapes.values()),
+        "reduced": reduced.bytes if case.layout in ("ddp", "fsdp") else None,
+        "reduced formula": formula.reduced(
+            shapes["matrix"] | shapes["scalar"], case.layout, dist.get_world_size()
+        ),
         "peak": min(peaks[1:]),
         "bound": bound(case, buckets) if owners else None,
         "buckets": buckets,
@@ -261,6 +294,10 @@ def problems(case: Case, ranks: Sequence[dict[str, Any]]) -> list[str]:
             found.append(
                 f"rank {rank} has gradients of {result['gradients']} bytes, not"
                 f" {result['gradients formula']}"
+            )
+        if result["reduced"] not in (None, result["reduced formula"]):
+            found.append(
+                f"rank {rank} reduced {result['reduced']}, not {result['reduced formula']}"
             )
         if result["bound"] is not None and result["peak"] > result["bound"]:
             found.append(f"rank {rank} took {result['peak']}, more than {result['bound']}")
