@@ -6,13 +6,12 @@ of flat shards, in which what belongs to a whole matrix has no place.
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spectral_dist import checkpoint
+from spectral_dist.integrations.deepspeed.client_state import around_checkpoints
 from spectral_dist.optimizer import SpectralOptimizer
 
 FOLDER = "spectral_dist"
@@ -24,61 +23,33 @@ def keep_matrix_state(engine: Any, optimizer: SpectralOptimizer) -> None:
     if optimizer.rule.momentum:
         _refuse_others(engine)
         return
-    save, load = engine.save_checkpoint, engine.load_checkpoint
 
-    @functools.wraps(save)
-    def save_checkpoint(
-        save_dir: str,
-        tag: Any = None,
-        client_state: Mapping[str, Any] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        tag = str(f"global_step{engine.global_steps}" if tag is None else tag)
-        folder = Path(save_dir, tag, FOLDER).absolute()
+    def before_save(folder: Path, *given: Any) -> dict[str, str]:
         optimizer.locate()
-        # first: DeepSpeed writes `latest` when it is done, and all of the checkpoint must be there
-        checkpoint.save_matrix_state(folder, optimizer)
-        client_state = {**(client_state or {}), FOLDER: str(folder)}
-        return save(save_dir, tag, client_state, *args, **kwargs)
+        mine = (folder / FOLDER).absolute()
+        checkpoint.save_matrix_state(mine, optimizer)
+        return {FOLDER: str(mine)}
 
-    @functools.wraps(load)
-    def load_checkpoint(load_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
-        path, client_state = load(load_dir, tag, *args, **kwargs)
-        if path is None:
-            return path, client_state
+    def after_load(path: str, client_state: dict[str, Any], wanted: bool) -> None:
         written = client_state.pop(FOLDER, None)
-        if wants_state(args, kwargs):
+        if wanted:
             optimizer.locate()
             checkpoint.load_matrix_state(_find(path, written), optimizer)
-        return path, client_state
 
-    engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
+    around_checkpoints(engine, after_load, before_save)
 
 
 def _refuse_others(engine: Any) -> None:
     """Have a rule with momentum refuse a checkpoint without: its zeros would pass for momentum."""
-    load = engine.load_checkpoint
 
-    @functools.wraps(load)
-    def load_checkpoint(load_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
-        path, client_state = load(load_dir, tag, *args, **kwargs)
-        if client_state and FOLDER in client_state and wants_state(args, kwargs):
+    def after_load(path: str, client_state: dict[str, Any], wanted: bool) -> None:
+        if FOLDER in client_state and wanted:
             raise ValueError(
                 f"{path} was saved with SUMO, and holds no momentum for this optimizer; load it"
                 " with SpectralSUMO, or with load_optimizer_states=False"
             )
-        return path, client_state
 
-    engine.load_checkpoint = load_checkpoint
-
-
-def wants_state(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether ``load_checkpoint`` is to load optimizer states, by what follows the tag."""
-    names = ("load_module_strict", "load_optimizer_states", "load_lr_scheduler_states",
-             "load_module_only")  # fmt: skip
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return given.get("load_optimizer_states", True) and not given.get("load_module_only", False)
+    around_checkpoints(engine, after_load)
 
 
 def _find(path: str, written: str | None) -> Path:

@@ -6,16 +6,15 @@ universal checkpoint; and at stage 3 it then gives every group the step count of
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spectral_dist.integrations.deepspeed.matrix_state import wants_state
+from spectral_dist.integrations.deepspeed.client_state import around_checkpoints
 from spectral_dist.optimizer import SpectralOptimizer
 from spectral_dist.poet.optimizer import POET
 
@@ -25,62 +24,48 @@ KEY = "spectral_poet"
 
 def keep_poet(engine: Any, optimizer: POET) -> None:
     """Have this engine's checkpoints say that they are POET's, and load universal ones whole."""
-    save, load = engine.save_checkpoint, engine.load_checkpoint
 
-    @functools.wraps(save)
-    def save_checkpoint(
-        save_dir: str,
-        tag: Any = None,
-        client_state: Mapping[str, Any] | None = None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
+    def before_save(
+        folder: Path, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> dict[str, dict[str, Any]]:
         if kwargs.get("exclude_frozen_parameters", (*args, False, False)[1]):
             raise ValueError(
                 "exclude_frozen_parameters leaves out W, in which POET keeps what it has learned;"
                 " save without it"
             )
-        mine = {"steps": {g["id"]: float(s["step"]) for g, s in _states(optimizer) if "step" in s}}
-        return save(save_dir, tag, {**(client_state or {}), KEY: mine}, *args, **kwargs)
+        steps = {g["id"]: float(s["step"]) for g, s in _states(optimizer) if "step" in s}
+        return {KEY: {"steps": steps}}
 
-    @functools.wraps(load)
-    def load_checkpoint(load_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
-        path, client_state = load(load_dir, tag, *args, **kwargs)
-        if path is None:
-            return path, client_state
+    def after_load(path: str, client_state: dict[str, Any], wanted: bool) -> None:
         mine = client_state.pop(KEY, None)
         if mine is None:
             raise ValueError(
                 f"{path} was not saved with POET: it has no rotations, and W is not what it would"
                 " be with them. Load it with the optimizer it was saved with"
             )
-        if engine.load_universal_checkpoint():
-            if wants_state(args, kwargs):
-                optimizer.placer.prepare(optimizer)  # stage 3 gives all the first group's options
-                for group, state in _states(optimizer):
-                    if "step" in state:
-                        state["step"] = torch.tensor(mine["steps"][group["id"]])
-            _load_layers(Path(path if os.path.isdir(path) else os.path.dirname(path)), optimizer)
-        return path, client_state
+        if not engine.load_universal_checkpoint():
+            return
+        if wanted:
+            optimizer.placer.prepare(optimizer)  # stage 3 gives all the first group's options
+            for group, state in _states(optimizer):
+                if "step" in state:
+                    state["step"] = torch.tensor(mine["steps"][group["id"]])
+        _load_layers(Path(path if os.path.isdir(path) else os.path.dirname(path)), optimizer)
 
-    engine.save_checkpoint, engine.load_checkpoint = save_checkpoint, load_checkpoint
+    around_checkpoints(engine, after_load, before_save)
 
 
 def refuse_poet(engine: Any) -> None:
     """Have any other optimizer's engine refuse POET's checkpoints."""
-    load = engine.load_checkpoint
 
-    @functools.wraps(load)
-    def load_checkpoint(*args: Any, **kwargs: Any) -> Any:
-        path, client_state = load(*args, **kwargs)
-        if client_state and KEY in client_state:
+    def after_load(path: str, client_state: dict[str, Any], wanted: bool) -> None:
+        if KEY in client_state:
             raise ValueError(
                 f"{path} was saved with POET, whose weights are W and rotations apart; load it with"
                 " SpectralPOET, and take plain weights out of it with spectral_dist.poet.export"
             )
-        return path, client_state
 
-    engine.load_checkpoint = load_checkpoint
+    around_checkpoints(engine, after_load)
 
 
 def _states(optimizer: SpectralOptimizer) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:

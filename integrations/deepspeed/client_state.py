@@ -1,0 +1,55 @@
+"""What goes along when an engine saves and loads: its two methods, with ours around them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+Before: TypeAlias = Callable[[Path, Sequence[Any], Mapping[str, Any]], Mapping[str, Any]]
+"""Of the tag's folder, and of what ``save_checkpoint`` is given after client_state: what to put
+into client_state."""
+After: TypeAlias = Callable[[str, dict[str, Any], bool], None]
+"""Of the path that was loaded, its client_state, and whether optimizer states are wanted."""
+
+
+def around_checkpoints(engine: Any, after_load: After, before_save: Before | None = None) -> None:
+    """Have this engine's ``save_checkpoint`` and ``load_checkpoint`` call these as well.
+
+    ``before_save`` comes first: DeepSpeed writes `latest` when it is done, and all of the
+    checkpoint must be there then. ``after_load`` is not called if nothing was found.
+    """
+    save, load = engine.save_checkpoint, engine.load_checkpoint
+
+    @functools.wraps(save)
+    def save_checkpoint(
+        save_dir: str,
+        tag: Any = None,
+        client_state: Mapping[str, Any] | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        assert before_save is not None
+        tag = str(f"global_step{engine.global_steps}" if tag is None else tag)
+        more = before_save(Path(save_dir, tag), args, kwargs)
+        return save(save_dir, tag, {**(client_state or {}), **more}, *args, **kwargs)
+
+    @functools.wraps(load)
+    def load_checkpoint(load_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        path, client_state = load(load_dir, tag, *args, **kwargs)
+        if path is not None:
+            after_load(path, client_state, _wants_state(args, kwargs))
+        return path, client_state
+
+    engine.load_checkpoint = load_checkpoint
+    if before_save is not None:
+        engine.save_checkpoint = save_checkpoint
+
+
+def _wants_state(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether ``load_checkpoint`` is to load optimizer states, by what follows the tag."""
+    names = ("load_module_strict", "load_optimizer_states", "load_lr_scheduler_states",
+             "load_module_only")  # fmt: skip
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    return given.get("load_optimizer_states", True) and not given.get("load_module_only", False)
