@@ -51,8 +51,8 @@ import typer
 from torch import Tensor, nn
 
 from benchmarks.fsdp_step import Traffic
-from spectral_dist.options import MuonOptions
 from spectral_dist.polar.schedules import rows
+from spectral_dist.rules.muon import MuonOptions
 from tests.integrations import megatron_cpu
 from tests.integrations import megatron_model as models
 

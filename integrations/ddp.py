@@ -16,9 +16,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from spectral_dist.groups import Route
-from spectral_dist.optimizers import SUMO
-from spectral_dist.rules.sumo import rank_of, refreshes
+from spectral_dist.core.optimizer import SpectralOptimizer
+from spectral_dist.core.units import MatrixUnit
+from spectral_dist.params.spec import Route
+from spectral_dist.rules.sumo import SUMOOptions, rank_of, refreshes
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Meter
 from spectral_dist.sharding.layout import Matrix
@@ -26,7 +27,7 @@ from spectral_dist.sharding.layout import Matrix
 GradBucket: TypeAlias = dist.GradBucket  # type: ignore[attr-defined,name-defined]
 
 
-def project_gradients(model: DistributedDataParallel, optimizer: SUMO) -> "Projection":
+def project_gradients(model: DistributedDataParallel, optimizer: SpectralOptimizer) -> "Projection":
     """Have ``model`` reduce the projection of each matrix's gradient where that is enough.
 
     Call it on every rank, before training or after a checkpoint was loaded. What ``step`` sees is
@@ -47,8 +48,8 @@ class Projected:
     matrix: Matrix
     owner: int
     """rank in the model's process group"""
-    group: dict[str, Any]
-    """the options"""
+    options: SUMOOptions
+    is_double: bool
     step: int = 0
     basis: Tensor | None = None
     """(long, r): the owner's own, or a copy of it"""
@@ -56,8 +57,8 @@ class Projected:
     @property
     def due(self) -> bool:
         """Whether the coming step needs the whole gradient."""
-        whole = rank_of(self.group, self.matrix.shape) == min(self.matrix.shape)
-        return whole or self.basis is None or refreshes(self.group, self.matrix.name, self.step)
+        whole = rank_of(self.options, self.matrix.shape) == min(self.matrix.shape)
+        return whole or self.basis is None or refreshes(self.options, self.matrix.name, self.step)
 
     def rows(self, gradient: Tensor) -> list[Tensor]:
         """Views of its blocks of rows in its parameter's gradient."""
@@ -72,8 +73,13 @@ class Projection:
     ``meter``: calls and bytes of the hook itself, as a ring sends them for each element once.
     """
 
-    def __init__(self, model: DistributedDataParallel, optimizer: SUMO) -> None:
+    def __init__(self, model: DistributedDataParallel, optimizer: SpectralOptimizer) -> None:
         self.group: dist.ProcessGroup = model.process_group
+        if not isinstance(optimizer.options, SUMOOptions):
+            raise ValueError(
+                "project_gradients is for spectral_dist.SUMO, and this is"
+                f" {type(optimizer).__name__}"
+            )
         self.optimizer, self.meter = optimizer, Meter()
         for group in optimizer.param_groups:
             for name in ("perp_scale", "refresh_below"):
@@ -100,20 +106,24 @@ class Projection:
             if group["kind"] != "matrix":
                 continue
             owners: dict[str, int] = {}
+            options: Any = self.optimizer.rule_options(group)
+            is_double = group["params"][0].dtype == torch.float64
             for unit in self.optimizer.units(group):
-                if unit.placement.group is not None or unit.placement.replicas != self.group:
+                if unit.located.group is not None or unit.located.replicas != self.group:
                     raise ValueError(
                         "project_gradients is for parameters that every rank of the"
                         " DistributedDataParallel holds whole, and an optimizer built of"
                         " spectral_dist.param_groups(that model)"
                     )
-                assert unit.plan is not None
+                assert isinstance(unit, MatrixUnit)
                 owners |= dict(zip(unit.names, unit.plan.owners, strict=True))
             for route in self.optimizer.routes[group["id"]]:
                 if id(route.parameter) not in mine:
                     raise ValueError(f"project_gradients: {route.name} is not of this model")
                 for matrix in route.matrices:
-                    found.append((route, Projected(matrix, owners[matrix.name], group)))
+                    found.append(
+                        (route, Projected(matrix, owners[matrix.name], options, is_double))
+                    )
         return found
 
     def synchronize(self) -> None:
@@ -130,7 +140,7 @@ class Projection:
             shapes = [self._shape(projected) for projected in found]
             sizes = [1 + m * r for m, r in shapes]
             like = self.optimizer.device
-            wide = torch.float64 if any(self._is_double(p) for p in found) else torch.float32
+            wide = torch.float64 if any(p.is_double for p in found) else torch.float32
             flat = torch.empty(sum(sizes), dtype=wide, device=like)
             parts = torch.split(flat, sizes)
             if owner == rank:
@@ -151,11 +161,8 @@ class Projection:
     def _shape(self, projected: Projected) -> tuple[int, int]:
         """Of its basis; no columns where there is none."""
         short, long = sorted(projected.matrix.shape)
-        r = rank_of(projected.group, projected.matrix.shape)
+        r = rank_of(projected.options, projected.matrix.shape)
         return long, 0 if r == short else r
-
-    def _is_double(self, projected: Projected) -> bool:
-        return bool(projected.group["params"][0].dtype == torch.float64)
 
     def _after_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         """Count steps as owners do, and take the new bases."""

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
+from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.launch import llama
 from spectral_dist.launch.ranks import Ranks
 from spectral_dist.monitor import Report
-from spectral_dist.optimizer import SpectralOptimizer
 from spectral_dist.poet.layer import PoetLayer
 
 State = dict[str, Any]

@@ -3,31 +3,24 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import runpy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import spectral_dist
 from spectral_dist.launch import yaml_config
 from spectral_dist.launch.yaml_config import FLAG, Rule, RunConfig, whole
+from spectral_dist.rules import registry
+from spectral_dist.rules.options import BaseOptions
 
-OPTIMIZERS: dict[str, Any] = {
-    "spectral_muon": spectral_dist.Muon,
-    "spectral_polargrad": spectral_dist.PolarGrad,
-    "spectral_root": spectral_dist.ROOT,
-    "spectral_sumo": spectral_dist.SUMO,
-    "spectral_poet": spectral_dist.POET,
-}
+
+def optimizers() -> dict[str, type[BaseOptions]]:
+    """Return the options of every optimizer by its type in the YAML."""
+    return {entry.megatron_name: entry.options for entry in registry.entries()}
+
+
 ADAM = "adam"  # Megatron's own
-SHIM = "SPECTRAL_MEGATRON_SHIM"
-"""Environment variable, FILE:VERSION. Megatron-core runs on GPUs; where there is none, FILE is run
-and its ``install(VERSION)`` called, to make that version importable and fit for the machine. For
-tests: tests/integrations/megatron_cpu.py is such a file.
-"""
 DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
 """What tensor parallelism cuts."""
 NO_EFFECT = {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
@@ -83,7 +76,7 @@ def read(path: Path) -> MegatronConfig:
     """A configuration, checked. ValueError: the message names the file and the key."""
     example = "configs/megatron/tiny_muon.yaml"
     config = MegatronConfig(
-        **yaml_config.read(path, MegatronConfig, OPTIMIZERS, ADAM, RULES, example)
+        **yaml_config.read(path, MegatronConfig, optimizers(), ADAM, RULES, example)
     )
     if config.pipeline_parallel > 1:
         raise config.fail(
@@ -112,12 +105,9 @@ def read(path: Path) -> MegatronConfig:
 def prepare() -> None:
     """Make sure that megatron-core can be imported and run. ValueError: it cannot."""
     if not torch.cuda.is_available():
-        if SHIM not in os.environ:
-            raise ValueError(
-                "--engine megatron needs GPUs, and torch finds none here; --engine ddp and fsdp"
-                " run on CPUs"
-            )
-        file, _, version = os.environ[SHIM].rpartition(":")
-        runpy.run_path(file)["install"](version)
+        raise ValueError(
+            "--engine megatron needs GPUs, and torch finds none here; --engine ddp and fsdp run on"
+            " CPUs"
+        )
     if importlib.util.find_spec("megatron") is None:
         raise ValueError("--engine megatron needs: pip install 'spectral-dist[megatron]'")

@@ -6,18 +6,18 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import spectral_dist
+from spectral_dist._errors import suggest
 from spectral_dist.launch import yaml_config
 from spectral_dist.launch.yaml_config import DTYPE, Rule, RunConfig, whole
-from spectral_dist.options import suggest
+from spectral_dist.rules import registry
+from spectral_dist.rules.options import BaseOptions
 
-OPTIMIZERS: dict[str, Any] = {
-    "Muon": spectral_dist.Muon,
-    "PolarGrad": spectral_dist.PolarGrad,
-    "ROOT": spectral_dist.ROOT,
-    "SUMO": spectral_dist.SUMO,
-    "POET": spectral_dist.POET,
-}
+
+def optimizers() -> dict[str, type[BaseOptions]]:
+    """Return the options of every optimizer by its type in the YAML."""
+    return {entry.title: entry.options for entry in registry.entries()}
+
+
 ADAMW = "AdamW"  # torch's own
 SHARDED = ("mesh", "tensor_parallel", "param_dtype")
 """Keys that only --engine fsdp has."""
@@ -62,7 +62,7 @@ RULES: dict[str, Rule] = {
 def read(path: Path) -> TorchConfig:
     """A configuration, checked. ValueError: the message names the file and the key."""
     values = yaml_config.read(
-        path, TorchConfig, OPTIMIZERS, ADAMW, RULES, "configs/torch/muon.yaml"
+        path, TorchConfig, optimizers(), ADAMW, RULES, "configs/torch/muon.yaml"
     )
     if "mesh" in values:
         values["mesh"] = _mesh(path, values["mesh"])

@@ -23,7 +23,7 @@ from spectral_dist import checkpoint, poet
 from spectral_dist.launch import llama, torch_sharding
 from spectral_dist.launch.engines import Engine, State, latest, name_latest
 from spectral_dist.launch.ranks import Ranks
-from spectral_dist.launch.torch_config import ADAMW, OPTIMIZERS, TorchConfig
+from spectral_dist.launch.torch_config import ADAMW, TorchConfig
 from spectral_dist.monitor import Monitor
 
 
@@ -168,6 +168,6 @@ def _optimizer(config: TorchConfig, model: nn.Module) -> Any:
     try:
         routing = {} if config.rotates else config.routing  # of which the conversion was told
         groups = spectral_dist.param_groups(model, **routing)
-        return OPTIMIZERS[config.kind](groups, **given)
+        return getattr(spectral_dist, config.kind)(groups, **given)
     except ValueError as error:
         raise config.fail("optimizer", str(error)) from None

@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from spectral_dist.options import ROUTING, BaseOptions, Options, POETOptions, suggest
+from spectral_dist._errors import suggest
 from spectral_dist.poet.convert import SETTINGS, settings_of
+from spectral_dist.poet.options import POETOptions
+from spectral_dist.rules.options import ROUTING, BaseOptions, MatrixOptions
 
 ADAM_OPTIONS = ("lr", "betas", "eps", "weight_decay")
 DTYPES = ("float32", "bfloat16")
@@ -92,7 +94,7 @@ class RunConfig:
 
     def identity(self) -> dict[str, Any]:
         """The optimizer's part that a checkpoint brings with it, so that it cannot be changed."""
-        if type(self.options) is Options:  # the framework's own Adam
+        if type(self.options) is MatrixOptions:  # the framework's own Adam
             own = {name: getattr(self.options, name) for name in ADAM_OPTIONS}
         else:
             first = self.options.group("skew" if self.rotates else "matrix")
@@ -143,14 +145,14 @@ RULES: dict[str, Rule] = {
 def read(
     path: Path,
     cls: type[RunConfig],
-    optimizers: Mapping[str, Any],
+    optimizers: Mapping[str, type[BaseOptions]],
     adam: str,
     rules: Mapping[str, Rule],
     example: str,
 ) -> dict[str, Any]:
     """The arguments of ``cls``, each checked by its rule, if it has one.
 
-    ``optimizers`` have an ``option_type``; ``adam`` is the type beside them that is not ours.
+    ``optimizers``: options by type; ``adam`` is the type beside them that is not ours.
     ValueError: names the file and the key.
     """
     loaded = _load(path, example)
@@ -204,7 +206,7 @@ def _load(path: Path, example: str) -> dict[Any, Any]:
 
 
 def _optimizer(
-    path: Path, given: Any, optimizers: Mapping[str, Any], adam: str
+    path: Path, given: Any, optimizers: Mapping[str, type[BaseOptions]], adam: str
 ) -> tuple[str, BaseOptions, dict[str, Any], dict[str, Any]]:
     """Type, options, routing and rotation."""
     where = f"{path}: optimizer"
@@ -222,12 +224,12 @@ def _optimizer(
                 raise ValueError(
                     f"{where}: {adam} has no option {name!r}{suggest(str(name), ADAM_OPTIONS)}"
                 )
-        return kind, Options.from_user(own, where), {}, {}
+        return kind, MatrixOptions.from_user(own, where), {}, {}
     routing = {name: own.pop(name) for name in ROUTING if name in own}
-    option_type, rotation = optimizers[kind].option_type, {}
-    if option_type is POETOptions:
+    options_type, rotation = optimizers[kind], {}
+    if options_type is POETOptions:
         rotation = _rotation(where, kind, own, routing)
-    return kind, option_type.from_user(own, where), routing, rotation
+    return kind, options_type.from_user(own, where), routing, rotation
 
 
 def _rotation(

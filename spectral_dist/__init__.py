@@ -1,20 +1,15 @@
 """Orthogonalized optimizers for large-scale training, exact under every way a model is sharded."""
 
-from spectral_dist import calibrate, checkpoint, monitor, poet
+from typing import Any
+
+from spectral_dist import calibrate, checkpoint, monitor, optimizers, poet
 from spectral_dist._version import __version__
-from spectral_dist.groups import param_groups, tag
-from spectral_dist.integrations.fsdp import MeshPlacer
-from spectral_dist.optimizer import SpectralOptimizer
-from spectral_dist.optimizers import ROOT, SUMO, Muon, PolarGrad
+from spectral_dist.optimizers import *  # noqa: F403  whatever rules there are
+from spectral_dist.params.param_groups import param_groups, tag
 from spectral_dist.poet.optimizer import POET
-from spectral_dist.rules.adamw import BACKENDS, Update
 
 __all__ = [
     "POET",
-    "ROOT",
-    "SUMO",
-    "Muon",
-    "PolarGrad",
     "__version__",
     "calibrate",
     "checkpoint",
@@ -23,14 +18,12 @@ __all__ = [
     "poet",
     "tag",
 ]
+__all__ += optimizers.__all__
 
 
-def _apex() -> Update:
-    from spectral_dist.integrations.apex import FusedAdamW
-
-    return FusedAdamW()
-
-
-# Here, above all floors, since those below may not know integrations/.
-BACKENDS["apex"] = _apex
-SpectralOptimizer.placer_type = MeshPlacer
+def __getattr__(name: str) -> Any:
+    """Return the optimizer of a rule that was registered later."""
+    try:
+        return getattr(optimizers, name)
+    except AttributeError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None

@@ -21,14 +21,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spectral_dist.polar.coefficients import Shape, check_row, choose, key, parse_shape, read
 from spectral_dist.polar.fit import FALLBACK, PUBLISHED, fit, random_spectrum, relative_error
 from spectral_dist.polar.schedules import Row
+from spectral_dist.polar.spectra import singular_values
 from spectral_dist.polar.stability import check_fixed
-from spectral_dist.rules.root import shape_key as key
 
-__all__ = ["FALLBACK", "PUBLISHED", "Calibration", "Recorder", "calibrate", "choose", "key"]
-
-Shape = tuple[int, int]
+__all__ = [
+    "FALLBACK",
+    "PUBLISHED",
+    "Calibration",
+    "Recorder",
+    "calibrate",
+    "choose",
+    "key",
+    "parse_shape",
+    "read",
+    "singular_values",
+]
 
 REAL_SHARE = 0.25
 """Weight of captured spectra where there are any; the rest is random matrices (the paper's 1:3)."""
@@ -94,58 +104,10 @@ def _condensed(spectra: Tensor, count: int = 2048) -> Tensor:
     return values[middles.long()]
 
 
-def choose(shape: Sequence[int], table: Mapping[Shape, Row] | None = None) -> Row:
-    """The row for an (m, n) matrix, in any orientation; FALLBACK if ``table`` has none.
-
-    It is not checked: PUBLISHED has an unstable one. What ``read`` returns is.
-    """
-    return (table or {}).get((min(shape), max(shape)), FALLBACK)
-
-
-def read(path: Path | str, steps: int | None = None) -> dict[Shape, Row]:
-    """The rows of a coefficients file by (min, max).
-
-    steps: what they will be used for, if known. ValueError: unreadable, malformed or unstable, or
-    fitted to another number of steps, naming the file, the shape and the reason.
-    """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the coefficients {path}: {error}{_AGAIN}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("coefficients"), dict):
-        raise ValueError(f'{path}: expected {{"steps": 5, "coefficients": {{...}}}}{_AGAIN}')
-    fitted = content.get("steps")
-    if isinstance(fitted, bool) or not isinstance(fitted, int) or fitted < 1:
-        raise ValueError(f"{path}: steps is {fitted!r}; it must be a whole number, at least 1")
-    if steps is not None and steps != fitted:
-        raise ValueError(
-            f"{path}: its coefficients are for {fitted} steps, not for {steps}; take {fitted}"
-            f" steps, or run spectral-dist calibrate --steps {steps}"
-        )
-    table: dict[Shape, Row] = {}
-    for name, row in content["coefficients"].items():
-        shape = parse_shape(name, f"{path}: ")
-        if key(shape) != name:
-            raise ValueError(f"{path}: {name}: write the shorter side first, {key(shape)}")
-        _check(row, f"{path}: {name}")
-        table[shape] = (float(row[0]), float(row[1]), float(row[2]))
-    return table
-
-
-def _check(row: Row, where: str) -> None:
-    try:
-        check_fixed(row)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-_AGAIN = "; spectral-dist calibrate writes such a file"
-
-
 def write(path: Path | str, found: Mapping[Shape, Calibration], steps: int) -> None:
     """Write a coefficients file, all of it or nothing. ValueError: unstable, or no such folder."""
     for shape, calibration in found.items():
-        _check(calibration.row, key(shape))
+        check_row(calibration.row, key(shape))
     ordered = sorted((min(shape), max(shape), c) for shape, c in found.items())
     origins = {}
     for short, long, calibration in ordered:
@@ -157,17 +119,6 @@ def write(path: Path | str, found: Mapping[Shape, Calibration], steps: int) -> N
         "origin": origins,
     }
     _replace(Path(path), lambda new: new.write_text(json.dumps(content, indent=2) + "\n", "utf-8"))
-
-
-def parse_shape(text: object, where: str = "") -> Shape:
-    """(min, max) of a shape written "512x2048". ValueError."""
-    parts = text.lower().split("x") if isinstance(text, str) else []
-    if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
-        raise ValueError(f"{where}{text!r} is no shape; write it as in 512x2048")
-    short, long = sorted(int(part) for part in parts)
-    if short < 1:
-        raise ValueError(f"{where}{text!r}: sides must be at least 1")
-    return short, long
 
 
 class Recorder:
@@ -238,22 +189,6 @@ class Recorder:
             kept.append(values)
         elif (place := self._random.randrange(self._offered[shape])) < self.limit:
             kept[place] = values
-
-
-def singular_values(x: Tensor) -> Tensor:
-    """Of (..., m, n) over the Frobenius norms: (..., min) float64 on x's device, ascending.
-
-    A matrix that is zero or not finite gives zeros, the others rows of norm 1. By the Gram matrix:
-    right to 1e-8 of the largest one, where the fit needs 1e-3.
-    """
-    wide = x.detach().double()
-    largest = wide.abs().amax((-2, -1), keepdim=True)
-    sound = (largest > 0.0) & largest.isfinite()
-    wide = torch.where(sound, wide / largest, 0.0)
-    gram = wide @ wide.mT if wide.shape[-2] <= wide.shape[-1] else wide.mT @ wide
-    values: Tensor = torch.linalg.eigvalsh(gram)
-    values = values.clamp_min(0.0).sqrt()
-    return torch.where(sound[..., 0], values / values.norm(dim=-1, keepdim=True), 0.0)
 
 
 def read_spectra(paths: Iterable[Path | str]) -> dict[Shape, Tensor]:

@@ -29,10 +29,12 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from spectral_dist.groups import Route, unwrap
-from spectral_dist.matrix_state import check_saved
-from spectral_dist.matrix_step import Unit
-from spectral_dist.optimizer import SpectralOptimizer
+from spectral_dist.core.matrix_state import Part, check_saved
+from spectral_dist.core.optimizer import SpectralOptimizer
+from spectral_dist.core.sharded import ShardedOptimizer
+from spectral_dist.core.units import MatrixUnit
+from spectral_dist.params.classify import unwrap
+from spectral_dist.params.spec import Route
 from spectral_dist.poet.convert import plain_name
 from spectral_dist.poet.layer import PoetLayer
 from spectral_dist.sharding import collectives
@@ -95,7 +97,7 @@ class Runs(torch.Tensor):
         return self.parts[index.offset]
 
 
-def state_dict(optimizer: SpectralOptimizer, *, saving: bool = True) -> dict[str, Any]:
+def state_dict(optimizer: ShardedOptimizer, *, saving: bool = True) -> dict[str, Any]:
     """{"state": {parameter: {"step", "exp_avg", ...}}, "groups": JSON}, for DCP to save or load.
 
     Also {"matrices": ``matrix_state``} if there is any. Its tensors are the optimizer's own. A
@@ -108,7 +110,7 @@ def state_dict(optimizer: SpectralOptimizer, *, saving: bool = True) -> dict[str
         for unit in optimizer.units(group):
             for index, i in enumerate(unit.tensors):
                 entry = dict(optimizer.state[group["params"][i]])
-                if unit.alone:
+                if isinstance(unit, MatrixUnit) and unit.momentum_at_owner:
                     entry["exp_avg"] = _runs(unit, index, routes[i], entry["exp_avg"])
                 state[routes[i].name] = entry
         plain = {k: v for k, v in group.items() if k not in NOT_SAVED}
@@ -118,51 +120,58 @@ def state_dict(optimizer: SpectralOptimizer, *, saving: bool = True) -> dict[str
     return {**found, "matrices": matrices} if matrices else found
 
 
-def matrix_state(optimizer: SpectralOptimizer, saving: bool) -> dict[str, dict[str, Runs]]:
+def matrix_state(optimizer: ShardedOptimizer, saving: bool) -> dict[str, dict[str, Runs]]:
     """{matrix: {quantity: what this rank keeps of it}}, for DCP to save or load.
 
     What several ranks have is among what each of them loads, and what its owner saves.
     """
     found: dict[str, dict[str, Runs]] = {}
-    for part in optimizer.matrix_parts():
-        if part.speaks or not saving:
+    for part in _parts(optimizer):
+        if part.is_primary or not saving:
             where = (part.offsets or (0,), tuple(part.values.shape) or (1,))  # DCP cuts no scalars
             whole = Runs(part.shape or (1,), part.values, [(where, part.values)])
             found.setdefault(part.matrix, {})[part.name] = whole
     return found
 
 
-def save_matrix_state(folder: str | Path, optimizer: SpectralOptimizer) -> None:
+def _parts(optimizer: ShardedOptimizer) -> Iterator[Part]:
+    """Iterate over the optimizer's matrix state, if it has matrices."""
+    if isinstance(optimizer, SpectralOptimizer):
+        yield from optimizer.matrix_parts()
+
+
+def save_matrix_state(folder: str | Path, optimizer: ShardedOptimizer) -> None:
     """Write the matrix state alone, for a framework that saves the rest. A collective call."""
     with _alone_is_fine():
         dcp_save({"matrices": matrix_state(optimizer, True)}, checkpoint_id=str(folder))
 
 
-def load_matrix_state(folder: str | Path, optimizer: SpectralOptimizer) -> None:
+def load_matrix_state(folder: str | Path, optimizer: ShardedOptimizer) -> None:
     """Restore what ``save_matrix_state`` has written, on any number of ranks. A collective call.
 
     Raises:
         ValueError: it is of other matrices, or of another rank.
     """
-    saved = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
-    check_matrix_state(optimizer, saved, "matrices.")
+    with _failing_together():
+        saved = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+        check_matrix_state(optimizer, saved, "matrices.")
     with _alone_is_fine():
         dcp_load({"matrices": matrix_state(optimizer, False)}, checkpoint_id=str(folder))
 
 
-def check_matrix_state(optimizer: SpectralOptimizer, saved: Mapping[str, Any], prefix: str) -> None:
+def check_matrix_state(optimizer: ShardedOptimizer, saved: Mapping[str, Any], prefix: str) -> None:
     """Raise if a checkpoint's metadata has other matrix state than this rank's.
 
     Raises:
         ValueError: names the matrix, and what must have been changed.
     """
-    for part in optimizer.matrix_parts():
+    for part in _parts(optimizer):
         entry = saved.get(f"{prefix}{part.matrix}.{part.name}")
         shape = None if entry is None else tuple(entry.size)
         check_saved(part, () if shape == (1,) and not part.shape else shape)
 
 
-def load_state_dict(optimizer: SpectralOptimizer, loaded: Mapping[str, Any]) -> None:
+def load_state_dict(optimizer: ShardedOptimizer, loaded: Mapping[str, Any]) -> None:
     """Take the options of the groups of a ``state_dict`` that DCP has filled.
 
     Its tensors are the optimizer's own, so they are in place already.
@@ -170,7 +179,13 @@ def load_state_dict(optimizer: SpectralOptimizer, loaded: Mapping[str, Any]) -> 
     Raises:
         ValueError: a parameter that is of another kind now, or groups that were divided otherwise.
     """
-    saved = json.loads(loaded["groups"])
+    with _failing_together():
+        _take_groups(optimizer, json.loads(loaded["groups"]))
+    for call in optimizer.after_load:
+        call()
+
+
+def _take_groups(optimizer: ShardedOptimizer, saved: list[dict[str, Any]]) -> None:
     by_name = {name: group for group in saved for name in group.pop("names")}
     for group in optimizer.param_groups:
         routes = optimizer.routes[group["id"]]
@@ -188,11 +203,9 @@ def load_state_dict(optimizer: SpectralOptimizer, loaded: Mapping[str, Any]) -> 
                     " with different options in the checkpoint; build the groups as they were"
                 )
             group.update({k: tuple(v) if k == "betas" else v for k, v in old.items()})
-    for call in optimizer.after_load:
-        call()
 
 
-def save(folder: str | Path, model: nn.Module, optimizer: SpectralOptimizer, **extra: Any) -> None:
+def save(folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer, **extra: Any) -> None:
     """Write the model, the optimizer and what else is given (schedules, counters) into ``folder``.
 
     A collective call. Any layout can be loaded from it again: one process, DDP, FSDP2, HSDP, TP.
@@ -210,29 +223,26 @@ def save(folder: str | Path, model: nn.Module, optimizer: SpectralOptimizer, **e
         dcp_save(content, checkpoint_id=str(folder))
 
 
-def load(folder: str | Path, model: nn.Module, optimizer: SpectralOptimizer) -> dict[str, Any]:
+def load(folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer) -> dict[str, Any]:
     """Restore what ``save`` has written, on any number of ranks; its ``extra``. A collective call.
 
     Raises:
         ValueError: no checkpoint there, or one of other parameters or kinds, or rotated otherwise.
     """
-    if not Path(folder, ".metadata").is_file():
-        raise ValueError(f"{folder} holds no checkpoint: there is no .metadata in it")
+    with _failing_together():
+        if not Path(folder, ".metadata").is_file():
+            raise ValueError(f"{folder} holds no checkpoint: there is no .metadata in it")
     content: dict[str, Any] = {
         "model": get_model_state_dict(model),
         "optimizer": state_dict(optimizer, saving=False),
         "extra": b"",
     }
-    saved = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
-    _check_rotated(folder, model, content["model"], saved)
-    for name, entry in content["optimizer"]["state"].items():
-        for key in entry:
-            if f"optimizer.state.{name}.{key}" not in saved:
-                raise ValueError(
-                    f"{folder} has no {key} of {name}; it was saved of another model, or with that"
-                    " parameter on the other of the rule and AdamW (matrices, scalars)"
-                )
-    check_matrix_state(optimizer, saved, "optimizer.matrices.")
+    with _failing_together():
+        saved = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+        layers = _rotated_layers(folder, model, saved)
+        _check_entries(folder, content["optimizer"]["state"], saved)
+        check_matrix_state(optimizer, saved, "optimizer.matrices.")
+    _check_settings(folder, layers, content["model"])
     with _alone_is_fine():
         dcp_load(content, checkpoint_id=str(folder))
     set_model_state_dict(model, content["model"])
@@ -241,12 +251,26 @@ def load(folder: str | Path, model: nn.Module, optimizer: SpectralOptimizer) -> 
     return extra
 
 
-def _check_rotated(
-    folder: str | Path, model: nn.Module, here: Mapping[str, Any], saved: Mapping[str, Any]
+def _check_entries(
+    folder: str | Path, state: Mapping[str, Mapping[str, Any]], saved: Mapping[str, Any]
 ) -> None:
-    """ValueError if other layers are POET's than in a checkpoint, or others of their settings.
+    """Raise a ValueError if a checkpoint lacks a parameter's state."""
+    for name, entry in state.items():
+        for key in entry:
+            if f"optimizer.state.{name}.{key}" not in saved:
+                raise ValueError(
+                    f"{folder} has no {key} of {name}; it was saved of another model, or with that"
+                    " parameter on the other of the rule and AdamW (matrices, scalars)"
+                )
 
-    Before anything is loaded, as the model's tensors are written in place.
+
+def _rotated_layers(
+    folder: str | Path, model: nn.Module, saved: Mapping[str, Any]
+) -> dict[str, PoetLayer]:
+    """Return POET's layers by prefix of their parameters' names.
+
+    Raises:
+        ValueError: other layers are POET's than in the checkpoint.
     """
     layers = {
         f"{plain_name(name)}.".lstrip("."): module
@@ -265,12 +289,35 @@ def _check_rotated(
             f"{prefix}weight is rotated by POET here, and not in {folder}; load that into the plain"
             " model, and call spectral_dist.poet.convert(model, ...) after it"
         )
-    if layers:
-        states = {name: here[name] for name in (f"{prefix}_extra_state" for prefix in layers)}
-        with _alone_is_fine():
-            dcp_load({"model": states}, checkpoint_id=str(folder))
+    return layers
+
+
+def _check_settings(
+    folder: str | Path, layers: Mapping[str, PoetLayer], here: Mapping[str, Any]
+) -> None:
+    """Raise a ValueError if layers were rotated by other settings. A collective call.
+
+    Before anything is loaded, as the model's tensors are written in place.
+    """
+    if not layers:
+        return
+    states = {name: here[name] for name in (f"{prefix}_extra_state" for prefix in layers)}
+    with _alone_is_fine():
+        dcp_load({"model": states}, checkpoint_id=str(folder))
+    with _failing_together():
         for layer, state in zip(layers.values(), states.values(), strict=True):
             layer.check_extra_state(state)
+
+
+@contextlib.contextmanager
+def _failing_together() -> Iterator[None]:
+    """Raise on every rank of the job what any of them raises inside, where none may wait."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    collectives.raise_together(error, [collectives.world()])
 
 
 @contextlib.contextmanager
@@ -281,17 +328,17 @@ def _alone_is_fine() -> Iterator[None]:
         yield
 
 
-def _runs(unit: Unit, index: int, route: Route, momentum: Tensor) -> Runs:
+def _runs(unit: MatrixUnit, index: int, route: Route, momentum: Tensor) -> Runs:
     """The momentum that this rank keeps of tensor ``index``, run by run."""
-    placement = unit.placement
-    rank = collectives.rank(placement.group)
+    located = unit.located
+    rank = collectives.rank(located.group)
     where: dict[tuple[int, int], Chunk] = {}
-    for layout in placement.layouts:
+    for layout in located.layouts:
         for tile in layout.tiles:
             begin, length = tile.run(rank)
             if tile.tensor == index and length:
                 where[begin, length] = _chunk(layout, tile, rank, route)
-    views = unit.kept.packed_views(index, momentum)
+    views = unit.momentum_runs.packed_views(index, momentum)
     parts = [(where[piece.start, piece.length], view) for piece, view in views.items()]
     return Runs(route.shape, momentum, parts)
 

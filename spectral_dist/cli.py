@@ -101,8 +101,8 @@ def _matrix_shapes(model: Path) -> dict[tuple[int, int], int]:
     """How many matrices of each (min, max) a model has. ValueError."""
     import torch
 
-    from spectral_dist.groups import classify
     from spectral_dist.launch import llama
+    from spectral_dist.params.classify import classify
 
     config = llama.load_config(model)
     with torch.device("meta"):

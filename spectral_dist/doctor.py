@@ -11,6 +11,7 @@ import math
 import os
 import socket
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,13 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from spectral_dist.first_step import expected, how, of
+from spectral_dist.core.first_step import describe_method, first_step, matrix_of
+from spectral_dist.params.spec import Route
 from spectral_dist.polar import polar
-from spectral_dist.rules.muon import SCALES
+from spectral_dist.rules import registry
+from spectral_dist.rules.scales import SCALES
+from spectral_dist.sharding import collectives
+from spectral_dist.sharding.layout import Matrix
 
 RANKS = 2
 LENGTH = 256
@@ -52,11 +57,12 @@ def examine(config: dict[str, Any], model: Any) -> list[Row]:
         raise ValueError(
             f'optimizer.type is "{kind}"; doctor checks spectral optimizers, as "SpectralMuon"'
         )
-    if str(kind).lower() == "spectralpoet":
+    checked = [entry.deepspeed_type for entry in registry.entries() if entry.rule is not None]
+    others = [entry.deepspeed_type for entry in registry.entries() if entry.rule is None]
+    if str(kind).lower() in map(str.lower, others):
         raise ValueError(
-            'optimizer.type is "SpectralPOET", which orthogonalizes no matrix, so none of what'
-            " doctor checks applies to it; it checks SpectralMuon, SpectralPolarGrad, SpectralROOT"
-            " and SpectralSUMO"
+            f'optimizer.type is "{kind}", which orthogonalizes no matrix, so none of what'
+            f" doctor checks applies to it; it checks {', '.join(checked)}"
         )
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -115,13 +121,19 @@ def _rank(rank: int, port: int, config: dict[str, Any], model: dict[str, Any], o
     else:
         accelerator.set_device(rank)
     deepspeed.init_distributed(verbose=False)
+    rows: list[Row] = []
+    error: Exception | None = None
     try:
-        rows = [vars(row) for row in Examination(config, model).run()]
-        found: dict[str, Any] = {"rows": [list(row.values()) for row in rows]}
-    except ValueError as error:
-        found = {"error": str(error)}
+        rows = Examination(config, model).run()
+    except ValueError as raised:  # at the same place on both ranks, or one waits for the other
+        error = raised
+    content: dict[str, Any] = {"rows": [list(vars(row).values()) for row in rows]}
+    try:
+        collectives.raise_together(error, [collectives.world()])
+    except ValueError as raised:
+        content = {"error": str(raised)}
     if rank == 0:
-        Path(out).write_text(json.dumps(found))
+        Path(out).write_text(json.dumps(content))
     dist.barrier()
     dist.destroy_process_group()
 
@@ -133,9 +145,8 @@ class Examination:
         from transformers import LlamaConfig
 
         self.config, self.model = config, LlamaConfig.from_dict(model)
-        # a step of PolarGrad is as large as the gradient, that of the others is not
-        self.sized = str(config["optimizer"]["type"]).lower() == "spectralpolargrad"
         self.lr = LR
+        self.sized = False
 
     def run(self) -> list[Row]:
         """All checks. Each engine starts from the same weights and sees the same batch."""
@@ -143,6 +154,7 @@ class Examination:
         gradients = self.gradients(engine)
         norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
         self.clip(gradients, norm)
+        self.sized = self.follows_size(engine, gradients)
         if self.sized:
             self.lr = self.visible_lr(engine, gradients)
             engine.destroy()
@@ -151,11 +163,11 @@ class Examination:
         calls = self.calls(engine)
         self.step(engine)
         calls = self.calls(engine) - calls
-        after, momentum = whole(engine), momentum_norm(engine)
+        after, kept = whole(engine), kept_norms(engine)
         matrices = {m.name: m for r in engine.basic_optimizer.all_routes for m in r.matrices}
         rows = [self.once(calls, len(matrices)), self.direction(engine, gradients, before, after)]
         rows.append(self.accumulation(before, after))
-        rows.append(self.clipping(norm, before, after, momentum))
+        rows.append(self.clipping(norm, before, after, kept, gradients))
         rows.append(self.overflow(engine))
         return rows
 
@@ -222,15 +234,26 @@ class Examination:
             if 0 < limit < norm:
                 gradient.mul_(limit / norm)
 
+    def follows_size(self, engine: Any, gradients: dict[str, Tensor]) -> bool:
+        """Return whether a step is larger for a larger gradient, as PolarGrad's is."""
+        optimizer = engine.basic_optimizer
+        route, matrix, options = next(matrices_of(optimizer))
+        g = matrix_of(matrix, gradients[route.name])
+        one, ten = (
+            float(first_step(optimizer.rule, options, x, matrix.name)[0].norm())
+            for x in (g, 10 * g)
+        )
+        return ten > 2 * one
+
     def visible_lr(self, engine: Any, gradients: dict[str, Tensor]) -> float:
         """For PolarGrad: the lr at which every matrix moves at least as far as with Muon at LR."""
-        options = engine.basic_optimizer.param_groups[0]
+        optimizer = engine.basic_optimizer
         factors: list[float] = []
-        for route in engine.basic_optimizer.all_routes:
-            for matrix in route.matrices:
-                step = expected(options, of(matrix, gradients[route.name]), matrix.name)
-                wanted = SCALES["match_rms_adamw"](*matrix.shape) * min(matrix.shape) ** 0.5
-                factors.append(wanted / max(float(step.norm()), 1e-30))
+        for route, matrix, options in matrices_of(optimizer):
+            g = matrix_of(matrix, gradients[route.name])
+            step, _ = first_step(optimizer.rule, options, g, matrix.name)
+            wanted = SCALES["match_rms_adamw"](*matrix.shape) * min(matrix.shape) ** 0.5
+            factors.append(wanted / max(float(step.norm()), 1e-30))
         return LR * max(factors)
 
     def direction(
@@ -241,29 +264,30 @@ class Examination:
         after: dict[str, Tensor],
     ) -> Row:
         """The first step against the rule on an independent whole gradient."""
-        options = engine.basic_optimizer.param_groups[0]
-        worst, lowest, name = 0.0, 1.0, ""
-        for route in engine.basic_optimizer.all_routes:
-            for matrix in route.matrices:
-                g, w0, w1 = (
-                    of(matrix, tensors[route.name]) for tensors in (gradients, before, after)
+        optimizer = engine.basic_optimizer
+        worst, lowest, name, how = 0.0, 1.0, "", ""
+        for route, matrix, options in matrices_of(optimizer):
+            g, w0, w1 = (
+                matrix_of(matrix, tensors[route.name]) for tensors in (gradients, before, after)
+            )
+            moved = ((1 - self.lr * options.weight_decay) * w0 - w1) / self.lr
+            wanted, _ = first_step(optimizer.rule, options, g, matrix.name)
+            error = float((moved - wanted).norm() / wanted.norm())
+            if error > worst or not name:
+                worst, name, how = (
+                    error,
+                    matrix.name,
+                    describe_method(optimizer.rule, options, matrix),
                 )
-                moved = ((1 - self.lr * options["weight_decay"]) * w0 - w1) / self.lr
-                asked = expected(options, g, matrix.name)
-                error = float((moved - asked).norm() / asked.norm())
-                if error > worst:
-                    worst, name = error, matrix.name
-                    lowest = float(
-                        torch.nn.functional.cosine_similarity(
-                            moved.flatten(), polar(g, method="svd").flatten(), dim=0
-                        )
-                    )
+                exact = polar(g, method="svd").flatten()
+                cosine = torch.nn.functional.cosine_similarity
+                lowest = float(cosine(moved.flatten(), exact, dim=0))
         limit = 0.02 if whole_dtype(engine) == torch.float32 else 0.5
         return Row(
             "direction = polar factor of the whole gradient",
             worst < limit,
             f"largest error {worst:.1e} ({name}; limit {limit:g}); its cosine to the exact polar"
-            f" factor is {lowest:.3f}, {how(options)}",
+            f" factor is {lowest:.3f}, {how}",
         )
 
     def accumulation(self, before: dict[str, Tensor], after: dict[str, Tensor]) -> Row:
@@ -284,7 +308,8 @@ class Examination:
         norm: float,
         before: dict[str, Tensor],
         after: dict[str, Tensor],
-        momentum: float,
+        kept: dict[str, float],
+        gradients: dict[str, Tensor],
     ) -> Row:
         """Clipping must act on the gradient: the update shrinks with it under PolarGrad alone."""
         norm = min(norm, float(self.config.get("gradient_clipping", 1.0)) or norm)
@@ -293,21 +318,36 @@ class Examination:
         config["gradient_clipping"] = factor * norm
         engine = self.engine(config)
         self.step(engine)
-        clipped, small = whole(engine), momentum_norm(engine)
-        options = engine.basic_optimizer.param_groups[0]
+        clipped, small = whole(engine), kept_norms(engine)
+        wanted = self.kept_ratios(engine, gradients, factor)
+        decay = 1 - self.lr * engine.basic_optimizer.options.weight_decay
         names = [r.name for r in engine.basic_optimizer.all_routes if r.kind == "matrix"]
         engine.destroy()
-        decay = 1 - self.lr * options["weight_decay"]
         start = {name: decay * before[name] for name in names}
         ratio = length(clipped, start, names) / length(after, start, names)
         right = factor if self.sized else 1.0
-        follows = bool(options.get("polar_first")) or small < 0.5 * momentum
+        ratios = {name: small[name] / max(kept[name], 1e-30) for name in wanted}
+        follows = all(0.5 * w < ratios[name] < 2 * w for name, w in wanted.items())
+        said = ", ".join(f"{name} x {value:.1e}" for name, value in ratios.items())
         return Row(
             "clipping acts on the gradient",
             abs(ratio / right - 1) < (0.1 if self.sized else 0.02) and follows,
-            f"clipped to {factor:.1e} of its norm: update x {ratio:.3f} (right: {right:g}),"
-            f" momentum x {small / momentum:.1e}",
+            f"clipped to {factor:.1e} of its norm: update x {ratio:.3f} (right: {right:g}), {said}",
         )
+
+    def kept_ratios(
+        self, engine: Any, gradients: dict[str, Tensor], factor: float
+    ) -> dict[str, float]:
+        """Return how much smaller what the rule keeps gets with the gradient, by quantity."""
+        optimizer = engine.basic_optimizer
+        sums: dict[str, list[float]] = {}
+        for route, matrix, options in matrices_of(optimizer):
+            g = matrix_of(matrix, gradients[route.name])
+            for place, x in enumerate((g, factor * g)):
+                _, norms = first_step(optimizer.rule, options, x, matrix.name)
+                for name, norm in norms.items():
+                    sums.setdefault(name, [0.0, 0.0])[place] += norm**2
+        return {name: math.sqrt(b / a) for name, (a, b) in sums.items() if a}
 
     def overflow(self, engine: Any) -> Row:
         """A step with infinite gradients must change nothing: weights, momentum, counters."""
@@ -339,15 +379,38 @@ def whole_dtype(engine: Any) -> torch.dtype:
     return dtype
 
 
-def momentum_norm(engine: Any) -> float:
-    """Norm of the matrices' momentum over all ranks (up to a constant factor)."""
+def matrices_of(optimizer: Any) -> Iterator[tuple[Route, Matrix, Any]]:
+    """Iterate over the matrices of an optimizer: (route, matrix, the rule's options of it)."""
+    for group in optimizer.param_groups:
+        if group["kind"] == "matrix":
+            options = optimizer.rule_options(group)
+            for route in optimizer.routes[group["id"]]:
+                for matrix in route.matrices:
+                    yield route, matrix, options
+
+
+def kept_norms(engine: Any) -> dict[str, float]:
+    """Return norms, over all matrices and ranks, of momentum and matrix state, by name.
+
+    Up to a constant factor: what several ranks have counts for each.
+    """
     optimizer = engine.basic_optimizer
-    moments = [s["exp_avg"] for s in optimizer.state.values() if s.keys() == {"step", "exp_avg"}]
-    moments += [part.values for part in optimizer.matrix_parts() if part.name == "moment"]
-    total = sum(float(moment.double().square().sum()) for moment in moments)
-    number = torch.tensor(total, dtype=torch.float32, device=engine.device)
-    dist.all_reduce(number)
-    return math.sqrt(float(number))
+    squares: dict[str, float] = {}
+    tensors = [
+        ("exp_avg", state["exp_avg"])
+        for state in optimizer.state.values()
+        if state.keys() == {"step", "exp_avg"}
+    ]
+    tensors += [(part.name, part.values) for part in optimizer.matrix_parts()]
+    for name, values in tensors:
+        squares[name] = squares.get(name, 0.0) + float(values.double().square().sum())
+    names = sorted({"exp_avg", *(name for name, _ in tensors)})
+    every: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(every, squares)
+    return {
+        name: math.sqrt(sum(found.get(name, 0.0) for found in every))
+        for name in sorted({*names, *(name for found in every for name in found)})
+    }
 
 
 def snapshot(engine: Any) -> list[list[float]]:

@@ -9,8 +9,9 @@ import torch
 import torch.distributed as dist
 
 import spectral_dist
+from spectral_dist.placement.base import ReplicatedPlacement
 from spectral_dist.sharding import collectives
-from spectral_dist.sharding.layout import Cut, Layout, Matrix, Placement, Tile
+from spectral_dist.sharding.layout import Cut, Layout, Located, Matrix, Tile
 from tests.weights import Weights
 
 
@@ -99,34 +100,24 @@ def layout(name, parts, shape, rank, tensor):
     return Layout(Matrix(name, shape, ((0, shape[0]),)), tuple(tiles))
 
 
-class Placed:
-    """A placer of given layouts."""
+class Placed(ReplicatedPlacement):
+    """A placement of given layouts."""
 
-    partial = beside = False
+    def __init__(self, layouts, group, replicas, replicate_momentum):
+        super().__init__(replicas, replicate_momentum)
+        self.shards, self.layouts = group, tuple(layouts)
 
-    def __init__(self, layouts, group, replicas, everywhere):
-        self.group, self.replicas = group, replicas
-        self.placement = Placement(
-            tuple(layouts), group, torch.device("cpu"), (), replicas, everywhere
-        )
+    def check(self, routes, tensors):
+        pass
 
-    def prepare(self, optimizer):
-        return True
+    def locate(self, group, routes, tensors):
+        indices = tuple(range(len(tensors)))
+        device = torch.device("cpu")
+        copies, everywhere = self.replicas, self.replicate_momentum
+        return [Located(self.layouts, self.shards, device, (), copies, everywhere, indices)]
 
-    def key(self, group, tensors):
-        return group["id"]
-
-    def place(self, group, routes, tensors):
-        return [(self.placement, tuple(range(len(tensors))))]
-
-    def everyone(self):
-        return [self.group, self.replicas]
-
-    def local(self, tensor):
-        return tensor
-
-    def gradient(self, tensor):
-        return tensor.grad
+    def world_groups(self):
+        return [self.shards, self.replicas]
 
 
 def gradient(shape, step, name, dtype=torch.float32):
@@ -145,14 +136,15 @@ class Trial:
         model = Weights(dtype=dtype, **self.shapes)
         groups = spectral_dist.param_groups(model)
         everywhere = options.get("replicate_momentum", False)
-        self.optimizer = getattr(spectral_dist, kind)(groups, **{"lr": 0.02, **options})
         self.weights = {name.split(".")[0]: p for name, p in model.named_parameters()}
         self.places, layouts = {}, []
         for tensor, (name, (shape, parts)) in enumerate(cuts.items()):
             self.places[name] = indices(parts, shape, rank)
             layouts.append(layout(name, parts, shape, rank, tensor))
             self.weights[name].data = self.weights[name].data.flatten()[self.places[name]].clone()
-        self.optimizer.placer = Placed(layouts, group, copies, everywhere)
+        placement = Placed(layouts, group, copies, everywhere)
+        options = {"lr": 0.02, **options}
+        self.optimizer = getattr(spectral_dist, kind)(groups, placement=placement, **options)
 
     def step(self, number, make=gradient, skip=()):
         for name, p in self.weights.items():
@@ -162,7 +154,7 @@ class Trial:
 
     @property
     def unit(self):
-        ((unit,),) = self.optimizer._units.values()
+        (unit,) = self.optimizer.all_units
         return unit
 
     def difference(self, alone):

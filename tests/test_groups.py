@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import spectral_dist
-from spectral_dist.groups import classify, matrices_of
+from spectral_dist.params.classify import classify
+from spectral_dist.params.splits import matrices_of
 
 V = 61
 

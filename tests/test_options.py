@@ -10,10 +10,13 @@ import torch
 from torch import nn
 
 import spectral_dist
-from spectral_dist.options import MuonOptions, Options, PolarGradOptions, ROOTOptions
+from spectral_dist.rules.muon import MuonOptions
+from spectral_dist.rules.options import MatrixOptions
+from spectral_dist.rules.polargrad import PolarGradOptions
+from spectral_dist.rules.root import ROOTOptions
 
 ALL = (MuonOptions, PolarGradOptions, ROOTOptions)
-OF_ALL = {f.name for f in fields(Options)}
+OF_ALL = {f.name for f in fields(MatrixOptions)}
 
 
 def refuses(match, where="Muon", kind=None, **given):

@@ -13,7 +13,7 @@ from torch import nn
 
 import spectral_dist
 from spectral_dist import groups
-from spectral_dist.groups import classify
+from spectral_dist.params.classify import classify
 from tests import harness, models
 from tests.test_groups import Model, V, linear
 

@@ -10,7 +10,10 @@ import torch.distributed as dist
 
 import spectral_dist
 from spectral_dist import strategy
-from spectral_dist.options import MuonOptions, PolarGradOptions, ROOTOptions, SUMOOptions
+from spectral_dist.rules.muon import MuonOptions
+from spectral_dist.rules.polargrad import PolarGradOptions
+from spectral_dist.rules.root import ROOTOptions
+from spectral_dist.rules.sumo import SUMOOptions
 from spectral_dist.sharding.cost import (
     Job,
     Machine,

@@ -21,25 +21,29 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import nn
 
-from spectral_dist import groups as routing
+from spectral_dist.core.named import class_of
+from spectral_dist.core.optimizer import SpectralOptimizer
+from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.integrations.deepspeed import poet as rotated
 from spectral_dist.integrations.deepspeed.checkpoint import keep_checkpoints
 from spectral_dist.integrations.deepspeed.config import refuse, refuse_for_poet, refuse_type
 from spectral_dist.integrations.deepspeed.fp16 import scale_loss_at_stage0
 from spectral_dist.integrations.deepspeed.matrix_state import keep_matrix_state
-from spectral_dist.integrations.deepspeed.placement import ZeroPlacer
+from spectral_dist.integrations.deepspeed.placement import ZeroPlacement
 from spectral_dist.integrations.deepspeed.poet_checkpoint import keep_poet, refuse_poet
-from spectral_dist.optimizer import SpectralOptimizer
-from spectral_dist.optimizers import ROOT, SUMO, Muon, PolarGrad
-from spectral_dist.options import ROUTING
+from spectral_dist.params.classify import classify
+from spectral_dist.params.param_groups import grouped
+from spectral_dist.params.table import show
 from spectral_dist.poet.optimizer import POET
+from spectral_dist.rules import registry
+from spectral_dist.rules.options import ROUTING
 
 _building: ContextVar[DeepSpeedEngine | None] = ContextVar("engine being built", default=None)
 _engines: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DeepSpeedEngine]]
 _engines = weakref.WeakKeyDictionary()
 
 
-class _FromJSON(SpectralOptimizer):
+class FromJSON(ShardedOptimizer):
     """An optimizer as DeepSpeed's JSON builds it: from parameters and plain options.
 
     Takes ``matrices``, ``scalars`` and ``split`` of ``param_groups`` beside the optimizer's own.
@@ -47,14 +51,14 @@ class _FromJSON(SpectralOptimizer):
 
     def __init__(self, params: Iterable[Any], **options: Any) -> None:
         engine = _building.get()
-        given = {name: options.pop(name) for name in ROUTING if name in options}
+        routing = {name: options.pop(name) for name in ROUTING if name in options}
         if engine is None:
             _refuse_in_code(type(self).__name__)
-        self.option_type.from_user(options, type(self).__name__)  # before the table: it stands out
-        routes = routing.classify(engine.module, **given)
-        routing.show(routes)
-        super().__init__(routing.grouped(_trainable(params), routes), **options)
-        self.placer = ZeroPlacer(engine)
+        self.options_type.from_user(options, type(self).__name__)  # before the table: it stands out
+        routes = classify(engine.module, **routing)
+        show(routes)
+        groups = grouped(_trainable(params), routes, self.options_type)
+        super().__init__(groups, placement=ZeroPlacement(engine), **options)
 
 
 def _refuse_in_code(name: str) -> NoReturn:
@@ -75,23 +79,7 @@ def _trainable(params: Iterable[Any]) -> list[Any]:
     return kept
 
 
-class SpectralMuon(_FromJSON, Muon):
-    """``spectral_dist.Muon`` named in a DeepSpeed JSON."""
-
-
-class SpectralPolarGrad(_FromJSON, PolarGrad):
-    """``spectral_dist.PolarGrad`` named in a DeepSpeed JSON."""
-
-
-class SpectralROOT(_FromJSON, ROOT):
-    """``spectral_dist.ROOT`` named in a DeepSpeed JSON."""
-
-
-class SpectralSUMO(_FromJSON, SUMO):
-    """``spectral_dist.SUMO`` named in a DeepSpeed JSON."""
-
-
-class SpectralPOET(_FromJSON, POET):
+class SpectralPOET(FromJSON, POET):
     """``spectral_dist.POET`` named in a DeepSpeed JSON; the engine has converted the model by it.
 
     Takes the settings of ``poet.convert`` beside the optimizer's own, and no ``split``.
@@ -105,8 +93,29 @@ class SpectralPOET(_FromJSON, POET):
         super().__init__(rotated.with_skews(params, engine.module), **options)
 
 
-JSON = (SpectralMuon, SpectralPolarGrad, SpectralROOT, SpectralSUMO, SpectralPOET)
-TYPES = {cls.__name__: cls for cls in JSON}
+TYPES: dict[str, type[ShardedOptimizer]] = {}
+"""Our optimizers by the type that the JSON names."""
+
+
+def __getattr__(name: str) -> Any:
+    """Return the class of a type, as ``SpectralMuon``."""
+    if name in TYPES:
+        return TYPES[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _name(entry: registry.Entry) -> None:
+    """Make an optimizer known to DeepSpeed, under its type in the JSON and in code."""
+    kind: type[ShardedOptimizer] = SpectralPOET
+    in_code: type[ShardedOptimizer] = POET
+    if entry.rule is not None:
+        in_code = class_of(entry)
+        doc = f"``spectral_dist.{entry.title}`` named in a DeepSpeed JSON."
+        namespace = {"__doc__": doc, "__module__": __name__}
+        kind = type(entry.deepspeed_type, (FromJSON, in_code), namespace)
+    TYPES[entry.deepspeed_type] = kind
+    setattr(torch.optim, entry.deepspeed_type, kind)
+    ZERO_SUPPORTED_OPTIMIZERS.extend([in_code, kind])
 
 
 def _refuse_second(module: nn.Module) -> None:
@@ -119,10 +128,10 @@ def _refuse_second(module: nn.Module) -> None:
         )
 
 
-def _claim(engine: DeepSpeedEngine, client: SpectralOptimizer | None) -> None:
+def _claim(engine: DeepSpeedEngine, client: ShardedOptimizer | None) -> None:
     """One engine a model and an optimizer."""
     _refuse_second(engine.module)
-    if client is not None and isinstance(client.placer, ZeroPlacer):
+    if client is not None and isinstance(client.placement, ZeroPlacement):
         raise ValueError(
             "this optimizer already belongs to a DeepSpeed engine; build a new one for a second"
         )
@@ -134,7 +143,7 @@ def _configure(
 ) -> None:
     if client is not None and not isinstance(client, torch.optim.Optimizer) and callable(client):
         client = client(parameters)  # as DeepSpeed would, to see what it makes
-    if not isinstance(client, SpectralOptimizer) and (
+    if not isinstance(client, ShardedOptimizer) and (
         client is not None or engine.optimizer_name() not in TYPES
     ):
         original(engine, client, parameters)
@@ -144,23 +153,26 @@ def _configure(
         refuse_for_poet(engine)
         rotated.check_clip(engine, client.options.clip_ramp)
     _claim(engine, client)
-    before = client.placer if client is not None else None
+    before = client.placement if client is not None else None
     if client is not None:
-        client.placer = ZeroPlacer(engine)
+        client.move_to(ZeroPlacement(engine))
+        if type(client) not in ZERO_SUPPORTED_OPTIMIZERS:  # a subclass of a user's own
+            ZERO_SUPPORTED_OPTIMIZERS.append(type(client))
     token = _building.set(engine)
     try:
         original(engine, client, parameters)
     except BaseException:
         del _engines[engine.module]  # so that a second try with a mended config is not refused
         if client is not None and before is not None:
-            client.placer = before
+            client.placement = before
         raise
     finally:
         _building.reset(token)
     optimizer = engine.basic_optimizer
-    optimizer.placer.start(optimizer)
+    optimizer.placement.start(optimizer)
     keep_checkpoints(optimizer)
-    keep_matrix_state(engine, optimizer)
+    if isinstance(optimizer, SpectralOptimizer):
+        keep_matrix_state(engine, optimizer)
     scale_loss_at_stage0(engine)
     if isinstance(optimizer, POET):
         rotated.merge_after_steps(engine, optimizer)
@@ -209,9 +221,7 @@ def _install() -> None:
         return bool(supported(engine, name))
 
     DeepSpeedEngine._is_supported_optimizer = is_supported
-    for name, cls in TYPES.items():
-        setattr(torch.optim, name, cls)
-    ZERO_SUPPORTED_OPTIMIZERS.extend([Muon, PolarGrad, ROOT, SUMO, POET, *TYPES.values()])
+    registry.each(_name)
 
 
 _install()

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_dist.optimizer import SpectralOptimizer
+from spectral_dist.core.optimizer import SpectralOptimizer
+from spectral_dist.core.sharded import ShardedOptimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def keep_checkpoints(optimizer: SpectralOptimizer) -> None:
+def keep_checkpoints(optimizer: ShardedOptimizer) -> None:
     """The converter to universal checkpoints reads Adam's moments of every state: give it zeros.
 
     They have stride 0, so they cost no memory and no bytes on disk, and are dropped on load.
@@ -21,9 +22,10 @@ def keep_checkpoints(optimizer: SpectralOptimizer) -> None:
     optimizer.register_load_state_dict_pre_hook(_drop_moments)
 
 
-def drop_moments(optimizer: SpectralOptimizer, state: dict[str, Any]) -> None:
+def drop_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Take out of a matrix's state the moments that its rule has not."""
-    for name in MOMENTS[int(optimizer.rule.momentum) :]:
+    assert isinstance(optimizer, SpectralOptimizer)
+    for name in MOMENTS[int(optimizer.has_momentum) :]:
         state.pop(name, None)
 
 
@@ -56,7 +58,6 @@ def _add_moments(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
 
 def _drop_moments(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     state_dict = _copied(state_dict)
-    assert isinstance(optimizer, SpectralOptimizer)
     for i in _matrix_keys(state_dict):
         drop_moments(optimizer, state_dict["state"][i])
     return state_dict

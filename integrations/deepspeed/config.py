@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from spectral_dist.options import suggest
+from spectral_dist._errors import suggest
 
 
 def refuse_type(name: str | None, ours: Iterable[str]) -> None:

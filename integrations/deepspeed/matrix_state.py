@@ -11,45 +11,52 @@ from pathlib import Path
 from typing import Any
 
 from spectral_dist import checkpoint
+from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.integrations.deepspeed.client_state import around_checkpoints
-from spectral_dist.optimizer import SpectralOptimizer
+from spectral_dist.sharding import collectives
 
 FOLDER = "spectral_dist"
 """Beside DeepSpeed's files of a tag; also the key in their client_state."""
 
 
 def keep_matrix_state(engine: Any, optimizer: SpectralOptimizer) -> None:
-    """Have this engine's checkpoints carry the optimizer's matrix state, if it has any."""
-    if optimizer.rule.momentum:
-        _refuse_others(engine)
-        return
+    """Have this engine's checkpoints carry the optimizer's matrix state, if it has any.
+
+    A checkpoint of a rule with other state is refused on every rank: zeros would pass for it.
+    """
+    keeps_state = optimizer.keeps_matrix_state
 
     def before_save(folder: Path, *given: Any) -> dict[str, str]:
+        if not keeps_state:
+            return {}
         optimizer.locate()
-        mine = (folder / FOLDER).absolute()
-        checkpoint.save_matrix_state(mine, optimizer)
-        return {FOLDER: str(mine)}
+        beside = (folder / FOLDER).absolute()
+        checkpoint.save_matrix_state(beside, optimizer)
+        return {FOLDER: str(beside)}
 
     def after_load(path: str, client_state: dict[str, Any], wanted: bool) -> None:
         written = client_state.pop(FOLDER, None)
-        if wanted:
+        if not wanted:
+            return
+        error: Exception | None = None
+        source = None
+        try:
+            if keeps_state:
+                source = _find(path, written)
+            elif written is not None:
+                raise ValueError(
+                    f"{path} was saved with an optimizer that keeps state of whole matrices, as"
+                    f" SpectralSUMO, and holds nothing that {type(optimizer).__name__} goes on"
+                    " with; load it with that one, or with load_optimizer_states=False"
+                )
+        except ValueError as raised:
+            error = raised
+        collectives.raise_together(error, [collectives.world()])
+        if source is not None:
             optimizer.locate()
-            checkpoint.load_matrix_state(_find(path, written), optimizer)
+            checkpoint.load_matrix_state(source, optimizer)
 
     around_checkpoints(engine, after_load, before_save)
-
-
-def _refuse_others(engine: Any) -> None:
-    """Have a rule with momentum refuse a checkpoint without: its zeros would pass for momentum."""
-
-    def after_load(path: str, client_state: dict[str, Any], wanted: bool) -> None:
-        if FOLDER in client_state and wanted:
-            raise ValueError(
-                f"{path} was saved with SUMO, and holds no momentum for this optimizer; load it"
-                " with SpectralSUMO, or with load_optimizer_states=False"
-            )
-
-    around_checkpoints(engine, after_load)
 
 
 def _find(path: str, written: str | None) -> Path:

@@ -12,14 +12,15 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor
 
-from spectral_dist.groups import Route
+from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.integrations.deepspeed.checkpoint import drop_moments
-from spectral_dist.optimizer import SpectralOptimizer
-from spectral_dist.placement import Located, WholeParameters
-from spectral_dist.sharding.layout import Cut, Placement, lay
+from spectral_dist.params.spec import Route
+from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement
+from spectral_dist.sharding.collectives import Meter
+from spectral_dist.sharding.layout import Cut, Located, lay
 
 
-class ZeroPlacer(WholeParameters):
+class ZeroPlacement(ReplicatedPlacement):
     """Every ZeRO stage's layout.
 
     Matrix state is saved beside what DeepSpeed saves (``matrix_state``).
@@ -31,75 +32,88 @@ class ZeroPlacer(WholeParameters):
       parameters, each cut into equal runs by rank.
     """
 
-    beside = True
-    masters = True
+    saves_matrix_state = True
+    has_master_weights = True
 
     def __init__(self, engine: Any) -> None:
-        # everywhere: DeepSpeed saves rank 0's state only at stage 0, without a collective
-        super().__init__(engine.seq_data_parallel_group, everywhere=True)
+        # DeepSpeed saves rank 0's state only at stage 0, without a collective
+        super().__init__(engine.seq_data_parallel_group, replicate_momentum=True)
         self.engine = engine
-        self.ready = False
-        """False while the engine is being built: FP16_UnfusedOptimizer then calls step() once."""
+        self._started = False
         self._options: list[dict[str, Any]] = []
 
-    def start(self, optimizer: SpectralOptimizer) -> None:
+    def start(self, optimizer: ShardedOptimizer) -> None:
         """Take steps from now on; remember each group's options."""
         self._options = [
             {k: v for k, v in group.items() if k not in ("params", "lr")}
             for group in optimizer.param_groups
         ]
-        self.ready = True
+        self._started = True
 
-    def prepare(self, optimizer: SpectralOptimizer) -> bool:
+    @property
+    def is_ready(self) -> bool:
+        """Return False while the engine is built: FP16_UnfusedOptimizer then calls step() once."""
+        return self._started
+
+    def prepare(
+        self, optimizer: torch.optim.Optimizer, routes: Sequence[Route], meter: Meter
+    ) -> None:
         """Undo what loading a universal checkpoint does to groups and states."""
         groups = optimizer.param_groups
-        if self.ready and len(groups) == len(self._options):
+        if self._started and len(groups) == len(self._options):
             for index, group in enumerate(groups):
                 if group["id"] != index:  # stage 3 copies group 0's keys over all groups
                     group.update(self._options[index])
         for group in groups:
             for p in group["params"] if group["kind"] == "matrix" else ():
                 drop_moments(optimizer, optimizer.state[p])
-        return self.ready
 
-    def steps(
-        self, optimizer: SpectralOptimizer
-    ) -> Iterator[tuple[dict[str, Any], Sequence[Tensor]]]:
-        """Stage 3 steps on one sub-group at a time, and between steps groups are empty."""
+    def param_batches(
+        self, optimizer: torch.optim.Optimizer
+    ) -> Iterator[tuple[ParamGroup, Sequence[Tensor]]]:
+        """Iterate over sub-groups at stage 3, which steps on one at a time, else over groups."""
         flats = getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", None)
         if flats is None:
-            yield from super().steps(optimizer)
+            yield from super().param_batches(optimizer)
             return
         for number, flat in enumerate(flats):
             group = self.engine.optimizer.sub_group_to_group_id[number]
             yield optimizer.param_groups[group], [flat]
 
     @contextmanager
-    def whole(self, tensors: Sequence[Tensor], *, write: bool = False) -> Iterator[list[Tensor]]:
-        """The model's own: at stage 3 gathered, and the first rank's values scattered again."""
+    def gathered(self, tensors: Sequence[Tensor], *, write: bool = False) -> Iterator[list[Tensor]]:
+        """Yield the model's own: at stage 3 gathered, the first rank's values scattered again."""
         with GatheredParameters(list(tensors), modifier_rank=0 if write else None):
             yield [tensor.detach() for tensor in tensors]
 
-    def key(self, group: dict[str, Any], tensors: Sequence[Tensor]) -> object:
-        """The sub-group at stage 3, the group elsewhere."""
+    def cache_key(self, group: ParamGroup, tensors: Sequence[Tensor]) -> object:
+        """Return the sub-group at stage 3, the group elsewhere."""
         return getattr(tensors[0], "ds_id", group["id"])
 
-    def place(
-        self, group: dict[str, Any], routes: Sequence[Route], tensors: Sequence[Tensor]
+    def check(self, routes: Sequence[Route], tensors: Sequence[Tensor]) -> None:
+        """Raise for plain parameters that are not contiguous; flat tensors always are."""
+        if self._are_whole(routes, tensors):
+            super().check(routes, tensors)
+
+    def locate(
+        self, group: ParamGroup, routes: Sequence[Route], tensors: Sequence[Tensor]
     ) -> list[Located]:
-        """The layouts of the group's (or stage 3's sub-group's) matrices."""
+        """Return the layouts of the group's (or stage 3's sub-group's) matrices."""
         device = torch.device(get_accelerator().current_device_name())
         if hasattr(tensors[0], "ds_id"):
-            return [(_place_stage3(routes, tensors[0], device), (0,))]
-        if [tuple(t.shape) for t in tensors] == [route.shape for route in routes]:
-            return super().place(group, routes, tensors)
+            return [_place_stage3(routes, tensors[0], device)]
+        if self._are_whole(routes, tensors):
+            return super().locate(group, routes, tensors)
         assert self.group is not None
-        return [(_place_flat(routes, tensors[0], self.group, device), (0,))]
+        return [_place_flat(routes, tensors[0], self.group, device)]
+
+    def _are_whole(self, routes: Sequence[Route], tensors: Sequence[Tensor]) -> bool:
+        return [tuple(t.shape) for t in tensors] == [route.shape for route in routes]
 
 
 def _place_flat(
     routes: Sequence[Route], flat: Tensor, group: dist.ProcessGroup, device: torch.device
-) -> Placement:
+) -> Located:
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     cut = Cut.even(flat.numel(), ranks)
     layouts, spans = [], []
@@ -115,10 +129,10 @@ def _place_flat(
         begin, end = max(offset, cut.bounds[rank]), min(offset + numel, cut.bounds[rank + 1])
         if begin < end:
             spans.append((route.name, 0, begin - cut.bounds[rank], end - begin))
-    return Placement(tuple(layouts), group, device, tuple(spans))
+    return Located(tuple(layouts), group, device, tuple(spans), tensors=(0,))
 
 
-def _place_stage3(routes: Sequence[Route], flat: Tensor, device: torch.device) -> Placement:
+def _place_stage3(routes: Sequence[Route], flat: Tensor, device: torch.device) -> Located:
     ids = [int(route.parameter.ds_id) for route in routes]  # type: ignore[attr-defined]
     first, last = (ids.index(int(i)) for i in flat.ds_id.split("_"))  # type: ignore[attr-defined]
     base, layouts, spans, group = 0, [], [], None
@@ -136,4 +150,4 @@ def _place_stage3(routes: Sequence[Route], flat: Tensor, device: torch.device) -
             f"ZeRO-3 sub-group {flat.ds_id} has {flat.numel()} elements, but its parameters"  # type: ignore[attr-defined]
             f" sum to {base}: its layout is not the one this release knows (deepspeed 0.19.8)"
         )
-    return Placement(tuple(layouts), group, device, tuple(spans))
+    return Located(tuple(layouts), group, device, tuple(spans), tensors=(0,))

@@ -16,10 +16,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from spectral_dist import poet
-from spectral_dist.options import POETOptions, suggest
+from spectral_dist._errors import suggest
 from spectral_dist.poet.convert import SETTINGS
 from spectral_dist.poet.layer import PoetLayer
 from spectral_dist.poet.optimizer import POET
+from spectral_dist.poet.options import POETOptions
 
 NAME = "SpectralPOET"
 CONVERSION = (*SETTINGS, "matrices", "scalars")

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.integrations.deepspeed.client_state import around_checkpoints
-from spectral_dist.optimizer import SpectralOptimizer
 from spectral_dist.poet.optimizer import POET
 
 KEY = "spectral_poet"
@@ -46,7 +46,7 @@ def keep_poet(engine: Any, optimizer: POET) -> None:
         if not engine.load_universal_checkpoint():
             return
         if wanted:
-            optimizer.placer.prepare(optimizer)  # stage 3 gives all the first group's options
+            optimizer.prepare_placement()  # stage 3 gives all the first group's options
             for group, state in _states(optimizer):
                 if "step" in state:
                     state["step"] = torch.tensor(mine["steps"][group["id"]])
@@ -68,8 +68,8 @@ def refuse_poet(engine: Any) -> None:
     around_checkpoints(engine, after_load)
 
 
-def _states(optimizer: SpectralOptimizer) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    for group, tensors in optimizer.placer.steps(optimizer):
+def _states(optimizer: ShardedOptimizer) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    for group, tensors in optimizer.placement.param_batches(optimizer):
         for p in tensors:
             yield group, optimizer.state.get(p, {})
 
@@ -86,7 +86,7 @@ def _load_layers(folder: Path, optimizer: POET) -> None:
     for layer in optimizer.layers:
         layer.set_extra_state(_of(modules[0], f"{layer.key}._extra_state", folder))
         name = f"{layer.key}.weight"
-        with optimizer.placer.whole([layer.weight], write=True) as (weight,):
+        with optimizer.placement.gathered([layer.weight], write=True) as (weight,):
             if files:
                 parts = [_of(s["frozen_param_fragments"] or {}, name, folder) for s in saved]
                 found = torch.cat([part.flatten() for part in parts])[: weight.numel()]

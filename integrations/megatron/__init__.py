@@ -18,10 +18,10 @@ from typing import Any
 
 import megatron.core.optimizer as megatron_optimizer
 
+from spectral_dist._errors import suggest
 from spectral_dist.integrations.megatron.arguments import add_spectral_args, parsed
 from spectral_dist.integrations.megatron.build import build
 from spectral_dist.integrations.megatron.inner import TYPES
-from spectral_dist.options import suggest
 
 __all__ = ["TYPES", "add_spectral_args", "get_spectral_megatron_optimizer"]
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any
 
 from spectral_dist.integrations.megatron.config import OWN
 from spectral_dist.integrations.megatron.inner import TYPES
-from spectral_dist.options import ROUTING
+from spectral_dist.rules.options import ROUTING, OptionSpec, parse_value, specs_of
 
 PREFIX = "spectral_"
 _parsed: dict[str, Any] = {}
@@ -73,7 +72,7 @@ def add_spectral_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
     forget()
     _extend_optimizer(parser)
     group = parser.add_argument_group("spectral_dist")
-    for name, (reader, default, owners) in sorted(_options().items()):
+    for name, (reader, said) in sorted(_options().items()):
         group.add_argument(
             "--" + (PREFIX + name).replace("_", "-"),
             dest=PREFIX + name,
@@ -81,7 +80,7 @@ def add_spectral_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParse
             type=reader,
             default=None,
             metavar=name.upper(),
-            help=f"{name} of {', '.join(owners)} (default: {default})",
+            help=said,
         )
     return parser
 
@@ -96,35 +95,31 @@ def _extend_optimizer(parser: argparse.ArgumentParser) -> None:
     known.__class__ = _Optimizer  # its own class only stores
 
 
-def _options() -> dict[str, tuple[Callable[[str], Any], Any, list[str]]]:
-    """Every option that is not Megatron's own: (how to read it, its default, who has it)."""
-    found: dict[str, tuple[Callable[[str], Any], Any, list[str]]] = {}
+def _options() -> dict[str, tuple[Callable[[str], Any], str]]:
+    """Every option that is not Megatron's own: (how to read it, what to say of it)."""
+    owners: dict[str, list[str]] = {}
+    said: dict[str, tuple[Callable[[str], Any], str]] = {}
     for name, cls in TYPES.items():
-        for field in fields(cls.option_type):
-            if field.name in OWN or field.name == "scalar_weight_decay":
+        for each in fields(cls.options_type):
+            if each.name in OWN or each.name == "scalar_weight_decay":
                 continue
-            default = None if field.default is MISSING else field.default
-            found.setdefault(field.name, (_reader(str(field.type)), default, []))[2].append(name)
+            spec = specs_of(cls.options_type)[each.name]
+            owners.setdefault(each.name, []).append(name)
+            said.setdefault(each.name, (_reader(spec), f"{spec.doc} Default: {each.default}."))
     for name in ROUTING:
-        found[name] = (_json, None, list(TYPES))
-    return found
+        said[name] = (parse_value, "As of param_groups; JSON.")
+        owners[name] = list(TYPES)
+    return {
+        name: (read, f"{text} Of {', '.join(owners[name])}.".replace("%", "%%"))
+        for name, (read, text) in said.items()
+    }
 
 
-def _reader(annotation: str) -> Callable[[str], Any]:
-    if annotation == "bool":
-        return _boolean
-    return str if annotation == "str" else _json
+def _reader(spec: OptionSpec) -> Callable[[str], Any]:
+    def read(text: str) -> Any:
+        try:
+            return spec.parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
 
-
-def _json(text: str) -> Any:
-    """JSON, or the text itself where it is none."""
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        return text
-
-
-def _boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r}: write true or false")
-    return text.lower() == "true"
+    return read

@@ -16,17 +16,19 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch import nn
 
-from spectral_dist import groups as routing
-from spectral_dist.groups import Route
 from spectral_dist.integrations.megatron.checkpoint import keep_checkpoints
 from spectral_dist.integrations.megatron.config import refuse, refuse_adapting, spectral_options
 from spectral_dist.integrations.megatron.inner import TYPES, InsideMegatron, SpectralPOET
 from spectral_dist.integrations.megatron.merging import keep_merging
 from spectral_dist.integrations.megatron.names import copies, global_names, unwrap
-from spectral_dist.integrations.megatron.placement import FlatRange, MegatronPlacer
+from spectral_dist.integrations.megatron.placement import FlatRange, MegatronPlacement
 from spectral_dist.integrations.megatron.ranks import Ranks, alone
 from spectral_dist.integrations.megatron.reader import MegatronReader
-from spectral_dist.options import ROUTING
+from spectral_dist.params.classify import classify
+from spectral_dist.params.param_groups import EXACT
+from spectral_dist.params.spec import Route
+from spectral_dist.params.table import show
+from spectral_dist.rules.options import ROUTING
 from spectral_dist.sharding import collectives
 
 KIND = "spectral_kind"
@@ -47,7 +49,7 @@ def build(
 ) -> Any:
     """What ``get_megatron_optimizer`` returns for Adam, with ours in Adam's place."""
     options = spectral_options(config, {k: v for k, v in given.items() if k not in ROUTING})
-    TYPES[name].option_type.from_user(options, name)  # before the table: it stands out
+    TYPES[name].options_type.from_user(options, name)  # before the table: it stands out
     refuse(config, model_chunks)
     refuse_adapting(given, model_chunks)
     reader = MegatronReader(*ranks_of(pg_collection), global_names(model_chunks))
@@ -120,8 +122,8 @@ def _routes(
             model = inside
         else:
             model.add_module(f"chunk{index}", inside)
-    found = routing.classify(model, reader=reader, anywhere=on_any_stage, **given)
-    routing.show(found)
+    found = classify(model, reader=reader, anywhere=on_any_stage, **given)
+    show(found)
     return {id(route.parameter): route for route in found}
 
 
@@ -169,22 +171,21 @@ def _swap(
         own = {k: v for k, v in group.items() if k not in adam.defaults and k != "params"}
         keys.append([*own, "lr", "weight_decay"])
         found = [routes[id(p)] for p in members[number]]
-        settings = routing.EXACT if kind == ONE_SIDED else {}
+        settings = EXACT if kind == ONE_SIDED else {}
         kind = "matrix" if kind == ONE_SIDED else kind
         groups.append(
             {**settings, **own, "kind": kind, "routes": found, "params": list(members[number])}
         )
-    inner = cls(groups, **options)
-    for mine, theirs in zip(inner.param_groups, adam.param_groups, strict=True):
-        mine["params"] = theirs["params"]  # masters or shards, not all of which are leaves
-    inner.keep_keys(keys)
     ranges = None
     home = {id(p): (i, k) for i, found in enumerate(members) for k, p in enumerate(found)}
     if isinstance(leaf, DistributedOptimizer):
         ranges = _ranges(leaf)
         home = {id(p): where for p, where in leaf.model_param_group_index_map.items()}
-    replicate = getattr(inner.options, "replicate_momentum", False)
-    inner.placer = MegatronPlacer(reader, home, ranges, replicate)
+    placement = MegatronPlacement(reader, home, ranges, options.get("replicate_momentum", False))
+    inner = cls(groups, placement=placement, **options)
+    for mine, theirs in zip(inner.param_groups, adam.param_groups, strict=True):
+        mine["params"] = theirs["params"]  # masters or shards, not all of which are leaves
+    inner.keep_keys(keys)
     leaf.optimizer = inner
     leaf.init_state_fn = lambda optimizer, config=None: optimizer.prepare()
     return inner

@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.integrations.megatron import matrix_checkpoint
 from spectral_dist.integrations.megatron.inner import InsideMegatron
+from spectral_dist.sharding import collectives
 
 FORMAT = "distrib_optim_sharding_type"
 RESHARDABLE = "fully_reshardable"
@@ -43,7 +45,7 @@ def keep_checkpoints(leaf: Any, inner: InsideMegatron, copies: Collection[str]) 
                 found = sharded(model_sharded_state_dict, is_loading, *args, **kwargs)
         finally:
             within = False
-        if not inner.rule.momentum:
+        if isinstance(inner, SpectralOptimizer) and inner.keeps_matrix_state:
             parts = inner.matrix_parts()
             found[matrix_checkpoint.ENTRY] = matrix_checkpoint.sharded(parts, copies, is_loading)
         return found
@@ -54,8 +56,13 @@ def keep_checkpoints(leaf: Any, inner: InsideMegatron, copies: Collection[str]) 
         inner.prepare()
         state_dict = dict(state_dict)
         found = state_dict.pop(matrix_checkpoint.ENTRY, {})
-        if not within:
-            matrix_checkpoint.fill(inner.matrix_parts(), found)
+        if not within and isinstance(inner, SpectralOptimizer):
+            error: Exception | None = None
+            try:
+                matrix_checkpoint.fill(inner.matrix_parts(), found)
+            except ValueError as raised:
+                error = raised
+            collectives.raise_together(error, inner.placement.world_groups())
         with inner.gathering(), states():
             return load(state_dict)
 

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_dist.matrix_step import Unit
-from spectral_dist.optimizer import SpectralOptimizer
-from spectral_dist.optimizers import ROOT, SUMO, Muon, PolarGrad
+from spectral_dist.core.named import class_of
+from spectral_dist.core.optimizer import learned_names
+from spectral_dist.core.sharded import ShardedOptimizer
+from spectral_dist.core.units import MatrixUnit
 from spectral_dist.poet.optimizer import POET, START
+from spectral_dist.rules import registry
 from spectral_dist.sharding.exchange import Piece
 from spectral_dist.sharding.gather import from_owners
 
@@ -20,7 +22,7 @@ STATE = "spectral"
 """Key under which every group of a checkpoint has what all groups share."""
 
 
-class InsideMegatron(SpectralOptimizer):
+class InsideMegatron(ShardedOptimizer):
     """Speaks the checkpoint format of the Adam that Megatron expects in its place.
 
     Megatron finds saved groups by its own few keys, which may be those of several groups: so the
@@ -53,6 +55,11 @@ class InsideMegatron(SpectralOptimizer):
         self.taken += 1
         return loss
 
+    @property
+    def has_momentum(self) -> bool:
+        """Return whether matrices have the shard state ``exp_avg``; POET has none."""
+        return True
+
     def prepare(self) -> None:
         """Make every state. A collective call, the first time."""
         for group in self.param_groups:
@@ -73,7 +80,12 @@ class InsideMegatron(SpectralOptimizer):
         Raises:
             ValueError: momentum is at owners alone, and this is not a call on all ranks.
         """
-        units = [(group, unit) for group in self.param_groups for unit in self.units(group)]
+        units = [
+            (group, unit)
+            for group in self.param_groups
+            for unit in self.units(group)
+            if isinstance(unit, MatrixUnit)
+        ]
         if any(unit.state for _, unit in units) and not self._gathering:
             raise ValueError(
                 "a matrix's state is on its owner alone, and this checkpoint is written without the"
@@ -81,17 +93,18 @@ class InsideMegatron(SpectralOptimizer):
             )
         whole: dict[Tensor, Tensor] = {}
         for group, unit in units:
-            if unit.alone:
+            if unit.momentum_at_owner:
                 whole.update(self._whole(group, unit))
         numbers = {p: i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         step = torch.tensor(float(self.taken))
         state = {i: {"step": step.clone(), **self.state[p]} for p, i in numbers.items()}
         for p, momentum in whole.items():
             state[numbers[p]]["exp_avg"] = momentum
-        tables: dict[str, Any] = {}
-        for group in self.param_groups:
-            tables.update(group.get("coefficients") or {})
-        shared = {"step": self.taken, "coefficients": tables}
+        shared: dict[str, Any] = {"step": self.taken}
+        for name in learned_names(self.options_type):
+            shared[name] = {}
+            for group in self.param_groups:
+                shared[name].update(group.get(name) or {})
         groups = []
         for group, keys in zip(self.param_groups, self._megatron_keys, strict=True):
             kept = {key: group[key] for key in keys}
@@ -99,7 +112,7 @@ class InsideMegatron(SpectralOptimizer):
             groups.append({**kept, "step": self.taken, STATE: shared, "params": members})
         return {"state": state, "param_groups": groups}
 
-    def _whole(self, group: dict[str, Any], unit: Unit) -> dict[Tensor, Tensor]:
+    def _whole(self, group: dict[str, Any], unit: MatrixUnit) -> dict[Tensor, Tensor]:
         """The momentum of each of the unit's parameters."""
         if not self._gathering:
             raise ValueError(
@@ -107,12 +120,11 @@ class InsideMegatron(SpectralOptimizer):
                 " the other ranks. Write --ckpt-format torch_dist, with --use-distributed-optimizer"
                 " or not, or pass replicate_momentum (--spectral-replicate-momentum)"
             )
-        assert unit.exchange is not None
         tensors = [group["params"][i] for i in unit.tensors]
         whole = [torch.zeros_like(p, dtype=self.state[p]["exp_avg"].dtype) for p in tensors]
         kept: dict[Piece, Tensor] = {}
         for index, p in enumerate(tensors):
-            kept |= unit.kept.packed_views(index, self.state[p]["exp_avg"])
+            kept |= unit.momentum_runs.packed_views(index, self.state[p]["exp_avg"])
         from_owners(unit.exchange, kept, unit.exchange.stored.views(whole))
         return dict(zip(tensors, whole, strict=True))
 
@@ -133,12 +145,12 @@ class InsideMegatron(SpectralOptimizer):
         super().load_state_dict({"state": state, "param_groups": groups})
         if self._dressed:
             self._dress()
-        for group in self.param_groups:
-            table = group.get("coefficients")
-            if table:
-                table.update(
-                    {k: v for k, v in shared.get("coefficients", {}).items() if k in table}
-                )
+        for name in learned_names(self.options_type):
+            for group in self.param_groups:
+                table = group.get(name)
+                if table:
+                    saved_table = shared.get(name, {})
+                    group[name] = {key: saved_table.get(key, table[key]) for key in table}
 
     @contextlib.contextmanager
     def as_adam(self) -> Iterator[None]:
@@ -160,7 +172,7 @@ class InsideMegatron(SpectralOptimizer):
                 for p in group["params"]:
                     self.state[p]["step"] = torch.tensor(float(self.steps_of(group)))
                     if group["kind"] == "matrix":
-                        for name in ("exp_avg", "exp_avg_sq")[int(self.rule.momentum) :]:
+                        for name in ("exp_avg", "exp_avg_sq")[int(self.has_momentum) :]:
                             self.state[p].pop(name, None)
 
     def _dress(self) -> None:
@@ -173,23 +185,7 @@ class InsideMegatron(SpectralOptimizer):
                         state[name] = torch.zeros_like(p, dtype=torch.float32)
 
 
-class SpectralMuon(Muon, InsideMegatron):
-    """``spectral_dist.Muon`` as --optimizer spectral_muon."""
-
-
-class SpectralPolarGrad(PolarGrad, InsideMegatron):
-    """``spectral_dist.PolarGrad`` as --optimizer spectral_polargrad."""
-
-
-class SpectralROOT(ROOT, InsideMegatron):
-    """``spectral_dist.ROOT`` as --optimizer spectral_root."""
-
-
-class SpectralSUMO(SUMO, InsideMegatron):
-    """``spectral_dist.SUMO`` as --optimizer spectral_sumo."""
-
-
-class SpectralPOET(POET, InsideMegatron):
+class SpectralPOET(InsideMegatron, POET):
     """``spectral_dist.POET`` as --optimizer spectral_poet.
 
     Steps since the last merge are counted, since a rank may have no skew parameter in its shard.
@@ -197,11 +193,11 @@ class SpectralPOET(POET, InsideMegatron):
 
     def __init__(self, groups: Sequence[dict[str, Any]], **options: Any) -> None:
         self.since = 0
-        # not POET's: the optimizer of a stage's experts, say, may have no rotated layer
-        InsideMegatron.__init__(self, groups, **options)
-        for layer in self.layers:
-            layer.keep()
+        super().__init__(groups, **options)
         self._ramp_asked = True  # by ``merging``
+
+    def require_layers(self) -> None:
+        """Do nothing: the optimizer of a stage's experts, say, may have no rotated layer."""
 
     def steps_taken(self) -> int:
         """In all."""
@@ -276,11 +272,17 @@ class SpectralPOET(POET, InsideMegatron):
                     self.state[p]["step"] = torch.tensor(float(self.since))
 
 
-TYPES: dict[str, type[InsideMegatron]] = {
-    "spectral_muon": SpectralMuon,
-    "spectral_polargrad": SpectralPolarGrad,
-    "spectral_root": SpectralROOT,
-    "spectral_sumo": SpectralSUMO,
-    "spectral_poet": SpectralPOET,
-}
-"""By the name that --optimizer takes."""
+TYPES: dict[str, type[InsideMegatron]] = {}
+"""Our optimizers by the name that --optimizer takes."""
+
+
+def _name(entry: registry.Entry) -> None:
+    kind: type[InsideMegatron] = SpectralPOET
+    if entry.rule is not None:
+        doc = f"``spectral_dist.{entry.title}`` as --optimizer {entry.megatron_name}."
+        namespace = {"__doc__": doc, "__module__": __name__}
+        kind = type(entry.deepspeed_type, (InsideMegatron, class_of(entry)), namespace)
+    TYPES[entry.megatron_name] = kind
+
+
+registry.each(_name)

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from torch import Tensor
 
-from spectral_dist.matrix_state import Part
+from spectral_dist.core.matrix_state import Part
 
 ENTRY = "spectral_matrices"
 """Key of the state in the state dict of one of Megatron's optimizers."""
@@ -33,7 +33,7 @@ def sharded(parts: Iterable[Part], copies: Collection[str], loading: bool) -> Sh
     A factory, because ``ChainedOptimizer`` puts its optimizers' numbers before the keys of all that
     is in their state dicts, and these depend on the layout: keys made afterwards stay as they are.
     """
-    mine = [part for part in parts if loading or (part.speaks and part.matrix not in copies)]
+    mine = [part for part in parts if loading or (part.is_primary and part.matrix not in copies)]
 
     def build(*args: Any) -> dict[str, Any]:
         found: dict[str, Any] = {_label(part): _tensor(part, copies) for part in mine}
@@ -75,7 +75,7 @@ def _tensor(part: Part, copies: Collection[str]) -> ShardedTensor:
     shape = tuple(part.values.shape)
     # None: boxes of any size, of which torch checks that they cover the whole once, as it saves
     grid = (1,) * len(shape) if shape == part.shape else None
-    again = not part.speaks or part.matrix in copies
+    again = not part.is_primary or part.matrix in copies
     return ShardedTensor(
         _key(part), part.values, part.values.dtype, shape, part.shape, part.offsets, grid,
         replica_id=int(again),

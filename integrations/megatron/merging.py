@@ -19,7 +19,7 @@ def keep_merging(built: Any, config: Any, chunks: Sequence[nn.Module]) -> None:
     leaves = getattr(built, "chained_optimizers", [built])
     poets = [leaf.optimizer for leaf in leaves if isinstance(leaf.optimizer, SpectralPOET)]
     for poet in poets:
-        poet.placer.masters = True
+        poet.placement.has_master_weights = True
     step, step_with_ready_grads = built.step, built.step_with_ready_grads
 
     @functools.wraps(step_with_ready_grads)

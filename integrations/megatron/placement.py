@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from spectral_dist.groups import Route
 from spectral_dist.integrations.megatron.ranks import Ranks
 from spectral_dist.integrations.megatron.reader import MegatronReader, cut_dimension
-from spectral_dist.placement import Located, WholeParameters
-from spectral_dist.sharding.collectives import Group
-from spectral_dist.sharding.layout import Cut, Layout, Matrix, Placement, Tile
+from spectral_dist.params.spec import Route
+from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement
+from spectral_dist.sharding.collectives import Group, Meter
+from spectral_dist.sharding.layout import Cut, Layout, Located, Matrix, Tile
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class FlatRange:
         return first, [min(max(edge, 0), numel) for edge in edges]
 
 
-class MegatronPlacer(WholeParameters):
+class MegatronPlacement(ReplicatedPlacement):
     """Tiles of matrices on tensor-parallel ranks, over data-parallel ranks.
 
     - Without the distributed optimizer a rank stores its whole tile, as its data-parallel peers do:
@@ -47,31 +47,40 @@ class MegatronPlacer(WholeParameters):
         ranges: of every model parameter, with the distributed optimizer; else None.
     """
 
-    partial = True
+    may_lack_params = True
 
     def __init__(
         self,
         reader: MegatronReader,
         home: dict[int, tuple[int, int]],
         ranges: dict[int, FlatRange] | None,
-        everywhere: bool,
+        replicate_momentum: bool,
     ) -> None:
-        super().__init__(None, everywhere)
+        super().__init__(None, replicate_momentum)
         self.reader, self.home, self.ranges = reader, home, ranges
-        self._ranks: list[Ranks] = []
+        self._ranks: Ranks | None = None
 
-    def place(
-        self, group: dict[str, Any], routes: Sequence[Route], tensors: Sequence[Tensor]
+    def prepare(
+        self, optimizer: torch.optim.Optimizer, routes: Sequence[Route], meter: Meter
+    ) -> None:
+        """Find the ranks; Megatron gives dense parameters and experts optimizers of their own."""
+        if routes:
+            self._ranks = self.reader.of(routes[0].parameter)
+
+    def check(self, routes: Sequence[Route], tensors: Sequence[Tensor]) -> None:
+        """Do nothing: Megatron's buffers are contiguous."""
+
+    def locate(
+        self, group: ParamGroup, routes: Sequence[Route], tensors: Sequence[Tensor]
     ) -> list[Located]:
-        """One placement for what is cut into tiles, one for what every tensor-parallel rank has."""
+        """Return one for what is cut into tiles, one for what every tensor-parallel rank has."""
         ranks = self.reader.of(routes[0].parameter)
-        self._ranks = [ranks]
         cut: list[Route] = []
         copied: list[Route] = []
         for route in routes:
             tiled = cut_dimension(route.parameter) is not None and ranks.tensor > 1
             (cut if tiled or group["kind"] != "matrix" else copied).append(route)
-        return [self._place(found, ranks, found is cut) for found in (cut, copied) if found]
+        return [self._place(alike, ranks, alike is cut) for alike in (cut, copied) if alike]
 
     def _place(self, routes: Sequence[Route], ranks: Ranks, tiled: bool) -> Located:
         layouts: list[Layout] = []
@@ -97,15 +106,16 @@ class MegatronPlacer(WholeParameters):
             ]
         group, replicas, everywhere = self._groups(ranks, tiled)
         device = routes[0].parameter.device
-        placement = Placement(tuple(layouts), group, device, tuple(spans), replicas, everywhere)
-        return placement, tuple(indices)
+        return Located(
+            tuple(layouts), group, device, tuple(spans), replicas, everywhere, tuple(indices)
+        )
 
     def _groups(self, ranks: Ranks, tiled: bool) -> tuple[Group, Group, bool]:
         """(ranks that cut, ranks that copy, whether every copy keeps momentum)."""
         if self.ranges is None:
             if tiled:
-                return ranks.tensor_group, ranks.data_group, self.everywhere
-            return None, ranks.both, self.everywhere
+                return ranks.tensor_group, ranks.data_group, self.replicate_momentum
+            return None, ranks.both, self.replicate_momentum
         if tiled:
             return ranks.both, None, True
         return ranks.data_group, ranks.tensor_group, True
@@ -152,9 +162,9 @@ class MegatronPlacer(WholeParameters):
                         )  # fmt: skip
             row += rows
 
-    def everyone(self) -> list[Group]:
-        """Tensor- and data-parallel ranks."""
-        return [ranks.both for ranks in self._ranks]
+    def world_groups(self) -> list[Group]:
+        """Return the tensor- and data-parallel ranks of this optimizer's parameters."""
+        return [] if self._ranks is None else [self._ranks.both]
 
 
 def _segments(rows: int, ranks: int, stride: int) -> list[tuple[int, int, int, int]]:

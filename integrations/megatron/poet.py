@@ -26,17 +26,17 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor, nn
 
 from spectral_dist import groups as routing
-from spectral_dist.groups import Route
 from spectral_dist.integrations.megatron.build import on_any_stage, ranks_of
 from spectral_dist.integrations.megatron.merging import gather_parameters
 from spectral_dist.integrations.megatron.names import global_names, unwrap
 from spectral_dist.integrations.megatron.ranks import alone
 from spectral_dist.integrations.megatron.reader import GATE_AND_UP, MegatronReader, fused
+from spectral_dist.params.spec import Route
+from spectral_dist.params.splits import Split
 from spectral_dist.poet.convert import initial, rotations, settings_of
 from spectral_dist.poet.layer import PoetLayer, Settings
 from spectral_dist.poet.rotation import Span
 from spectral_dist.sharding import collectives
-from spectral_dist.splits import Split
 
 Part: TypeAlias = tuple[str, tuple[Span, ...]]
 """A matrix among the rows of a tile: its name ('' if it is the only one), and where it lies."""

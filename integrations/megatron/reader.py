@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import nn
 
-from spectral_dist.groups import NORMS, Reader, Reading
 from spectral_dist.integrations.megatron.ranks import Ranks
-from spectral_dist.splits import Split
+from spectral_dist.params.classify import NORMS
+from spectral_dist.params.spec import Reader, Reading
+from spectral_dist.params.splits import Split
 
 GATE_AND_UP = 2
 """Parts of a gated layer's first weight."""

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectral_dist import groups as routing
 from spectral_dist import polar
-from spectral_dist.groups import Route
-from spectral_dist.optimizer import SpectralOptimizer
-from spectral_dist.options import suggest
-from spectral_dist.patterns import Patterns
+from spectral_dist._errors import suggest
+from spectral_dist.params import classify as classifying
+from spectral_dist.params.patterns import Patterns
+from spectral_dist.params.spec import Route
+from spectral_dist.placement.dtensor import MeshPlacement
 from spectral_dist.poet.layer import Block, PoetLayer, PoetLinear, Settings
 from spectral_dist.poet.permutation import generator
 from spectral_dist.poet.rotation import Rotation, Span
@@ -146,7 +146,7 @@ def _linears(model: nn.Module, matrices: Iterable[str], scalars: Iterable[str]) 
     Raises:
         ValueError: the model is not as ``convert`` needs it.
     """
-    inside, _ = routing.unwrap(model)
+    inside, _ = classifying.unwrap(model)
     if inside is not model:
         raise ValueError("poet.convert: convert the model before it is wrapped or compiled")
     if any(isinstance(module, PoetLayer) for module in model.modules()):
@@ -155,7 +155,7 @@ def _linears(model: nn.Module, matrices: Iterable[str], scalars: Iterable[str]) 
         if hasattr(parameter, "placements"):  # also of a Linear that fully_shard has subclassed
             raise ValueError(f"poet.convert: {name} is sharded already; convert the model first")
     found = []
-    for route in routing.classify(model, matrices=matrices, scalars=scalars):
+    for route in classifying.classify(model, matrices=matrices, scalars=scalars):
         if route.kind != "matrix":
             continue
         key, _, leaf = route.name.rpartition(".")
@@ -225,10 +225,8 @@ def export(model: nn.Module, optimizer: Any = None) -> dict[str, Tensor]:
     ``optimizer``: the POET that trains the model, if a framework shards it in a way of its own
     (DeepSpeed's stage 3).
     """
-    model, _ = routing.unwrap(model)
-    whole = (
-        SpectralOptimizer.placer_type(None, False) if optimizer is None else optimizer.placer
-    ).whole
+    model, _ = classifying.unwrap(model)
+    whole = (MeshPlacement() if optimizer is None else optimizer.placement).gathered
     layers = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, PoetLayer)}
     left_out = {
         f"{name}.{leaf}" for name, m in layers.items() for leaf in (*m.skews, "_extra_state")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
-from spectral_dist.options import suggest
+from spectral_dist._errors import suggest
 from spectral_dist.poet import cayley
 from spectral_dist.poet.cayley import CayleyNeumann, Order
 from spectral_dist.poet.product import RotatedProduct

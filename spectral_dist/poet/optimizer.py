@@ -4,47 +4,54 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spectral_dist.groups import Route
-from spectral_dist.optimizer import SpectralOptimizer
-from spectral_dist.options import POETOptions
+from spectral_dist.core.sharded import Grads, ShardedOptimizer
+from spectral_dist.core.units import Unit
+from spectral_dist.params.spec import Route
+from spectral_dist.placement.base import ParamGroup
 from spectral_dist.poet import report
 from spectral_dist.poet.layer import PoetLayer
-from spectral_dist.rules.rule import Rule
+from spectral_dist.poet.options import POETOptions
+from spectral_dist.rules.adamw import AdamWOptions
 
 START = 0.1
 """Of the clipping limit, in the first step after a merge."""
 
 
-class POET(SpectralOptimizer):
+class POET(ShardedOptimizer):
     """Trains the rotations of a model that ``spectral_dist.poet.convert`` has converted.
 
-    ``SpectralOptimizer`` without a matrix: every parameter is stepped elementwise where it lies,
-    with moments in float32. Every ``merge_every`` steps (arXiv 2506.08001, algorithm 1) the
-    rotations are multiplied into the frozen weights, and the skew parameters, their moments and
-    their step count start again from zero, in the same step.
+    Every parameter is stepped elementwise where it lies, with moments in float32. Every
+    ``merge_every`` steps (arXiv 2506.08001, algorithm 1) the rotations are multiplied into the
+    frozen weights, and the skew parameters, their moments and their step count start again from
+    zero, in the same step.
 
-    Options: ``spectral_dist.options.POETOptions``. The count of steps since the last merge is the
-    skew's own ``step``, and that of merges is in the layers: both are in every checkpoint.
+    Options: ``spectral_dist.poet.options.POETOptions``. The count of steps since the last merge is
+    the skew's own ``step``, and that of merges is in the layers: both are in every checkpoint.
     """
 
-    rule, option_type = Rule(), POETOptions  # the rule of no matrix
+    options_type = POETOptions
     options: POETOptions
 
-    def __init__(self, params: Iterable[Any], lr: float = POETOptions.lr, **options: Any) -> None:
+    def __init__(self, params: Iterable[Any], lr: float | None = None, **options: Any) -> None:
         super().__init__(params, lr, **options)
+        self.require_layers()
+        for layer in self.layers:
+            layer.keep()
+        self._ramp_asked = False
+
+    def require_layers(self) -> None:
+        """Raise a ValueError if there is nothing to rotate."""
         if not self.layers:
             raise ValueError(
                 "POET trains the rotations of a model that spectral_dist.poet.convert(model) has"
                 " converted; this one has none"
             )
-        for layer in self.layers:
-            layer.keep()
-        self._ramp_asked = False
 
     @property
     def layers(self) -> list[PoetLayer]:
@@ -61,20 +68,25 @@ class POET(SpectralOptimizer):
         counts = [float(s["step"]) for s in self._skew_states() if "step" in s]
         return int(max(counts, default=0.0))
 
-    def complete(self, options: dict[str, Any], routes: Sequence[Route]) -> dict[str, Any]:
-        """ValueError: a group of rotations that asks for decay."""
-        if options["kind"] == "skew" and options["weight_decay"]:
+    def complete(self, carried: ParamGroup, routes: Sequence[Route]) -> ParamGroup:
+        """Refuse a group of rotations that asks for decay."""
+        if carried["kind"] == "skew" and carried["weight_decay"]:
             raise ValueError(
                 "a parameter group: weight_decay is set for rotations, which have none; set it in"
                 " the groups of kind 'scalar', or write POET(..., weight_decay=)"
             )
-        return options
+        return carried
 
-    def _step_scalars(self, group: dict[str, Any], *args: Any) -> None:
-        """Without decay of rotations, whatever a scheduler has written into their group."""
-        super()._step_scalars(
-            {**group, "weight_decay": 0.0} if group["kind"] == "skew" else group, *args
-        )
+    def step_matrices(
+        self, group: ParamGroup, unit: Unit, tensors: Sequence[Tensor], grads: Grads
+    ) -> None:
+        """Never called: there are no matrices."""
+        raise AssertionError("POET has no groups of matrices")
+
+    def scalar_options(self, group: ParamGroup) -> AdamWOptions:
+        """Return Adam's options, without decay of rotations whatever a scheduler has written."""
+        options = super().scalar_options(group)
+        return replace(options, weight_decay=0.0) if group["kind"] == "skew" else options
 
     def clip_factor(self) -> float:
         """What to multiply the limit of gradient clipping by in the coming step.
@@ -102,7 +114,7 @@ class POET(SpectralOptimizer):
         self._forget()  # before, so that the step has the memory
         loss = super().step(closure)
         self._forget()  # what a closure has kept
-        if not self.placer.masters:
+        if not self.placement.has_master_weights:
             self.merge_if_due()
         return loss
 
@@ -114,14 +126,14 @@ class POET(SpectralOptimizer):
         numbers, drifts = [], []
         for layer in self.layers:
             skews = layer.skews
-            with self.placer.whole([layer.weight, *skews.values()], write=True) as whole:
+            with self.placement.gathered([layer.weight, *skews.values()], write=True) as whole:
                 weight, named = whole[0], dict(zip(skews, whole[1:], strict=True))
                 numbers.append(report.rotations(layer, named))
-                before = layer.assembled(weight).clone() if self.monitor else None
+                before = layer.assembled(weight).clone() if self.is_monitored else None
                 layer.merge(weight, named)
                 if before is not None:
                     drifts.append(report.drift(before, layer.assembled(weight)))
-        for group, tensors in self.placer.steps(self):
+        for group, tensors in self.placement.param_batches(self):
             if group["kind"] == "skew":
                 self._restart(tensors)
         table = report.pooled(self.layers, numbers, self.meter)
@@ -135,17 +147,17 @@ class POET(SpectralOptimizer):
     def _restart(self, tensors: Iterable[Tensor]) -> None:
         """Zero what the optimizer steps on, be it a master copy, and Adam with it."""
         for p in tensors:
-            self.placer.local(p).zero_()
+            self.placement.local(p).zero_()
             for value in self.state.get(p, {}).values():
                 if isinstance(value, Tensor):
-                    self.placer.local(value).zero_()
+                    self.placement.local(value).zero_()
 
     def _merge_every(self) -> int:
         return next(int(g["merge_every"]) for g in self.param_groups if g["kind"] == "skew")
 
     def _skew_states(self) -> list[dict[str, Any]]:
         found = []
-        for group, tensors in self.placer.steps(self):
+        for group, tensors in self.placement.param_batches(self):
             if group["kind"] == "skew":
                 found += [self.state.get(p, {}) for p in tensors]
         return found

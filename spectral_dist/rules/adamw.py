@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
 
+@dataclass(frozen=True)
+class AdamWOptions:
+    """What AdamW's step depends on beside lr."""
+
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
 def update(
-    options: dict[str, Any],
+    options: AdamWOptions,
     lr: float,
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
     states: Sequence[dict[str, Tensor]],
 ) -> None:
-    """One step in place, elementwise, so that shards of any layout give the same numbers.
+    """Take one step in place, elementwise, so that shards of any layout give the same numbers.
 
-    ``options`` holds betas, eps and weight_decay; each state ``exp_avg``, ``exp_avg_sq`` (float32
-    or wider, shaped as its weight) and ``step`` (a 0-d float32 tensor on the CPU). Half-precision
-    weights are updated in float32 and rounded once.
+    Half-precision weights are updated in float32 and rounded once.
+
+    Args:
+        states: of each weight, ``exp_avg`` and ``exp_avg_sq`` (float32 or wider, shaped as it) and
+            ``step`` (a 0-d float32 tensor on the CPU, of the steps before this one).
     """
     wide = [
         w if w.dtype == s["exp_avg"].dtype else w.to(s["exp_avg"].dtype)
@@ -35,11 +47,11 @@ def update(
         [],
         [s["step"] for s in states],
         amsgrad=False,
-        beta1=options["betas"][0],
-        beta2=options["betas"][1],
+        beta1=options.betas[0],
+        beta2=options.betas[1],
         lr=lr,
-        weight_decay=options["weight_decay"],
-        eps=options["eps"],
+        weight_decay=options.weight_decay,
+        eps=options.eps,
         maximize=False,
     )
     for weight, value in zip(weights, wide, strict=True):
@@ -48,7 +60,7 @@ def update(
 
 
 def new_state(weight: Tensor) -> dict[str, Tensor]:
-    """Zero moments in float32 (float64 for float64 weights)."""
+    """Return zero moments in float32 (float64 for float64 weights)."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return {
         "step": torch.zeros((), dtype=torch.float32),
@@ -58,7 +70,15 @@ def new_state(weight: Tensor) -> dict[str, Tensor]:
 
 
 Update: TypeAlias = Callable[
-    [dict[str, Any], float, Sequence[Tensor], Sequence[Tensor], Sequence[dict[str, Tensor]]], None
+    [AdamWOptions, float, Sequence[Tensor], Sequence[Tensor], Sequence[dict[str, Tensor]]], None
 ]
-BACKENDS: dict[str, Callable[[], Update]] = {"torch": lambda: update}
+
+
+def _apex() -> Update:
+    from spectral_dist.rules.adamw_apex import FusedAdamW
+
+    return FusedAdamW()
+
+
+BACKENDS: dict[str, Callable[[], Update]] = {"torch": lambda: update, "apex": _apex}
 """What ``scalar_backend`` can name, and how to get it; each has the signature of ``update``."""

@@ -3,62 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from spectral_dist.rules.rule import Handle, Rule
+from spectral_dist.rules.base import MatrixOps, Rule, Shape, StateSpec
+from spectral_dist.rules.options import PolarOptions, flag, number, option
+from spectral_dist.rules.registry import register
 
 
-class PolarGrad(Rule):
-    """Muon with the size of the gradient kept: the step is 1-homogeneous in G.
+@dataclass(frozen=True)
+class PolarGradOptions(PolarOptions):
+    """PolarGrad's options."""
 
-    Momentum first:  M <- beta M + (1 - beta) G;  U = polar(M);  nu = <M, U>;
+    polar: str | Sequence[Sequence[float]] = option(
+        "qdwh", "Polar method, or a schedule of your own, [[a, b, c], ...].", lambda value: None
+    )
+    polar_first: bool = flag(False, "Orthogonalize the gradient, and average polar factors.")
+    nu_power: float = number(1.0, "Power of the nuclear norm: 1 in the paper, 0 is Muon.")
+
+
+@register("polargrad")
+class PolarGrad(Rule[PolarGradOptions]):
+    """Keep the size of the gradient: the step is 1-homogeneous in G (arXiv 2505.21799).
+
+    Momentum first:  M <- beta M + (1 - beta) G;  U = polar(M);  nu = <M, U>^alpha;
                      W <- (1 - lr wd) W - lr nu U
-    Polar first:     U = polar(G);  nu = <G, U>;  M <- beta M + (1 - beta) U;
+    Polar first:     U = polar(G);  nu = <G, U>^alpha;  M <- beta M + (1 - beta) U;
                      W <- (1 - lr wd) W - lr nu M
 
     With an inexact polar factor nu = sum of s_i s'_i, s the singular values of the one and s' those
-    of the other. Options: momentum (beta), polar_first, nu_power (alpha of nu^alpha; 1 in the
-    paper, 0 is Muon), weight_decay (wd).
+    of the other. Polar first, M is of polar factors, and kept where the whole matrix is.
     """
 
-    def absorbs(self, options: dict[str, Any]) -> bool:
-        """Polar first."""
-        return bool(options["polar_first"])
+    example = "lr=1e-3, momentum=0.95"
 
-    def accumulate(
-        self, options: dict[str, Any], momenta: Sequence[Tensor], grads: Sequence[Tensor]
-    ) -> None:
-        """Momentum first: M <- beta M + (1 - beta) G, in place."""
-        if not options["polar_first"]:
-            super().accumulate(options, momenta, grads)
+    def has_momentum(self, options: PolarGradOptions) -> bool:
+        """Return whether the momentum is of gradients."""
+        return not options.polar_first
 
-    def request(
-        self, options: dict[str, Any], momenta: Sequence[Tensor], grads: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """What must be orthogonalized: M, or polar first G."""
-        return list(grads) if options["polar_first"] else list(momenta)
+    def state(self, options: PolarGradOptions, shape: Shape) -> dict[str, StateSpec]:
+        """Return the momentum of polar factors, polar first."""
+        return {"exp_avg": StateSpec(shape, "matrix")} if options.polar_first else {}
 
-    def direction(
-        self, options: dict[str, Any], matrices: Tensor, handle: Handle
-    ) -> tuple[Tensor, Tensor | None]:
-        """nu^alpha U of each of (k, m, n); polar first U, and nu^alpha as its number."""
-        factors = handle.polar(matrices)
-        nuclear = handle.inner(matrices, factors)
-        nuclear = nuclear.clamp_min(0.0) ** options["nu_power"]
-        if options["polar_first"]:
-            return factors, nuclear
-        return factors * nuclear[:, None, None], None  # in nuclear's dtype, at least float32
-
-    def absorb(
-        self,
-        options: dict[str, Any],
-        momenta: Sequence[Tensor],
-        directions: Sequence[Tensor],
-        numbers: Sequence[Tensor],
-    ) -> list[Tensor]:
-        """Polar first: M <- beta M + (1 - beta) U, in place; nu^alpha M."""
-        torch._foreach_lerp_(list(momenta), list(directions), 1 - options["momentum"])
-        return list(torch._foreach_mul(list(momenta), list(numbers)))
+    def direction(self, options: PolarGradOptions, matrices: Tensor, ops: MatrixOps) -> Tensor:
+        """Return nu U; polar first, nu M. In nu's dtype, at least float32."""
+        factors = ops.polar(matrices)
+        nuclear = ops.inner(matrices, factors).clamp_min(0.0) ** options.nu_power
+        if options.polar_first:
+            momentum = ops.state["exp_avg"]
+            momentum.lerp_(factors.to(momentum.dtype), 1 - options.momentum)
+            factors = momentum
+        return factors * nuclear[:, None, None]

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -138,33 +138,119 @@ def all_equal(values: Tensor, group: Group) -> list[bool]:
     return [bool(same) for same in (rows == rows[0]).all(0).tolist()]
 
 
-def assert_same(lines: Sequence[str], groups: Sequence[Group], device: torch.device) -> None:
+def assert_same(
+    lines: Sequence[str], groups: Sequence[Group], device: torch.device, what: str = ""
+) -> None:
     """Raise on every rank of all groups if lines differ anywhere, naming the first that does.
 
-    ``groups``: of shards, then of replicas, each of which has the first kind of group of its own.
+    Args:
+        lines: what is to be the same on all ranks.
+        groups: of shards, then of replicas, each of which has the first kind of group of its own.
+        device: of the groups' collectives.
+        what: what the ranks would not agree on.
+
+    Raises:
+        RuntimeError: on every rank.
     """
     if all(size(group) == 1 for group in groups):
         return
     digest = hashlib.sha256("\n".join(lines).encode()).digest()[:7]
-    found = torch.tensor([int.from_bytes(digest, "big"), 0], dtype=torch.int64, device=device)
+    checksum = torch.tensor([int.from_bytes(digest, "big"), 0], dtype=torch.int64, device=device)
     for group in groups:
         if size(group) == 1:
             continue
-        everyone = found.new_empty(2 * size(group))
-        _all_gather(everyone, found, group=group)
+        everyone = checksum.new_empty(2 * size(group))
+        _all_gather(everyone, checksum, group=group)
         rows = everyone.view(-1, 2)
-        found[1] = ((rows[:, 0] != rows[0, 0]) | (rows[:, 1] != 0)).any()
-    if not found[1].item():
+        checksum[1] = ((rows[:, 0] != rows[0, 0]) | (rows[:, 1] != 0)).any()
+    if not checksum[1].item():
         return
-    texts = ["\n".join(lines)]
-    for group in groups:  # every rank knows by now, so every rank is here
-        texts = [one for some in gather_texts("\0".join(texts), group) for one in some.split("\0")]
-    split = [text.split("\n") for text in texts]
+    split = [text.split("\n") for text in gather_all("\n".join(lines), groups)]
     for other, text in enumerate(split):
         for i, (a, b) in enumerate(zip_longest(split[0], text, fillvalue="nothing")):
             if a != b:
                 raise RuntimeError(
-                    "the ranks do not agree where the matrices live, so they cannot exchange them:"
+                    f"the ranks do not agree {what or WHERE}:"
                     f" entry {i} is `{a}` on rank 0 but `{b}` on rank {other}."
                     " Build the same model, with the same options, on every rank."
                 )
+
+
+WHERE = "where the matrices live, so they cannot exchange them"
+"""What ranks mostly do not agree on."""
+
+
+def raise_together(error: Exception | None, groups: Sequence[Group]) -> None:
+    """Raise on every rank of all groups if there is an error on any of them; a collective call.
+
+    Every rank gets the first error's text with the rank that had it, and this rank's own error as
+    its cause. For checks that are made rarely: the ranks first agree on one number.
+
+    Args:
+        error: this rank's, if it has one.
+        groups: that span the ranks, one after the other, as of shards, then of replicas.
+
+    Raises:
+        ValueError: or the error itself, if there is no other rank.
+    """
+    groups = [group for group in groups if size(group) > 1]
+    if not groups:
+        if error is not None:
+            raise error
+        return
+    device = device_of(groups[0])
+    flag = torch.tensor(error is not None, device=device)
+    if any_rank(flag, groups, Meter()):
+        raise_first("" if error is None else f"{type(error).__name__}\n{error}", groups, error)
+
+
+def raise_first(text: str, groups: Sequence[Group], cause: Exception | None = None) -> NoReturn:
+    """Raise the error of the first rank that has one, on all ranks, which all know of it.
+
+    Args:
+        text: this rank's error as "Type\\nmessage", or nothing.
+        groups: as in ``raise_together``.
+        cause: this rank's error itself.
+    """
+    texts = gather_all(f"{text}\0{job_rank()}" if text else "", groups)
+    failed = dict(reversed([one.split("\0")[::-1] for one in texts if one]))  # rank -> text
+    first = next(iter(sorted(failed, key=int)))
+    kind, message = failed[first].split("\n", 1)
+    if len(failed) == 1 and len(texts) > 1:
+        message = f"{message} (on rank {first} of {job_size()})"
+    if cause is not None and len(failed) == len(texts):
+        raise cause
+    raise ERRORS.get(kind, ValueError)(message) from cause
+
+
+ERRORS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (ValueError, RuntimeError, TypeError, NotImplementedError)
+}
+"""What an error of another rank is raised as; any other kind is a ValueError."""
+
+
+def gather_all(text: str, groups: Sequence[Group]) -> list[str]:
+    """Return everyone's text, over all groups one after the other. For error paths: it pickles."""
+    texts = [text]
+    for group in groups:
+        if size(group) > 1:
+            gathered = gather_texts("\1".join(texts), group)
+            texts = [one for several in gathered for one in several.split("\1")]
+    return texts
+
+
+def device_of(group: Group) -> torch.device:
+    """Return the device of tensors that the group's collectives take."""
+    if dist.get_backend(group) == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def world() -> Group:
+    """Return the group of all ranks of the job; None if there is one process."""
+    return dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
+
+
+def job_rank() -> int:
+    """Return this process's rank in the job."""
+    return dist.get_rank() if dist.is_initialized() else 0

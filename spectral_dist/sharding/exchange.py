@@ -6,8 +6,8 @@ of who needs them, concatenate, one collective. All orders are computed once.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,36 +20,30 @@ from spectral_dist.sharding.plan import Plan
 from spectral_dist.sharding.routes import Piece, Route, pack, route_to_owners
 from spectral_dist.sharding.slabs import route_to_slabs
 
-__all__ = ["Exchange", "Piece", "Pieces", "Work"]
+__all__ = ["Exchange", "MatrixTask", "Piece", "Pieces"]
 
 
-class Work(Protocol):
-    """What is done to the matrices on their way; see ``optimizer.MatrixStep``."""
+class MatrixTask(ABC):
+    """What is done to the matrices on their way; see ``core.matrix_step.MatrixStep``."""
 
-    absorbs: bool
-    """whether ``absorb`` is to be called"""
-    numbers: bool
-    """whether ``direction`` gives a number for each matrix as well"""
+    @abstractmethod
+    def update_input(self, pieces: list[Piece]) -> list[Tensor]:
+        """Return what must be orthogonalized of these runs of this rank."""
 
-    def request(self, pieces: list[Piece]) -> list[Tensor]:
-        """What must be orthogonalized of these runs of this rank."""
+    @abstractmethod
+    def direction(self, matrices: Tensor, which: Sequence[int]) -> Tensor:
+        """Return the directions of a batch of whole matrices (k, m, n), in the wire's dtype."""
 
-    def direction(self, matrices: Tensor, which: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Of a batch of whole matrices (k, m, n) in the wire's dtype; the numbers (k,) float32."""
+    @abstractmethod
+    def slab_direction(self, slabs: Tensor, reduction: Reduction) -> Tensor:
+        """Return the slabs of directions of matrices of which this rank has a slab each.
 
-    def slabs(self, slabs: Tensor, reduction: Reduction) -> tuple[Tensor, Tensor | None]:
-        """``direction`` of matrices of which this rank has a slab each; a call of all the group.
-
-        The directions of the slabs, and the numbers of the matrices.
+        A call of all the group.
         """
 
-    def absorb(
-        self, pieces: list[Piece], directions: list[Tensor], numbers: list[Tensor]
-    ) -> list[Tensor]:
-        """The directions after the owner's replica has put them in its momentum."""
-
-    def settle(self, pieces: list[Piece], directions: list[Tensor], numbers: list[Tensor]) -> None:
-        """What to do with the directions of these runs of this rank."""
+    @abstractmethod
+    def apply(self, pieces: list[Piece], directions: list[Tensor]) -> None:
+        """Take the directions of these runs of this rank."""
 
 
 class Pieces:
@@ -152,48 +146,40 @@ class Exchange:
             for which in route.batches:
                 yield which, self._reductions.get(which)
 
-    def run(self, work: Work) -> None:
+    def run(self, task: MatrixTask) -> None:
         """Take every matrix to its owner and its direction back, bucket by bucket.
 
         A bucket pauses whenever it has something in flight, and the younger ones go first; so the
         next bucket's exchange is in flight while this one is computed, and this one's return while
         the next is. Three buckets are in memory, four where shards have replicas.
         """
-        waiting = [self._way(route, work) for route in self.routes][::-1]
+        waiting = [self._way(route, task) for route in self.routes][::-1]
         under_way: list[Iterator[None]] = []
         while waiting or under_way:
             if waiting:
                 under_way.insert(0, waiting.pop())
             under_way = [way for way in under_way if next(way, way) is not way]  # way: it ended
 
-    def _way(self, route: Route, work: Work) -> Iterator[None]:
+    def _way(self, route: Route, task: MatrixTask) -> Iterator[None]:
         """One bucket's way from shards to owners and back, with a pause at each collective."""
-        collecting = self._collect(route, work)
+        collecting = self._collect(route, task)
         yield
-        found = self._compute(route, work, route.parcels.land(collecting.wait()))
-        numbers: dict[int, Tensor] = {}
-        if work.numbers:
-            numbers = self._share(route, [n for _, n in found if n is not None])
-        returning = self._deliver(route, [direction for direction, _ in found])
-        del found
+        directions = self._compute(route, task, route.parcels.land(collecting.wait()))
+        returning = self._deliver(route, directions)
+        del directions
         yield
         flat = route.parcels.keep(returning.wait())
-        if work.absorbs:
-            directions = self._directions(flat, route.gives)
-            mine = [numbers[piece.matrix] for piece in route.gives] if numbers else []
-            # not rounded again: the momentum has seen the rounded direction already
-            flat = pack(work.absorb(route.gives, directions, mine), self.home_dtype, self.device)
         if self.copies > 1:
             spreading = self._spread(route, flat)
             yield
             parts = spreading.wait().view(self.copies, max(route.given))
             flat = torch.cat([p[:n] for p, n in zip(parts, route.given, strict=True)])
-        mine = [numbers[piece.matrix] for piece in route.returns] if numbers else []
-        work.settle(route.returns, self._directions(flat, route.returns), mine)
+        task.apply(route.returns, self._directions(flat, route.returns))
 
-    def _collect(self, route: Route, work: Work) -> Pending:
+    def _collect(self, route: Route, task: MatrixTask) -> Pending:
         """Begin bringing a bucket's matrices to their owners, or slabs to their ranks."""
-        given = pack(work.request(route.gives) if route.gives else [], self.wire_dtype, self.device)
+        inputs = task.update_input(route.gives) if route.gives else []
+        given = pack(inputs, self.wire_dtype, self.device)
         sent = route.parcels.send(given)
         if not route.moves:
             return Pending(sent)
@@ -201,18 +187,16 @@ class Exchange:
             sent, route.gives_sizes, route.takes_sizes, self.group, self.meter
         )
 
-    def _compute(
-        self, route: Route, work: Work, batches: list[Tensor]
-    ) -> list[tuple[Tensor, Tensor | None]]:
-        """The directions of each batch, and its numbers if there are any."""
-        found = []
+    def _compute(self, route: Route, task: MatrixTask, batches: list[Tensor]) -> list[Tensor]:
+        """Return the directions of each batch."""
+        directions = []
         for x, which in zip(batches, route.batches, strict=True):
             reduction = self._reductions.get(which)
             if reduction:
-                found.append(work.slabs(x, reduction))
+                directions.append(task.slab_direction(x, reduction))
             else:
-                found.append(work.direction(x.clone() if self._alone else x, which))
-        return found
+                directions.append(task.direction(x.clone() if self._alone else x, which))
+        return directions
 
     def _deliver(self, route: Route, directions: list[Tensor]) -> Pending:
         """Begin returning the batches' directions to the shards of this replica."""
@@ -227,18 +211,6 @@ class Exchange:
         """Begin exchanging what each replica was given for its own matrices."""
         padding = flat.new_zeros(max(route.given) - flat.numel())
         return collectives.all_gather(torch.cat([flat, padding]), self.replicas, self.meter)
-
-    def _share(self, route: Route, found: list[Tensor]) -> dict[int, Tensor]:
-        """Every matrix's number on every rank, bit by bit its owner's."""
-        slots = {matrix: slot for slot, matrix in enumerate(route.matrices)}
-        numbers = torch.zeros(len(slots), dtype=self.home_dtype, device=self.device)
-        computed = [i for which in route.batches for i in which]
-        mine = [slots[computed[k]] for k in route.mine]
-        if mine:
-            numbers[mine] = torch.cat(found)[route.mine].to(numbers.dtype)
-        for members in (self.group, self.replicas):
-            collectives.sum_ranks(numbers, members, self.meter)
-        return dict(zip(route.matrices, numbers.to(self.home_device).unbind(), strict=True))
 
     def _directions(self, flat: Tensor, pieces: list[Piece]) -> list[Tensor]:
         """The directions of ``pieces``, run by run, at home."""

@@ -142,16 +142,19 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where parameters of one ``step`` call live.
+class Located:
+    """Where parameters of a group live that lie alike.
 
-    group: the ranks among which the layouts' matrices are cut; None if each is whole.
-    replicas: the ranks that store the same shards as this one; None if no other does. Each replica
-        has its own ``group``, and all of them have the same layouts.
-    device: where matrices are computed and collectives run.
-    spans: this rank's (parameter name, tensor number, first element, elements), to name a parameter
-        in an error.
-    everywhere: whether every replica keeps the momentum, and not only the one of the owner.
+    Attributes:
+        layouts: of their matrices; equal on all ranks of ``group``.
+        group: the ranks among which the layouts' matrices are cut; None if each is whole.
+        device: where matrices are computed and collectives run.
+        spans: this rank's (parameter name, tensor number, first element, elements), to name a
+            parameter in an error.
+        replicas: the ranks that store the same shards as this one; None if no other does. Each
+            replica has its own ``group``, and all of them have the same layouts.
+        replicate_momentum: whether every replica keeps the momentum, and not the owner's alone.
+        tensors: which of the group's tensors they are; layouts and spans count these from 0.
     """
 
     layouts: tuple[Layout, ...]
@@ -159,7 +162,8 @@ class Placement:
     device: torch.device
     spans: tuple[tuple[str, int, int, int], ...]
     replicas: Group = None
-    everywhere: bool = False
+    replicate_momentum: bool = False
+    tensors: tuple[int, ...] = ()
 
 
 def lay(matrix: Matrix, cut: Cut, *, offset: int = 0, base: int = 0, tensor: int = 0) -> Layout:

@@ -92,10 +92,6 @@ class Route:
     parcels: Parcels
     batches: list[tuple[int, ...]]
     """the matrices of each batch that this rank computes"""
-    mine: list[int]
-    """which of all of their matrices, one batch after the other, it speaks for: is the owner of"""
-    matrices: list[int] = field(default_factory=list)
-    """all of the bucket's, whoever owns them"""
     gives: list[Piece] = field(default_factory=list)
     """its runs of the matrices that its replica owns, by owner (``gram``: batch), then matrix, then
     tile; directions of the same runs come back"""
@@ -201,9 +197,7 @@ def route_to_owners(
     if not together:
         batches = [replace(batch, matrices=(i,)) for batch in batches for i in batch.matrices]
     wholes = Wholes(layouts, batches, ranks)
-    found = [batch.matrices for batch in batches]
-    everyone = list(range(sum(map(len, found))))
-    route = Route(bucket.moves, wholes, found, everyone, given=[0] * replicas)
+    route = Route(bucket.moves, wholes, [batch.matrices for batch in batches], given=[0] * replicas)
     route.takes_sizes, route.gives_sizes = wholes.takes_sizes, [0] * ranks
     order = []
     for owner, matrices in bucket.matrices.items():
@@ -213,7 +207,6 @@ def route_to_owners(
             order.append((owner // ranks, pieces))
             if owner // ranks == replica:
                 route.gives_sizes[owner % ranks] += sum(piece.length for piece in pieces)
-            route.matrices.append(i)
     route.take(replica, order)
     return route
 

@@ -139,24 +139,20 @@ def route_to_slabs(
     bucket: Bucket, layouts: Sequence[Layout], rank: int, ranks: int, replica: int, replicas: int
 ) -> tuple[Route, list[SlabBatch]]:
     """Of a bucket of ``gram``, and this replica's batches of it."""
-    order, everyone = [], []
+    order = []
     batches: list[SlabBatch] = []
     for k in range(replicas):
         owners = {o: found for o, found in bucket.matrices.items() if o // ranks == k}
         found = slab_batches(layouts, owners, rank, ranks)
         if k == replica:
             batches = found
-        everyone += [i for batch in found for i in batch.matrices]
         order += [(k, pieces_of(layouts[i], i, rank)) for b in found for i in b.matrices]
     leaving, gives_sizes = _leaving(batches, layouts, rank, ranks)
     landing, takes_sizes = _landing(batches, layouts, rank, ranks)
-    speaks = [owner == rank for batch in batches for owner in batch.owners]
     route = Route(
         bucket.moves,
         SlabParcels(batches, leaving, landing),
         [batch.matrices for batch in batches],
-        [k for k, mine in enumerate(speaks) if mine],
-        everyone,
         gives_sizes=gives_sizes,
         takes_sizes=takes_sizes,
         given=[0] * replicas,

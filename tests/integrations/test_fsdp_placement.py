@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
+from spectral_dist.integrations.fsdp import MeshPlacer
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,7 +19,6 @@ from torch.distributed.tensor.parallel import (
 )
 
 import spectral_dist
-from spectral_dist.integrations.fsdp import MeshPlacer
 from spectral_dist.sharding import collectives
 from tests import harness
 

@@ -151,7 +151,7 @@ def full(name: str, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 def divided(division: str, empty: bool = False) -> list[Any]:
     """This rank's parts under a division; scalars are on every rank that has rows."""
-    from spectral_dist.matrix_state import Part
+    from spectral_dist.core.matrix_state import Part
 
     rank, parts = dist.get_rank(), []
     for name, (owner, bounds) in DIVISIONS[division].items():

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from spectral_dist.groups import Route
-from spectral_dist.placement import Located, WholeParameters, check_contiguous
+from spectral_dist.params.spec import Route
+from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement, check_contiguous
 from spectral_dist.sharding.collectives import Group, Meter, all_equal, sum_ranks
-from spectral_dist.sharding.layout import Box, Placement, lay_boxes
+from spectral_dist.sharding.layout import Box, Located, lay_boxes
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Spread:
     implied: tuple[int, ...]
 
 
-class MeshPlacer(WholeParameters):
+class MeshPlacement(ReplicatedPlacement):
     """DTensor parameters where their mesh says; plain ones whole on every rank.
 
     The model spans the widest mesh that a parameter has. One that knows only some of its dimensions
@@ -49,19 +49,23 @@ class MeshPlacer(WholeParameters):
     this rank's alone.
     """
 
-    def __init__(self, group: Group = None, everywhere: bool = False) -> None:
-        super().__init__(group, everywhere)
+    def __init__(self, group: Group = None, replicate_momentum: bool = False) -> None:
+        super().__init__(group, replicate_momentum)
         self._mesh: DeviceMesh | None = None
         self._groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
         self._meter = Meter()
 
-    def prepare(self, optimizer: Any) -> bool:
+    def prepare(
+        self, optimizer: torch.optim.Optimizer, routes: Sequence[Route], meter: Meter
+    ) -> None:
         """Find the widest mesh, once.
 
-        ValueError: the model has copies at the moment, of which POET's merge would be lost.
+        Raises:
+            ValueError: the model has copies at the moment, of which POET's merge would be lost.
         """
-        self._meter = optimizer.meter
-        for route in optimizer.all_routes:
+        super().prepare(optimizer, routes, meter)
+        self._meter = meter
+        for route in routes:
             leaf = route.name.rpartition(".")[2]
             if route.layer is not None and getattr(route.layer, leaf) is not route.parameter:
                 raise ValueError(
@@ -74,16 +78,24 @@ class MeshPlacer(WholeParameters):
             tensors = [p for group in optimizer.param_groups for p in group["params"]]
             meshes = [p.device_mesh for p in tensors if isinstance(p, DTensor)]
             self._mesh = max(meshes, key=lambda mesh: mesh.size(), default=None)
-        return True
 
-    def place(
-        self, group: dict[str, Any], routes: Sequence[Route], tensors: Sequence[Tensor]
-    ) -> list[Located]:
-        """One placement for each way in which parameters lie."""
+    def check(self, routes: Sequence[Route], tensors: Sequence[Tensor]) -> None:
+        """Raise for local tensors that are not contiguous, or whose sharding is not supported."""
         if self._mesh is None:
-            return super().place(group, routes, tensors)
+            super().check(routes, tensors)
+            return
+        for route, tensor in zip(routes, tensors, strict=True):
+            check_contiguous(route, self.local(tensor))
+            self._spread(route.name, tensor)
+
+    def locate(
+        self, group: ParamGroup, routes: Sequence[Route], tensors: Sequence[Tensor]
+    ) -> list[Located]:
+        """Return one for each way in which parameters lie."""
+        if self._mesh is None:
+            return super().locate(group, routes, tensors)
         spreads = [self._spread(r.name, t) for r, t in zip(routes, tensors, strict=True)]
-        if self._replicas(routes) is not None:  # the user has said where the copies are
+        if self.replicas is not None:  # the user has said where the copies are
             spreads = [replace(spread, implied=()) for spread in spreads]
         same = self._same([route.name for route in routes], spreads, tensors)
         alike: dict[tuple[Any, ...], list[int]] = {}
@@ -96,12 +108,14 @@ class MeshPlacer(WholeParameters):
         located = []
         for (on, dims, copied), indices in alike.items():
             parameters = [(routes[i], tensors[i], spreads[i]) for i in indices]
-            located.append((self._place(on, dims, copied, parameters), tuple(indices)))
+            located.append(
+                replace(self._place(on, dims, copied, parameters), tensors=tuple(indices))
+            )
         return located
 
     @contextmanager
-    def whole(self, tensors: Sequence[Tensor], *, write: bool = False) -> Iterator[list[Tensor]]:
-        """DTensors all-gathered; each rank writes its own part back."""
+    def gathered(self, tensors: Sequence[Tensor], *, write: bool = False) -> Iterator[list[Tensor]]:
+        """All-gather DTensors; each rank writes its own part back."""
         gathered = []
         for tensor in tensors:
             if isinstance(tensor, DTensor):
@@ -129,14 +143,13 @@ class MeshPlacer(WholeParameters):
         dims: tuple[int, ...],
         copied: tuple[int, ...],
         parameters: Sequence[tuple[Route, Tensor, Spread]],
-    ) -> Placement:
+    ) -> Located:
         """Of parameters that the mesh dimensions ``dims`` cut and ``copied`` copy."""
         group = self._group(mesh, dims)
         rank = 0 if group is None else dist.get_rank(group)
         layouts, spans = [], []
         for i, (route, tensor, spread) in enumerate(parameters):
             local = self.local(tensor)
-            check_contiguous(route, local)
             spans.append((route.name, i, 0, local.numel()))
             if not route.matrices:
                 continue
@@ -151,16 +164,16 @@ class MeshPlacer(WholeParameters):
             layouts += [lay_boxes(m, route.stack, boxes, rank, i) for m in route.matrices]
         # a DTensor's momentum is one as well, for torch's own checkpoints: on every copy
         replicas, everywhere = self._group(mesh, copied), True
-        outer = self._replicas([route for route, _, _ in parameters])
+        outer = self.replicas
         if outer is not None and dist.get_world_size(outer) > 1:
             if replicas is not None:
                 raise ValueError(
                     f"{parameters[0][0].name} is replicated by its mesh {mesh} and by process_group"
                     " (or DistributedDataParallel) as well; leave one of them out"
                 )
-            replicas, everywhere = outer, self.everywhere
+            replicas, everywhere = outer, self.replicate_momentum
         device = self.local(parameters[0][1]).device
-        return Placement(tuple(layouts), group, device, tuple(spans), replicas, everywhere)
+        return Located(tuple(layouts), group, device, tuple(spans), replicas, everywhere)
 
     def _lifts(self, mesh: DeviceMesh | None) -> bool:
         """Whether a parameter's mesh consists of named dimensions of the model's mesh."""
@@ -251,12 +264,12 @@ class MeshPlacer(WholeParameters):
         ranks: Tensor = mesh.mesh[chosen]
         return ranks
 
-    def everyone(self) -> list[Group]:
-        """The ranks of the model's mesh, and its replicas."""
+    def world_groups(self) -> list[Group]:
+        """Return the ranks of the model's mesh, and its replicas."""
         if self._mesh is None:
-            return super().everyone()
+            return super().world_groups()
         whole = self._group(self._mesh, _wide(self._mesh, range(self._mesh.ndim)))
-        return [whole, *super().everyone()]
+        return [whole, *super().world_groups()]
 
     def local(self, tensor: Tensor) -> Tensor:
         """A DTensor's local tensor."""

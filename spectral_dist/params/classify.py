@@ -3,77 +3,25 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
-import torch
 from torch import nn
 
-from spectral_dist.group_options import OPTION_NAMES, applies
-from spectral_dist.heads import full_shape, output_heads
-from spectral_dist.patterns import Patterns
-from spectral_dist.sharding import collectives
+from spectral_dist.params.heads import full_shape, output_heads
+from spectral_dist.params.patterns import Patterns
+from spectral_dist.params.spec import Reader, Reading, Route
+from spectral_dist.params.splits import Split, matrices_of
+from spectral_dist.params.table import table
 from spectral_dist.sharding.layout import Matrix
-from spectral_dist.splits import Split, matrices_of
 from spectral_dist.wrappers import check as check_wrappers
 
-TAG = "spectral_dist_route"
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-EXACT = {"polar": "eigh", "polar_steps": None, "polar_dtype": "auto"}
-"""What a group of one-sided matrices takes instead of the optimizer's own."""
 FSDP1 = (
     "{} was flattened to 1-D by FSDP1 (FullyShardedDataParallel), which loses its matrices; shard"
     " with torch.distributed.fsdp.fully_shard instead"
 )
-
-
-@dataclass(frozen=True)
-class Route:
-    """What becomes of one parameter: 'matrix', 'scalar' (AdamW), 'skew' (POET's) or 'frozen'."""
-
-    name: str
-    parameter: nn.Parameter
-    shape: tuple[int, ...]
-    kind: str
-    reason: str
-    matrices: tuple[Matrix, ...] = ()
-    replicas: Any = None
-    """the process group of the DistributedDataParallel that it was found in"""
-    one_sided: bool = False
-    """whether its polar factor is to be taken exactly, by the Gram matrix of its short side"""
-    stacked: bool = False
-    """whether the first of three dimensions counts matrices"""
-    layer: Any = None
-    """the ``poet.layer.PoetLayer`` whose skew parameter this is"""
-
-    @property
-    def stack(self) -> int:
-        """Elements of each matrix of a stack, or of the parameter if it is none."""
-        return math.prod(self.shape[1:] if self.stacked else self.shape)
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What a parameter is by itself, before any pattern: see ``Route``.
-
-    ``shape``: whole and unsharded; ``view``: as its matrices are read, if otherwise. ``split``: how
-    it holds several matrices, unless the user says otherwise. ``name``: in the whole model, if a
-    rank has a part of it and calls it otherwise; its matrices are called after that.
-    """
-
-    shape: tuple[int, ...]
-    kind: str
-    reason: str
-    view: tuple[int, ...] = ()
-    split: Split | None = None
-    name: str = ""
-
-
-Reader: TypeAlias = Callable[[str, nn.Parameter, nn.Module], Reading]
-"""Of a parameter's name, itself and the module that has it."""
 
 
 def _kind(module: nn.Module, leaf: str, shape: tuple[int, ...]) -> tuple[str, str]:
@@ -256,114 +204,3 @@ def _check_some_matrix(routes: Sequence[Route]) -> None:
             "no parameter is a matrix, so all would train with AdamW. Name the weights to be"
             ' orthogonalized with matrices=["pattern"], or use AdamW itself.\n' + table(routes)
         )
-
-
-def param_groups(
-    model: nn.Module,
-    *,
-    matrices: Iterable[str] = (),
-    scalars: Iterable[str] = (),
-    split: Mapping[str, Split] | None = None,
-    one_sided: Iterable[str] = (),
-) -> list[dict[str, Any]]:
-    """Groups for our optimizers: the matrices, then the rest. Options as in ``classify``.
-
-    Groups may be given options of their own (``groups[1]["lr"] = 3e-4``) before they are used.
-    """
-    routes = classify(model, matrices=matrices, scalars=scalars, split=split, one_sided=one_sided)
-    show(routes)
-    return grouped([r.parameter for r in routes if r.kind != "frozen"], routes)
-
-
-def tag(
-    model: nn.Module,
-    *,
-    matrices: Iterable[str] = (),
-    scalars: Iterable[str] = (),
-    split: Mapping[str, Split] | None = None,
-    one_sided: Iterable[str] = (),
-) -> None:
-    """Write each parameter's route on it, for frameworks that pass on bare parameters."""
-    routes = classify(model, matrices=matrices, scalars=scalars, split=split, one_sided=one_sided)
-    show(routes)
-    for route in routes:
-        setattr(route.parameter, TAG, route)
-
-
-def _route_of(item: Any, known: dict[int, Route]) -> Route:
-    name, parameter = item if isinstance(item, tuple) else ("", item)
-    route: Route | None = known.get(id(parameter)) or getattr(parameter, TAG, None)
-    if route is None:
-        what = name or f"a parameter of shape {tuple(parameter.shape)}"
-        raise ValueError(
-            f"{what}: bare parameters do not tell matrices from embeddings and heads; pass"
-            " spectral_dist.param_groups(model), or call spectral_dist.tag(model) first"
-        )
-    if route.kind == "frozen" or not parameter.requires_grad:
-        raise ValueError(
-            f"{route.name} is frozen (requires_grad is False); leave it out, as param_groups"
-            " does, or build the optimizer after unfreezing it"
-        )
-    return route
-
-
-def grouped(params: Iterable[Any], routes: Sequence[Route] = ()) -> list[dict[str, Any]]:
-    """Split parameters, or groups of them, into groups of one kind, by ``routes`` or tags.
-
-    A group's own options stay with both of its halves.
-
-    Raises:
-        ValueError: a frozen parameter, or one whose route is not known.
-    """
-    known = {id(route.parameter): route for route in routes}
-    items = list(params)
-    groups = [item for item in items if isinstance(item, dict)]
-    loose = [item for item in items if not isinstance(item, dict)]
-    result = []
-    for group in (*groups, {"params": loose}) if loose else groups:
-        if "routes" in group:
-            result.append(group)
-            continue
-        parameters = group["params"]
-        parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        halves: dict[tuple[str, torch.dtype, bool], list[Route]] = {}
-        for item in parameters:
-            route = _route_of(item, known)
-            # float64 parameters keep float64 states, so they are exchanged on their own
-            wide = torch.promote_types(route.parameter.dtype, torch.float32)
-            halves.setdefault((route.kind, wide, route.one_sided), []).append(route)
-        own = {k: v for k, v in group.items() if k != "params"}
-        for name in own.keys() & OPTION_NAMES:
-            if halves and not any(applies(name, kind) for kind, *_ in halves):
-                raise ValueError(
-                    f"a parameter group sets {name}, which none of its parameters has"
-                    f" ({', '.join(route.name for half in halves.values() for route in half)})"
-                )
-        for (kind, _, exact), half in sorted(halves.items(), key=lambda item: item[0][::2]):
-            mine = {k: v for k, v in own.items() if k not in OPTION_NAMES or applies(k, kind)}
-            if exact:
-                mine = {**EXACT, **mine}
-            mine.update(params=[r.parameter for r in half], routes=half, kind=kind)
-            result.append(mine)
-    return result
-
-
-def table(routes: Sequence[Route]) -> str:
-    """Which parameters are matrices, and why the others are not, as text."""
-    rows: dict[tuple[str, str], list[Route]] = {}
-    for route in routes:
-        rows.setdefault((route.kind, route.reason), []).append(route)
-    lines = [f"{'goes to':<16}{'params':>7}{'matrices':>9}{'numbers':>15}  why (example)"]
-    word = {"matrix": "orthogonalized", "scalar": "AdamW", "frozen": "not trained", "skew": "Adam"}
-    for (kind, reason), found in sorted(rows.items(), key=lambda row: row[0][0]):
-        numbers = sum(torch.Size(route.shape).numel() for route in found)
-        count = sum(len(route.matrices) for route in found)
-        example = f"{reason} ({found[0].name} {list(found[0].shape)})"
-        lines.append(f"{word[kind]:<16}{len(found):>7}{count:>9}{numbers:>15,}  {example}")
-    return "\n".join(lines)
-
-
-def show(routes: Sequence[Route]) -> None:
-    """Write the table to stderr on the job's first rank."""
-    if collectives.is_first():
-        sys.stderr.write(f"spectral_dist: which parameters are matrices\n{table(routes)}\n")

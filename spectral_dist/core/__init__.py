@@ -1,0 +1,1 @@
+"""One step: rules on matrices wherever they live."""

@@ -1,0 +1,170 @@
+"""What the ranks agree on before a step changes anything: one number, and more if it differs.
+
+A rank that finds something wrong, or other than what was agreed last, sends 1 in place of 0. Then
+every rank knows, all tell what they have seen, and all decide the same.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectral_dist.sharding import collectives
+from spectral_dist.sharding.collectives import Group
+
+
+@dataclass(frozen=True)
+class Status:
+    """What one rank has seen; by default nothing that the others need to know.
+
+    Attributes:
+        missing: parameters that have no gradient here, but could have, on this and other ranks.
+        lacks_gradients: whether there are parameters here, and none has a gradient.
+        monitor_every: the period of this rank's monitor, 0 without one.
+        is_observed: whether there are observers.
+    """
+
+    missing: tuple[str, ...] = ()
+    lacks_gradients: bool = False
+    monitor_every: int = 0
+    is_observed: bool = False
+
+
+@dataclass
+class Agreement:
+    """What all ranks know.
+
+    Attributes:
+        status: this rank's when they agreed last.
+        monitor_every: the period of the monitor that any rank has.
+        is_observed: whether any rank has observers.
+        has_gradients: whether any rank has a gradient.
+    """
+
+    status: Status = Status()
+    monitor_every: int = 0
+    is_observed: bool = False
+    has_gradients: bool = True
+
+
+@dataclass
+class Report:
+    """One rank's status with what it finds wrong, as it is sent to the others.
+
+    Attributes:
+        steps: that were taken before.
+        bad: parameters with a gradient that is not finite.
+        error: "Type\nmessage" of an error of its own, or nothing.
+    """
+
+    rank: int
+    steps: int
+    missing: list[str]
+    lacks_gradients: bool
+    monitor_every: int
+    is_observed: bool
+    bad: list[str] = field(default_factory=list)
+    error: str = ""
+
+
+def extremes(grads: Sequence[Tensor]) -> list[Tensor]:
+    """Return numbers that are finite exactly if the gradients are (sums would overflow)."""
+    if grads[0].device.type == "cpu":  # where the norm takes twenty times as long
+        return [extreme for grad in grads for extreme in torch.aminmax(grad)]
+    return list(torch._foreach_norm(list(grads), ord=math.inf))
+
+
+def flag_of(
+    grads: Sequence[Tensor], differs: bool, device: torch.device, check_finite: bool
+) -> Tensor:
+    """Return the 0-d bool tensor that this rank sends: whether the ranks must talk."""
+    flag = torch.full((), differs, dtype=torch.bool, device=device)
+    if check_finite and grads:
+        flag |= (~torch.isfinite(torch.stack(extremes(grads))).all()).to(device)
+    return flag
+
+
+def agree(
+    agreement: Agreement,
+    report: Report,
+    with_gradient: Callable[[Iterable[str]], list[str]],
+    groups: Sequence[Group],
+) -> None:
+    """Tell each other everything, and bring the agreement up to date; a collective call.
+
+    Args:
+        report: of this rank.
+        with_gradient: which of some parameters have a gradient here.
+        groups: that span the ranks, one after the other.
+
+    Raises:
+        ValueError: on every rank, if any has an error or a bad gradient, or if they differ.
+    """
+    reports = [Report(**content) for content in _gathered(asdict(report), groups)]
+    failed = [r for r in reports if r.error]
+    if failed:
+        kind, message = failed[0].error.split("\n", 1)
+        here = f" (on rank {failed[0].rank})" if len(failed) < len(reports) else ""
+        raise collectives.ERRORS.get(kind, ValueError)(f"{message}{here}")
+    _check_finite(reports)
+    if any(not r.lacks_gradients for r in reports):
+        _check_presence(reports)
+        missing = {name: r.rank for r in reports for name in r.missing}
+        if missing:
+            content = {"rank": report.rank, "names": with_gradient(missing)}
+            _check_missing(missing, _gathered(content, groups))
+    elif not max(r.steps for r in reports):
+        raise ValueError(
+            "no parameter has a gradient; call backward() before step(), and zero_grad() after"
+            " (or was the model wrapped or sharded after param_groups(model)?)"
+        )
+    periods = sorted({r.monitor_every for r in reports} - {0})
+    if len(periods) > 1:
+        raise ValueError(
+            f"the monitor's every is {periods[0]} on one rank and {periods[1]} on another; give it"
+            " one value, or set the monitor on rank 0 alone"
+        )
+    agreement.monitor_every = periods[0] if periods else 0
+    agreement.is_observed = any(r.is_observed for r in reports)
+    agreement.has_gradients = any(not r.lacks_gradients for r in reports)
+
+
+def _gathered(content: dict[str, Any], groups: Sequence[Group]) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in collectives.gather_all(json.dumps(content), groups)]
+
+
+def _check_finite(reports: Sequence[Report]) -> None:
+    bad = list(dict.fromkeys(name for r in reports for name in r.bad))
+    if bad:
+        shown = ", ".join(bad[:5]) + f" and {len(bad) - 5} more" * (len(bad) > 5)
+        raise ValueError(
+            f"the gradient of {shown} is NaN or infinite, and was not applied. Look for the"
+            " cause (lr, data, fp16 without loss scaling); check_finite=False turns this check"
+            " off"
+        )
+
+
+def _check_presence(reports: Sequence[Report]) -> None:
+    without = [r.rank for r in reports if r.lacks_gradients]
+    if without:
+        other = next(r.rank for r in reports if not r.lacks_gradients)
+        raise ValueError(
+            f"no parameter has a gradient on rank {without[0]}, but some have on rank {other}, so"
+            " the step would differ between ranks; call backward() on every rank before step()"
+        )
+
+
+def _check_missing(missing: Mapping[str, int], present: Sequence[dict[str, Any]]) -> None:
+    for content in present:
+        for name in content["names"]:
+            raise ValueError(
+                f"{name} has no gradient on rank {missing[name]}, but has one on rank"
+                f" {content['rank']}, so the step would differ between ranks; use it in every"
+                " rank's loss (or let DistributedDataParallel find unused parameters), or freeze it"
+            )

@@ -1,0 +1,222 @@
+"""What a rule may do with a batch of matrices: whole ones at their owner, or slabs of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from spectral_dist.core.monitor import Watch
+from spectral_dist.polar import of_gram, polar, reductions, resolve_dtype
+from spectral_dist.rules.base import PolarSpec, Rule, Shape
+from spectral_dist.sharding.gram import Reduction
+
+Observer: TypeAlias = Callable[[Sequence[str], Tensor], None]
+"""Called with the names and values (k, m, n) of matrices that are about to be orthogonalized."""
+
+
+@dataclass
+class StepContext:
+    """One step of one unit, as all its batches share it.
+
+    Attributes:
+        rule, options: of the parameter group.
+        names: of all the unit's matrices.
+        observers: of the optimizer.
+        watch: what the monitor wants to see of this step, if anything.
+        pooled: numbers of ``MatrixOps.pool`` by (short, long) side, in a step in which they count.
+        polar_calls: matrices that were orthogonalized here.
+        observer_error: the first that an observer raised; not raised inside of the exchange, where
+            other ranks would wait for this one.
+    """
+
+    rule: Rule[Any]
+    options: Any
+    names: Sequence[str]
+    observers: Sequence[Observer] = ()
+    watch: Watch | None = None
+    pooled: dict[Shape, Tensor] | None = None
+    polar_calls: int = 0
+    observer_error: Exception | None = field(default=None, repr=False)
+
+    def observe(self, names: Sequence[str], matrices: Tensor) -> None:
+        """Show matrices to every observer."""
+        for observer in self.observers:
+            try:
+                observer(names, matrices)
+            except Exception as error:
+                self.observer_error = self.observer_error or error
+
+
+class WholeMatrixOps:
+    """``MatrixOps`` of whole matrices at their owner.
+
+    Args:
+        context: of the step.
+        which: the batch, as indices of the unit's matrices.
+        shape: theirs.
+        state: theirs.
+    """
+
+    def __init__(
+        self, context: StepContext, which: Sequence[int], shape: Shape, state: Mapping[str, Tensor]
+    ) -> None:
+        self.context, self.which, self.shape, self.state = context, which, shape, state
+        self.names = [context.names[i] for i in which]
+
+    def polar(self, matrices: Tensor, spec: PolarSpec | None = None) -> Tensor:
+        """Return their polar factors."""
+        spec = spec or spec_of(self.context, self.shape)
+        self.context.polar_calls += len(matrices)
+        self.context.observe(self.names, matrices)
+        factors = polar(matrices, method=spec.method, steps=spec.steps, compute_dtype=spec.dtype)
+        if self.context.watch:
+            self.context.watch.factors(self.which, matrices, factors)
+        return factors
+
+    def inner(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return their inner products, (k,)."""
+        return reductions.inner(a, b)
+
+    def row_sums(self, x: Tensor) -> Tensor:
+        """Return the sums of their rows, (k, m)."""
+        return x.sum(-1)
+
+    def quantile(self, magnitudes: Tensor, q: float) -> Tensor:
+        """Return the q-quantile of each one's elements, (k,)."""
+        return reductions.quantile(magnitudes, q)
+
+    def fraction(self, mask: Tensor) -> Tensor:
+        """Return the fraction of each one's elements that are true, (k,)."""
+        return mask.mean((1, 2), dtype=torch.float32)
+
+    def at_owner(
+        self,
+        parts: Tensor,
+        evaluate: Callable[[Tensor, list[int]], Tensor],
+        among: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Evaluate the parts: there is one slab."""
+        return evaluate(parts, list(range(len(self.which)) if among is None else among))
+
+    def count_polar(self, places: list[int] | None, matrices: Tensor, factors: Tensor) -> None:
+        """Count polar factors that were found without ``polar``; show them to those who watch."""
+        places = list(range(len(self.which))) if places is None else places
+        self.context.polar_calls += len(places)
+        if places:
+            self.context.observe([self.names[k] for k in places], matrices)
+        if self.context.watch and places:
+            self.context.watch.factors([self.which[k] for k in places], matrices, factors)
+
+    def note(self, name: str, values: Callable[[], Tensor]) -> None:
+        """Tell the monitor, if one watches this step."""
+        if self.context.watch:
+            self.context.watch.note(self.which, name, values())
+
+    def pool(self, values: Callable[[], Tensor]) -> None:
+        """Add numbers to those of this shape, if they count in this step."""
+        pooled = self.context.pooled
+        if pooled is not None:
+            short, long = sorted(self.shape)
+            before = pooled.get((short, long))
+            pooled[short, long] = values() if before is None else before + values()
+
+
+class SlabMatrixOps:
+    """``MatrixOps`` of matrices that lie in slabs over a group; every call is one of the group.
+
+    A matrix counts, and is told to the monitor, at the rank that evaluates its polynomial.
+    """
+
+    def __init__(
+        self, context: StepContext, reduction: Reduction, state: Mapping[str, Tensor]
+    ) -> None:
+        self.context, self._reduction, self.state = context, reduction, state
+        self.shape = reduction.shape
+        self.names = [context.names[i] for i in reduction.matrices]
+
+    def polar(self, matrices: Tensor, spec: PolarSpec | None = None) -> Tensor:
+        """Return slabs of their polar factors."""
+        spec = spec or spec_of(self.context, self.shape)
+        computed = resolve_dtype(spec.method, spec.dtype, matrices.dtype, matrices.device)
+        dtype = of_gram.dtype_of(spec.method, spec.steps, computed)
+        evaluate = partial(of_gram.multiplier, method=spec.method, steps=spec.steps)
+        factors = self._reduction.multiply(matrices, dtype, evaluate)
+        self.count_polar(None, matrices, factors)
+        return factors
+
+    def inner(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return their inner products over all slabs, (k,)."""
+        return self._reduction.add(reductions.inner(a, b))
+
+    def row_sums(self, x: Tensor) -> Tensor:
+        """Return the sums of their rows that are here, over all slabs where these cut rows."""
+        sums = x.sum(-1)
+        return self._reduction.add(sums) if self._reduction.along == 1 else sums
+
+    def quantile(self, magnitudes: Tensor, q: float) -> Tensor:
+        """Return the q-quantile of each one's elements, (k,)."""
+        return self._reduction.quantile(magnitudes, q)
+
+    def fraction(self, mask: Tensor) -> Tensor:
+        """Return the fraction of each one's elements that are true, (k,)."""
+        count = self._reduction.add(mask.sum((1, 2), dtype=torch.int64))
+        return count.float() / (self.shape[0] * self.shape[1])
+
+    def at_owner(
+        self,
+        parts: Tensor,
+        evaluate: Callable[[Tensor, list[int]], Tensor],
+        among: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Evaluate sums over slabs, each at its owner."""
+        return self._reduction.at_owner(parts, evaluate, among)
+
+    def count_polar(self, places: list[int] | None, matrices: Tensor, factors: Tensor) -> None:
+        """Count polar factors; ``places`` are among the matrices that are owned here."""
+        reduction, context = self._reduction, self.context
+        if places is not None:
+            which = [reduction.matrices[k] for k in reduction.mine]
+            owned = WholeMatrixOps(context, which, self.shape, {})
+            owned.count_polar(places, matrices, factors)
+            return
+        context.polar_calls += len(reduction.mine)
+        if context.watch:
+            grams = torch.stack([reduction.gram(x.float()) for x in (matrices, factors)])
+            of_both = reduction.add(grams)
+            nuclear = self.inner(matrices, factors)
+            if reduction.mine:
+                here = (x[reduction.mine] for x in (*of_both, nuclear))
+                context.watch.grams(self._owned(), *here)
+
+    def note(self, name: str, values: Callable[[], Tensor]) -> None:
+        """Tell the monitor, if one watches this step."""
+        if self.context.watch:
+            numbers = values()  # a call of all the group
+            if self._reduction.mine:
+                self.context.watch.note(self._owned(), name, numbers[self._reduction.mine])
+
+    def pool(self, values: Callable[[], Tensor]) -> None:
+        """Do nothing: where numbers are pooled, matrices are whole (``strategy.in_slabs``)."""
+
+    def _owned(self) -> list[int]:
+        return [self._reduction.matrices[k] for k in self._reduction.mine]
+
+
+def spec_of(context: StepContext, shape: Shape) -> PolarSpec:
+    """Return how polar factors of this shape are found.
+
+    Raises:
+        NotImplementedError: the rule has no polar factor, and asks for one.
+    """
+    spec = context.rule.polar(context.options, shape)
+    if spec is None:
+        raise NotImplementedError(
+            f"{type(context.rule).__name__}.direction asks for a polar factor, but its polar()"
+            " names no method"
+        )
+    return spec

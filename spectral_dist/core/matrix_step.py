@@ -1,0 +1,138 @@
+"""One step of one unit's matrices: where a rule meets the exchange."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spectral_dist.core.matrix_ops import SlabMatrixOps, StepContext, WholeMatrixOps
+from spectral_dist.core.units import MatrixUnit
+from spectral_dist.sharding.exchange import MatrixTask, Piece
+from spectral_dist.sharding.gram import Reduction
+
+
+class MatrixStep(MatrixTask):
+    """A rule's part in one exchange of one unit.
+
+    Args:
+        context: the rule, its options, and who watches.
+        unit: what is stepped.
+        lr: learning rate.
+        weights, grads, momenta: local tensors, in the order of the unit's; a gradient may be None.
+            Momenta are empty if the rule has none.
+    """
+
+    def __init__(
+        self,
+        context: StepContext,
+        unit: MatrixUnit,
+        lr: float,
+        weights: Sequence[Tensor],
+        grads: Sequence[Tensor | None],
+        momenta: Sequence[Tensor],
+    ) -> None:
+        exchange = unit.exchange
+        self.context, self.unit, self.lr = context, unit, lr
+        self.rule, self.options = context.rule, context.options
+        self.present = [grad is not None for grad in grads]
+        self.absent = self._matrices_without_gradient()
+        self.state_place: Any = (exchange.home_device, exchange.home_dtype)
+        gradients = [
+            torch.zeros_like(w) if g is None else g.contiguous()
+            for w, g in zip(weights, grads, strict=True)
+        ]
+        self.grad_of = exchange.stored.views(gradients)
+        self.weight_of = exchange.stored.views(weights)
+        self.has_momentum = bool(momenta)
+        self.momentum_of: dict[Piece, Tensor] = {}
+        if unit.momentum_at_owner:
+            for index, momentum in enumerate(momenta):
+                self.momentum_of |= unit.momentum_runs.packed_views(index, momentum)
+        elif self.has_momentum:
+            self.momentum_of = exchange.stored.views(momenta)
+
+    def update_input(self, pieces: list[Piece]) -> list[Tensor]:
+        """Accumulate, and return what must be orthogonalized."""
+        grads = self._accumulate(pieces)
+        momenta = [self.momentum_of[p] for p in pieces] if self.has_momentum else []
+        return self.rule.update_input(self.options, momenta, grads)
+
+    def _accumulate(self, pieces: Sequence[Piece]) -> list[Tensor]:
+        """Put the gradients into the momentum, if there is one; return them, as wide as it."""
+        grads = [self.grad_of[p].to(*self.state_place) for p in pieces]
+        if not self.has_momentum:
+            return grads
+        present = [i for i, p in enumerate(pieces) if self.present[p.tensor]]
+        momenta = [self.momentum_of[pieces[i]] for i in present]
+        if present:
+            self.rule.accumulate(self.options, momenta, [grads[i] for i in present])
+        return grads
+
+    def direction(self, matrices: Tensor, which: Sequence[int]) -> Tensor:
+        """Return the rule's direction of a batch of whole matrices."""
+        shape = (matrices.shape[-2], matrices.shape[-1])
+        with self._state_of(which, range(len(which))) as state:
+            ops = WholeMatrixOps(self.context, which, shape, state)
+            return self._checked(self.rule.direction(self.options, matrices, ops), matrices)
+
+    def slab_direction(self, slabs: Tensor, reduction: Reduction) -> Tensor:
+        """Return the rule's direction of a batch of slabs."""
+        with self._state_of(reduction.matrices, reduction.mine) as state:
+            ops = SlabMatrixOps(self.context, reduction, state)
+            return self._checked(self.rule.direction(self.options, slabs, ops), slabs)
+
+    def _checked(self, direction: Tensor, matrices: Tensor) -> Tensor:
+        if direction.shape != matrices.shape:
+            raise RuntimeError(
+                f"{type(self.rule).__name__}.direction returned {tuple(direction.shape)} for"
+                f" matrices of {tuple(matrices.shape)}"
+            )
+        return direction
+
+    @contextmanager
+    def _state_of(
+        self, which: Sequence[int], owned: Sequence[int]
+    ) -> Iterator[Mapping[str, Tensor]]:
+        """Give a batch's state; what has no gradient gets its own back afterwards."""
+        state = self.unit.state
+        if state is None:
+            yield {}
+            return
+        absent = [k for k, matrix in enumerate(which) if matrix in self.absent]
+        before = state.copies(which, owned, absent) if absent else []
+        yield state.of(which)
+        for tensor, rows, values in before:
+            tensor[rows] = values
+
+    def _matrices_without_gradient(self) -> set[int]:
+        """Return matrices of parameters that are here and have none, as they then have nowhere."""
+        without = {i for i, present in enumerate(self.present) if not present}
+        layouts = self.unit.located.layouts if without else ()
+        return {i for i, layout in enumerate(layouts) if layout.tiles[0].tensor in without}
+
+    def apply(self, pieces: list[Piece], directions: list[Tensor]) -> None:
+        """Update the weights, and momentum of others' matrices where every replica keeps it."""
+        if self.unit.exchange.copies > 1 and not self.unit.momentum_at_owner and self.has_momentum:
+            self._accumulate([p for p in pieces if p not in self.unit.owned_runs])
+        layouts = self.unit.located.layouts
+        present = [i for i, p in enumerate(pieces) if self.present[p.tensor]]
+        if not present:
+            return
+        if self.context.watch:
+            owned = [i for i in present if pieces[i] in self.unit.owned_runs]
+            self.context.watch.runs(
+                [pieces[i].matrix for i in owned],
+                [self.weight_of[pieces[i]] for i in owned],
+                [directions[i] for i in owned],
+            )
+        self.rule.update_weights(
+            self.options,
+            self.lr,
+            [self.weight_of[pieces[i]] for i in present],
+            [directions[i] for i in present],
+            [layouts[pieces[i].matrix].matrix.shape for i in present],
+        )

@@ -1,0 +1,169 @@
+"""Numbers about every matrix, every k steps: computed where the matrix is, reduced once, written.
+
+optimizer.monitor = Monitor(every=100, write=[to_jsonl("metrics.jsonl")])
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from spectral_dist.polar import reductions
+from spectral_dist.rules.base import Rule
+from spectral_dist.sharding import collectives
+from spectral_dist.sharding.collectives import Group, Meter
+from spectral_dist.sharding.layout import Located
+
+Report: TypeAlias = dict[str, dict[str, float]]
+"""Quantity -> matrix -> value."""
+QUANTITIES = {
+    "update_rms": "root mean square of what is subtracted from the weight, over lr",
+    "relative_update": "|lr s D| / |W|, Frobenius norms, without decay",
+    "orthogonality_error": "||U U^T - I||_F / sqrt(s) of the polar factor, s its short side",
+    "stable_rank": "||X||_F^2 / ||X||_2^2 of what was orthogonalized (power iteration, about 1%)",
+    "nuclear_norm": "<X, U>",
+    "clamped_fraction": "of its elements beyond ROOT's quantile; 0 for other rules",
+    "captured_fraction": "|Q^T G| / |G| of SUMO's subspace; 0 for other rules",
+}
+_COLUMNS = ("update_squares", "weight_squares", *list(QUANTITIES)[2:])
+POWER_STEPS = 20
+
+
+class Watch:
+    """One step of matrices that lie alike: a table of partial sums, a row for each matrix."""
+
+    def __init__(self, located: Located, rule: Rule[Any], options: Any, lr: float) -> None:
+        self.located, self.rule, self.options, self.lr = located, rule, options, lr
+        shape = (len(located.layouts), len(_COLUMNS))
+        self.table = torch.zeros(shape, dtype=torch.float32, device=located.device)
+
+    def note(self, which: Sequence[int], name: str, values: Tensor) -> None:
+        """Numbers of matrices that this rank owns, (k,)."""
+        rows = torch.tensor(which, device=self.table.device)
+        self.table[rows, _COLUMNS.index(name)] = values.to(self.table)
+
+    def factors(self, which: Sequence[int], matrices: Tensor, factors: Tensor) -> None:
+        """What was orthogonalized, and what came out."""
+        x, u = matrices.float(), factors.float()
+        if x.shape[-2] > x.shape[-1]:
+            x, u = x.mT, u.mT
+        self.grams(which, x @ x.mT, u @ u.mT, reductions.inner(x, u))
+
+    def grams(
+        self, which: Sequence[int], of_matrices: Tensor, of_factors: Tensor, nuclear: Tensor
+    ) -> None:
+        """The Grams of both, of the short side, and <X, U>."""
+        side = of_factors.shape[-1]
+        eye = torch.eye(side, device=of_factors.device)
+        error = torch.linalg.matrix_norm(of_factors - eye) / side**0.5
+        self.note(which, "orthogonality_error", error)
+        self.note(which, "nuclear_norm", nuclear)
+        self.note(which, "stable_rank", _stable_rank(of_matrices))
+
+    def runs(
+        self, which: Sequence[int], weights: Sequence[Tensor], directions: Sequence[Tensor]
+    ) -> None:
+        """Runs of the weights, before they are changed, and of the directions."""
+        if not which:
+            return
+        rows = torch.tensor(which, device=self.table.device)
+        for column, tensors in (("update_squares", directions), ("weight_squares", weights)):
+            norms = torch.stack(torch._foreach_norm([t.float() for t in tensors]))
+            values = norms.square().to(self.table)
+            self.table[:, _COLUMNS.index(column)].index_add_(0, rows, values)
+
+    def report(self) -> Report:
+        """By quantity and matrix; after the tables of all ranks were added up."""
+        result: Report = {name: {} for name in QUANTITIES}
+        for layout, row in zip(self.located.layouts, self.table.tolist(), strict=True):
+            columns = dict(zip(_COLUMNS, row, strict=True))
+            matrix, update = layout.matrix, columns.pop("update_squares") ** 0.5
+            update *= self.rule.scale(self.options, matrix.shape)
+            weight = columns.pop("weight_squares") ** 0.5
+            result["update_rms"][matrix.name] = update / matrix.numel**0.5
+            result["relative_update"][matrix.name] = self.lr * update / max(weight, 1e-30)
+            for name, value in columns.items():
+                result[name][matrix.name] = value
+        return result
+
+
+def stable_rank(x: Tensor) -> Tensor:
+    """||X||_F^2 / ||X||_2^2 of (k, s, l), s <= l, from POWER_STEPS of the power iteration.
+
+    Never below the true value, which it nears from above; 0 for a zero matrix.
+    """
+    return _stable_rank(x @ x.mT)
+
+
+def _stable_rank(gram: Tensor) -> Tensor:
+    """``stable_rank`` of X X^T."""
+    squares = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    gram = gram / squares.clamp_min(torch.finfo(gram.dtype).tiny)[:, None, None]
+    v = gram.sum(-1, keepdim=True)
+    for _ in range(POWER_STEPS):
+        v = gram @ v
+        v = v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(1e-30)
+    largest = (v.mT @ (gram @ v))[:, 0, 0]
+    return torch.where(largest > 0, 1 / largest.clamp_min(1e-30), 0.0)
+
+
+class Monitor:
+    """Attach one to ``optimizer.monitor``, on every rank or on rank 0 alone.
+
+    The ranks agree on it once; between its steps it costs nothing.
+
+    Args:
+        every: steps from one report to the next; the first is that of step ``every``.
+        write: called with (step, report) on the job's first rank: ``to_jsonl``, ``to_tensorboard``
+            or your own.
+    """
+
+    def __init__(self, every: int, write: Sequence[Callable[[int, Report], None]]) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every is {every!r}; it must be a whole number of steps, at least 1")
+        self.every, self.sinks = every, list(write)
+
+    def write(self, step: int, report: Report) -> None:
+        """Hand a report to every sink, on the job's first rank."""
+        if collectives.is_first():
+            for sink in self.sinks:
+                sink(step, report)
+
+
+def add_up(watches: Sequence[Watch], meter: Meter) -> Report:
+    """Return what all ranks have seen in one step, by one reduction for each watch."""
+    report: Report = {name: {} for name in QUANTITIES}
+    for watch in watches:
+        groups: tuple[Group, Group] = (watch.located.group, watch.located.replicas)
+        for group in groups:
+            collectives.sum_ranks(watch.table, group, meter)
+        for name, values in watch.report().items():
+            report[name].update(values)
+    return report
+
+
+def to_jsonl(path: str | Path) -> Callable[[int, Report], None]:
+    """Append a line a report: {"kind": "matrices", "step": ..., quantity: {matrix: value}}."""
+
+    def write(step: int, report: Report) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": "matrices", "step": step, **report}) + "\n")
+
+    return write
+
+
+def to_tensorboard(writer: Any) -> Callable[[int, Report], None]:
+    """Into a ``torch.utils.tensorboard.SummaryWriter``, as QUANTITY/MATRIX."""
+
+    def write(step: int, report: Report) -> None:
+        for name, values in report.items():
+            for matrix, value in values.items():
+                writer.add_scalar(f"{name}/{matrix}", value, step)
+
+    return write

@@ -1,0 +1,328 @@
+"""The optimizer of every rule: the rule on whole matrices, AdamW on the rest."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from spectral_dist.core import matrix_state, strategy
+from spectral_dist.core.matrix_ops import StepContext
+from spectral_dist.core.matrix_state import MatrixState, Part, elements
+from spectral_dist.core.matrix_step import MatrixStep
+from spectral_dist.core.monitor import Watch
+from spectral_dist.core.sharded import Grads, ShardedOptimizer
+from spectral_dist.core.units import MatrixUnit, Unit, bucket_numel, wire_dtype
+from spectral_dist.params.spec import Route
+from spectral_dist.placement.base import ParamGroup
+from spectral_dist.rules.base import Pooling, Rule, Shape
+from spectral_dist.rules.options import BaseOptions, MatrixOptions, specs_of
+from spectral_dist.sharding import collectives
+from spectral_dist.sharding.exchange import Exchange
+from spectral_dist.sharding.layout import Located
+from spectral_dist.sharding.plan import make_plan
+
+
+class SpectralOptimizer(ShardedOptimizer):
+    """A rule for matrices and AdamW for the rest; see ``ShardedOptimizer``.
+
+    Attributes:
+        polar_calls: matrices this rank has orthogonalized.
+    """
+
+    rule: ClassVar[Rule[Any]]
+    options: MatrixOptions
+
+    def __init__(self, params: Iterable[Any], lr: float | None = None, **options: Any) -> None:
+        self.polar_calls = 0
+        self._watches: list[Watch] | None = None
+        self._pooled: dict[Shape, Tensor] | None = None
+        self._observer_error: Exception | None = None
+        self._rule_options: dict[int, tuple[list[Any], MatrixOptions]] = {}
+        self._momenta: dict[int, tuple[float, float]] = {}
+        super().__init__(params, lr, **options)
+
+    # -- options
+
+    def complete(self, carried: ParamGroup, routes: Sequence[Route]) -> ParamGroup:
+        """Return what a group carries, with what the rule makes of its matrices.
+
+        ``betas`` of a group of matrices is for schedulers that cycle it: its first number and
+        ``momentum`` are one, whichever is written.
+        """
+        if carried["kind"] != "matrix":
+            return carried
+        names = self.options_type.names("matrix")
+        given = replace(self.options, **{name: carried[name] for name in names})
+        shapes = {m.name: m.shape for route in routes for m in route.matrices}
+        prepared = self.rule.prepare(given, shapes)
+        carried.update({name: getattr(prepared, name) for name in names})
+        return {**carried, "betas": (carried["momentum"], self.options.betas[1])}
+
+    def rule_options(self, group: ParamGroup) -> Any:
+        """Return the rule's options of a group of matrices, as it is now."""
+        names = self.options_type.names("matrix")
+        values = [group[name] for name in names]
+        known = self._rule_options.get(group["id"])
+        if known is None or known[0] != values:
+            changed = replace(self.options, **dict(zip(names, values, strict=True)))
+            known = self._rule_options[group["id"]] = values, changed
+        return known[1]
+
+    def check_group(self, group: ParamGroup) -> None:
+        """Take over what a scheduler has written into ``betas``, and check all."""
+        if group["kind"] == "matrix" and "betas" in group:
+            beta1, beta2 = group["betas"]
+            before = self._momenta.get(group["id"], (group["momentum"], group["momentum"]))
+            if beta1 != before[1]:
+                group["momentum"] = beta1
+            group["betas"] = (group["momentum"], beta2)
+            self._momenta[group["id"]] = group["momentum"], group["momentum"]
+        super().check_group(group)
+
+    # -- one step
+
+    def begin_step(self, number: int, watches: list[Watch] | None) -> None:
+        """Begin optimizer step ``number``."""
+        self._watches = watches
+        pooling = self._pooling()
+        self._pooled = None
+        if pooling is not None and number % pooling.every == 0:
+            self._check_whole(pooling)
+            self._pooled = {}
+
+    def end_step(self, number: int) -> None:
+        """Adapt rules to what was pooled, and raise what an observer has raised."""
+        if self._pooled is not None:
+            self._adapt(self._pooled)
+        if self._agreement.is_observed:
+            error, self._observer_error = self._observer_error, None
+            collectives.raise_together(error, self.placement.world_groups())
+
+    def step_matrices(
+        self, group: ParamGroup, unit: Unit, tensors: Sequence[Tensor], grads: Grads
+    ) -> None:
+        """Step on a unit of matrices, by the rule."""
+        assert isinstance(unit, MatrixUnit)
+        for p, grad in zip(tensors, grads, strict=True):
+            if grad is not None:
+                self.state[p]["step"] = self.state[p]["step"] + 1
+        if unit.blocks:
+            present = [p for p, grad in zip(tensors, grads, strict=True) if grad is not None]
+            counts = [self.state[p]["step"] for p in present]
+            unit = unit.at(strategy.global_step_count(unit, counts))
+        options, lr = self.rule_options(group), group["lr"] * group["lr_ratio"]
+        momenta = []
+        if unit.has_momentum:
+            momenta = [self.placement.local(self.state[p]["exp_avg"]) for p in tensors]
+        watch = None
+        if self._watches is not None:
+            watch = Watch(unit.located, self.rule, options, lr)
+            self._watches.append(watch)
+        context = StepContext(
+            self.rule, options, unit.names, tuple(self.observers), watch, self._pooled
+        )
+        weights = [self.placement.local(p) for p in tensors]
+        unit.exchange.run(MatrixStep(context, unit, lr, weights, grads, momenta))
+        self.polar_calls += context.polar_calls
+        self._observer_error = self._observer_error or context.observer_error
+
+    def check_observers(self) -> None:
+        """Raise a ValueError if there are observers, but no whole matrices to show them."""
+        units = [unit for unit in self.all_units if isinstance(unit, MatrixUnit)]
+        if self.observers and not all(unit.has_whole_matrices for unit in units):
+            raise ValueError(
+                "an observer (calibrate's recorder, or one of your own) gets whole matrices, but"
+                " under strategy 'gram' or 'block' no rank has them; build the optimizer with"
+                " strategy='owner'"
+            )
+
+    # -- where everything is
+
+    def make_unit(self, group: ParamGroup, located: Located, tensors: Sequence[Tensor]) -> Unit:
+        """Plan a unit of parameters that lie alike. A collective call."""
+        if group["kind"] != "matrix":
+            return super().make_unit(group, located, tensors)
+        options = self.rule_options(group)
+        like = tensors[located.tensors[0]] if located.tensors else None
+        dtype, device = (like.dtype, like.device) if like is not None else (None, located.device)
+        dtype = dtype or torch.get_default_dtype()
+        shapes = {layout.matrix.shape for layout in located.layouts}
+        specs = {shape: self.rule.polar(options, shape) for shape in sorted(shapes)}
+        wire = wire_dtype(options, list(specs.values()), dtype, located.device)
+        ranks, copies = map(collectives.size, (located.group, located.replicas))
+        if options.replicate_momentum and copies == 1:
+            warnings.warn(
+                "replicate_momentum has no effect: no other rank holds the same parameters",
+                stacklevel=5,
+            )
+        groups = (located.group, located.replicas)
+        observed = torch.tensor(bool(self.observers), device=located.device)
+        needs_whole = collectives.any_rank(observed, groups, collectives.Meter())
+        needs_whole = needs_whole or self.rule.pooling(options) is not None
+        gram = strategy.select_gram(options, specs, located, wire, needs_whole)
+        state_numel = partial(elements, self.rule, options)
+        keeps_state = any(state_numel(shape) for shape in shapes)
+        plan = make_plan(
+            located.layouts,
+            ranks,
+            bucket_numel(options, wire),
+            copies,
+            gram=gram,
+            load=state_numel if self._balances_state(options, shapes) else None,
+        )
+        exchange = Exchange(
+            located.layouts,
+            plan,
+            group=located.group,
+            replicas=located.replicas,
+            device=located.device,
+            home=torch.empty(0, dtype=torch.promote_types(dtype, torch.float32), device=device),
+            wire_dtype=wire,
+            meter=self.meter,
+        )
+        state = MatrixState(self.rule, options, located.layouts, exchange) if keeps_state else None
+        unit = MatrixUnit(located, plan, exchange, self.rule.has_momentum(options), state)
+        return strategy.add_blocks(unit, options, bucket_numel(options, wire))
+
+    def _balances_state(self, options: MatrixOptions, shapes: Iterable[Shape]) -> bool:
+        """Return whether owners share the rule's state evenly, rather than Newton-Schulz's work.
+
+        Where that state is all there is; a few numbers beside a momentum are no memory.
+        """
+        if self.rule.has_momentum(options):
+            return False
+        return any(elements(self.rule, options, shape) for shape in shapes)
+
+    def ensure_state(self, group: ParamGroup, unit: Unit, index: int, p: Tensor) -> None:
+        """Give a parameter its state from the start, so that all ranks have the same keys."""
+        state = self.state[p]
+        if not isinstance(unit, MatrixUnit):
+            super().ensure_state(group, unit, index, p)
+            return
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+        if not unit.has_momentum:
+            return
+        if "exp_avg" not in state:
+            state["exp_avg"] = unit.new_momentum(index, p, self.placement.local(p))
+        elif unit.momentum_at_owner:
+            numel = unit.momentum_runs.numel.get(index, 0)
+            if state["exp_avg"].numel() != numel:  # loaded whole
+                state["exp_avg"] = unit.momentum_runs.pack(index, state["exp_avg"])
+
+    # -- what is pooled over all matrices
+
+    def _pooling(self) -> Pooling | None:
+        groups = [group for group in self.param_groups if group["kind"] == "matrix"]
+        return self.rule.pooling(self.rule_options(groups[0])) if groups else None
+
+    def _check_whole(self, pooling: Pooling) -> None:
+        """Raise a ValueError if a step gets a part of a group: options would change within it."""
+        for group in self.param_groups:
+            if group["kind"] == "matrix" and group["params"]:
+                here = sum(len(unit.located.layouts) for unit in self.units(group))
+                if here < sum(len(route.matrices) for route in self.routes[group["id"]]):
+                    raise ValueError(
+                        f"{pooling.setting} is {pooling.every}, but ZeRO-3 steps on a part of"
+                        " the matrices at a time; set zero_optimization.sub_group_size above the"
+                        f" number of parameters, or {pooling.setting} to 0"
+                    )
+
+    def _adapt(self, pooled: dict[Shape, Tensor]) -> None:
+        """Add up over ranks what was pooled, and have the rule adapt every group to it."""
+        pooling = self._pooling()
+        assert pooling is not None
+        matrices = [m for route in self.all_routes for m in route.matrices]
+        shapes = sorted({(min(m.shape), max(m.shape)) for m in matrices})
+        none = torch.zeros(pooling.size, dtype=torch.float64)
+        table = torch.stack([pooled.get(shape, none).to(self.device) for shape in shapes])
+        for ranks in self.placement.world_groups():
+            collectives.sum_ranks(table, ranks, self.meter)
+        sums = dict(zip(shapes, table.cpu().unbind(), strict=True))
+        for group in self.param_groups:
+            if group["kind"] == "matrix":
+                adapted = self.rule.adapt(self.rule_options(group), sums)
+                group.update({n: getattr(adapted, n) for n in learned_names(self.options_type)})
+
+    # -- checkpoints
+
+    def matrix_parts(self) -> Iterator[Part]:
+        """Iterate over what this rank keeps of matrices, beside momentum.
+
+        Nothing before ``units`` was called.
+        """
+        for unit in self.all_units:
+            if isinstance(unit, MatrixUnit) and unit.state is not None:
+                yield from unit.state.parts()
+
+    def matrix_state(self) -> dict[str, dict[str, Tensor]]:
+        """Return {matrix: {quantity: what this rank keeps of it}}; ``rules.base.StateSpec``."""
+        by_matrix: dict[str, dict[str, Tensor]] = {}
+        for part in self.matrix_parts():
+            by_matrix.setdefault(part.matrix, {})[part.name] = part.values
+        return by_matrix
+
+    @property
+    def keeps_matrix_state(self) -> bool:
+        """Return whether the rule keeps state of whole matrices, on any rank."""
+        for group in self.param_groups:
+            if group["kind"] == "matrix":
+                options = self.rule_options(group)
+                matrices = [m for route in self.routes[group["id"]] for m in route.matrices]
+                if any(self.rule.state(options, m.shape) for m in matrices):
+                    return True
+        return False
+
+    @property
+    def has_momentum(self) -> bool:
+        """Return whether the rule has the shard state ``exp_avg``."""
+        return self.rule.has_momentum(self.options)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state dict; with "matrix_state" beside "state" if there is some.
+
+        Raises:
+            ValueError: momentum (DistributedDataParallel) or matrix state is at owners alone, so
+                that no rank has the whole of it.
+        """
+        units = [unit for unit in self.all_units if isinstance(unit, MatrixUnit)]
+        if any(unit.momentum_at_owner for unit in units):
+            raise ValueError(
+                "under DistributedDataParallel a matrix's momentum is on its owner alone, so no"
+                " rank's state_dict() is whole. Write spectral_dist.checkpoint.save(folder, model,"
+                " optimizer) on every rank, or build the optimizer with replicate_momentum=True"
+            )
+        if self.placement.saves_matrix_state or not any(unit.state for unit in units):
+            return super().state_dict()
+        if any(unit.state_is_spread for unit in units):
+            raise ValueError(
+                f"{type(self).__name__} keeps its state at the owners of matrices, so no rank's"
+                " state_dict() is whole. Write spectral_dist.checkpoint.save(folder, model,"
+                " optimizer) on every rank"
+            )
+        return {**super().state_dict(), "matrix_state": self.matrix_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` has returned, in the dtype that it was saved in.
+
+        Raises:
+            ValueError: state was saved with another value of an option that shapes it, or of
+                other matrices.
+        """
+        super().load_state_dict(state_dict)
+        if "matrix_state" in state_dict:
+            self.locate()
+            matrix_state.load(self.matrix_parts(), state_dict["matrix_state"])
+            for call in self.after_load:
+                call()
+
+
+def learned_names(options: type[BaseOptions]) -> list[str]:
+    """Return the options that training changes."""
+    return [name for name, spec in specs_of(options).items() if spec.learned]

@@ -1,0 +1,432 @@
+"""What every optimizer here is: parameters that live anywhere, stepped the same on all ranks."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from spectral_dist.core import agreement as agreeing
+from spectral_dist.core.agreement import Agreement, Status
+from spectral_dist.core.matrix_ops import Observer
+from spectral_dist.core.monitor import Monitor, Watch, add_up
+from spectral_dist.core.units import Unit
+from spectral_dist.params.param_groups import grouped
+from spectral_dist.params.spec import WRONG_KIND, Route
+from spectral_dist.placement.base import ParamGroup, Placement
+from spectral_dist.placement.dtensor import MeshPlacement
+from spectral_dist.rules import adamw
+from spectral_dist.rules.adamw import AdamWOptions
+from spectral_dist.rules.group_options import group_options
+from spectral_dist.rules.options import BaseOptions, specs_of
+from spectral_dist.sharding import collectives
+from spectral_dist.sharding.collectives import Group, Meter
+from spectral_dist.sharding.layout import Located
+
+Grads = Sequence[Tensor | None]
+
+
+class ShardedOptimizer(torch.optim.Optimizer):
+    """An optimizer with the same numbers under every layout of its parameters.
+
+    Args:
+        params: ``spectral_dist.param_groups(model)``; or parameters, or groups of them, that
+            ``spectral_dist.tag(model)`` has tagged.
+        lr: learning rate.
+        process_group: the ranks that hold replicas of plain parameters. None: those of the
+            DistributedDataParallel that ``param_groups`` was given, or this process alone.
+        placement: where parameters live, from a framework's integration. None: plain tensors and
+            DTensors (FSDP2, HSDP, tensor parallelism), as torch has them.
+        options: of ``options_type``.
+
+    Attributes:
+        observers: called with the names and values (k, m, n) of all that is orthogonalized here.
+        monitor: see ``spectral_dist.monitor``; on every rank, or on rank 0 alone.
+        after_load: called on every rank when a checkpoint has been loaded.
+        meter: calls and bytes of this rank's exchanges; ``comm_bytes`` is their sum.
+
+    Raises:
+        ValueError: unknown or bad options, frozen or untagged parameters.
+    """
+
+    options_type: ClassVar[type[BaseOptions]]
+    options: Any
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | None = None,
+        *,
+        process_group: Group = None,
+        placement: Placement | None = None,
+        **options: Any,
+    ) -> None:
+        if lr is not None:
+            options = {"lr": lr, **options}
+        self.options = self.options_type.from_user(options, type(self).__name__)
+        if placement is not None and process_group is not None:
+            raise ValueError(
+                "process_group is given beside placement, which knows the groups; leave it out"
+            )
+        replicate = getattr(self.options, "replicate_momentum", False)
+        self.placement = placement or MeshPlacement(process_group, replicate)
+        self.meter = Meter()
+        self.routes: list[list[Route]] = []
+        self.observers: list[Observer] = []
+        self.monitor: Monitor | None = None
+        self.after_load: list[Callable[[], None]] = []
+        self._units: dict[object, list[Unit]] = {}
+        self._warned: set[str] = set()
+        self._agreement = Agreement()
+        self._scalar_update = adamw.BACKENDS[self.options.scalar_backend]()
+        names = ("lr", "weight_decay", "betas", "momentum")
+        defaults = {name: getattr(self.options, name, None) for name in names}
+        defaults = {name: value for name, value in defaults.items() if value is not None}
+        super().__init__(grouped(params, options=self.options_type), defaults)
+
+    def add_param_group(self, param_group: ParamGroup) -> None:
+        """Add parameters; a group of both kinds becomes two."""
+        for group in grouped([param_group], options=self.options_type):
+            if group["kind"] not in self.options_type.kinds():
+                raise ValueError(WRONG_KIND[group["kind"]])
+            carried = self.complete(group_options(group, self.options), group["routes"])
+            carried["id"] = len(self.routes)
+            self.routes.append(group["routes"])
+            super().add_param_group({**carried, "params": group["params"]})
+
+    def complete(self, carried: ParamGroup, routes: Sequence[Route]) -> ParamGroup:
+        """Return what a group carries, with what depends on its parameters."""
+        return carried
+
+    @property
+    def comm_bytes(self) -> int:
+        """Return the bytes that this rank has sent to others in this optimizer's own exchanges."""
+        return sum(self.meter.bytes.values())
+
+    @property
+    def all_routes(self) -> list[Route]:
+        """Return the route of every parameter in the optimizer."""
+        return [route for routes in self.routes for route in routes]
+
+    @property
+    def all_units(self) -> list[Unit]:
+        """Return all units that have been located."""
+        return [unit for units in self._units.values() for unit in units]
+
+    @property
+    def device(self) -> torch.device:
+        """Return where matrices are computed and collectives run."""
+        units = self.all_units
+        groups = [g for g in self.placement.world_groups() if collectives.size(g) > 1]
+        if units or not groups:
+            return units[0].located.device if units else torch.device("cpu")
+        return collectives.device_of(groups[0])
+
+    @property
+    def is_monitored(self) -> bool:
+        """Return whether any rank has a monitor, as of the last step."""
+        return self._agreement.monitor_every > 0
+
+    def move_to(self, placement: Placement) -> None:
+        """Take another placement: a framework has taken the parameters over.
+
+        Raises:
+            ValueError: parameters have been located already.
+        """
+        if self._units:
+            raise ValueError(
+                "this optimizer has taken steps, or a checkpoint, where its parameters lived"
+                " before; build a new one"
+            )
+        self.placement = placement
+
+    def steps_taken(self) -> int:
+        """Return the steps taken, by the states that are here."""
+        counts = [s["step"] for s in self.state.values() if isinstance(s, dict) and "step" in s]
+        return int(max(map(float, counts), default=0.0))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one optimizer step on the gradients that are there.
+
+        A collective call of the ranks that train the model together. It waits for the device once,
+        to know that every rank's gradients are finite and that all go on.
+
+        Raises:
+            ValueError: on every rank and before anything has changed, if a gradient is NaN or
+                infinite, if ranks differ in which parameters have one, or if an option is bad that
+                a scheduler has written.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self.prepare_placement()
+        if not self.placement.is_ready:
+            return loss
+        work = [(group, unit) for group in self.param_groups for unit in self.units(group)]
+        tensors = [[group["params"][i] for i in unit.tensors] for group, unit in work]
+        grads: list[Grads] = [[self.placement.gradient(p) for p in some] for some in tensors]
+        if not self._agree(work, grads):
+            return loss
+        for (_, unit), present in zip(work, grads, strict=True):
+            self._warn_of_missing(unit, present)
+        self._take_step(list(zip(work, tensors, grads, strict=True)))
+        return loss
+
+    def _take_step(
+        self, work: Sequence[tuple[tuple[ParamGroup, Unit], Sequence[Tensor], Grads]]
+    ) -> None:
+        number, every = self.steps_taken() + 1, self._agreement.monitor_every
+        watches: list[Watch] | None = [] if every and number % every == 0 else None
+        self.begin_step(number, watches)
+        for (group, unit), tensors, grads in work:
+            if group["kind"] == "matrix":
+                self.step_matrices(group, unit, tensors, grads)
+            else:
+                self.step_scalars(group, tensors, grads)
+        self.end_step(number)
+        if watches is not None:
+            report, error = add_up(watches, self.meter), None
+            if self.monitor is not None:
+                try:
+                    self.monitor.write(number, report)
+                except Exception as raised:
+                    error = raised
+            collectives.raise_together(error, self.placement.world_groups())
+
+    def begin_step(self, number: int, watches: list[Watch] | None) -> None:
+        """Begin optimizer step ``number``, whose watches are put into ``watches``, if it has any."""
+
+    def end_step(self, number: int) -> None:
+        """End a step; a collective call."""
+
+    @abstractmethod
+    def step_matrices(
+        self, group: ParamGroup, unit: Unit, tensors: Sequence[Tensor], grads: Grads
+    ) -> None:
+        """Step on a unit of matrices."""
+
+    def step_scalars(self, group: ParamGroup, tensors: Sequence[Tensor], grads: Grads) -> None:
+        """Step elementwise, by AdamW."""
+        present = [(p, g) for p, g in zip(tensors, grads, strict=True) if g is not None]
+        states = []
+        for p, _ in present:
+            state = self.state[p]
+            state["step"] = state["step"].clone()  # a universal checkpoint shares it among states
+            states.append({name: self.placement.local(value) for name, value in state.items()})
+        self._scalar_update(
+            self.scalar_options(group),
+            group["lr"] * group["lr_ratio"],
+            [self.placement.local(p) for p, _ in present],
+            [g for _, g in present],
+            states,
+        )
+
+    def scalar_options(self, group: ParamGroup) -> AdamWOptions:
+        """Return what AdamW's step of a group depends on."""
+        beta1, beta2 = group["betas"]
+        return AdamWOptions((beta1, beta2), group["eps"], group["weight_decay"])
+
+    def check_group(self, group: ParamGroup) -> None:
+        """Raise a ValueError for options that something has written into a group since."""
+        names = self.options_type.names(group["kind"])
+        values = {name: group[name] for name in names if name in group}
+        specs = specs_of(self.options_type)
+        for name, value in values.items():
+            problem = specs[name].problem(value)
+            if problem:
+                raise ValueError(f"a parameter group: {name} is {value!r}; {problem}")
+
+    def prepare_placement(self) -> None:
+        """Have the placement look at the groups as they are now."""
+        self.placement.prepare(self, self.all_routes, self.meter)
+
+    def locate(self) -> None:
+        """Find where everything lives, and make all states. A collective call, the first time."""
+        self.prepare_placement()
+        for group, tensors in self.placement.param_batches(self):
+            self.units(group, tensors)
+
+    def units(self, group: ParamGroup, tensors: Sequence[Tensor] | None = None) -> list[Unit]:
+        """Return the group's parameters by where they live, with their states there.
+
+        A collective call, the first time.
+
+        Args:
+            tensors: in place of those that the group has.
+
+        Raises:
+            ValueError: on every rank, if parameters of any cannot be located.
+        """
+        tensors = list(group["params"] if tensors is None else tensors)
+        routes = self.routes[group["id"]]
+        if not tensors and not (self.placement.may_lack_params and routes):
+            return []
+        self.prepare_placement()
+        key = self.placement.cache_key(group, tensors)
+        if key not in self._units:
+            self._units[key] = self._locate(group, routes, tensors)
+        for unit in self._units[key]:
+            for index, i in enumerate(unit.tensors):
+                self.ensure_state(group, unit, index, tensors[i])
+        return self._units[key]
+
+    def _locate(
+        self, group: ParamGroup, routes: Sequence[Route], tensors: Sequence[Tensor]
+    ) -> list[Unit]:
+        groups = self.placement.world_groups()
+        error: Exception | None = None
+        try:
+            self.placement.check(routes, tensors)
+        except (ValueError, RuntimeError) as raised:
+            error = raised
+        collectives.raise_together(error, groups)
+        located: list[Located] = []
+        try:
+            located = self.placement.locate(group, routes, tensors)
+        except (ValueError, RuntimeError) as raised:
+            error = raised
+        collectives.raise_together(error, groups)
+        return [self._agreed(group, place, tensors) for place in located]
+
+    def _agreed(self, group: ParamGroup, located: Located, tensors: Sequence[Tensor]) -> Unit:
+        """Build a unit, if its ranks have the same optimizer and options."""
+        names = sorted({*self.options_type.names(group["kind"]), "lr_ratio"} & group.keys())
+        lines = [f"optimizer {type(self).__name__}", f"check_finite {self.options.check_finite}"]
+        lines += [f"{name} {group[name]!r}" for name in names]
+        ranks = (located.group, located.replicas)
+        collectives.assert_same(lines, ranks, located.device, "on the optimizer's options")
+        return self.make_unit(group, located, tensors)
+
+    def make_unit(self, group: ParamGroup, located: Located, tensors: Sequence[Tensor]) -> Unit:
+        """Build a unit of parameters that lie alike. A collective call."""
+        return Unit(located)
+
+    def ensure_state(self, group: ParamGroup, unit: Unit, index: int, p: Tensor) -> None:
+        """Give a parameter its state from the start, so that all ranks have the same keys."""
+        if "exp_avg" not in self.state[p]:
+            self.state[p].update(adamw.new_state(p))
+
+    def _agree(self, work: Sequence[tuple[ParamGroup, Unit]], grads: Sequence[Grads]) -> bool:
+        """Agree with the other ranks on the step; return whether there is one."""
+        groups, known = self.placement.world_groups(), self._agreement
+        error = self._first_error([group for group, _ in work])
+        every = [grad for some in grads for grad in some]
+        missing = [] if None not in every else self._missing(work, grads)
+        status = Status(
+            tuple(missing),
+            bool(every) and all(grad is None for grad in every),
+            0 if self.monitor is None else self.monitor.every,
+            bool(self.observers),
+        )
+        present = [grad for grad in every if grad is not None and grad.numel()]
+        device = work[0][1].located.device if work else self.device
+        differs = error is not None or status != known.status
+        flag = agreeing.flag_of(present, differs, device, self.options.check_finite)
+        if collectives.any_rank(flag, groups, self.meter):
+            text = "" if error is None else f"{type(error).__name__}\n{error}"
+            report = agreeing.Report(
+                collectives.job_rank(), self.steps_taken(), missing, status.lacks_gradients,
+                status.monitor_every, status.is_observed,
+                self._not_finite(work, grads) if self.options.check_finite else [], text,
+            )  # fmt: skip
+            agreeing.agree(known, report, lambda names: self._present(names, work, grads), groups)
+            known.status = status
+        if not known.has_gradients:
+            warnings.warn("no parameter has a gradient, so this step changes nothing", stacklevel=4)
+        return known.has_gradients
+
+    def _first_error(self, groups: Iterable[ParamGroup]) -> Exception | None:
+        """Return what this rank alone may find wrong before a step."""
+        try:
+            for group in groups:
+                self.check_group(group)
+            self.check_observers()
+        except (ValueError, TypeError) as error:
+            return error
+        return None
+
+    def check_observers(self) -> None:
+        """Raise a ValueError if there are observers, but no whole matrices to show them."""
+
+    def _missing(
+        self, work: Sequence[tuple[ParamGroup, Unit]], grads: Sequence[Grads]
+    ) -> list[str]:
+        """Return the parameters without a gradient that other ranks have as well."""
+        return [
+            name
+            for (_, unit), some in zip(work, grads, strict=True)
+            if max(map(collectives.size, (unit.located.group, unit.located.replicas))) > 1
+            for name, index, _, _ in unit.located.spans
+            if some[index] is None
+        ]
+
+    def _present(
+        self,
+        names: Iterable[str],
+        work: Sequence[tuple[ParamGroup, Unit]],
+        grads: Sequence[Grads],
+    ) -> list[str]:
+        wanted = set(names)
+        return [
+            name
+            for (_, unit), some in zip(work, grads, strict=True)
+            for name, index, _, _ in unit.located.spans
+            if name in wanted and some[index] is not None
+        ]
+
+    def _not_finite(
+        self, work: Sequence[tuple[ParamGroup, Unit]], grads: Sequence[Grads]
+    ) -> list[str]:
+        names = []
+        for (_, unit), some in zip(work, grads, strict=True):
+            for name, index, start, numel in unit.located.spans:
+                grad = some[index]
+                if grad is not None:
+                    part = grad.reshape(-1)[start : start + numel]
+                    if not bool(part.isfinite().all()):
+                        names.append(name)
+        return names
+
+    def _warn_of_missing(self, unit: Unit, grads: Grads) -> None:
+        for name, index, _, _ in unit.located.spans:
+            if grads[index] is None and name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(
+                    f"{name} has no gradient, so it is left as it is in this step", stacklevel=3
+                )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load as torch does, but keep the dtype that states were saved in.
+
+        Raises:
+            ValueError: state was saved with another value of an option that shapes it.
+        """
+        self._check_shaping_options(state_dict["param_groups"])
+        before = [dict(group) for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, old in zip(self.param_groups, before, strict=True):
+            for name, value in old.items():  # of an older release, which did not have it
+                group.setdefault(name, value)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        loaded = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved, loaded, strict=True):
+            for name, value in state_dict["state"].get(i, {}).items():
+                kept = self.state[p].get(name)  # None if a hook has dropped it
+                if kept is not None and isinstance(value, Tensor) and value.dtype != kept.dtype:
+                    self.state[p][name] = value.to(p.device, copy=True)
+
+    def _check_shaping_options(self, saved: Sequence[ParamGroup]) -> None:
+        for group, other in zip(self.param_groups, saved, strict=False):
+            for name, spec in specs_of(self.options_type).items():
+                here, there = group.get(name), other.get(name)
+                if spec.shapes_state and group["kind"] == other.get("kind") and here != there:
+                    raise ValueError(
+                        f"{name} is {here} here, but {there} in the checkpoint; write the {name}"
+                        " that it was saved with"
+                    )

@@ -1,0 +1,196 @@
+"""How the matrices of a unit are done: which in slabs, and block by block in which steps."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from spectral_dist.core.units import MatrixUnit
+from spectral_dist.machine import Machine
+from spectral_dist.polar import of_gram, resolve_dtype
+from spectral_dist.rules.base import PolarSpec, Shape
+from spectral_dist.rules.options import MatrixOptions
+from spectral_dist.sharding import collectives
+from spectral_dist.sharding.boxes import blocks, slabs
+from spectral_dist.sharding.cost import (
+    Job,
+    cheaper_in_slabs,
+    in_slabs_if_cheaper,
+    subspace_seconds,
+)
+from spectral_dist.sharding.exchange import Exchange
+from spectral_dist.sharding.layout import Layout, Located
+from spectral_dist.sharding.plan import make_plan
+
+
+def select_gram(
+    options: MatrixOptions,
+    specs: Mapping[Shape, PolarSpec | None],
+    located: Located,
+    wire: torch.dtype,
+    needs_whole: bool,
+) -> list[bool]:
+    """Return of each matrix whether it is done under ``gram``; the same on every rank.
+
+    Args:
+        specs: of each shape, how its polar factor is found.
+        needs_whole: whether somebody wants to see whole matrices.
+
+    Raises:
+        ValueError: 'gram' was asked for, and a rule or a polar method does not work on Gram
+            matrices.
+    """
+    layouts, ranks = located.layouts, collectives.size(located.group)
+    asked = options.strategy == "gram"
+    if options.strategy in ("gram", "block") and ranks == 1:
+        name = layouts[0].matrix.name if layouts else "no matrix"
+        warnings.warn(
+            f"strategy {options.strategy!r} has no effect on {name} and those that lie like it:"
+            " no other rank holds a part of them",
+            stacklevel=6,
+        )
+    if ranks == 1 or not (asked or (options.strategy == "auto" and not needs_whole)):
+        return [False] * len(layouts)
+    job = Job(ranks, collectives.size(located.replicas), 0, wire.itemsize, False, 8)
+    if any(spec is not None and spec.rank is not None for spec in specs.values()):
+        return _subspaces(options, specs, layouts, job, asked)
+    dtypes: dict[Shape, torch.dtype | None] = {}
+    for shape, spec in specs.items():
+        try:
+            dtypes[shape] = _gram_dtype(spec, wire, located.device)
+        except ValueError as error:
+            if asked:
+                raise ValueError(f"strategy is 'gram', but {error}; or strategy='owner'") from None
+            dtypes[shape] = None  # 'auto' then takes what works
+    able = [dtypes[layout.matrix.shape] is not None for layout in layouts]
+    if asked or not any(able):
+        return able
+    return cheaper_in_slabs(
+        layouts, able, _job_of(job, specs, dtypes, wire, located.device), _machine(options)
+    )
+
+
+def _job_of(
+    job: Job,
+    specs: Mapping[Shape, PolarSpec | None],
+    dtypes: Mapping[Shape, torch.dtype | None],
+    wire: torch.dtype,
+    device: torch.device,
+) -> Job:
+    """Return the job with what the polar factors cost; the first shape's stand for all."""
+    spec = next(spec for shape, spec in specs.items() if dtypes[shape] is not None)
+    assert spec is not None, "a Gram's dtype is a method's"
+    computed = resolve_dtype(spec.method, spec.dtype, wire, device)
+    widest = max(dtype.itemsize for dtype in dtypes.values() if dtype is not None)
+    return replace(
+        job,
+        steps=of_gram.steps_of(spec.method, spec.steps),
+        half=computed in (torch.float16, torch.bfloat16),
+        gram_itemsize=widest,
+    )
+
+
+def _machine(options: MatrixOptions) -> Machine:
+    return Machine.from_user(options.machine or {})
+
+
+def _gram_dtype(spec: PolarSpec | None, wire: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return in which dtype Gram matrices must be.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if spec is None:
+        raise ValueError("this rule needs whole matrices: it names no polar factor")
+    computed = resolve_dtype(spec.method, spec.dtype, wire, device)
+    return of_gram.dtype_of(spec.method, spec.steps, computed)
+
+
+def _subspaces(
+    options: MatrixOptions,
+    specs: Mapping[Shape, PolarSpec | None],
+    layouts: Sequence[Layout],
+    job: Job,
+    asked: bool,
+) -> list[bool]:
+    """Do ``select_gram`` of rules in a subspace, which of a square matrix is one of the rows."""
+    able = [
+        slabs(x, job.ranks).along == int(x.matrix.shape[1] > x.matrix.shape[0]) for x in layouts
+    ]
+    if asked:
+        unable = [x.matrix.name for x, fine in zip(layouts, able, strict=True) if not fine]
+        if unable:
+            warnings.warn(
+                f"strategy is 'gram', but {', '.join(unable[:3])} ({len(unable)} matrices) are"
+                " square and cut by columns, where the rule's subspace is one of the rows: they"
+                " are done at their owners",
+                stacklevel=7,
+            )
+        return able
+    machine = _machine(options)
+
+    def seconds(shape: Shape, count: int) -> tuple[float, float]:
+        spec = specs[shape]
+        rank = min(shape) if spec is None or spec.rank is None else spec.rank
+        return subspace_seconds(shape, rank, count, job, machine)
+
+    return in_slabs_if_cheaper(layouts, able, job.ranks, seconds)
+
+
+def add_blocks(unit: MatrixUnit, options: MatrixOptions, numel: int) -> MatrixUnit:
+    """Return the unit; under strategy ``block`` with its blocks. A collective call.
+
+    A block is done in the replica that does its matrix: there the momentum is, if it is not
+    everywhere.
+
+    Raises:
+        ValueError: the rule keeps state of whole matrices, or blocks are no rectangles.
+    """
+    located, plan, exchange = unit.located, unit.plan, unit.exchange
+    ranks = collectives.size(located.group)
+    if options.strategy != "block" or options.block_period == 1 or ranks == 1:
+        return unit
+    if unit.state is not None:
+        raise ValueError(
+            "strategy is 'block', but the rule keeps state of whole matrices, which blocks have"
+            " not; write strategy='owner' or 'gram'"
+        )
+    by_matrix = [blocks(layout) for layout in located.layouts]
+    layouts = tuple(block for matrix in by_matrix for block in matrix)
+    homes = [owner // ranks for owner, m in zip(plan.owners, by_matrix, strict=True) for _ in m]
+    block_plan = make_plan(layouts, ranks, numel, exchange.copies, homes=homes)
+    block_exchange = Exchange(
+        layouts,
+        block_plan,
+        group=located.group,
+        replicas=located.replicas,
+        device=located.device,
+        home=torch.empty(0, dtype=exchange.home_dtype, device=exchange.home_device),
+        wire_dtype=exchange.wire_dtype,
+        meter=exchange.meter,
+    )
+    block_located = replace(located, layouts=layouts)
+    block_unit = MatrixUnit(block_located, block_plan, block_exchange, unit.has_momentum)
+    return replace(unit, blocks=block_unit, period=options.block_period)
+
+
+def global_step_count(unit: MatrixUnit, present: Sequence[Tensor]) -> int:
+    """Return how many steps the unit has taken, with this one; the same on every rank.
+
+    Asked of all ranks in every step, for one number: a rank may have no tensor of the unit, and a
+    count of its own would be lost with a checkpoint that is loaded under another layout. Waits for
+    the device.
+
+    Args:
+        present: the counts of the tensors that have a gradient here.
+    """
+    located = unit.located
+    most = torch.stack(list(present)).max() if present else torch.zeros(())
+    count = most.to(device=located.device, dtype=torch.float32)
+    for group in (located.group, located.replicas):
+        collectives.max_ranks(count, group, unit.exchange.meter)
+    return int(count.item())

@@ -1,0 +1,1 @@
+"""Which parameters are matrices, and how they hold them."""

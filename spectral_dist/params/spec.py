@@ -1,0 +1,70 @@
+"""What is known of one parameter: its matrices, and why it is trained as it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import nn
+
+from spectral_dist.params.splits import Split
+from spectral_dist.sharding.layout import Matrix
+
+TAG = "spectral_dist_route"
+"""Attribute of a parameter that ``tag`` writes its route to."""
+WRONG_KIND = {
+    "skew": "the model has been converted by spectral_dist.poet.convert, so its weights are"
+    " frozen, and only spectral_dist.POET (SpectralPOET, spectral_poet) trains their"
+    " rotations; name that one, or leave the conversion out",
+    "matrix": "POET orthogonalizes no matrix; it trains the rotations of a model that"
+    " spectral_dist.poet.convert(model) has converted: do that first, and name no matrices",
+}
+"""What an optimizer says that has no use for parameters of a kind."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """What becomes of one parameter: 'matrix', 'scalar' (AdamW), 'skew' (POET's) or 'frozen'."""
+
+    name: str
+    parameter: nn.Parameter
+    shape: tuple[int, ...]
+    kind: str
+    reason: str
+    matrices: tuple[Matrix, ...] = ()
+    replicas: Any = None
+    """the process group of the DistributedDataParallel that it was found in"""
+    one_sided: bool = False
+    """whether its polar factor is to be taken exactly, by the Gram matrix of its short side"""
+    stacked: bool = False
+    """whether the first of three dimensions counts matrices"""
+    layer: Any = None
+    """the ``poet.layer.PoetLayer`` whose skew parameter this is"""
+
+    @property
+    def stack(self) -> int:
+        """Elements of each matrix of a stack, or of the parameter if it is none."""
+        return math.prod(self.shape[1:] if self.stacked else self.shape)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a parameter is by itself, before any pattern: see ``Route``.
+
+    ``shape``: whole and unsharded; ``view``: as its matrices are read, if otherwise. ``split``: how
+    it holds several matrices, unless the user says otherwise. ``name``: in the whole model, if a
+    rank has a part of it and calls it otherwise; its matrices are called after that.
+    """
+
+    shape: tuple[int, ...]
+    kind: str
+    reason: str
+    view: tuple[int, ...] = ()
+    split: Split | None = None
+    name: str = ""
+
+
+Reader: TypeAlias = Callable[[str, nn.Parameter, nn.Module], Reading]
+"""Of a parameter's name, itself and the module that has it."""

@@ -1,0 +1,1 @@
+"""Where parameters live, as the core asks for it."""

@@ -1,0 +1,240 @@
+"""The contract of a rule: elementwise on shards, with one step on whole matrices in between.
+
+A rule is one optimizer's mathematics with its options. It never learns where a matrix lives: what
+it is given may be whole matrices or slabs of them, and only ``MatrixOps`` knows which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar, get_args
+
+import torch
+from torch import Tensor
+
+from spectral_dist.polar import Method
+from spectral_dist.rules.options import MatrixOptions, PolarOptions
+
+O = TypeVar("O", bound=MatrixOptions)  # noqa: E741  the letter of options, as T is of types
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One quantity that a rule keeps of a whole matrix from step to step, zeros at first.
+
+    Attributes:
+        shape: of the quantity, for a whole matrix of m x n.
+        where: how it lies where a matrix stays in slabs. 'matrix': cut as the matrix is, which its
+            shape then is. 'rows', 'columns': its first dimension is the matrix's rows (columns),
+            cut with them; where slabs cut the other side, every rank has all of it, and the rule
+            makes it equal there. 'all': on every rank. 'owner': at the matrix's owner alone.
+        dtype: None is float32, or float64 for float64 parameters.
+    """
+
+    shape: tuple[int, ...]
+    where: Literal["matrix", "rows", "columns", "owner", "all"]
+    dtype: torch.dtype | None = None
+
+    def cut_dimension(self, along: int) -> int | None:
+        """Return which of its dimensions slabs cut that cut dimension ``along`` of the matrix."""
+        if self.where == "matrix":
+            return along
+        return 0 if (self.where, along) in (("rows", 0), ("columns", 1)) else None
+
+
+@dataclass(frozen=True)
+class PolarSpec:
+    """What of a matrix's polar factor its cost, its dtype on the wire and ``gram`` follow from.
+
+    Attributes:
+        method, steps, dtype: as ``spectral_dist.polar.polar`` takes them.
+        rank: of a rule that works in a subspace of the long side alone, the subspace's dimensions;
+            under ``gram`` rank x short numbers of a matrix travel.
+    """
+
+    method: Method
+    steps: int | None = None
+    dtype: str = "auto"
+    rank: int | None = None
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """What a rule wants to know of all matrices of the model at once, now and then.
+
+    Attributes:
+        setting: the option that asks for it, to name it in errors.
+        every: steps from one time to the next.
+        size: numbers that ``MatrixOps.pool`` is given for each shape.
+    """
+
+    setting: str
+    every: int
+    size: int
+
+
+class MatrixOps(Protocol):
+    """What a rule may do with a batch of matrices (k, m, n), wherever their elements are.
+
+    The batch may be a slab of each: rows or columns of it, of the same for all, even none.
+
+    Attributes:
+        shape: (m, n) of the whole matrices.
+        names: of the k matrices.
+        state: what the rule keeps of them, by ``Rule.state``'s names, each stacked: (k, ...), but
+            (j, ...) of what is at the owners of j of them alone.
+    """
+
+    @property
+    def shape(self) -> Shape:
+        """Return (m, n) of the whole matrices."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Return the names of the k matrices."""
+
+    @property
+    def state(self) -> Mapping[str, Tensor]:
+        """Return what the rule keeps of them."""
+
+    def polar(self, matrices: Tensor, spec: PolarSpec | None = None) -> Tensor:
+        """Return the polar factors (k, m, n), by ``spec`` or else by ``Rule.polar``'s."""
+
+    def inner(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the inner products <a, b> of whole matrices, (k,)."""
+
+    def row_sums(self, x: Tensor) -> Tensor:
+        """Return the sums over whole rows of (k, m, n), of the rows that are here: (k, m')."""
+
+    def quantile(self, magnitudes: Tensor, q: float) -> Tensor:
+        """Return the q-quantile of each whole matrix's elements, (k,)."""
+
+    def fraction(self, mask: Tensor) -> Tensor:
+        """Return the fraction of each whole matrix's elements that are true, (k,)."""
+
+    def at_owner(
+        self,
+        parts: Tensor,
+        evaluate: Callable[[Tensor, list[int]], Tensor],
+        among: Sequence[int] | None = None,
+    ) -> Tensor:
+        """Add up parts (j, ...) over slabs, each at its matrix's owner, and evaluate them there.
+
+        Args:
+            parts: one for each matrix of ``among``, (j, ...).
+            evaluate: gets the sums (i, ...) of those that are owned here and their places in the
+                state that is at owners; returns (i, ...).
+            among: which of the batch, ascending; None is all.
+
+        Returns:
+            What ``evaluate`` made of every sum, (j, ...), on every rank.
+        """
+
+    def count_polar(self, places: list[int] | None, matrices: Tensor, factors: Tensor) -> None:
+        """Count, and show observers and monitor, polar factors that were found without ``polar``.
+
+        ``places``: at owners, of whole matrices; None: of the batch, slabs or not.
+        """
+
+    def note(self, name: str, values: Callable[[], Tensor]) -> None:
+        """Tell the monitor, if it watches this step, one number for each matrix, (k,)."""
+
+    def pool(self, values: Callable[[], Tensor]) -> None:
+        """Add numbers (``Pooling.size``,) to those of this shape, in a step in which they count."""
+
+
+class Rule(Generic[O]):
+    """One optimizer's mathematics. M is the momentum, the shard state ``exp_avg``.
+
+    ``update_input``, ``accumulate`` and ``update_weights`` are elementwise, and get lists of flat
+    runs of shards, at least one; ``direction`` alone sees whole matrices, or slabs of them.
+    """
+
+    options_type: ClassVar[type[MatrixOptions]]
+    """Set from the class's own parameter: ``class Muon(Rule[MuonOptions])``."""
+    example: ClassVar[str] = ""
+    """Keywords of an example, as in ``lr=0.02``."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        for base in getattr(cls, "__orig_bases__", ()):
+            for argument in get_args(base):
+                if isinstance(argument, type) and issubclass(argument, MatrixOptions):
+                    cls.options_type = argument
+
+    def has_momentum(self, options: O) -> bool:
+        """Return whether there is M. If not, momenta are empty lists."""
+        return True
+
+    def state(self, options: O, shape: Shape) -> dict[str, StateSpec]:
+        """Return what is kept of a whole matrix of this shape beside M."""
+        return {}
+
+    def polar(self, options: O, shape: Shape) -> PolarSpec | None:
+        """Return how the polar factor of a matrix of this shape is found; None if there is none.
+
+        A rule without one gets whole matrices always.
+        """
+        if isinstance(options, PolarOptions):
+            return PolarSpec(options.polar, options.polar_steps, options.polar_dtype)
+        return None
+
+    def prepare(self, options: O, shapes: Mapping[str, Shape]) -> O:
+        """Return the options of a group with what depends on its matrices, given by name."""
+        return options
+
+    def accumulate(self, options: O, momenta: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """M <- beta M + (1 - beta) G, in place."""
+        torch._foreach_lerp_(list(momenta), list(grads), 1 - options.momentum)
+
+    def update_input(
+        self, options: O, momenta: Sequence[Tensor], grads: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Return what is to be orthogonalized: M, or G where there is no M."""
+        return list(momenta) if self.has_momentum(options) else list(grads)
+
+    def direction(self, options: O, matrices: Tensor, ops: MatrixOps) -> Tensor:
+        """Return the direction of each matrix of (k, m, n), of the same shape.
+
+        A zero matrix must give zeros. The result may be of a wider dtype; a rule does not round.
+        """
+        raise NotImplementedError
+
+    def scale(self, options: O, shape: Shape) -> float:
+        """Return the factor s of the direction of a whole matrix of this shape."""
+        return 1.0
+
+    def update_weights(
+        self,
+        options: O,
+        lr: float,
+        weights: Sequence[Tensor],
+        directions: Sequence[Tensor],
+        shapes: Sequence[Shape],
+    ) -> None:
+        """W <- (1 - lr wd) W - lr s D, in place. ``shapes`` are those of the whole matrices.
+
+        Half-precision weights are updated in the directions' dtype and rounded once.
+        """
+        factors = [-lr * self.scale(options, shape) for shape in shapes]
+        wide = [
+            w.to(d.dtype) for w, d in zip(weights, directions, strict=True)
+        ]  # w itself if equal
+        torch._foreach_mul_(wide, 1 - lr * options.weight_decay)
+        torch._foreach_add_(wide, list(torch._foreach_mul(list(directions), factors)))
+        half = [i for i, weight in enumerate(weights) if wide[i] is not weight]
+        if half:
+            torch._foreach_copy_([weights[i] for i in half], [wide[i] for i in half])
+
+    def pooling(self, options: O) -> Pooling | None:
+        """Return what is to be added up over all matrices of the model, if anything is."""
+        return None
+
+    def adapt(self, options: O, pooled: Mapping[Shape, Tensor]) -> O:
+        """Return the options of a group after numbers were pooled, by (short, long) side.
+
+        The same on every rank, as the numbers are. (size,) float64 on the CPU.
+        """
+        return options

@@ -1,0 +1,63 @@
+"""What a parameter group of one kind may set, and what it carries."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from spectral_dist.rules.options import BaseOptions
+from spectral_dist.rules.registry import nearest_option, option_names
+
+FRAMEWORK_KEYS = {
+    *("name", "initial_lr", "swa_lr", "param_names", "is_expert_group", "moe", "lr_mult"),
+    *("max_lr", "min_lr", "base_momentum", "max_momentum", "last_batch_iteration"),
+    *("wd_mult", "start_wd", "end_wd", "pre_wd_mult", "pre_lr_mult", "optimizer"),
+    *("is_expert_parallel", "is_decoupled_lr", "default_config", "spectral_kind"),
+}
+"""Keys that schedulers and frameworks keep in parameter groups for themselves."""
+
+
+def group_options(group: Mapping[str, Any], base: BaseOptions) -> dict[str, Any]:
+    """Return what a group of one kind carries: the optimizer's options, changed by its own.
+
+    Keys that are no option stay: frameworks keep their own there.
+
+    Args:
+        group: with ``kind``, and options of its own.
+        base: the optimizer's options.
+
+    Raises:
+        ValueError: an unknown option, one that this kind has not, or a bad value.
+    """
+    kind = group["kind"]
+    carried = base.group(kind)
+    own = {k: v for k, v in group.items() if k not in ("params", "kind", "routes")}
+    known = option_names() | type(base).names(kind)
+    for name in own:
+        if name in known and name not in carried:
+            hint = " (one_sided is for optimizers that have it: Muon, PolarGrad)" * (
+                name == "polar"
+            )
+            raise ValueError(f"a parameter group of kind {kind!r} has no option {name!r}{hint}")
+        if name not in known and name not in carried and name not in FRAMEWORK_KEYS:
+            near = nearest_option(name)
+            if near:
+                raise ValueError(
+                    f"a parameter group: unknown option {name!r}; did you mean {near!r}?"
+                )
+            warnings.warn(
+                f"a parameter group has a key {name!r}, which is no option here and has no effect",
+                stacklevel=3,
+            )
+    names = type(base).names(kind)
+    values = {name: value for name, value in own.items() if name in names}
+    if isinstance(values.get("betas"), list):
+        values["betas"] = own["betas"] = tuple(values["betas"])
+    replace(base, **values).check("a parameter group")
+    lr = own.pop("lr", None)
+    if lr is not None:
+        carried["lr_ratio"] = base.ratio(lr, "a group's lr")
+    carried.update(own)
+    return carried
