@@ -48,6 +48,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import spectral_dist
+from spectral_dist.core.optimizer import SpectralOptimizer
+from spectral_dist.core.units import MatrixUnit
 
 VOCABULARY, WIDTH, HEAD, LAYERS = 1024, 512, 64, 4
 OURS = "ours bf16"
@@ -289,10 +291,15 @@ class Runner:
 
 def loads(optimizer: Any) -> list[float]:
     """Newton-Schulz multiply-adds of every rank; none if it is not one of ours."""
-    if not isinstance(optimizer, spectral_dist.optimizer.SpectralOptimizer):
+    if not isinstance(optimizer, SpectralOptimizer):
         return []
     units = [unit for group in optimizer.param_groups for unit in optimizer.units(group)]
-    return [sum(x) for x in zip(*(unit.plan.loads for unit in units if unit.plan), strict=True)]
+    return [
+        sum(x)
+        for x in zip(
+            *(unit.plan.loads for unit in units if isinstance(unit, MatrixUnit)), strict=True
+        )
+    ]
 
 
 def imbalance(found: Sequence[float]) -> float:

@@ -33,17 +33,6 @@ class EngineName(StrEnum):
     megatron = "megatron"
 
 
-class OptimizerName(StrEnum):
-    """Of which a configuration is shipped, for most engines."""
-
-    muon = "muon"
-    polargrad = "polargrad"
-    root = "root"
-    sumo = "sumo"
-    poet = "poet"
-    adamw = "adamw"
-
-
 @app.command()
 def main(
     model: Annotated[Path, Option(help="LlamaConfig as JSON (configs/models)")],
@@ -55,7 +44,10 @@ def main(
         ),
     ] = None,
     optimizer: Annotated[
-        OptimizerName | None, Option(help="in place of --config: the one shipped for the engine")
+        str | None,
+        Option(
+            help="in place of --config: muon, adamw or another's name, as shipped for the engine"
+        ),
     ] = None,
     engine: Annotated[EngineName, Option()] = EngineName.deepspeed,
     data: Annotated[
@@ -90,7 +82,13 @@ def main(
     if (config is None) == (optimizer is None):
         wrong = "both are given" if config else "neither is given"
         raise BadParameter(f"{wrong}: write either --config FILE or --optimizer NAME")
-    config = config or shipped_config(engine, str(optimizer))
+    if config is None:
+        from spectral_dist.launch import shipped
+
+        try:
+            config = shipped.config_of(engine.value, str(optimizer))
+        except ValueError as error:
+            raise BadParameter(str(error)) from None
     options = dict(locals())
     if engine is not EngineName.deepspeed:
         for flag, given in (("--steps", steps is not None), ("--zero-init", zero_init)):
@@ -113,23 +111,6 @@ def main(
         typer.echo(f"pretrain: error: {error}", err=True)
         raise typer.Exit(2) from None
     _run(run)
-
-
-def shipped_config(engine: EngineName, optimizer: str) -> Path:
-    """The configuration of an optimizer. BadParameter: none is shipped for the engine."""
-    folder = Path(__file__).resolve().parents[1] / "configs"
-    plain, others, ending = {
-        EngineName.deepspeed: ("deepspeed/zero2", "deepspeed/zero2_", ".json"),
-        EngineName.megatron: ("megatron/tiny_muon", "megatron/tiny_", ".yaml"),
-    }.get(engine, ("torch/muon", "torch/", ".yaml"))
-    found = folder / f"{plain if optimizer == 'muon' else others + optimizer}{ending}"
-    if not found.is_file():
-        here = [path.stem.removeprefix("tiny_") for path in folder.glob(f"{others}*{ending}")]
-        raise BadParameter(
-            f"no configuration of {optimizer} is shipped for --engine {engine}; there are"
-            f" {', '.join(sorted(here))}: or write one, and give it as --config"
-        )
-    return found
 
 
 def read_settings(engine: EngineName, config: Path) -> yaml_config.RunConfig:

@@ -202,7 +202,9 @@ def _take_groups(optimizer: ShardedOptimizer, saved: list[dict[str, Any]]) -> No
                     f"{route.name} and {routes[0].name} are in one parameter group here, but in two"
                     " with different options in the checkpoint; build the groups as they were"
                 )
-            group.update({k: tuple(v) if k == "betas" else v for k, v in old.items()})
+            saved_group = {k: tuple(v) if k == "betas" else v for k, v in old.items()}
+            optimizer.fill_in(saved_group, group)
+            group.update(saved_group)
 
 
 def save(folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer, **extra: Any) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectral_dist.group_options import FRAMEWORK_KEYS
+from spectral_dist.rules.group_options import FRAMEWORK_KEYS
 
 MOMENTS = {"matrix": ("exp_avg",), "scalar": ("exp_avg", "exp_avg_sq")}
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Meter
-from spectral_dist.sharding.exchange import Exchange
+from spectral_dist.sharding.exchange import Exchange, MatrixTask
 from spectral_dist.sharding.layout import Cut, Layout, Matrix, Tile, lay
 from spectral_dist.sharding.plan import make_plan
 from tests import harness
@@ -25,11 +25,6 @@ def direction(whole):
     """Not symmetric in anything: a direction that comes back misplaced is another number."""
     m, n = whole.shape
     return whole + (3 * torch.arange(m)[:, None] + 5 * torch.arange(n)) % 50
-
-
-def number(whole):
-    """Of one matrix, float32; a third, so that no dtype holds it exactly by chance."""
-    return (whole.sum() + 1) / 3
 
 
 def group_here():
@@ -66,34 +61,35 @@ def make(layouts, numel=1 << 30, wire=torch.float32, group="everyone", replicas=
     return exchange, plan, meter
 
 
-class Recorder:
-    """A ``Work`` of plain functions; ``absorb`` unless given must not be called."""
+class Recorder(MatrixTask):
+    """A task of plain functions."""
 
-    absorbs = numbers = False
+    def __init__(self, update_input, direction, apply):
+        self._update_input, self._direction, self._apply = update_input, direction, apply
 
-    def __init__(self, request, direction, settle):
-        self.request = request
-        self._direction, self._settle = direction, settle
+    def update_input(self, pieces):
+        return self._update_input(pieces)
 
     def direction(self, matrices, which):
-        return self._direction(matrices), None
+        return self._direction(matrices)
 
-    def settle(self, pieces, directions, numbers):
-        assert numbers == []
-        self._settle(pieces, directions)
+    def slab_direction(self, slabs, reduction):
+        raise AssertionError("no matrix is in slabs")
+
+    def apply(self, pieces, directions):
+        self._apply(pieces, directions)
 
 
-class Checked:
-    """A ``Work`` that knows the truth: what must arrive where, in which dtype, how often."""
+class Checked(MatrixTask):
+    """A task that knows the truth: what must arrive where, in which dtype, how often."""
 
-    def __init__(self, world, exchange, plan, wire, absorbs, numbers, here):
+    def __init__(self, world, exchange, plan, wire, here):
         self.world, self.exchange, self.plan, self.wire = world, exchange, plan, wire
-        self.absorbs, self.numbers = absorbs, numbers
         self.rank, self.replica, self.ranks = here
         self.inputs = self.packed(world.mine)
         self.outputs = [torch.full_like(t, UNTOUCHED, dtype=HOME) for t in world.mine]
         self.targets = exchange.stored.views(self.outputs)
-        self.owned, self.asked, self.absorbed, self.settled = [], [], [], []
+        self.owned, self.asked, self.settled = [], [], []
 
     def packed(self, tensors):
         """The given runs out of tensors that hold nothing else, as an owner's momentum does."""
@@ -110,7 +106,7 @@ class Checked:
     def owner_is_here(self, piece):
         return self.plan.owners[piece.matrix] // self.ranks == self.replica
 
-    def request(self, pieces):
+    def update_input(self, pieces):
         assert all(map(self.owner_is_here, pieces))
         self.asked += pieces
         return [self.inputs[piece] for piece in pieces]
@@ -122,28 +118,12 @@ class Checked:
         for i, matrix, whole in zip(which, matrices, wholes, strict=True):
             assert torch.equal(matrix.float(), whole), self.world.layouts[i]
         self.owned += which
-        numbers = torch.stack([number(whole) for whole in wholes]) if self.numbers else None
-        return torch.stack([direction(matrix.float()) for matrix in matrices]), numbers
+        return torch.stack([direction(matrix.float()) for matrix in matrices])
 
-    def check_numbers(self, pieces, numbers):
-        """Bit by bit the owner's, which is not in reach: computed again from the truth."""
-        assert len(numbers) == (len(pieces) if self.numbers else 0)
-        for piece, mine in zip(pieces, numbers, strict=False):
-            wanted = number(self.world.truths[piece.matrix].whole).to(HOME)
-            assert torch.equal(mine, wanted)
-            assert mine.shape == ()
+    def slab_direction(self, slabs, reduction):
+        raise AssertionError("no matrix is in slabs")
 
-    def absorb(self, pieces, directions, numbers):
-        """What no wire could carry: a third of it."""
-        assert self.absorbs
-        assert all(map(self.owner_is_here, pieces))
-        self.check_numbers(pieces, numbers)
-        self.absorbed += pieces
-        assert all(d.dtype == HOME for d in directions)
-        return [d / 3 for d in directions]
-
-    def settle(self, pieces, directions, numbers):
-        self.check_numbers(pieces, numbers)
+    def apply(self, pieces, directions):
         self.settled += pieces
         for piece, part in zip(pieces, directions, strict=True):
             assert part.dtype == HOME
@@ -158,33 +138,27 @@ class Checked:
         assert sorted(self.settled, key=repr) == sorted(stored, key=repr)
         assert sorted(self.asked, key=repr) == sorted(given, key=repr)
         assert given == [piece for piece in stored if self.owner_is_here(piece)]
-        assert sorted(self.absorbed, key=repr) == sorted(given if self.absorbs else [], key=repr)
         for truth in self.world.truths:
             truth.direction.copy_(direction(truth.whole))
         for out, wanted in zip(self.outputs, self.world.expected(), strict=True):
-            wanted = wanted.to(HOME)
-            touched = wanted != UNTOUCHED
-            scaled = torch.where(touched, wanted / 3, wanted) if self.absorbs else wanted
-            assert torch.equal(out, scaled)
+            assert torch.equal(out, wanted.to(HOME))
 
 
-def there_and_back(
-    world: World, numel: int, wire: torch.dtype, absorbs=False, numbers=False, where=(None, None)
-):
+def there_and_back(world: World, numel: int, wire: torch.dtype, where=(None, None)):
     """Every matrix to its owner, and its direction back to where its elements are stored."""
     group, replicas = where
     exchange, plan, meter = make(world.layouts, numel, wire, group, replicas)
     here = (collectives.rank(group), collectives.rank(replicas), collectives.size(group))
-    work = Checked(world, exchange, plan, wire, absorbs, numbers, here)
-    exchange.run(work)
-    work.check()
+    task = Checked(world, exchange, plan, wire, here)
+    exchange.run(task)
+    task.check()
     return plan, meter
 
 
-def costs(world, plan, here, replicas, wire, absorbs, numbers):
+def costs(world, plan, here, replicas, wire):
     """(calls, bytes) that one exchange must have cost this rank."""
     rank, replica, ranks = here
-    calls, sent = dict.fromkeys(("all_to_all", "all_gather", "all_reduce"), 0), 0
+    calls, sent = dict.fromkeys(("all_to_all", "all_gather"), 0), 0
     for truth, owner in zip(world.truths, plan.owners, strict=True):
         if owner // ranks == replica:
             mine = owner % ranks == rank
@@ -199,14 +173,8 @@ def costs(world, plan, here, replicas, wire, absorbs, numbers):
             given = [0] * replicas
             for i in here:
                 given[plan.owners[i] // ranks] += world.truths[i].held(rank)
-            # what was absorbed is as wide as the momentum
-            width = HOME.itemsize if absorbs else wire.itemsize
-            sent += (replicas - 1) * max(given) * width
+            sent += (replicas - 1) * max(given) * wire.itemsize
             calls["all_gather"] += 1
-        if numbers:
-            rounds_ = (ranks > 1) + (replicas > 1)
-            calls["all_reduce"] += rounds_
-            sent += rounds_ * len(here) * HOME.itemsize
     return {name: count for name, count in calls.items() if count}, sent
 
 
@@ -219,9 +187,8 @@ def rounds(ranks: int, replicas: int, wire_name: str, seed: int) -> int:
         here = (collectives.rank(where[0]), collectives.rank(where[1]), ranks)
         world = random_world(seed + count, ranks, here[0], largest=largest)
         numel = (1, 30, 1 << 30, 7)[count % 4]
-        absorbs, numbers = (count // 4) % 2 == 1, (count // 8) % 2 == 1
-        plan, meter = there_and_back(world, numel, wire, absorbs, numbers, where)
-        calls, sent = costs(world, plan, here, replicas, wire, absorbs, numbers)
+        plan, meter = there_and_back(world, numel, wire, where)
+        calls, sent = costs(world, plan, here, replicas, wire)
         assert meter.calls == calls
         assert sum(meter.bytes.values()) == sent
         moved += sent
@@ -247,7 +214,7 @@ def test_shards_reach_their_replicas(wire):
     assert sum(harness.run(4, rounds, 2, 2, wire, 900)) > 0
 
 
-def collectives_in_order(ranks, replicas, numbers):
+def collectives_in_order(ranks, replicas):
     """The collectives of one exchange whose buckets move and do not, in their order here."""
     group, copies = grid(ranks, replicas, False)
     names = {id(group): "group", id(copies): "replicas"}
@@ -264,13 +231,13 @@ def collectives_in_order(ranks, replicas, numbers):
         return original, call
 
     originals = {}
-    for name in ("all_to_all", "all_gather", "sum_ranks"):
+    for name in ("all_to_all", "all_gather"):
         originals[name], call = recorded(name)
         setattr(collectives, name, call)
     try:
         for seed in range(50, 60):
             world = random_world(seed, ranks, collectives.rank(group), largest=1 << 20)
-            there_and_back(world, 9, torch.float32, numbers, numbers, (group, copies))
+            there_and_back(world, 9, torch.float32, (group, copies))
             order.append("end")
     finally:
         for name, original in originals.items():
@@ -278,10 +245,9 @@ def collectives_in_order(ranks, replicas, numbers):
     return order
 
 
-@pytest.mark.parametrize("numbers", [False, True])
 @pytest.mark.parametrize(("ranks", "replicas"), [(4, 1), (2, 2), (1, 3)])
-def test_all_ranks_call_the_same_collectives_in_one_order(ranks, replicas, numbers):
-    first, *rest = harness.run(ranks * replicas, collectives_in_order, ranks, replicas, numbers)
+def test_all_ranks_call_the_same_collectives_in_one_order(ranks, replicas):
+    first, *rest = harness.run(ranks * replicas, collectives_in_order, ranks, replicas)
     assert all(order == first for order in rest)
     assert (("all_to_all", "group") in first) == (ranks > 1)
     assert (("all_gather", "replicas") in first) == (replicas > 1)
@@ -290,8 +256,7 @@ def test_all_ranks_call_the_same_collectives_in_one_order(ranks, replicas, numbe
 def test_alone_nothing_is_sent():
     for seed in range(30):
         world = random_world(seed, 1, 0, largest=1 << 20)
-        options = (seed % 2 == 0, seed % 4 < 2)
-        plan, meter = there_and_back(world, (1, 30, 1 << 30)[seed % 3], torch.float32, *options)
+        plan, meter = there_and_back(world, (1, 30, 1 << 30)[seed % 3], torch.float32)
         assert set(plan.owners) == {0}
         assert meter == Meter()
 
@@ -305,56 +270,15 @@ def test_rounds_to_the_wire_even_if_nothing_is_sent():
         seen.append(matrices[0].float())
         return torch.tensor([[[0.5, 1.001], [1.5, 257.0]]])
 
-    def settle(pieces, directions):
+    def apply(pieces, directions):
         seen.append(directions[0].float())
 
-    def request(pieces):
+    def update_input(pieces):
         return [torch.tensor([1.0, 1.001, 1.5, 257.0])]
 
-    exchange.run(Recorder(request, whole, settle))
+    exchange.run(Recorder(update_input, whole, apply))
     assert torch.equal(seen[0], torch.tensor([[1.0, 1.0], [1.5, 256.0]]))
     assert torch.equal(seen[1], torch.tensor([0.5, 1.0, 1.5, 256.0]))
-
-
-def absorbing(numel):
-    """Directions as ``absorb`` saw them and as ``settle`` did, of two DDP replicas on a bf16 wire.
-
-    What comes out of ``absorb`` goes to the other replica as it is.
-    """
-    layouts = [lay(Matrix(f"m{i}", (1, 2), ((0, 1),)), Cut((0, 2)), tensor=i) for i in range(4)]
-    exchange, plan, _ = make(layouts, numel, torch.bfloat16, None, dist.group.WORLD)
-    before, after = {}, {}
-
-    class Absorbing(Recorder):
-        absorbs = True
-
-        def absorb(self, pieces, directions, numbers):
-            before.update({p.matrix: d.clone() for p, d in zip(pieces, directions, strict=True)})
-            return [d + 2.0**-40 for d in directions]
-
-    def settle(pieces, directions):
-        after.update({p.matrix: d.clone() for p, d in zip(pieces, directions, strict=True)})
-
-    exchange.run(
-        Absorbing(
-            lambda pieces: [torch.full((2,), 1.0 + p.matrix) for p in pieces],
-            lambda matrices: matrices.float() + 0.001,
-            settle,
-        )
-    )
-    return plan.owners, before, after
-
-
-@pytest.mark.parametrize("numel", [1, 1 << 30])
-def test_what_was_absorbed_is_not_rounded_again(numel):
-    results = harness.run(2, absorbing, numel)
-    for rank, (owners, before, after) in enumerate(results):
-        assert sorted(before) == [i for i, owner in enumerate(owners) if owner == rank]
-        assert sorted(after) == [0, 1, 2, 3]
-        for i in range(4):
-            rounded = torch.tensor(i + 1.001).bfloat16().to(HOME)
-            assert i not in before or torch.equal(before[i], rounded.expand(2))
-            assert torch.equal(after[i], (rounded + 2.0**-40).expand(2))
 
 
 def exchange_once(layouts, sizes, numel=1 << 30, **where):
@@ -431,14 +355,14 @@ def tp2_by_dp2():
     (view,) = exchange.stored.views([mine]).values()
     seen, back = [], []
 
-    def settle(pieces, directions):
+    def apply(pieces, directions):
         back.extend(directions)
 
     def ten_times(matrices):
         seen.append(matrices.clone())
         return matrices * 10
 
-    exchange.run(Recorder(lambda pieces: [view] if pieces else [], ten_times, settle))
+    exchange.run(Recorder(lambda pieces: [view] if pieces else [], ten_times, apply))
     assert len(seen) == (rank == plan.owners[0])
     assert all(torch.equal(matrices[0], whole) for matrices in seen)
     assert torch.equal(torch.cat(back).float(), mine * 10)

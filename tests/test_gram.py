@@ -16,7 +16,7 @@ from spectral_dist.polar import of_gram, polar, reductions
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.boxes import Box, Slabs, meet, slabs
 from spectral_dist.sharding.collectives import Meter
-from spectral_dist.sharding.exchange import Exchange
+from spectral_dist.sharding.exchange import Exchange, MatrixTask
 from spectral_dist.sharding.gram import Reduction, fold, unfold
 from spectral_dist.sharding.layout import Cut, Tile
 from spectral_dist.sharding.plan import make_plan
@@ -31,40 +31,35 @@ SHAPES = {"wide": (12, 40), "wide2": (12, 40), "tall": (44, 10), "square": (16, 
 # -- the way to slabs and back, of anything that can be laid out
 
 
-class Work:
+class Task(MatrixTask):
     """What must arrive in every slab, and something that comes back misplaced if it does."""
 
-    absorbs = numbers = False
-
-    def __init__(self, world, exchange, ranks, rank, numbers):
-        self.world, self.ranks, self.rank, self.numbers = world, ranks, rank, numbers
+    def __init__(self, world, exchange, ranks, rank):
+        self.world, self.ranks, self.rank = world, ranks, rank
         self.inputs = exchange.stored.views(world.mine)
         self.outputs = [torch.full_like(t, UNTOUCHED) for t in world.mine]
         self.targets = exchange.stored.views(self.outputs)
         self.seen = 0
 
-    def request(self, pieces):
+    def update_input(self, pieces):
         return [self.inputs[piece] for piece in pieces]
 
     def direction(self, matrices, which):
         assert all(len(self.world.layouts[i].holders()) == 1 for i in which)
-        numbers = torch.tensor(which).float() if self.numbers else None
-        return matrices + 1, numbers
+        return matrices + 1
 
-    def slabs(self, x, reduction):
+    def slab_direction(self, x, reduction):
         for k, i in enumerate(reduction.matrices):
             box = slabs(self.world.layouts[i], self.ranks).box(self.rank, reduction.shape)
             whole = self.world.truths[i].whole
             there = whole[box.row : box.row + box.rows, box.col : box.col + box.cols]
             assert torch.equal(x[k], there)
         self.seen += len(reduction.matrices)
-        numbers = torch.tensor(reduction.matrices).float() if self.numbers else None
-        return x + 1, numbers
+        return x + 1
 
-    def settle(self, pieces, directions, numbers):
-        for i, (piece, part) in enumerate(zip(pieces, directions, strict=True)):
+    def apply(self, pieces, directions):
+        for piece, part in zip(pieces, directions, strict=True):
             self.targets[piece].copy_(part)
-            assert not self.numbers or int(numbers[i]) == piece.matrix
 
 
 def there_and_back(ranks, replicas, seed):
@@ -81,16 +76,16 @@ def there_and_back(ranks, replicas, seed):
             world.layouts, plan, group=group, replicas=copies, device=torch.device("cpu"),
             home=torch.empty(0), wire_dtype=torch.float32, meter=Meter(),
         )  # fmt: skip
-        work = Work(world, exchange, ranks, rank, count % 2 == 1)
-        exchange.run(work)
+        task = Task(world, exchange, ranks, rank)
+        exchange.run(task)
         replica = collectives.rank(copies)
         mine = [o // ranks == replica and c for o, c in zip(plan.owners, cut, strict=True)]
-        assert work.seen == sum(mine)
+        assert task.seen == sum(mine)
         for truth in world.truths:
             truth.direction.copy_(truth.whole + 1)
-        for out, wanted in zip(work.outputs, world.expected(), strict=True):
+        for out, wanted in zip(task.outputs, world.expected(), strict=True):
             assert torch.equal(out, wanted)
-        moved += work.seen
+        moved += task.seen
     return moved
 
 

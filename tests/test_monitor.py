@@ -107,7 +107,7 @@ def test_changes_no_bit_and_sends_nothing_when_not_due() -> None:
     without, _, _ = watched(spectral_dist.Muon, 4, 100)
     for a, b in zip(with_monitor.parameters(), without.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert watching.monitor._watches == []
+    assert watching.meter.calls == {}
 
 
 def report_under(layout: str, rule: str) -> tuple[Any, int, int]:

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import nn
 
 import spectral_dist
-from spectral_dist import groups
 from spectral_dist.params.classify import classify
 from tests import harness, models
 from tests.test_groups import Model, V, linear
@@ -179,7 +178,7 @@ def flattened(use_orig_params):
             models.build(odd=False), use_orig_params=use_orig_params, device_id=torch.device("cpu")
         )
     try:
-        groups.param_groups(model)
+        spectral_dist.param_groups(model)
     except ValueError as error:
         return str(error)
     return f"no error, {dist.get_world_size()} ranks"

@@ -213,7 +213,7 @@ def test_groups_may_have_options_of_their_own():
 def test_a_framework_with_masters_merges_when_it_says_so():
     model, optimizer = made()
     run = reference_run(model)
-    optimizer.placer.masters = True
+    optimizer.placement.has_master_weights = True
     for step in range(9):
         optimizer.zero_grad()
         Loss(model)(*batch(step)).backward()

@@ -9,6 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import spectral_dist
 from spectral_dist import poet
+from spectral_dist.params.classify import classify
 from spectral_dist.poet.layer import PoetLinear
 from tests import models
 from tests.test_poet_layer import One, rotated, spin, weight_of
@@ -43,7 +44,7 @@ def test_every_linear_but_the_head_and_frozen_ones():
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert {"embed.weight", "head.weight", "experts", "layers.0.out.bias"} < trained
     assert not any(name.endswith("qkv.weight") for name in trained)
-    routes = {r.name: (r.kind, r.layer) for r in spectral_dist.groups.classify(model)}
+    routes = {r.name: (r.kind, r.layer) for r in classify(model)}
     assert routes["layers.0.up.skew_in"] == ("skew", model.layers[0].up)
     assert routes["head.weight"][0] == routes["experts"][0] == "scalar"
     assert routes["layers.0.up.weight"] == ("frozen", None)

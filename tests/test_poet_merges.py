@@ -38,7 +38,9 @@ def follow(model, lr, cycle, merges):
     optimizer = spectral_dist.POET(
         spectral_dist.param_groups(model), lr=lr, merge_every=cycle, scalar_lr=1e-3
     )
-    optimizer.placer.masters = True  # it merges when it is told to, so that one can look before
+    optimizer.placement.has_master_weights = (
+        True  # it merges when it is told to, so that one can look before
+    )
     found, losses = [], []
     for step in range(cycle * merges):
         optimizer.zero_grad()

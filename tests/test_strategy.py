@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 import spectral_dist
-from spectral_dist import strategy
-from spectral_dist.rules.muon import MuonOptions
-from spectral_dist.rules.polargrad import PolarGradOptions
-from spectral_dist.rules.root import ROOTOptions
-from spectral_dist.rules.sumo import SUMOOptions
+from spectral_dist.core import strategy
+from spectral_dist.machine import Machine
+from spectral_dist.rules.muon import Muon, MuonOptions
+from spectral_dist.rules.polargrad import PolarGrad, PolarGradOptions
+from spectral_dist.rules.root import ROOT, ROOTOptions
+from spectral_dist.rules.sumo import SUMO, SUMOOptions
 from spectral_dist.sharding.cost import (
     Job,
-    Machine,
     cheaper_in_slabs,
     gram_seconds,
     owner_seconds,
@@ -76,20 +77,24 @@ def test_seconds_by_hand():
     assert found == pytest.approx((2 * 2 * 20 * 2 / 10 + 2, 2 * 0.5 * 3 * 2 * 2 / 10 + 2))
 
 
-def groups_of(cls, **options):
-    built = cls.from_user(options)
-    group = built.matrix_group()
+RULES = {MuonOptions: Muon, PolarGradOptions: PolarGrad, ROOTOptions: ROOT, SUMOOptions: SUMO}
+
+
+def selected(cls, layouts, wire, observed=False, **given):
+    """What is done in slabs of layouts over all ranks."""
+    options, rule = cls.from_user(given), RULES[cls]()
+    shapes = {layout.matrix.name: layout.matrix.shape for layout in layouts}
     if cls is ROOTOptions:
-        group["coefficients"] = {"2048x131072": [3.4445, -4.775, 2.0315]}
-    return built, group
+        options = replace(options, coefficients={"2048x131072": [3.4445, -4.775, 2.0315]})
+    specs = {shape: rule.polar(options, shape) for shape in shapes.values()}
+    (located,) = laid.Placed(layouts, dist.group.WORLD, None, False).locate({}, [], [])
+    observed = observed or rule.pooling(options) is not None
+    return strategy.select_gram(options, specs, located, wire, observed)
 
 
 def chosen(cls, given, observed=False, dtype="bfloat16"):
-    options, group = groups_of(cls, **given)
-    placement = laid.Placed(tiled(1, HUGE, 2), dist.group.WORLD, None, False).placement
-    wire = getattr(torch, dtype)
     try:
-        return strategy.in_slabs(options, group, placement, wire, observed)
+        return selected(cls, tiled(1, HUGE, 2), getattr(torch, dtype), observed, **given)
     except ValueError as error:
         return str(error)
 
@@ -120,12 +125,10 @@ def test_auto_and_forced(cls, given, observed, wanted):
 
 def sumo(ranks, shape, along, rank, asked):
     """(what SUMO does of 16 matrices that lie in strips, the warnings)."""
-    options, group = groups_of(SUMOOptions, rank=rank, strategy=asked)
     layouts = tiled(16, shape, ranks, along)
-    placement = laid.Placed(layouts, dist.group.WORLD, None, False).placement
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        chosen = strategy.in_slabs(options, group, placement, torch.float32, False)
+        chosen = selected(SUMOOptions, layouts, torch.float32, rank=rank, strategy=asked)
     assert len(set(chosen)) == 1
     return chosen[0], [str(w.message) for w in found]
 
@@ -238,8 +241,7 @@ def disagreeing():
 
 def test_ranks_that_disagree_on_the_strategy_say_so():
     for text in harness.run(2, disagreeing):
-        assert "w owner owner" in text
-        assert "w gram owner" in text
+        assert "`strategy 'owner'` on rank 0 but `strategy 'gram'` on rank 1" in text
 
 
 def test_homes():

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import spectral_dist
+from spectral_dist.params.classify import classify
 from tests import models
 from tests.reference.sumo import galore_numbers, number, sumo_numbers
 from tests.test_sumo import equal, state_of, sumo
@@ -127,7 +128,7 @@ def llama(**smaller):
         setattr(config, name, value)
     with torch.device("cpu" if smaller else "meta"):
         model = build.LlamaForCausalLM(config)
-    routes = spectral_dist.groups.classify(model)
+    routes = classify(model)
     return model, [matrix.shape for route in routes for matrix in route.matrices]
 
 

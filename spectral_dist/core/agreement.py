@@ -45,12 +45,14 @@ class Agreement:
         monitor_every: the period of the monitor that any rank has.
         is_observed: whether any rank has observers.
         has_gradients: whether any rank has a gradient.
+        is_made: whether the ranks have agreed on a step yet.
     """
 
     status: Status = Status()
     monitor_every: int = 0
     is_observed: bool = False
     has_gradients: bool = True
+    is_made: bool = False
 
 
 @dataclass

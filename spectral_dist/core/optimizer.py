@@ -85,6 +85,13 @@ class SpectralOptimizer(ShardedOptimizer):
             self._momenta[group["id"]] = group["momentum"], group["momentum"]
         super().check_group(group)
 
+    def fill_in(self, group: ParamGroup, before: ParamGroup) -> None:
+        """Give a group what it has not, as an older release has saved it."""
+        if group["kind"] == "matrix":
+            group.setdefault("betas", (group["momentum"], self.options.betas[1]))
+        self._momenta.clear()
+        super().fill_in(group, before)
+
     # -- one step
 
     def begin_step(self, number: int, watches: list[Watch] | None) -> None:
@@ -162,8 +169,10 @@ class SpectralOptimizer(ShardedOptimizer):
                 stacklevel=5,
             )
         groups = (located.group, located.replicas)
-        observed = torch.tensor(bool(self.observers), device=located.device)
-        needs_whole = collectives.any_rank(observed, groups, collectives.Meter())
+        needs_whole = bool(self.observers)
+        if max(ranks, copies) > 1:
+            observed = torch.tensor(needs_whole, device=located.device)
+            needs_whole = collectives.any_rank(observed, groups, collectives.Meter())
         needs_whole = needs_whole or self.rule.pooling(options) is not None
         gram = strategy.select_gram(options, specs, located, wire, needs_whole)
         state_numel = partial(elements, self.rule, options)

@@ -97,6 +97,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             carried["id"] = len(self.routes)
             self.routes.append(group["routes"])
             super().add_param_group({**carried, "params": group["params"]})
+            for name in self.defaults.keys() - carried.keys():
+                del self.param_groups[-1][name]  # torch gives every group all defaults
 
     def complete(self, carried: ParamGroup, routes: Sequence[Route]) -> ParamGroup:
         """Return what a group carries, with what depends on its parameters."""
@@ -154,7 +156,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Take one optimizer step on the gradients that are there.
 
         A collective call of the ranks that train the model together. It waits for the device once,
-        to know that every rank's gradients are finite and that all go on.
+        to know that every rank's gradients are finite and that all go on; with check_finite=False
+        in the first step only.
 
         Raises:
             ValueError: on every rank and before anything has changed, if a gradient is NaN or
@@ -200,7 +203,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             collectives.raise_together(error, self.placement.world_groups())
 
     def begin_step(self, number: int, watches: list[Watch] | None) -> None:
-        """Begin optimizer step ``number``, whose watches are put into ``watches``, if it has any."""
+        """Begin optimizer step ``number``; its watches, if it has any, are put into ``watches``."""
 
     def end_step(self, number: int) -> None:
         """End a step; a collective call."""
@@ -296,9 +299,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _agreed(self, group: ParamGroup, located: Located, tensors: Sequence[Tensor]) -> Unit:
         """Build a unit, if its ranks have the same optimizer and options."""
-        names = sorted({*self.options_type.names(group["kind"]), "lr_ratio"} & group.keys())
-        lines = [f"optimizer {type(self).__name__}", f"check_finite {self.options.check_finite}"]
-        lines += [f"{name} {group[name]!r}" for name in names]
+        specs = specs_of(self.options_type)
+        whole = [name for name, spec in specs.items() if spec.scope == "optimizer"]
+        carried = sorted({*self.options_type.names(group["kind"]), "lr_ratio"} & group.keys())
+        lines = [f"optimizer {type(self).__name__}"]
+        lines += [f"{name} {getattr(self.options, name)!r}" for name in whole]
+        lines += [f"{name} {group[name]!r}" for name in carried]
         ranks = (located.group, located.replicas)
         collectives.assert_same(lines, ranks, located.device, "on the optimizer's options")
         return self.make_unit(group, located, tensors)
@@ -327,8 +333,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         present = [grad for grad in every if grad is not None and grad.numel()]
         device = work[0][1].located.device if work else self.device
         differs = error is not None or status != known.status
-        flag = agreeing.flag_of(present, differs, device, self.options.check_finite)
-        if collectives.any_rank(flag, groups, self.meter):
+        check = self.options.check_finite
+        if not check and known.is_made:
+            # no rank asks the others: this one goes by what was agreed in the first step
+            return self._go_on_alone(error, status)
+        flag = agreeing.flag_of(present, differs, device, check)
+        if collectives.any_rank(flag, groups, self.meter if check else Meter()):
             text = "" if error is None else f"{type(error).__name__}\n{error}"
             report = agreeing.Report(
                 collectives.job_rank(), self.steps_taken(), missing, status.lacks_gradients,
@@ -337,9 +347,23 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )  # fmt: skip
             agreeing.agree(known, report, lambda names: self._present(names, work, grads), groups)
             known.status = status
+        known.is_made = True
         if not known.has_gradients:
             warnings.warn("no parameter has a gradient, so this step changes nothing", stacklevel=4)
         return known.has_gradients
+
+    def _go_on_alone(self, error: Exception | None, status: Status) -> bool:
+        """Take a step without asking other ranks, as with check_finite=False; always True."""
+        if error is not None:
+            raise error
+        agreed = self._agreement.status
+        if (status.monitor_every, status.is_observed) != (agreed.monitor_every, agreed.is_observed):
+            raise ValueError(
+                "a monitor or an observer was set or removed after the first step, and with"
+                " check_finite=False ranks agree on them in the first step only; set it before, or"
+                " leave check_finite on"
+            )
+        return True
 
     def _first_error(self, groups: Iterable[ParamGroup]) -> Exception | None:
         """Return what this rank alone may find wrong before a step."""
@@ -411,8 +435,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         before = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, old in zip(self.param_groups, before, strict=True):
-            for name, value in old.items():  # of an older release, which did not have it
-                group.setdefault(name, value)
+            self.fill_in(group, old)
         saved = [i for group in state_dict["param_groups"] for i in group["params"]]
         loaded = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(saved, loaded, strict=True):
@@ -420,6 +443,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 kept = self.state[p].get(name)  # None if a hook has dropped it
                 if kept is not None and isinstance(value, Tensor) and value.dtype != kept.dtype:
                     self.state[p][name] = value.to(p.device, copy=True)
+
+    def fill_in(self, group: ParamGroup, before: ParamGroup) -> None:
+        """Give a group what it has not, as an older release has saved it; a load ends with it."""
+        for name, value in before.items():
+            group.setdefault(name, value)
 
     def _check_shaping_options(self, saved: Sequence[ParamGroup]) -> None:
         for group, other in zip(self.param_groups, saved, strict=False):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -38,20 +39,30 @@ class PolarGrad(Rule[PolarGradOptions]):
 
     example = "lr=1e-3, momentum=0.95"
 
+    def prepare(self, options: PolarGradOptions, shapes: Mapping[str, Shape]) -> PolarGradOptions:
+        """Warn of an option that has no effect polar first."""
+        if options.polar_first and options.replicate_momentum:
+            warnings.warn(
+                "replicate_momentum has no effect with polar_first: that momentum is kept where the"
+                " whole matrix is, and spectral_dist.checkpoint saves it",
+                stacklevel=5,
+            )
+        return options
+
     def has_momentum(self, options: PolarGradOptions) -> bool:
         """Return whether the momentum is of gradients."""
         return not options.polar_first
 
     def state(self, options: PolarGradOptions, shape: Shape) -> dict[str, StateSpec]:
         """Return the momentum of polar factors, polar first."""
-        return {"exp_avg": StateSpec(shape, "matrix")} if options.polar_first else {}
+        return {"moment": StateSpec(shape, "matrix")} if options.polar_first else {}
 
     def direction(self, options: PolarGradOptions, matrices: Tensor, ops: MatrixOps) -> Tensor:
         """Return nu U; polar first, nu M. In nu's dtype, at least float32."""
         factors = ops.polar(matrices)
         nuclear = ops.inner(matrices, factors).clamp_min(0.0) ** options.nu_power
         if options.polar_first:
-            momentum = ops.state["exp_avg"]
+            momentum = ops.state["moment"]
             momentum.lerp_(factors.to(momentum.dtype), 1 - options.momentum)
             factors = momentum
         return factors * nuclear[:, None, None]

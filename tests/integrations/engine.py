@@ -127,10 +127,10 @@ def train(
         "wrapper": type(engine.optimizer).__name__,
         "owners": {
             layout.matrix.name: owner
-            for units in base._units.values()
+            for units in [base.all_units]
             for unit in units
             if unit.plan
-            for layout, owner in zip(unit.placement.layouts, unit.plan.owners, strict=True)
+            for layout, owner in zip(unit.located.layouts, unit.plan.owners, strict=True)
         },
     }
     engine.destroy()

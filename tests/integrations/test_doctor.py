@@ -37,7 +37,8 @@ def rule(stage: int, kind: str, options: Any = None, **changes: Any) -> dict[str
 
 def rows(configuration: dict[str, Any], fault: str) -> dict[str, bool]:
     """The table on this rank, with a fault built in."""
-    from spectral_dist import doctor, handles
+    from spectral_dist import doctor
+    from spectral_dist.core import matrix_ops as handles
     from spectral_dist.launch.engines import prepare_deepspeed
 
     accelerator = prepare_deepspeed().get_accelerator()

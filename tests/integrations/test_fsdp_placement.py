@@ -1,4 +1,4 @@
-"""What MeshPlacer says of real DTensor parameters, against what each rank's tensor holds."""
+"""What MeshPlacement says of real DTensor parameters, against what each rank's tensor holds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from functools import cache
 import pytest
 import torch
 import torch.distributed as dist
-from spectral_dist.integrations.fsdp import MeshPlacer
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,6 +18,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 import spectral_dist
+from spectral_dist.placement.dtensor import MeshPlacement
 from spectral_dist.sharding import collectives
 from tests import harness
 
@@ -129,7 +129,7 @@ def inspect(model, wholes, group=None, **options):
         for unit in units:
             tensors = [local(param_group["params"][i]) for i in unit.tensors]
             covered = [torch.zeros(t.numel()) for t in tensors]
-            placement, layouts = unit.placement, unit.placement.layouts
+            placement, layouts = unit.located, unit.located.layouts
             rank = collectives.rank(placement.group)
             for layout in layouts:
                 check_runs(layout, rank, tensors, truths[layout.matrix.name], covered)
@@ -542,8 +542,8 @@ def test_without_any_mesh_it_is_whole_parameters():
     model = Holder(a=(4, 4), b=(3, 5))
     found = spectral_dist.param_groups(model)
     optimizer = spectral_dist.Muon(found, lr=0.1)
-    assert isinstance(optimizer.placer, MeshPlacer)
+    assert isinstance(optimizer.placement, MeshPlacement)
     (unit,) = optimizer.units(optimizer.param_groups[0])
-    assert unit.placement.group is None
-    assert unit.placement.replicas is None
+    assert unit.located.group is None
+    assert unit.located.replicas is None
     assert unit.plan.owners == (0, 0)

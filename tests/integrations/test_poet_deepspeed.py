@@ -82,7 +82,7 @@ def layers(model: nn.Module) -> list[PoetLayer]:
 def stepped_on(base: Any) -> dict[str, list[torch.Tensor]]:
     """What this rank's optimizer steps on, by kind."""
     found: dict[str, list[torch.Tensor]] = {"skew": [], "scalar": []}
-    for group, tensors in base.placer.steps(base):
+    for group, tensors in base.placement.param_batches(base):
         found[group["kind"]] += tensors
     return found
 

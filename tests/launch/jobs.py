@@ -40,6 +40,7 @@ class Job:
 
     folder: Path
     env: dict[str, str] = field(default_factory=dict)
+    script_of_ranks: Sequence[str] = (str(ROOT / "launch/pretrain.py"),)
 
     def __post_init__(self) -> None:
         data = self.folder / "data"
@@ -122,7 +123,7 @@ class Job:
     def ranks(self, count: int, out: str, *extra: str, fails: bool = False) -> str:
         """`count` ranks under torchrun."""
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        script = ["--nproc_per_node", str(count), str(ROOT / "launch/pretrain.py")]
+        script = ["--nproc_per_node", str(count), *self.script_of_ranks]
         return self.run([*torchrun, *script], out, *extra, fails=fails)
 
     def script(self, name: str) -> str:

@@ -11,7 +11,7 @@ from transformers import LlamaForCausalLM
 
 from spectral_dist import poet
 from spectral_dist.launch import llama, megatron_config, torch_config
-from spectral_dist.launch.torch_config import OPTIMIZERS
+from spectral_dist.launch.torch_config import optimizers
 from spectral_dist.rules.options import MatrixOptions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +100,7 @@ def test_every_yaml_says_the_same_but_for_what_it_is_named_after() -> None:
         params = json.loads(json_file.read_text())["optimizer"]["params"]
         params.pop("torch_adam", None)
         assert {k: params.pop(k) for k in config.rotation} == config.rotation
-        where = OPTIMIZERS[kind].option_type if kind in OPTIMIZERS else MatrixOptions
+        where = optimizers().get(kind, MatrixOptions)
         assert config.options == where.from_user(params)
         if name in ("hsdp", "tp_fsdp"):
             with pytest.raises(ValueError, match="only --engine fsdp"):

@@ -84,22 +84,21 @@ def test_models_that_it_does_not_build(tmp_path: Path, fields: dict[str, Any], s
         config.check_model(LlamaConfig.from_dict({**GROUPED, **fields}))
 
 
-def option_types() -> dict[str, str]:
+def options_types() -> dict[str, str]:
     megatron_cpu.install(VERSION)
     from spectral_dist.integrations.megatron import TYPES
 
-    return {name: cls.option_type.__name__ for name, cls in TYPES.items()}
+    return {name: cls.options_type.__name__ for name, cls in TYPES.items()}
 
 
 def test_optimizers_are_those_of_the_integration() -> None:
-    found = harness.run(1, option_types, pool=VERSION)[0]
-    known = megatron_config.OPTIMIZERS.items()
-    assert found == {name: cls.option_type.__name__ for name, cls in known}
+    found = harness.run(1, options_types, pool=VERSION)[0]
+    known = megatron_config.optimizers().items()
+    assert found == {name: options.__name__ for name, options in known}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with GPUs")
 def test_it_needs_gpus(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(megatron_config.SHIM, raising=False)
     config = ROOT / "configs/megatron/tiny_muon.yaml"
     arguments = [*job.arguments("a"), "--engine", "megatron", "--config", str(config)]
     result = CliRunner().invoke(app, arguments)

@@ -34,6 +34,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import spectral_dist
 from spectral_dist import poet
+from spectral_dist.core.units import MatrixUnit
 from tests.memory import formula
 from tests.memory.formula import FLOAT, adamw_state, gradients, matrix_state, step_peak
 from tests.memory.live import Live, distinct_bytes
@@ -322,9 +323,9 @@ def plans(optimizer: Any) -> tuple[dict[str, int], dict[str, int]]:
     """
     owners: dict[str, int] = {}
     most = dict.fromkeys(("gives", "takes", "returns", "moves"), 0)
-    for units in getattr(optimizer, "_units", {}).values():
+    for units in [getattr(optimizer, "all_units", [])]:
         for unit in units:
-            if unit.plan is None:
+            if not isinstance(unit, MatrixUnit):
                 continue
             owners |= dict(zip(unit.names, unit.plan.owners, strict=True))
             for route in unit.exchange.routes:

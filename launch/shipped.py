@@ -1,0 +1,66 @@
+"""The configuration that an engine is run with when an optimizer's name is all that is given."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]
+
+from spectral_dist.rules import registry
+from spectral_dist.rules.options import ROUTING, specs_of
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+ADAMW = "adamw"
+_PLACES = {
+    "deepspeed": ("deepspeed/zero2.json", "deepspeed/zero2_{}.json"),
+    "megatron": ("megatron/tiny_muon.yaml", "megatron/tiny_{}.yaml"),
+}
+"""By engine: Muon's configuration, and what another's is called."""
+
+
+def config_of(engine: str, name: str) -> Path:
+    """Return the configuration of an optimizer.
+
+    The file that is shipped for it; of a rule without one, Muon's with the rule in its place: those
+    of its options that the rule has, and the rule's defaults.
+
+    Args:
+        engine: deepspeed, ddp, fsdp or megatron.
+        name: of the registry, or "adamw".
+
+    Raises:
+        ValueError: an unknown name, or no configuration for this engine.
+    """
+    first, others = _PLACES.get(engine, ("torch/muon.yaml", "torch/{}.yaml"))
+    path = CONFIGS / (first if name == "muon" else others.format(name))
+    if path.is_file():
+        return path
+    entry = None if name == ADAMW else registry.find(name)
+    if entry is None or entry.rule is None:
+        shipped = sorted(p.stem for p in CONFIGS.glob(others.format("*")))
+        raise ValueError(
+            f"no configuration of {name} is shipped for --engine {engine}; there are"
+            f" {', '.join(shipped)}: or write one, and give it as --config"
+        )
+    return _derived(CONFIGS / first, engine, entry, path.name)
+
+
+def _derived(muon: Path, engine: str, entry: registry.Entry, name: str) -> Path:
+    """Write Muon's configuration with another rule in its place."""
+    known = {*specs_of(entry.options), *ROUTING}
+    text = muon.read_text(encoding="utf-8")
+    content: dict[str, Any] = json.loads(text) if engine == "deepspeed" else yaml.safe_load(text)
+    optimizer = content["optimizer"]
+    if engine == "deepspeed":
+        params = {key: value for key, value in optimizer["params"].items() if key in known}
+        content["optimizer"] = {"type": entry.deepspeed_type, "params": params}
+    else:
+        kind = entry.megatron_name if engine == "megatron" else entry.title
+        params = {key: value for key, value in optimizer.items() if key in known}
+        content["optimizer"] = {"type": kind, **params}
+    path = Path(tempfile.mkdtemp(prefix="spectral_dist-"), name)
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")  # JSON is YAML
+    return path
