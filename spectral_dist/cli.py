@@ -121,7 +121,12 @@ def convert(
     to_format: Annotated[str, typer.Argument(help="dcp, universal, torch or dion.")],
     target: Annotated[Path, typer.Argument(help="What to write; it must not exist.")],
 ) -> None:
-    """Turn a checkpoint into another framework's; see spectral_dist.convert."""
+    """Turn a checkpoint into another framework's; see spectral_dist.convert.
+
+    Convert only checkpoints that you trust: universal and dcp hold pickles of DeepSpeed and of
+    torch.distributed.checkpoint, and reading them runs whatever code is in there. torch and dion
+    are read as plain data.
+    """
     from spectral_dist import convert as conversion
 
     try:

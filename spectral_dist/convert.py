@@ -25,6 +25,7 @@ import io
 import json
 import math
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
@@ -151,7 +152,7 @@ def _numbers(path: Path) -> list[int]:
 
 
 def _read_universal(folder: Path) -> Run:
-    """Runs what the pickles in its files say: only of checkpoints that you trust."""
+    """Runs what pickles in the engine's files say: only of checkpoints that you trust."""
     files = _engine_files(folder)
     if BESIDE in files[0]:
         raise ValueError(_no_place(folder))
@@ -195,7 +196,12 @@ def _read_zero(folder: Path, shape: torch.Size, kind: str) -> dict[str, Tensor]:
     """A parameter's files; the second moment of a matrix, which is there as zeros, is none."""
     found = {}
     for path in sorted(folder.glob("*.pt")):
-        value = torch.load(path, map_location="cpu", weights_only=False)
+        try:
+            value = torch.load(path, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} holds more than a tensor, and is not loaded: {error}"
+            ) from None
         value = value["param"] if isinstance(value, dict) else torch.as_tensor(value)
         found[path.stem] = value if path.stem == "step" else value.reshape(shape)
     if "fp32" not in found:
@@ -207,6 +213,7 @@ def _read_zero(folder: Path, shape: torch.Size, kind: str) -> dict[str, Tensor]:
 
 def _write_universal(folder: Path, run: Run) -> None:
     """For any stage. It holds frozen weights and buffers, too, though engines do not load them."""
+    latest = _latest_universal(folder)
     for name in run.state:
         if any(t.dtype == torch.float64 for t in (run.model[name], *run.state[name].values())):
             raise ValueError(f"{name} or its state is float64; DeepSpeed keeps float32 only")
@@ -241,7 +248,23 @@ def _write_universal(folder: Path, run: Run) -> None:
         os.link(folder / MODEL_FILE, folder / f"zero_pp_rank_0_{MODEL_FILE}")
     except OSError:
         shutil.copyfile(folder / MODEL_FILE, folder / f"zero_pp_rank_0_{MODEL_FILE}")
-    Path(folder.parent, "latest_universal").write_text(folder.name)
+    if not latest.exists():
+        latest.write_text(folder.name)
+
+
+def _latest_universal(folder: Path) -> Path:
+    """Return the file beside ``folder`` in which an engine that is given no tag looks for one.
+
+    Raises:
+        ValueError: it names another checkpoint.
+    """
+    latest = folder.parent / "latest_universal"
+    if latest.exists() and (tag := latest.read_text().strip()) != folder.name:
+        raise ValueError(
+            f"{latest} names {tag!r}, which engines would no longer load; write to"
+            f" {folder / folder.name}, whose folder has none, or move {latest} away"
+        )
+    return latest
 
 
 def _engine_state(run: Run, step: int) -> dict[str, Any]:
