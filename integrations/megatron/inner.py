@@ -12,7 +12,7 @@ from torch import Tensor
 from spectral_dist.matrix_step import Unit
 from spectral_dist.optimizer import SpectralOptimizer
 from spectral_dist.optimizers import ROOT, SUMO, Muon, PolarGrad
-from spectral_dist.poet.optimizer import POET, START
+from spectral_dist.poet.optimizer import POET
 from spectral_dist.sharding.exchange import Piece
 from spectral_dist.sharding.gather import from_owners
 
@@ -199,8 +199,6 @@ class SpectralPOET(POET, InsideMegatron):
         self.since = 0
         # not POET's: the optimizer of a stage's experts, say, may have no rotated layer
         InsideMegatron.__init__(self, groups, **options)
-        for layer in self.layers:
-            layer.keep()
         self._ramp_asked = True  # by ``merging``
 
     def steps_taken(self) -> int:
@@ -219,12 +217,9 @@ class SpectralPOET(POET, InsideMegatron):
         """Whether the rotations are to be merged now."""
         return self.since >= self._merge_every()
 
-    def clip_factor(self) -> float:
-        """The same on ranks that have no rotated layer."""
-        ramp = self.options.clip_ramp
-        if self.since >= ramp or self.since == self.taken:
-            return 1.0
-        return START + (1 - START) * self.since / ramp
+    def has_merged(self) -> bool:
+        """Return the same on ranks that have no rotated layer."""
+        return self.since != self.taken
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
