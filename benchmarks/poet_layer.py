@@ -3,8 +3,8 @@
     OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.poet_layer
 
 nn.Linear trains its weight; POET's layer, its rotations, of which it makes G in every pass.
-``fast``, ``memory``: its variants; the latter saves only its input. ``turns``: rotations and product
-one after the other, as Megatron's layers do it. Medians of ratios within one turn over all of them.
+``fast``, ``memory``: its variants; the latter saves only its input. ``turns``: rotations and
+product one after the other, as Megatron's layers do it. Medians of ratios within one turn over all.
 """
 
 from __future__ import annotations
