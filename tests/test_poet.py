@@ -10,6 +10,7 @@ from torch import nn
 
 import spectral_dist
 from spectral_dist import poet
+from spectral_dist.poet.optimizer import clip_ramp_factor
 from tests.reference import poet as reference
 from tests.weights import same, values
 
@@ -238,19 +239,41 @@ def test_skipped_gradients_and_closures():
     agrees(model, run)
 
 
-def test_micro_batches_between_steps_see_the_skews_of_now():
-    """G is kept between micro-batches, and made anew after every step."""
+def test_micro_batches_between_steps_are_those_of_one_large_batch():
+    """Three micro-batches a step, against the reference on all their rows: two merges."""
     model, optimizer = made()
-    fresh, plain = made()
-    for layer in plain.layers:
-        layer.keeps = False
-    for step in range(6):
-        for m, o in ((model, optimizer), (fresh, plain)):
-            o.zero_grad()
-            for k in range(3):
-                Loss(m)(*batch(10 * step + k)).backward()
-            o.step()
-    assert same(values(model), values(fresh))
+    run = reference_run(model)
+    for step in range(9):
+        optimizer.zero_grad()
+        micro_batches = [batch(10 * step + k) for k in range(3)]
+        for x, y in micro_batches:
+            (Loss(model)(x, y) / 3).backward()
+        optimizer.step()
+        run.step(*(torch.cat(rows) for rows in zip(*micro_batches, strict=True)))
+        agrees(model, run)
+
+
+def test_an_edit_through_data_between_two_micro_batches_is_seen():
+    """It counts no version and moves nothing; the second gradient is at the edited skews."""
+    model, optimizer = made()
+    run = reference_run(model)
+    train(model, optimizer, 2)
+    for step in range(2):
+        run.step(*batch(step))
+    optimizer.zero_grad()
+    Loss(model)(*batch(2)).backward()
+    _, first = run.gradients(*batch(2))
+    for p, _ in skew_states(optimizer):
+        p.data.mul_(-0.5)
+    run.skews = {key: -0.5 * skew for key, skew in run.skews.items()}
+    loss = Loss(model)(*batch(3))
+    loss.backward()
+    expected_loss, second = run.gradients(*batch(3))
+    assert float(loss.detach()) == pytest.approx(expected_loss, abs=1e-12)
+    for key, side in run.skews:
+        skew = getattr(model.get_submodule(key.removeprefix("model.")), f"skew_{side}")
+        expected = (first[key, side] + second[key, side]).view_as(skew)
+        torch.testing.assert_close(skew.grad, expected, rtol=0, atol=1e-11)
 
 
 @pytest.mark.filterwarnings("ignore:.*has no gradient")
@@ -306,6 +329,61 @@ def test_clip_factor_ramps_up_after_each_merge_but_the_start():
     model, optimizer = made()
     train(model, optimizer, 5)
     assert optimizer.clip_factor() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("since", "ramp", "merged", "expected"),
+    [(0, 4, True, 0.1), (1, 4, True, 0.325), (3, 4, True, 0.775), (4, 4, True, 1), (9, 4, True, 1),
+     (0, 4, False, 1), (3, 4, False, 1), (0, 0, True, 1)],
+)  # fmt: skip
+def test_clip_ramp_factor(since, ramp, merged, expected):
+    assert clip_ramp_factor(since, ramp, merged) == pytest.approx(expected)
+
+
+def factors(model, optimizer, steps, start=0):
+    """Of each step, asked for before it."""
+    asked = []
+    for step in range(start, start + steps):
+        asked.append(optimizer.clip_factor())
+        train(model, optimizer, 1, step)
+    return asked
+
+
+def test_no_ramp_in_the_first_cycle_of_a_new_optimizer_of_a_merged_model():
+    """As at the start of any run; its own merges have one, in a resumed run as well."""
+    model, optimizer = made(clip_ramp=3)
+    factors(model, optimizer, 6)
+    again, fresh = made(clip_ramp=3)
+    again.load_state_dict(model.state_dict())
+    assert fresh.layers[0].merges == 1
+    assert factors(again, fresh, 1, 6) == [1]
+    saved, resumed = made(clip_ramp=3)
+    saved.load_state_dict(again.state_dict())
+    resumed.load_state_dict(fresh.state_dict())
+    expected = [1, 1, 1, 0.1, 0.4, 0.7, 1, 0.1]
+    assert factors(again, fresh, 8, 7) == pytest.approx(expected)
+    assert factors(saved, resumed, 8, 7) == pytest.approx(expected)
+
+
+def test_a_run_resumed_after_a_merge_ramps_as_if_never_stopped():
+    model, optimizer = made(clip_ramp=3)
+    factors(model, optimizer, 5)
+    again, resumed = made(clip_ramp=3)
+    again.load_state_dict(model.state_dict())
+    resumed.load_state_dict(optimizer.state_dict())
+    assert factors(again, resumed, 4, 5) == pytest.approx([0.4, 0.7, 1, 0.1])
+
+
+def test_the_ramp_of_a_model_of_which_only_rotations_train():
+    """Nothing counts all steps; the model's merges do."""
+    torch.manual_seed(0)
+    model = poet.convert(
+        nn.Sequential(nn.Linear(8, 10, bias=False)).double(), block=2, matrices=["0"]
+    )
+    optimizer = spectral_dist.POET(
+        spectral_dist.param_groups(model), **{**reference.OPTIONS, "clip_ramp": 3}
+    )
+    assert factors(model, optimizer, 6) == pytest.approx([1, 1, 1, 1, 0.1, 0.4])
 
 
 def test_a_ramp_that_nobody_asks_for_warns_once():

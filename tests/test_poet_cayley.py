@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from spectral_dist.poet import cayley
 from spectral_dist.poet.cayley import EXACT, ORDERS, CayleyNeumann
@@ -34,8 +35,8 @@ def gaussian(*shape, seed=7, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def mapped(v, b, order, dtype=torch.float64, known=None):
-    return CayleyNeumann.apply(v, b, order, dtype, known)
+def mapped(v, b, order, dtype=torch.float64):
+    return CayleyNeumann.apply(v, b, order, dtype)
 
 
 def test_a_packed_row_is_the_strict_upper_triangle_row_by_row():
@@ -135,14 +136,42 @@ def test_autocast_lowers_nothing(order):
     assert torch.equal(results[0][1], results[1][1])
 
 
-def test_what_is_known_is_taken_and_has_the_same_gradient():
-    v = skews(5, 4, 0.4).requires_grad_()
-    plain = mapped(v, 5, 4)
-    marked = mapped(v, 5, 4, known=torch.ones(2, 5, 5, dtype=torch.float64))
-    assert torch.equal(marked, torch.ones(2, 5, 5, dtype=torch.float64))
-    weight = gaussian(2, 5, 5)
-    one, other = (torch.autograd.grad((x * weight).sum(), v)[0] for x in (plain, marked))
-    assert torch.equal(one, other)
+class Operations(TorchDispatchMode):
+    """Names of all that torch was asked for."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+WAITS = {"_linalg_check_errors", "_local_scalar_dense", "nonzero"}
+"""What makes the CPU wait for the device that has the tensors."""
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_nothing_waits_for_the_device(order):
+    v = skews(16, 3, 0.4).requires_grad_()
+    with Operations() as asked:
+        mapped(v, 16, order).sum().backward()
+    assert not asked.names & WAITS
+    with Operations() as checked:  # so that the name is right
+        torch.linalg.solve(torch.eye(2), torch.eye(2))
+    assert "_linalg_check_errors" in checked.names
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(order, bad):
+    """In its own block alone, and no error: the checks of gradients are made for it."""
+    v = skews(5, 3, 0.4)
+    v[0, 2] = bad
+    change = mapped(v, 5, order)
+    assert not change[0].isfinite().all()
+    assert torch.equal(change[1], mapped(v[1:], 5, order)[0])
 
 
 # -- what is reported

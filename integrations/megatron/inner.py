@@ -13,7 +13,7 @@ from spectral_dist.core.named import class_of
 from spectral_dist.core.optimizer import learned_names
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.core.units import MatrixUnit
-from spectral_dist.poet.optimizer import POET, START
+from spectral_dist.poet.optimizer import POET
 from spectral_dist.rules import registry
 from spectral_dist.sharding.exchange import Piece
 from spectral_dist.sharding.gather import from_owners
@@ -215,12 +215,9 @@ class SpectralPOET(InsideMegatron, POET):
         """Whether the rotations are to be merged now."""
         return self.since >= self._merge_every()
 
-    def clip_factor(self) -> float:
-        """The same on ranks that have no rotated layer."""
-        ramp = self.options.clip_ramp
-        if self.since >= ramp or self.since == self.taken:
-            return 1.0
-        return START + (1 - START) * self.since / ramp
+    def has_merged(self) -> bool:
+        """Return the same on ranks that have no rotated layer."""
+        return self.since != self.taken
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -123,8 +123,6 @@ class PoetLayer(nn.Module):
         """Freeze W and add the skew parameters, all zero: the same function."""
         self.key, self.inner, self.outer = key, tuple(inner), tuple(outer)
         self.settings, self.merges = settings, 0
-        self.keeps = False
-        self._watched: dict[str, Tensor] = {}
         self.forget()
         self.weight.requires_grad_(False)
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
@@ -174,23 +172,11 @@ class PoetLayer(nn.Module):
         return function(x)
 
     def _delta(self, rotation: Rotation, dtype: torch.dtype) -> Tensor:
-        skew, order = getattr(self, rotation.skew), self.settings.order
-        keep = self.keeps and self.training and torch.is_grad_enabled()
-        keep = keep and not torch.compiler.is_compiling()
-        key, known = None, None
-        if keep:
-            # what FSDP2 gathers is at the same address, and of the same version, after any change
-            watched = self._watched.get(rotation.skew, skew)
-            local = getattr(watched, "_local_tensor", watched)
-            key = (dtype, skew.data_ptr(), skew._version, watched._version, local._version)
-            kept = self._deltas.get(rotation.skew)
-            known = kept[1] if kept is not None and kept[0] == key else None
-        found: Tensor = CayleyNeumann.apply(  # type: ignore[no-untyped-call]
-            skew.view(rotation.shape), rotation.block, order, dtype, known
+        packed = getattr(self, rotation.skew).view(rotation.shape)
+        change: Tensor = CayleyNeumann.apply(  # type: ignore[no-untyped-call]
+            packed, rotation.block, self.settings.order, dtype
         )
-        if keep and known is None:
-            self._deltas[rotation.skew] = (key, found.detach())
-        return found
+        return change
 
     def _index(self, side: Sequence[Rotation], device: torch.device) -> Tensor:
         at = (side[0].skew, device)
@@ -199,19 +185,9 @@ class PoetLayer(nn.Module):
             self._indices[at] = torch.cat(found).to(device, non_blocking=True)
         return self._indices[at]
 
-    def keep(self) -> None:
-        """Have the fast variant keep G between micro-batches; who says so calls ``forget``.
-
-        Changes of the parameters that the layer has now are noticed, but those through ``.data``.
-        """
-        self.keeps = self.settings.variant == "fast"
-        self._watched = dict(self.skews)
-
-    def forget(self, indices: bool = True) -> None:
-        """The skew parameters have changed; with ``indices`` the permutations as well."""
-        self._deltas: dict[str, tuple[Any, Tensor]] = {}
-        if indices:
-            self._indices: dict[tuple[str, torch.device], Tensor] = {}
+    def forget(self) -> None:
+        """Drop the indices of blocks: ``merges`` or the rotations have changed."""
+        self._indices: dict[tuple[str, torch.device], Tensor] = {}
 
     @torch.no_grad()
     def effective(self, weight: Tensor, skews: Mapping[str, Tensor]) -> Tensor:
@@ -271,10 +247,6 @@ class PoetLayer(nn.Module):
             "order": cayley.ORDERS.index(s.order), "the block of inputs": self.inner[0].block,
             "the block of outputs": self.outer[0].block,
         }  # fmt: skip
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.forget()
 
 
 class PoetLinear(PoetLayer, nn.Linear):

@@ -23,6 +23,19 @@ START = 0.1
 """Of the clipping limit, in the first step after a merge."""
 
 
+def clip_ramp_factor(since: int, ramp: int, merged: bool) -> float:
+    """Return what to multiply the limit of gradient clipping by in the coming step.
+
+    Args:
+        since: steps taken since the last merge.
+        ramp: steps over which the limit grows from ``START`` to all of it; 0 turns the ramp off.
+        merged: whether the optimizer has merged at all. Its first steps have no ramp.
+    """
+    if since >= ramp or not merged:
+        return 1.0
+    return START + (1 - START) * since / ramp
+
+
 class POET(ShardedOptimizer):
     """Trains the rotations of a model that ``spectral_dist.poet.convert`` has converted.
 
@@ -41,8 +54,6 @@ class POET(ShardedOptimizer):
     def __init__(self, params: Iterable[Any], lr: float | None = None, **options: Any) -> None:
         super().__init__(params, lr, **options)
         self.require_layers()
-        for layer in self.layers:
-            layer.keep()
         self._ramp_asked = False
 
     def require_layers(self) -> None:
@@ -65,8 +76,18 @@ class POET(ShardedOptimizer):
 
     def steps_since_merge(self) -> int:
         """Of the skew parameters."""
-        counts = [float(s["step"]) for s in self._skew_states() if "step" in s]
-        return int(max(counts, default=0.0))
+        return int(max(self._step_counts("skew"), default=0.0))
+
+    def has_merged(self) -> bool:
+        """Return whether this optimizer has merged, now or before its checkpoint was written.
+
+        The model's count of merges alone does not say so. It may be that of a run whose optimizer
+        was not loaded, and then this is the start of one: no merge has just emptied Adam's moments.
+        Parameters that AdamW trains count every step; only without any is the model's count taken.
+        """
+        totals = self._step_counts("scalar")
+        merged = self.layers[0].merges > 0
+        return merged and (not totals or max(totals) > self.steps_since_merge())
 
     def complete(self, carried: ParamGroup, routes: Sequence[Route]) -> ParamGroup:
         """Refuse a group of rotations that asks for decay."""
@@ -96,24 +117,22 @@ class POET(ShardedOptimizer):
         optimizer.clip_factor())``.
         """
         self._ramp_asked = True
-        ramp, since = self.options.clip_ramp, self.steps_since_merge()
-        if not ramp or since >= ramp or not self.layers[0].merges:
+        ramp = self.options.clip_ramp
+        if not ramp:
             return 1.0
-        return START + (1 - START) * since / ramp
+        return clip_ramp_factor(self.steps_since_merge(), ramp, self.has_merged())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step, and the merge if it is due (unless a framework has yet to write the model)."""
-        if self.options.clip_ramp and self.layers[0].merges and not self._ramp_asked:
+        if self.options.clip_ramp and not self._ramp_asked and self.has_merged():
             self._ramp_asked = True
             warnings.warn(
                 f"clip_ramp is {self.options.clip_ramp}, but nobody asks for clip_factor(): clip"
                 " gradients to limit * optimizer.clip_factor(), or leave clip_ramp out",
                 stacklevel=2,
             )
-        self._forget()  # before, so that the step has the memory
         loss = super().step(closure)
-        self._forget()  # what a closure has kept
         if not self.placement.has_master_weights:
             self.merge_if_due()
         return loss
@@ -140,10 +159,6 @@ class POET(ShardedOptimizer):
         report.write(self.layers, table, drifts, self.monitor, self.steps_taken())
         return True
 
-    def _forget(self) -> None:
-        for layer in self.layers:
-            layer.forget(indices=False)
-
     def _restart(self, tensors: Iterable[Tensor]) -> None:
         """Zero what the optimizer steps on, be it a master copy, and Adam with it."""
         for p in tensors:
@@ -155,9 +170,11 @@ class POET(ShardedOptimizer):
     def _merge_every(self) -> int:
         return next(int(g["merge_every"]) for g in self.param_groups if g["kind"] == "skew")
 
-    def _skew_states(self) -> list[dict[str, Any]]:
-        found = []
-        for group, tensors in self.placement.param_batches(self):
-            if group["kind"] == "skew":
-                found += [self.state.get(p, {}) for p in tensors]
-        return found
+    def _step_counts(self, kind: str) -> list[float]:
+        """Return the steps of each of a kind's parameters, 0 of one that has no state yet."""
+        return [
+            float(self.state.get(p, {}).get("step", 0.0))
+            for group, tensors in self.placement.param_batches(self)
+            for p in tensors
+            if group["kind"] == kind
+        ]
