@@ -243,14 +243,40 @@ def load(folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer) -> d
         saved = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
         layers = _rotated_layers(folder, model, saved)
         _check_entries(folder, content["optimizer"]["state"], saved)
-        check_matrix_state(optimizer, saved, "optimizer.matrices.")
+        former = _former_state(optimizer, saved)
+        if former:
+            content["optimizer"].pop("matrices")
+        else:
+            check_matrix_state(optimizer, saved, "optimizer.matrices.")
     _check_settings(folder, layers, content["model"])
     with _alone_is_fine():
         dcp_load(content, checkpoint_id=str(folder))
+        if former:
+            dcp_load({"optimizer": {"state": former}}, checkpoint_id=str(folder))
+    if former and isinstance(optimizer, SpectralOptimizer):
+        optimizer.load_former_state(former)
     set_model_state_dict(model, content["model"])
     load_state_dict(optimizer, content["optimizer"])
     extra: dict[str, Any] = torch.load(io.BytesIO(content["extra"]), weights_only=True)
     return extra
+
+
+def _former_state(
+    optimizer: ShardedOptimizer, saved: Mapping[str, Any]
+) -> dict[str, dict[str, Tensor]]:
+    """Return whole tensors to load what is matrix state now, and was shard state when saved."""
+    if not isinstance(optimizer, SpectralOptimizer):
+        return {}
+    names = optimizer.former_state()
+    there = any(key.startswith("optimizer.matrices.") for key in saved)
+    if not names or there:
+        return {}
+    return {
+        route.name: {old: torch.empty(route.shape) for old in names.values()}
+        for route in optimizer.all_routes
+        if route.kind == "matrix"
+        and all(f"optimizer.state.{route.name}.{old}" in saved for old in names.values())
+    }
 
 
 def _check_entries(

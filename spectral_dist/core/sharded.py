@@ -184,15 +184,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _take_step(
         self, work: Sequence[tuple[tuple[ParamGroup, Unit], Sequence[Tensor], Grads]]
     ) -> None:
-        number, every = self.steps_taken() + 1, self._agreement.monitor_every
+        every = self._agreement.monitor_every
+        number = self.steps_taken() + 1 if every else 0
         watches: list[Watch] | None = [] if every and number % every == 0 else None
-        self.begin_step(number, watches)
+        self.begin_step(watches)
         for (group, unit), tensors, grads in work:
             if group["kind"] == "matrix":
                 self.step_matrices(group, unit, tensors, grads)
             else:
                 self.step_scalars(group, tensors, grads)
-        self.end_step(number)
+        self.end_step()
         if watches is not None:
             report, error = add_up(watches, self.meter), None
             if self.monitor is not None:
@@ -202,10 +203,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     error = raised
             collectives.raise_together(error, self.placement.world_groups())
 
-    def begin_step(self, number: int, watches: list[Watch] | None) -> None:
-        """Begin optimizer step ``number``; its watches, if it has any, are put into ``watches``."""
+    def begin_step(self, watches: list[Watch] | None) -> None:
+        """Begin a step; its watches, if it has any, are put into ``watches``."""
 
-    def end_step(self, number: int) -> None:
+    def end_step(self) -> None:
         """End a step; a collective call."""
 
     @abstractmethod

@@ -168,7 +168,8 @@ class POET(ShardedOptimizer):
                     self.placement.local(value).zero_()
 
     def _merge_every(self) -> int:
-        return next(int(g["merge_every"]) for g in self.param_groups if g["kind"] == "skew")
+        periods = [int(g["merge_every"]) for g in self.param_groups if g["kind"] == "skew"]
+        return periods[0] if periods else self.options.merge_every  # ZeRO steps group by group
 
     def _step_counts(self, kind: str) -> list[float]:
         """Return the steps of each of a kind's parameters, 0 of one that has no state yet."""

@@ -31,11 +31,13 @@ class StateSpec:
             cut with them; where slabs cut the other side, every rank has all of it, and the rule
             makes it equal there. 'all': on every rank. 'owner': at the matrix's owner alone.
         dtype: None is float32, or float64 for float64 parameters.
+        formerly: the shard state that older releases kept in its place, whose checkpoints load.
     """
 
     shape: tuple[int, ...]
     where: Literal["matrix", "rows", "columns", "owner", "all"]
     dtype: torch.dtype | None = None
+    formerly: str = ""
 
     def cut_dimension(self, along: int) -> int | None:
         """Return which of its dimensions slabs cut that cut dimension ``along`` of the matrix."""

@@ -55,7 +55,9 @@ class PolarGrad(Rule[PolarGradOptions]):
 
     def state(self, options: PolarGradOptions, shape: Shape) -> dict[str, StateSpec]:
         """Return the momentum of polar factors, polar first."""
-        return {"moment": StateSpec(shape, "matrix")} if options.polar_first else {}
+        if not options.polar_first:
+            return {}
+        return {"moment": StateSpec(shape, "matrix", formerly="exp_avg")}
 
     def direction(self, options: PolarGradOptions, matrices: Tensor, ops: MatrixOps) -> Tensor:
         """Return nu U; polar first, nu M. In nu's dtype, at least float32."""
