@@ -69,7 +69,7 @@ def counts(optimizer: Any) -> dict[str, Any]:
         "bytes": sum(o.comm_bytes for o in ours),
         "momentum": sum(momenta),
         "matrix_state": sum(
-            p.values.numel() for o in ours for p in o.matrix_parts() if p.speaks and p.shape
+            p.values.numel() for o in ours for p in o.matrix_parts() if p.is_primary and p.shape
         ),
     }
 

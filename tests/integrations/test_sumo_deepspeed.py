@@ -55,7 +55,7 @@ def train(
     moments = {k for s in base.state.values() if "exp_avg_sq" not in s for k in s}
     result = {
         "parameters": engine.full_parameters(running), "losses": losses, "moments": moments,
-        "elements": sum(p.values.numel() for p in base.matrix_parts() if p.speaks),
+        "elements": sum(p.values.numel() for p in base.matrix_parts() if p.is_primary),
         "client_state": mine, "polar_calls": base.polar_calls,
         "adams": sum("exp_avg_sq" in s for s in base.state.values()),
         "mapped": {

@@ -1,0 +1,407 @@
+"""Checks for whoever writes a rule or a placement: public, and used by this project's own tests.
+
+    from spectral_dist.testing import check_rule
+    check_rule(MyRule, {"temperature": 2.0})
+
+``check_rule`` starts processes on this machine (gloo, CPU), so call it below
+``if __name__ == "__main__"`` or in a test. ``check_placement`` is called on every rank of yours.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from spectral_dist import checkpoint
+from spectral_dist.core.first_step import matrix_of
+from spectral_dist.core.named import class_of
+from spectral_dist.core.optimizer import SpectralOptimizer
+from spectral_dist.core.sharded import ShardedOptimizer
+from spectral_dist.params.param_groups import param_groups
+from spectral_dist.params.spec import Route
+from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement
+from spectral_dist.rules import registry
+from spectral_dist.rules.base import Rule
+from spectral_dist.rules.options import BaseOptions, specs_of
+from spectral_dist.sharding import collectives
+from spectral_dist.sharding.collectives import Group
+from spectral_dist.sharding.layout import Cut, Located, lay
+
+LAYOUTS = ("ddp", "fsdp", "tp_rows", "tp_columns", "flat")
+"""How ``check_rule`` shards a model: replicas, FSDP2, tiles of rows and of columns, and runs that
+begin in the middle of rows, as ZeRO has them."""
+SHAPES = {"wide": (8, 20), "tall": (24, 8), "square": (12, 12), "other": (8, 20)}
+STEPS, SAVED_AFTER = 4, 2
+
+
+class Weights(nn.Module):
+    """Matrices of several shapes, and a vector: what ``check_rule`` trains."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        for name, (rows, columns) in SHAPES.items():
+            layer = nn.Linear(columns, rows, bias=name == "tall", dtype=dtype)
+            self.add_module(name, layer)
+        for name, p in self.named_parameters():
+            p.data.copy_(_values(name, -1, p.shape))
+
+
+def _values(name: str, step: int, shape: Sequence[int]) -> Tensor:
+    """Return numbers that depend on name and step alone."""
+    generator = torch.Generator().manual_seed(1000 * (step + 2) + sum(map(ord, name)))
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).float()
+
+
+class FlatPlacement(ReplicatedPlacement):
+    """Every parameter in even runs of its elements over a group, wherever rows end.
+
+    Parameters are replaced by this rank's runs: what ZeRO does, without DeepSpeed.
+    """
+
+    def __init__(self, group: Group) -> None:
+        super().__init__(None)
+        self.shards = group
+
+    def world_groups(self) -> list[Group]:
+        """Return the group."""
+        return [self.shards]
+
+    def check(self, routes: Sequence[Route], tensors: Sequence[Tensor]) -> None:
+        """Do nothing: runs are contiguous."""
+
+    def cut(self, numel: int) -> Cut:
+        """Return how a parameter is cut."""
+        return Cut.even(-(-numel // collectives.size(self.shards)), collectives.size(self.shards))
+
+    def locate(
+        self, group: ParamGroup, routes: Sequence[Route], tensors: Sequence[Tensor]
+    ) -> list[Located]:
+        """Return one layout for each matrix."""
+        layouts, spans = [], []
+        for i, route in enumerate(routes):
+            cut = self.cut(math.prod(route.shape))
+            layouts += [lay(matrix, cut, tensor=i) for matrix in route.matrices]
+            spans.append((route.name, i, 0, tensors[i].numel()))
+        indices = tuple(range(len(tensors)))
+        device = tensors[0].device
+        return [Located(tuple(layouts), self.shards, device, tuple(spans), tensors=indices)]
+
+
+class Trial:
+    """A model under one layout, its optimizer, and steps on gradients that are given."""
+
+    def __init__(
+        self, cls: type[SpectralOptimizer], options: Mapping[str, Any], layout: str, dtype: str
+    ) -> None:
+        self.model: nn.Module = Weights(getattr(torch, dtype))
+        self.layout = layout
+        placement = None
+        if layout == "ddp":
+            self.model = DistributedDataParallel(self.model)
+        elif layout == "fsdp":
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(self.model)
+        elif layout.startswith("tp"):
+            self._tile(0 if layout == "tp_rows" else 1)
+        groups = param_groups(self.model)
+        if layout == "flat":
+            placement = FlatPlacement(dist.group.WORLD)
+            for p in self.model.parameters():
+                begin, end = placement.cut(p.numel()).run(dist.get_rank())
+                p.data = p.data.flatten()[begin : min(end, p.numel())].clone()
+        self.placement = placement
+        self.optimizer = cls(groups, placement=placement, **options)
+
+    def _tile(self, dimension: int) -> None:
+        """Make every matrix a DTensor that the ranks hold in tiles, and the rest replicas."""
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+        for module in self.model.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                where = Shard(dimension) if p.ndim == 2 else Replicate()
+                setattr(module, name, nn.Parameter(distribute_tensor(p.data, mesh, [where])))
+
+    def step(self, number: int, scale: float = 1.0) -> None:
+        """Take a step on gradients of this number, times ``scale``."""
+        shapes = {name: p.shape for name, p in Weights().named_parameters()}
+        for name, p in self.model.named_parameters():
+            plain = name.removeprefix("module.")
+            gradient = (_values(plain, number, shapes[plain]) * scale).to(p.dtype)
+            p.grad = self._sharded(gradient, p)
+        self.optimizer.step()
+
+    def _sharded(self, whole: Tensor, like: Tensor) -> Tensor:
+        if isinstance(like, DTensor):
+            return distribute_tensor(whole, like.device_mesh, like.placements)
+        if self.placement is not None:
+            begin, end = self.placement.cut(whole.numel()).run(dist.get_rank())
+            return whole.flatten()[begin : min(end, whole.numel())].clone()
+        return whole
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return all weights, whole, on every rank."""
+        whole = {}
+        for name, p in self.model.named_parameters():
+            tensor = p.detach()
+            if isinstance(tensor, DTensor):
+                tensor = tensor.full_tensor()
+            plain = name.removeprefix("module.")
+            if self.placement is not None:
+                shape = dict(Weights().named_parameters())[plain].shape
+                parts: list[Any] = [None] * dist.get_world_size()
+                dist.all_gather_object(parts, tensor)
+                tensor = torch.cat(parts).view(shape)
+            whole[plain] = tensor.clone()
+        return whole
+
+
+def _train(
+    cls: type[SpectralOptimizer],
+    options: Mapping[str, Any],
+    layout: str,
+    dtype: str = "float32",
+    scale: float = 1.0,
+) -> dict[str, Tensor]:
+    trial = Trial(cls, options, layout, dtype)
+    for number in range(STEPS):
+        trial.step(number, scale)
+    return trial.weights()
+
+
+def _rank(rank: int, world: int, port: int, job: dict[str, Any], folder: str) -> None:
+    """Run every layout on one of the ranks, and leave rank 0's answers in ``folder``."""
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world)
+    )
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", rank=rank, world_size=world)
+    cls, options = class_of(_entry(job["rule"])), job["options"]
+    answers: dict[str, dict[str, Tensor]] = {}
+    for layout in job["layouts"]:
+        for strategy in job["strategies"] if layout.startswith("tp") else ["auto"]:
+            answers[f"{layout} {strategy}"] = _train(cls, {**options, "strategy": strategy}, layout)
+    for layout in ("ddp", "fsdp"):
+        if layout in job["layouts"]:
+            trial = Trial(cls, options, layout, "float32")
+            for number in range(SAVED_AFTER):
+                trial.step(number)
+            checkpoint.save(Path(folder, layout), trial.model, trial.optimizer)
+    if rank == 0:
+        torch.save(answers, Path(folder, "answers.pt"))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _entry(rule: type[Rule[Any]]) -> registry.Entry:
+    for entry in registry.entries():
+        if entry.rule is rule:
+            return entry
+    raise ValueError(
+        f'{rule.__name__} is not registered; decorate it with @register("{rule.__name__.lower()}")'
+    )
+
+
+def check_rule(
+    rule: type[Rule[Any]],
+    options: Mapping[str, Any] | None = None,
+    *,
+    ranks: int = 2,
+    layouts: Sequence[str] = LAYOUTS,
+    tolerance: float = 1e-5,
+) -> None:
+    """Check that a registered rule keeps its contract.
+
+    One process gives the same weights as ``ranks`` processes under every layout, and under 'gram'
+    if the rule names a polar factor that allows it; zero gradients move nothing; bfloat16 weights
+    follow; state is saved and goes on under another layout; every option refuses what it is not.
+
+    Args:
+        rule: importable by its module and name, as processes of this machine import it.
+        options: to check it with, beside its defaults.
+        ranks: processes, 2 to 4.
+        layouts: of ``LAYOUTS``.
+        tolerance: of the largest difference in a weight, over the largest change of one.
+
+    Raises:
+        AssertionError: says what does not hold.
+        ValueError: the rule is not registered, or its options are bad.
+    """
+    entry = _entry(rule)
+    given = {"lr": 0.02, **(options or {})}
+    _check_options(entry, given)
+    cls = class_of(entry)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        start = {name: p.detach().clone() for name, p in Weights().named_parameters()}
+        alone = _train(cls, given, "one process")
+        size = max(float((alone[name] - start[name]).abs().max()) for name in alone)
+        if not size > 0:
+            raise AssertionError(f"{entry.title} does not move any weight")
+        _check_zero(cls, given, start)
+        _check_half(cls, given, alone, size)
+        with tempfile.TemporaryDirectory() as folder:
+            strategies = ["owner", "gram"] if _works_on_grams(entry, given) else ["owner"]
+            job = {"rule": rule, "options": given, "layouts": layouts, "strategies": strategies}
+            with socket.socket() as s:
+                s.bind(("127.0.0.1", 0))
+                port = s.getsockname()[1]
+            mp.spawn(_rank, (ranks, port, job, folder), nprocs=ranks)  # type: ignore[attr-defined,no-untyped-call]
+            for where, weights in torch.load(Path(folder, "answers.pt")).items():
+                _assert_near(f"under {where} on {ranks} ranks", weights, alone, tolerance * size)
+            for layout in ("ddp", "fsdp"):
+                if layout in layouts:
+                    resumed = _resume(cls, given, Path(folder, layout))
+                    said = f"saved under {layout} and resumed in one process"
+                    _assert_near(said, resumed, alone, tolerance * size)
+
+
+def _works_on_grams(entry: registry.Entry, given: Mapping[str, Any]) -> bool:
+    """Return whether the rule names polar factors, and takes strategy 'gram'."""
+    assert entry.rule is not None
+    options: Any = entry.options.from_user(given, entry.title)
+    rule = entry.rule()
+    prepared = rule.prepare(options, SHAPES)
+    if any(rule.polar(prepared, shape) is None for shape in SHAPES.values()):
+        return False
+    try:
+        entry.options.from_user({**given, "strategy": "gram"}, entry.title)
+    except ValueError:
+        return False
+    return True
+
+
+def _resume(
+    cls: type[SpectralOptimizer], options: Mapping[str, Any], folder: Path
+) -> dict[str, Tensor]:
+    trial = Trial(cls, options, "one process", "float32")
+    checkpoint.load(folder, trial.model, trial.optimizer)
+    for number in range(SAVED_AFTER, STEPS):
+        trial.step(number)
+    return trial.weights()
+
+
+def _check_zero(
+    cls: type[SpectralOptimizer], options: Mapping[str, Any], start: Mapping[str, Tensor]
+) -> None:
+    still = _train(cls, {**options, "weight_decay": 0.0}, "one process", scale=0.0)
+    for name, weight in still.items():
+        if not torch.equal(weight, start[name]):
+            raise AssertionError(f"zero gradients move {name}, or make it NaN")
+
+
+def _check_half(
+    cls: type[SpectralOptimizer],
+    options: Mapping[str, Any],
+    alone: Mapping[str, Tensor],
+    size: float,
+) -> None:
+    half = _train(cls, options, "one process", "bfloat16")
+    for name, weight in half.items():
+        error = float((weight.float() - alone[name]).abs().max())
+        rounding = STEPS * 2.0**-8 * max(1.0, float(alone[name].abs().max()))
+        if not error < size / 4 + rounding:
+            raise AssertionError(f"in bfloat16 {name} is {error:.1e} from what it is in float32")
+
+
+def _check_options(entry: registry.Entry, given: Mapping[str, Any]) -> None:
+    """Check that every option of the rule's own is documented and refuses what is no value."""
+    shared = {each.name for each in fields(BaseOptions)}
+    for name, spec in specs_of(entry.options).items():
+        if name in shared:
+            continue
+        if not spec.doc:
+            raise AssertionError(
+                f"option {name} of {entry.title} has no documentation; declare it by"
+                " spectral_dist.rules.options.number, whole, flag, choice or option"
+            )
+        try:
+            entry.options.from_user({**given, name: object()}, entry.title)
+        except ValueError as error:
+            if name not in str(error):
+                raise AssertionError(f"a bad {name} is refused without its name: {error}") from None
+        else:
+            raise AssertionError(f"option {name} of {entry.title} takes any object for a value")
+
+
+def _assert_near(
+    where: str, weights: Mapping[str, Tensor], alone: Mapping[str, Tensor], bound: float
+) -> None:
+    for name, weight in weights.items():
+        error = float((weight - alone[name]).abs().max())
+        if not error <= bound:
+            raise AssertionError(
+                f"{where}, {name} differs from one process by {error:.1e}; allowed is {bound:.1e}"
+            )
+
+
+def check_placement(optimizer: ShardedOptimizer, whole: Mapping[str, Tensor]) -> None:
+    """Check that a placement tells the truth about where parameters are. Call it on every rank.
+
+    Every run of every layout must be those elements of the matrix on this rank, and all ranks of a
+    group together must have each element once.
+
+    Args:
+        optimizer: built with the placement, on parameters that have their values.
+        whole: the whole parameters by name, equal on all ranks.
+
+    Raises:
+        AssertionError: on the rank that sees it; names the matrix.
+    """
+    optimizer.prepare_placement()
+    placement = optimizer.placement
+    for group, tensors in placement.param_batches(optimizer):
+        routes = {route.name: route for route in optimizer.routes[group["id"]]}
+        for unit in optimizer.units(group, tensors):
+            located = unit.located
+            local = [placement.local(tensors[i]).detach().reshape(-1) for i in unit.tensors]
+            _check_spans(located, local, routes)
+            by_matrix = {m.name: r for r in routes.values() for m in r.matrices}
+            for layout in located.layouts:
+                matrix = layout.matrix
+                truth = matrix_of(matrix, whole[by_matrix[matrix.name].name].reshape(-1))
+                _check_layout(located, layout, local, truth)
+
+
+def _check_spans(located: Located, local: Sequence[Tensor], routes: Mapping[str, Route]) -> None:
+    for name, index, start, numel in located.spans:
+        assert name in routes, f"{name} is no parameter of this group"
+        assert start + numel <= local[index].numel(), f"{name} ends beyond its tensor"
+
+
+def _check_layout(located: Located, layout: Any, local: Sequence[Tensor], truth: Tensor) -> None:
+    rank, matrix = collectives.rank(located.group), layout.matrix
+    held = 0
+    for tile in layout.tiles:
+        start, length = tile.run(rank)
+        begin, end = tile.part(rank)
+        box = truth[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols]
+        here = local[tile.tensor][start : start + length].double() if length else truth[:0, 0]
+        held += length
+        if not torch.equal(here, box.reshape(-1)[begin:end].to(here)):
+            raise AssertionError(
+                f"{matrix.name}: what this rank stores is not [{begin}, {end}) of its tile at"
+                f" row {tile.row}, column {tile.col}"
+            )
+    total = torch.tensor(held)
+    if located.group is not None:
+        dist.all_reduce(total, group=located.group)
+    if int(total) != matrix.numel:
+        raise AssertionError(
+            f"{matrix.name}: the ranks of its group hold {int(total)} of {matrix.numel} elements"
+        )
