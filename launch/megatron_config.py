@@ -26,7 +26,7 @@ ADAM = "adam"  # Megatron's own
 SHIM = "SPECTRAL_MEGATRON_SHIM"
 """Environment variable, FILE:VERSION. Megatron-core runs on GPUs; where there is none, FILE is run
 and its ``install(VERSION)`` called, to make that version importable and fit for the machine. For
-tests: tests/integrations/megatron_cpu.py is such a file.
+tests: tests/support/megatron_cpu.py is such a file.
 """
 DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
 """What tensor parallelism cuts."""

@@ -21,7 +21,7 @@ from benchmarks import (
 from benchmarks import polargrad_problems as problems
 from spectral_dist.launch import llama
 from tests import harness, models
-from tests.integrations import megatron_cpu
+from tests.support import megatron_cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = {

@@ -125,7 +125,7 @@ def test_half_precision_resumes_too(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_pretrain_runs_it(job: Job) -> None:
-    shim = ROOT / "tests/integrations/megatron_cpu.py"
+    shim = ROOT / "tests/support/megatron_cpu.py"
     job.env["SPECTRAL_MEGATRON_SHIM"] = f"{shim}:{VERSION}"
     options = ("--engine", "megatron", "--config", str(ROOT / "configs/megatron/tiny_muon.yaml"))
     assert "Megatron's local" in job.ranks(4, "whole", *options, "--stop-at", "6")

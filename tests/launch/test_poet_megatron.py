@@ -63,7 +63,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path, optimizer, changed, said) -> 
 
 @pytest.mark.slow
 def test_pretrain_runs_it(job: Job) -> None:
-    shim = ROOT / "tests/integrations/megatron_cpu.py"
+    shim = ROOT / "tests/support/megatron_cpu.py"
     job.env["SPECTRAL_MEGATRON_SHIM"] = f"{shim}:{runs.VERSION}"
     given = {"config": "configs/megatron/tiny_poet.yaml", "model": "configs/models/tiny.json"}
     options = ["--engine", "megatron"]
