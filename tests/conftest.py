@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[PART] = slow_parts.parse(text)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
-    asked = config.option.markexpr  # setup.cfg's "not slow", unless there is a -m
+    asked = config.option.markexpr  # setup.cfg's, unless there is a -m
     config.option.markexpr = "slow" if asked in ("", "not slow") else f"slow and ({asked})"
 
 
