@@ -9,7 +9,7 @@ right at 1. DeepSpeed 0.19.8's Muon clips the orthogonalized update instead. CPU
 from __future__ import annotations
 
 from tests import harness
-from tests.integrations.test_deepspeed_safety import moves
+from tests.support.clipping import moves
 
 if __name__ == "__main__":
     for kind in ("SpectralMuon", "Muon"):

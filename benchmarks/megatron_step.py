@@ -53,8 +53,8 @@ from torch import Tensor, nn
 from benchmarks.fsdp_step import Traffic
 from spectral_dist.polar.schedules import rows
 from spectral_dist.rules.muon import MuonOptions
-from tests.integrations import megatron_cpu
-from tests.integrations import megatron_model as models
+from tests.support import megatron_cpu
+from tests.support import megatron_model as models
 
 VERSION, VOCABULARY, HEAD, LR, DECAY, STEPS, PERIOD = "0.19.2", 1024, 64, 1.0, 0.1, 5, 5
 OWNER = "ours owner"

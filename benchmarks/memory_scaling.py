@@ -2,9 +2,10 @@
 
     .venv/bin/python -m benchmarks.memory_scaling --png memory.png --json memory.json
 
-Runs tests/memory/scaling.py, under torchrun on gloo, at every number of ranks (8 take some minutes
-on two cores). What it measures is exact and the same on any machine: bytes, no times. They are of a
-small Llama in float32; the script fails where they are not what tests/memory/formula.py says.
+Runs tests/support/memory/scaling.py, under torchrun on gloo, at every number of ranks (8 take some
+minutes on two cores). What it measures is exact and the same on any machine: bytes, no times. They
+are of a small Llama in float32; the script fails where they are not what
+tests/support/memory/formula.py says.
 POET's blocks are a third of its sides: of a large model they are a tenth and less.
 
 state: of the rank that has the most, all parameters, over the parameters' number: in bytes per
@@ -26,8 +27,8 @@ from typing import Annotated, Any
 
 import typer
 
-from tests.memory.formula import FLOAT
-from tests.memory.scaling import OPTIMIZERS, Case
+from tests.support.memory.formula import FLOAT
+from tests.support.memory.scaling import OPTIMIZERS, Case
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {"ddp": "DDP", "fsdp": "FSDP2", **{f"zero{k}": f"ZeRO {k}" for k in range(4)}}
@@ -42,7 +43,7 @@ def measure(world: int, *arguments: str) -> Found:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "found.json"
-        command = [*torchrun, f"--nproc_per_node={world}", "-m", "tests.memory.scaling"]
+        command = [*torchrun, f"--nproc_per_node={world}", "-m", "tests.support.memory.scaling"]
         environment = {
             **os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore",
             "TORCHDYNAMO_DISABLE": "1", "DS_ACCELERATOR": "cpu",

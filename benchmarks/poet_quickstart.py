@@ -9,10 +9,10 @@ the others. The job has 120 steps, so POET merges every 20 or 40; its betas and 
 Each contender gets lrs a factor of 2 apart, and more while the best is the last.
 
 Beside bits per byte, of the third step of a job of 2 ranks: bytes of gradients; of optimizer state;
-the most that the step takes for a moment beside them (tests/memory/live.py); and the bytes that
-each of 2 ranks sends under DistributedDataParallel in one step, counted by a communication hook and
-the optimizer's own meter (an all-reduce of n bytes sends 2 (P - 1) / P n). All of these are exact
-and the same on every machine.
+the most that the step takes for a moment beside them (tests/support/memory/live.py); and the bytes
+that each of 2 ranks sends under DistributedDataParallel in one step, counted by a communication
+hook and the optimizer's own meter (an all-reduce of n bytes sends 2 (P - 1) / P n). All of these
+are exact and the same on every machine.
 
 A run takes about three minutes alone on a core. Each is a line of the file --json; what is there is
 not run again, and --show prints it all without a run.
@@ -41,7 +41,7 @@ from benchmarks import sumo_quickstart
 from benchmarks.sumo_quickstart import ROOT, Contender, read, state_bytes
 from spectral_dist import poet
 from spectral_dist.launch import llama, ranks
-from tests.memory.live import Live
+from tests.support.memory.live import Live
 
 SETTINGS = {f.name for f in fields(poet.Settings)}
 REST = {"scalar_lr": 0.006}

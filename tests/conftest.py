@@ -1,14 +1,70 @@
-"""Ranks with Megatron's twenty process groups are ended with the last test that needs them."""
+"""Which tests run (--slow-part), how hypothesis draws, and when ranks of Megatron end."""
 
 from __future__ import annotations
 
+import hypothesis
 import pytest
 
 from tests import harness
+from tests.support import slow_parts
+
+# Also in place of the profile that hypothesis loads by itself where CI is set
+hypothesis.settings.register_profile(
+    "spectral_dist", derandomize=True, deadline=None, max_examples=25
+)
+hypothesis.settings.load_profile("spectral_dist")
+
+PART = pytest.StashKey[tuple[int, int]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--slow-part",
+        metavar="K/N",
+        help="run only the slow tests, and of those only the K-th of N parts; a test of a whole"
+        " collection is always in the same part",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    text = config.getoption("--slow-part")
+    if text is None:
+        return
+    try:
+        config.stash[PART] = slow_parts.parse(text)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+    asked = config.option.markexpr  # setup.cfg's, unless there is a -m
+    config.option.markexpr = "slow" if asked in ("", "not slow") else f"slow and ({asked})"
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if PART not in config.stash:
+        return
+    selected = slow_parts.select([item.nodeid for item in items], *config.stash[PART])
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in selected])
+    items[:] = [item for item in items if item.nodeid in selected]
+
+
+def pytest_report_collectionfinish(config: pytest.Config, items: list[pytest.Item]) -> str | None:
+    if PART not in config.stash:
+        return None
+    part, parts = config.stash[PART]
+    return f"slow tests, part {part}/{parts}: {len(items) or 'there are none in it'}"
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """A part without tests, which the line above has said, is no failure."""
+    if PART in session.config.stash and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+        session.exitstatus = pytest.ExitCode.OK
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Each group's threads poll for as long as it lives, and slow whatever runs beside them."""
+    """End ranks with Megatron's twenty process groups with the last test that needs them.
+
+    Each group's threads poll for as long as it lives, and slow whatever runs beside them.
+    """
     if "megatron" in item.nodeid and (nextitem is None or "megatron" not in nextitem.nodeid):
         for (_, name), pool in list(harness.POOLS.items()):
             if name:

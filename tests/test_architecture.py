@@ -3,78 +3,91 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import sys
+from collections.abc import Iterable, Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "spectral_dist"
 
-# room -> floor; a module belongs to the longest name that it begins with
+# room -> floor. A module imports from its own room and from floors below it, never from another
+# room of its floor. A room is a folder or a module of the package, or modules of LOOSE.
 FLOORS = {
-    "spectral_dist._version": 0,
-    "spectral_dist.configs": 0,  # data
-    "spectral_dist.polar": 1,
-    "spectral_dist.rules": 2,
-    "spectral_dist.sharding": 2,
-    "spectral_dist": 3,  # groups, options, optimizer, checkpoint, monitor, estimate, poet
-    "spectral_dist.integrations": 4,
-    "spectral_dist.launch": 5,
-    "spectral_dist.cli": 5,
-    "spectral_dist.doctor": 5,
+    "launch": 10,
+    "": 9,  # spectral_dist/__init__.py: where what users call is gathered
+    "integrations": 8,
+    "optimizers": 7,
+    "checkpoint": 7,
+    "poet": 6,
+    "core": 5,
+    "placement": 4,
+    "params": 3,
+    "calibrate": 3,
+    "rules": 2,
+    "sharding": 2,
+    "polar": 1,
+    "configs": 0,
+    "_version": 0,
 }
-COMMANDS = ("spectral_dist.launch", "spectral_dist.cli", "spectral_dist.doctor")
-MAY_DISTRIBUTE = (
-    "spectral_dist.sharding",
-    "spectral_dist.checkpoint",  # torch's own distributed checkpoints
-    "spectral_dist.convert",  # which it reads and writes
-    "spectral_dist.integrations",
-    *COMMANDS,
-)
-ALLOWED = {"spectral_dist.polar": {"scipy"}}  # Zolotarev's elliptic functions
-"""room of the core -> what it may import beside torch"""
-FRAMEWORKS = ("spectral_dist.integrations", *COMMANDS)
+# modules outside the folder of their room
+LOOSE = {
+    "cli": "launch",
+    "doctor": "launch",
+    "first_step": "launch",
+    "convert": "checkpoint",
+    "state_dicts": "checkpoint",
+    "handles": "core",
+    "matrix_state": "core",
+    "matrix_step": "core",
+    "monitor": "core",
+    "optimizer": "core",
+    "strategy": "core",
+    "group_options": "params",
+    "groups": "params",
+    "heads": "params",
+    "options": "params",
+    "patterns": "params",
+    "splits": "params",
+    "wrappers": "params",
+}
+FRAMEWORKS = {"integrations", "launch"}
+"""rooms that may import more than torch, the standard library and ALLOWED"""
+ALLOWED = {"polar": {"scipy"}}  # Zolotarev's elliptic functions
+MAY_DISTRIBUTE = {"sharding", "checkpoint", *FRAMEWORKS}
+STANDARD = sys.stdlib_module_names
+LINES = 400
 
 
-def files():
+def files(folder: Path, name: str) -> dict[str, Path]:
     """Module name -> file, through the links to integrations/, launch/ and configs/."""
-    found = {}
-    folders = [(ROOT / PACKAGE, PACKAGE)]
-    for folder, name in folders:
-        for path in sorted(folder.iterdir()):
-            if path.is_dir() and (path / "__init__.py").exists():  # follows symbolic links
-                folders.append((path, f"{name}.{path.name}"))
-            elif path.suffix == ".py":
-                found[name if path.stem == "__init__" else f"{name}.{path.stem}"] = path
-    return found
+    modules: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and (path / "__init__.py").exists():  # follows symbolic links
+            modules |= files(path, f"{name}.{path.name}")
+        elif path.suffix == ".py":
+            modules[name if path.stem == "__init__" else f"{name}.{path.stem}"] = path
+    return modules
 
 
-FILES = files()
+FILES = files(ROOT / PACKAGE, PACKAGE)
 
 
-def room(module):
-    """The room a module belongs to; rooms of the top floor are one."""
-    parts = module.split(".")
-    while ".".join(parts) not in FLOORS:
-        parts.pop()
-    found = ".".join(parts)
-    return "commands" if found in COMMANDS else found
+def room(module: str) -> str | None:
+    """The room that a module of the package belongs to, if it belongs to one."""
+    name = module.removeprefix(PACKAGE).removeprefix(".").partition(".")[0]
+    name = LOOSE.get(name, name)
+    return name if name in FLOORS else None
 
 
-def floor(module):
-    return 5 if room(module) == "commands" else FLOORS[room(module)]
-
-
-def imports(module, text, modules):
+def imports(module: str, text: str, modules: Iterable[str], is_package: bool = False) -> set[str]:
     """What it imports anywhere, in functions too: modules, and names used as torch.distributed."""
-    package = (
-        module if modules.get(module, Path("x")).stem == "__init__" else module.rpartition(".")[0]
-    )
-    found = set()
+    package = module if is_package else module.rpartition(".")[0]
+    names = set()
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
@@ -83,104 +96,168 @@ def imports(module, text, modules):
             for alias in node.names:
                 inner = f"{base}.{alias.name}"
                 is_module = inner in modules or inner == "torch.distributed"
-                found.add(inner if is_module else base)
+                names.add(inner if is_module else base)
         elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed":
-            found.add("torch.distributed")
-    return found
+            names.add("torch.distributed")
+    return names
 
 
-def violations(module, text, modules=FILES):
+def graph(modules: Mapping[str, Path]) -> dict[str, set[str]]:
+    """Module -> what it imports."""
+    return {
+        module: imports(
+            module, path.read_text(encoding="utf-8"), modules, path.stem == "__init__"
+        )
+        for module, path in modules.items()
+    }  # fmt: skip
+
+
+def violations(module: str, imported: Iterable[str]) -> list[str]:
+    """What a module of the package may not import, or that it has no room."""
+    here = room(module)
+    if here is None:
+        return [f"{module} belongs to no room: FLOORS has none of its name, nor has LOOSE"]
     problems = []
-    for name in imports(module, text, modules):
-        if name.split(".")[0] == PACKAGE:
-            # the root above all floors counts as floor 3, which it gathers
-            if room(name) != room(module) and floor(name) >= floor(module):
-                problems.append(f"{module} (floor {floor(module)}) imports {name} ({floor(name)})")
+    for name in sorted(imported):
+        top = name.partition(".")[0]
+        if top == PACKAGE:
+            there = room(name)
+            if there is None:
+                problems.append(f"{module} imports {name}, which belongs to no room")
+            elif there != here and FLOORS[there] >= FLOORS[here]:
+                problems.append(
+                    f"{module} ({here or 'root'}, floor {FLOORS[here]}) imports {name}"
+                    f" ({there or 'root'}, floor {FLOORS[there]})"
+                )
         elif f"{name}.".startswith("torch.distributed."):
-            if not f"{module}.".startswith(tuple(f"{allowed}." for allowed in MAY_DISTRIBUTE)):
+            if here not in MAY_DISTRIBUTE:
                 problems.append(f"{module} imports {name}")
-        elif name.split(".")[0] not in {
-            *sys.stdlib_module_names,
-            "torch",
-            *ALLOWED.get(room(module), ()),
-        } and not module.startswith(FRAMEWORKS):
+        elif here not in FRAMEWORKS and top not in {"torch", *STANDARD, *ALLOWED.get(here, ())}:
             problems.append(f"{module} imports {name}, which is no part of the core")
     return problems
 
 
-def test_every_room_is_there():
-    wanted = ("polar.schedules", "sharding.plan", "rules.muon", "optimizer", "optimizers",
-              "matrix_step", "placement", "monitor", "configs", "integrations.fsdp",
-              "integrations.deepspeed.placement", "launch.pretrain")  # fmt: skip
-    assert {f"{PACKAGE}.{name}" for name in wanted} <= set(FILES)
+def circle(imported: Mapping[str, Iterable[str]]) -> str:
+    """Modules that import each other in a circle, or nothing."""
+    within = {
+        module: [name for name in names if name in imported and name != module]
+        for module, names in imported.items()
+    }
+    try:
+        TopologicalSorter(within).prepare()
+    except CycleError as error:
+        return " <- ".join(error.args[1])
+    return ""
 
 
-# spectral_dist/__init__.py is exempt: it is the root above all floors, where what users call is
-# gathered and where the apex backend, of floor 4, is put within reach of rules/, of floor 2
-@pytest.mark.parametrize("module", sorted(set(FILES) - {PACKAGE}))
-def test_imports_point_down(module):
-    assert violations(module, FILES[module].read_text(encoding="utf-8")) == []
+def test_imports_point_down() -> None:
+    imported = graph(FILES)
+    assert [text for module in FILES for text in violations(module, imported[module])] == []
+    assert circle(imported) == ""
 
 
-@pytest.mark.parametrize(
-    ("module", "text", "wrong"),
-    [
-        ("spectral_dist.polar.new", "from spectral_dist.rules import muon", True),
-        ("spectral_dist.polar.new", "import spectral_dist.sharding.plan", True),
-        ("spectral_dist.polar.new", "from spectral_dist.polar import exact", False),
-        ("spectral_dist.polar.new", "import torch.distributed as dist", True),
-        ("spectral_dist.polar.new", "def f():\n    from torch import distributed", True),
-        ("spectral_dist.polar.new", "import torch\ntorch.distributed.get_rank()", True),
-        ("spectral_dist.polar.new", "import math, torch", False),
-        ("spectral_dist.polar.new", "import scipy", False),
-        ("spectral_dist.polar.new", "from scipy.special import ellipk", False),
-        ("spectral_dist.polar.new", "import numpy", True),
-        ("spectral_dist.rules.new", "import scipy", True),
-        ("spectral_dist.sharding.new", "import scipy", True),
-        ("spectral_dist.optimizer", "import scipy", True),
-        ("spectral_dist.checkpoint", "import torch.distributed.checkpoint as dcp", False),
-        ("spectral_dist.checkpoint", "from spectral_dist.sharding import collectives", False),
-        ("spectral_dist.checkpoint", "from spectral_dist.integrations import fsdp", True),
-        ("spectral_dist.checkpoints", "import torch.distributed", True),
-        ("spectral_dist.convert", "from torch.distributed.checkpoint import load", False),
-        ("spectral_dist.convert", "import deepspeed", True),
-        ("spectral_dist.monitor", "import torch.distributed", True),
-        ("spectral_dist.matrix_step", "from torch.distributed.tensor import DTensor", True),
-        ("spectral_dist.placement", "from torch.distributed.tensor import DTensor", True),
-        ("spectral_dist.optimizers", "from spectral_dist.integrations import fsdp", True),
-        ("spectral_dist.rules.new", "from spectral_dist.sharding.layout import Matrix", True),
-        ("spectral_dist.rules.new", "from spectral_dist import sharding", True),
-        ("spectral_dist.rules.new", "from ..sharding import plan", True),
-        ("spectral_dist.rules.new", "from . import muon", False),
-        ("spectral_dist.rules.new", "from ..polar import polar", False),
-        ("spectral_dist.rules.new", "from spectral_dist.options import Options", True),
-        ("spectral_dist.rules.new", "from spectral_dist import Muon", True),
-        ("spectral_dist.sharding.new", "from spectral_dist.rules.muon import SCALES", True),
-        ("spectral_dist.sharding.new", "from torch.distributed import ReduceOp", False),
-        ("spectral_dist.groups", "from spectral_dist.sharding import layout", False),
-        ("spectral_dist.groups", "from spectral_dist import options", False),
-        ("spectral_dist.groups", "from torch.distributed.tensor import DTensor", True),
-        ("spectral_dist.optimizer", "from spectral_dist.integrations import apex", True),
-        ("spectral_dist.optimizer", "import deepspeed", True),
-        ("spectral_dist.integrations.new", "import deepspeed, torch.distributed", False),
-        ("spectral_dist.integrations.new", "from spectral_dist import Muon", False),
-        ("spectral_dist.integrations.new", "from spectral_dist.launch import corpus", True),
-        ("spectral_dist.launch.new", "from spectral_dist.integrations import mpi", False),
-        ("spectral_dist.launch.new", "from spectral_dist import doctor", False),
-    ],
-)
-def test_the_check_itself(module, text, wrong):
-    modules = {**FILES, "spectral_dist.doctor": Path("doctor.py")}
-    assert bool(violations(module, text, modules)) is wrong
+def test_the_table_names_what_is_there() -> None:
+    """A line for what has been moved or misspelt guards nothing."""
+    assert [name for name in LOOSE if f"{PACKAGE}.{name}" not in FILES] == []
+    assert set(FLOORS) - {room(module) for module in FILES} == set()
 
 
-@pytest.mark.parametrize("module", sorted(FILES))
-def test_files_are_short(module):
-    assert len(FILES[module].read_text(encoding="utf-8").splitlines()) <= 400
+MAY = """
+polar: from spectral_dist.polar import exact
+polar: import math, torch
+polar: import scipy
+polar: from scipy.special import ellipk
+sharding: from torch.distributed import ReduceOp
+rules: from . import muon
+rules: from ..polar import polar
+params: from spectral_dist.sharding import layout
+params: from spectral_dist import options
+checkpoint: import torch.distributed.checkpoint as dcp
+checkpoint: from torch.distributed.checkpoint import load
+checkpoint: from spectral_dist.sharding import collectives
+integrations: import deepspeed, torch.distributed
+integrations: from spectral_dist.optimizers import Muon
+launch: from spectral_dist.integrations import mpi
+launch: from spectral_dist import doctor, Muon
+launch: import typer
+"""
+MAY_NOT = """
+polar: from spectral_dist.rules import muon
+polar: import spectral_dist.sharding.plan
+polar: import torch.distributed as dist
+polar: def f(): from torch import distributed
+polar: import torch; torch.distributed.get_rank()
+polar: import numpy
+rules: import scipy
+rules: from spectral_dist.sharding.layout import Matrix
+rules: from spectral_dist import sharding
+rules: from ..sharding import plan
+rules: from spectral_dist.options import Options
+rules: from spectral_dist import Muon
+rules: from spectral_dist.no_such_module import Muon
+sharding: import scipy
+sharding: from spectral_dist.rules.muon import SCALES
+params: from torch.distributed.tensor import DTensor
+params: from spectral_dist import optimizer
+params: from spectral_dist import calibrate
+placement: from torch.distributed.tensor import DTensor
+core: import scipy
+core: import deepspeed
+core: import torch.distributed
+core: from torch.distributed.tensor import DTensor
+core: from spectral_dist.integrations import apex
+optimizers: from spectral_dist.integrations import fsdp
+checkpoint: from spectral_dist.integrations import fsdp
+checkpoint: import deepspeed
+integrations: from spectral_dist import Muon
+integrations: from spectral_dist.launch import corpus
+no_such_room: import math
+"""
 
 
-def test_no_command_bears_the_name_of_a_module():
-    """launch/deepspeed.py would be imported for `import deepspeed` when run from there."""
-    taken = {*sys.stdlib_module_names, "torch", "deepspeed", "megatron", "mpi4py", "transformers"}
-    for path in (ROOT / "launch").glob("*.py"):
-        assert path.stem not in taken
+def test_the_check_itself() -> None:
+    def problems(line: str) -> list[str]:
+        where, text = line.split(": ", 1)
+        loose = [name for name, its_room in LOOSE.items() if its_room == where]
+        module = f"{PACKAGE}.{loose[0]}" if loose else f"{PACKAGE}.{where}.new"
+        if loose:  # `from . import` is another thing there
+            assert "from ." not in text
+        return violations(module, imports(module, text, FILES))
+
+    assert [line for line in MAY.strip().splitlines() if problems(line)] == []
+    assert [line for line in MAY_NOT.strip().splitlines() if not problems(line)] == []
+    first, second, third = (f"{PACKAGE}.polar.{name}" for name in ("a", "b", "c"))
+    straight = {first: {second, third}, second: {third}, third: {"math", third}}
+    assert circle(straight) == ""
+    assert set(circle({**straight, third: {first}}).split(" <- ")) >= {first, third}
+
+
+def test_files_are_short() -> None:
+    lines = {module: len(path.read_text("utf-8").splitlines()) for module, path in FILES.items()}
+    assert {module: number for module, number in lines.items() if number > LINES} == {}
+
+
+def test_no_benchmark_imports_a_test() -> None:
+    """Nor do what it imports; what tests and benchmarks share is in tests/support."""
+    beside = files(ROOT / "tests", "tests")
+    imported = graph({**beside, **files(ROOT / "benchmarks", "benchmarks")})
+    own = [name for name in imported if name.startswith("benchmarks.")]
+    shared = {name for module in own for name in imported[module] if name in beside}
+    assert shared
+    wrong = {n for n in shared if n != "tests.harness" and not n.startswith("tests.support")}
+    assert wrong == set()
+    reached, rest = set(shared), list(shared)
+    while rest:
+        further = (imported[rest.pop()] & set(beside)) - reached
+        reached |= further
+        rest += further
+    assert {n for n in reached if n.rpartition(".")[2].startswith(("test_", "conftest"))} == set()
+
+
+def test_no_command_bears_the_name_of_a_module() -> None:
+    """launch/ comes first on sys.path when a file in it is run as a script."""
+    taken = {*STANDARD, *importlib.metadata.packages_distributions()}
+    taken |= {"torch", "deepspeed", "megatron", "mpi4py", "transformers"}
+    commands = {path.stem for path in (ROOT / "launch").glob("*.py")} - {"__init__"}
+    assert commands
+    assert commands & taken == set()

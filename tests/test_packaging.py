@@ -15,6 +15,14 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("integrations", "launch", "configs")
+DATA = (
+    "configs/deepspeed/*.json",
+    "configs/megatron/*.yaml",
+    "configs/models/*.json",
+    "configs/torch/*.yaml",
+    "launch/*.sh",
+    "launch/*.sbatch",
+)
 PROGRAM = """
 import sys
 sys.path.insert(0, sys.argv[1])
@@ -60,7 +68,7 @@ def installed(tmp_path_factory):
 
 
 def test_imports_from_an_empty_directory(installed, tmp_path):
-    command = [sys.executable, "-I", "-c", PROGRAM, str(installed)]
+    command = [sys.executable, "-I", "-B", "-c", PROGRAM, str(installed)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     files, version, name = json.loads(done.stdout)
@@ -71,49 +79,31 @@ def test_imports_from_an_empty_directory(installed, tmp_path):
     assert f"spectral_dist-{version}.dist-info" in {path.name for path in installed.iterdir()}
 
 
-def test_every_module_is_in_the_wheel(installed):
-    """setup.cfg lists packages by hand; a new folder is easily forgotten."""
-    wanted = set()
+def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(installed):
+    """setup.cfg lists packages and data by hand; a new folder is easily forgotten."""
+    wanted = {Path("spectral_dist/py.typed")}
     for top in ("spectral_dist", *PARTS):
-        for path in (ROOT / top).rglob("*.py"):  # does not follow the links
-            inside = path.relative_to(ROOT)
-            if top != "spectral_dist":
-                inside = "spectral_dist" / inside
-            elif inside.parts[1] in PARTS:
-                continue
-            wanted.add(inside.as_posix())
-    found = {path.relative_to(installed).as_posix() for path in installed.rglob("*.py")}
-    assert found == wanted
-    assert len(wanted) > 25
+        modules = list((ROOT / top).rglob("*.py"))  # does not follow the links
+        assert modules, top
+        wanted |= {place(path) for path in modules}
+    for pattern in DATA:
+        data = list(ROOT.glob(pattern))
+        assert data, pattern
+        wanted |= {place(path) for path in data}
+    files = {path.relative_to(installed) for path in installed.rglob("*") if path.is_file()}
+    assert {path for path in files if not path.parts[0].endswith(".dist-info")} == wanted
 
 
-def test_files_that_are_no_modules(installed):
-    for pattern in (
-        "configs/deepspeed/*.json",
-        "configs/megatron/*.yaml",
-        "configs/models/*.json",
-        "configs/torch/*.yaml",
-        "launch/*.sh",
-        "launch/*.sbatch",
-    ):
-        wanted = {path.name for path in ROOT.glob(pattern)}
-        assert wanted, pattern
-        found = {path.name for path in (installed / "spectral_dist").glob(pattern)}
-        assert found == wanted, pattern
-    assert (installed / "spectral_dist/py.typed").exists()
-    licenses = list(installed.glob("*.dist-info/**/LICENSE"))
-    assert [path.read_text() for path in licenses] == [(ROOT / "LICENSE").read_text()]
+def place(path: Path) -> Path:
+    """Where a file of the repository lies in the wheel."""
+    inside = path.relative_to(ROOT)
+    return inside if inside.parts[0] == "spectral_dist" else "spectral_dist" / inside
 
 
-def test_nothing_else_is_in_the_wheel(installed):
-    top = {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")}
-    assert top == {"spectral_dist"}
-    assert not list(installed.rglob("test*.py"))
-
-
-def test_commands_exist(installed):
+def test_commands_and_metadata(installed):
+    (folder,) = installed.glob("*.dist-info")
     parser = configparser.ConfigParser()
-    parser.read(next(installed.glob("*.dist-info/entry_points.txt")))
+    parser.read(folder / "entry_points.txt")
     commands = dict(parser["console_scripts"])
     assert commands
     for target in commands.values():
@@ -121,11 +111,10 @@ def test_commands_exist(installed):
         file = installed / f"{module.replace('.', '/')}.py"
         assert file.exists(), target
         assert name in file.read_text(), target
-
-
-def test_metadata(installed):
-    text = next(installed.glob("*.dist-info/METADATA")).read_text()
+    text = (folder / "METADATA").read_text()
     for extra in ("deepspeed", "megatron", "mpi", "train", "test"):
         assert f"Provides-Extra: {extra}\n" in text
     assert re.search("^License(-Expression)?: Apache-2.0$", text, re.MULTILINE)
     assert "Requires-Python: >=3.11\n" in text
+    licenses = list(folder.glob("**/LICENSE"))
+    assert [path.read_text() for path in licenses] == [(ROOT / "LICENSE").read_text()]

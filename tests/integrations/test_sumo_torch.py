@@ -74,7 +74,8 @@ def train(
                     )
                     before[part.matrix] = basis.clone()
     parts = [
-        (p.matrix, p.name, p.shape, p.values.numel(), p.is_primary) for p in optimizer.matrix_parts()
+        (p.matrix, p.name, p.shape, p.values.numel(), p.is_primary)
+        for p in optimizer.matrix_parts()
     ]
     kept = {key for state in optimizer.state.values() for key in state if "exp_avg_sq" not in state}
     return {

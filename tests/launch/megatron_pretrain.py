@@ -3,7 +3,7 @@
 import sys
 
 from spectral_dist.launch import megatron_config, pretrain
-from tests.integrations import megatron_cpu
+from tests.support import megatron_cpu
 
 if __name__ == "__main__":  # a multiprocessing manager imports this again
     megatron_cpu.install(sys.argv.pop(1))

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from spectral_dist.sharding import collectives
 from tests import harness
-from tests.memory.live import Live, distinct_bytes
+from tests.support.memory.live import Live, distinct_bytes
 
 
 def test_a_known_sequence_has_its_known_peak():

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from tests import harness
-from tests.memory import scaling
-from tests.memory.formula import FLOAT
-from tests.memory.scaling import BUCKET, LAYERS, LAYOUTS, OPTIMIZERS, Case
+from tests.support.memory import scaling
+from tests.support.memory.formula import FLOAT
+from tests.support.memory.scaling import BUCKET, LAYERS, LAYOUTS, OPTIMIZERS, Case
 
 ROOT = Path(__file__).resolve().parents[2]
 Found = list[dict[str, Any]]
@@ -107,7 +107,7 @@ def torchrun(world: int, out: Path, *arguments: str) -> dict[Case, Found]:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc_per_node", str(world), "-m", "tests.memory.scaling", "--out", str(out)]
+    command += ["--nproc_per_node", str(world), "-m", scaling.__name__, "--out", str(out)]
     done = subprocess.run(
         [*command, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
         timeout=2400, check=False,

@@ -1,6 +1,6 @@
 """Optimizer state and temporary memory of one rank, measured and by the formula.
 
-    torchrun --standalone --nproc_per_node 2 -m tests.memory.scaling \\
+    torchrun --standalone --nproc_per_node 2 -m tests.support.memory.scaling \\
         --layout zero1 --optimizer muon --out /tmp/found.json
 
 Builds a small Llama, takes three steps and writes what every rank had: the exact bytes of its
@@ -35,9 +35,9 @@ from torch.nn.parallel import DistributedDataParallel
 import spectral_dist
 from spectral_dist import poet
 from spectral_dist.core.units import MatrixUnit
-from tests.memory import formula
-from tests.memory.formula import FLOAT, adamw_state, gradients, matrix_state, step_peak
-from tests.memory.live import Live, distinct_bytes
+from tests.support.memory import formula
+from tests.support.memory.formula import FLOAT, adamw_state, gradients, matrix_state, step_peak
+from tests.support.memory.live import Live, distinct_bytes
 
 LAYERS = {"small": 11, "large": 35}
 """Equal modulo 8, so that boundaries of ZeRO's partitions cut the same matrices of both."""
