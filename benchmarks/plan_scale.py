@@ -14,6 +14,7 @@ as integrations/fsdp.py has them. CPU seconds, each line in a process of its own
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import resource
 import sys
@@ -155,6 +156,8 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", default=["owner", "gram", "auto", "block"])
     arguments = parser.parse_args()
     print(f"{'ranks':>6} cut  strategy  layouts     plan   routes      all  CPU seconds; peak MB")
+    gc.collect()
+    gc.freeze()  # going through all of torch's objects is no part of this
     for case in product(arguments.ranks, arguments.cuts, arguments.strategies):
         if case[2] in STRATEGIES[case[1]]:
             process = get_context("fork").Process(target=line, args=case)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
 
@@ -152,7 +152,7 @@ class Layout:
 
         Equal for matrices that are cut alike: what depends on nothing else is computed once.
         """
-        return tuple(replace(tile, base=0, tensor=0, block=0) for tile in self.tiles)
+        return tuple(Tile(t.row, t.col, t.rows, t.cols, t.cut, t.offset) for t in self.tiles)
 
     def holders(self) -> Sequence[int]:
         """Ranks that store a part of the matrix, ascending."""
