@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from spectral_dist.params.spec import Route
 from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement, check_contiguous
 from spectral_dist.sharding.collectives import Group, Meter, all_equal, sum_ranks
-from spectral_dist.sharding.layout import Box, Located, lay_boxes
+from spectral_dist.sharding.layout import Box, Boxes, Located, lay_boxes
 
 
 @dataclass(frozen=True)
@@ -341,29 +342,40 @@ def _boxes(
     mesh: DeviceMesh,
     dims: tuple[int, ...],
     cuts: tuple[tuple[int, int], ...],
-) -> tuple[Box, ...]:
+) -> Boxes:
     """What each rank along ``dims`` stores, in the order of their coordinates."""
     shape = route.shape
     if not route.stacked and any(axis > 1 for _, axis in cuts):
         raise ValueError(
             f"{route.name}, {shape}, is cut beyond its second dimension; cut its first"
         )
-    boxes = []
-    for place in product(*(range(mesh.size(dim)) for dim in dims)):
-        at = dict(zip(dims, place, strict=True))
+    sizes = tuple((dim, mesh.size(dim)) for dim in dims)
+    return _boxes_of(tuple(shape), route.stacked, sizes, cuts)
+
+
+@lru_cache(maxsize=1024)
+def _boxes_of(
+    shape: tuple[int, ...],
+    stacked: bool,
+    sizes: tuple[tuple[int, int], ...],
+    cuts: tuple[tuple[int, int], ...],
+) -> Boxes:
+    """``_boxes`` of all parameters of one shape that are cut alike; ``sizes``: (dim, ranks)."""
+    boxes, ranks_along = [], dict(sizes)
+    for place in product(*(range(size) for _, size in sizes)):
+        at = dict(zip(ranks_along, place, strict=True))
         ranges = [(0, size) for size in shape]
         for dim, axis in cuts:
             begin, end = ranges[axis]
-            chunk = -(-(end - begin) // mesh.size(dim))  # as torch.chunk cuts
+            chunk = -(-(end - begin) // ranks_along[dim])  # as torch.chunk cuts
             first = min(end, begin + at[dim] * chunk)
             ranges[axis] = first, min(end, first + chunk)
-        boxes.append(_as_stack(ranges, route))
-    return tuple(boxes)
+        boxes.append(_as_stack(ranges, stacked, math.prod(shape[2:])))
+    return Boxes(boxes)
 
 
-def _as_stack(ranges: list[tuple[int, int]], route: Route) -> Box:
-    """A box of the parameter seen as (stack, rows, columns)."""
-    if route.stacked:
+def _as_stack(ranges: list[tuple[int, int]], stacked: bool, rest: int) -> Box:
+    """A box of the parameter seen as (stack, rows, columns); ``rest``: of a convolution."""
+    if stacked:
         return ranges[0], ranges[1], ranges[2]
-    rest = math.prod(route.shape[2:])  # of a convolution
     return (0, 1), ranges[0], (ranges[1][0] * rest, ranges[1][1] * rest)

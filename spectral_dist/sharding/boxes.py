@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
-from spectral_dist.sharding.layout import Layout, Matrix, Tile
+from spectral_dist.sharding.layout import Cut, Layout, Matrix, Tile
 
 
 class Box(NamedTuple):
@@ -33,26 +34,67 @@ def union(boxes: Sequence[Box]) -> Box | None:
 
 def held(tile: Tile, rank: int) -> Box | None:
     """What the rank stores of a tile, if that is some whole rows of it."""
-    begin, end = tile.part(rank)
+    return _rows(tile, *tile.part(rank))
+
+
+def _rows(tile: Tile, begin: int, end: int) -> Box | None:
+    """Elements [begin, end) of a tile as a box, if they are some whole rows of it."""
     if begin % tile.cols or end % tile.cols:
         return None
     first, last = begin // tile.cols, end // tile.cols
     return Box(tile.row + first, tile.col, last - first, tile.cols)
 
 
-def holdings(layout: Layout) -> dict[int, Box] | None:
-    """The box that each holder stores of the matrix, if all store boxes."""
-    found: dict[int, list[Box]] = {}
-    for tile in layout.tiles:
-        for rank in tile.holders():
-            if tile.run(rank)[1]:
-                box = held(tile, rank)
-                if box is None:
-                    return None
-                found.setdefault(rank, []).append(box)
-    together = {rank: union(boxes) for rank, boxes in sorted(found.items())}
+def holdings(storage: Sequence[Tile]) -> dict[int, Box] | None:
+    """The box that each holder stores of a matrix of these tiles, if all store boxes."""
+    stored: dict[int, list[Box]] = {}
+    for tile in storage:
+        for rank, begin, end in tile.parts():
+            box = _rows(tile, begin, end)
+            if box is None:
+                return None
+            stored.setdefault(rank, []).append(box)
+    together = {rank: union(boxes) for rank, boxes in sorted(stored.items())}
     boxes_only = {rank: box for rank, box in together.items() if box is not None}
     return boxes_only if len(boxes_only) == len(together) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Ranges:
+    """Of each rank, its [begin, end) of ``length`` rows or columns, as a cut has it: no list of it.
+
+    ``unit`` elements of the cut are one row or column; one that is cut goes to who has its end. Who
+    is no member of the cut has (0, 0). Compares with a tuple of the same, but does not hash as one.
+    """
+
+    cut: Cut
+    length: int
+    ranks: int
+    unit: int = 1
+
+    @classmethod
+    def even(cls, length: int, ranks: int) -> Ranges:
+        """Return those of which rank r's begins at length * r // ranks."""
+        return cls(Cut.even(length, ranks), length, ranks, ranks)
+
+    def __getitem__(self, rank: int) -> tuple[int, int]:
+        begin, end = self.cut.run(rank)
+        return begin // self.unit, min(end // self.unit, self.length)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return map(self.__getitem__, range(self.ranks))
+
+    def meeting(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (rank, begin, end) of what each rank has of [begin, end), if it has anything."""
+        for rank, first, last in self.cut.runs(begin * self.unit, end * self.unit):
+            if first // self.unit < last // self.unit:
+                yield rank, first // self.unit, last // self.unit
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Ranges):
+            return tuple(self) == other
+        same_size = (self.length, self.ranks, self.unit) == (other.length, other.ranks, other.unit)
+        return same_size and self.cut == other.cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +105,30 @@ class Slabs:
     """
 
     along: int
-    ranges: tuple[tuple[int, int], ...]
+    ranges: Ranges
     still: bool
 
     def box(self, rank: int, shape: tuple[int, int]) -> Box:
         """The rank's slab."""
-        begin, end = self.ranges[rank]
+        return self._box(*self.ranges[rank], shape)
+
+    def meeting(
+        self, tile: Tile, begin: int, end: int, shape: tuple[int, int]
+    ) -> Iterator[tuple[int, Box]]:
+        """Yield each rank whose slab may have some of elements [begin, end) of a tile, and it.
+
+        Of the slab, no more than the rows or columns in which they are.
+        """
+        first, last = begin // tile.cols, -(-end // tile.cols)
+        span = tile.row + first, tile.row + last
+        if self.along:
+            left = tile.col + begin % tile.cols
+            one_row = last - first == 1
+            span = (left, left + end - begin) if one_row else (tile.col, tile.col + tile.cols)
+        for rank, start, stop in self.ranges.meeting(*span) if begin < end else ():
+            yield rank, self._box(start, stop, shape)
+
+    def _box(self, begin: int, end: int, shape: tuple[int, int]) -> Box:
         if self.along:
             return Box(0, begin, shape[0], end - begin)
         return Box(begin, 0, end - begin, shape[1])
@@ -77,21 +137,24 @@ class Slabs:
 def slabs(layout: Layout, ranks: int) -> Slabs:
     """As the matrix is stored, if that is in slabs; else even ones, which must move.
 
-    The long side of a square matrix is the one along which it is cut.
+    The long side of a square matrix is the one along which it is cut. Computed once for all
+    matrices of one shape that are cut alike.
     """
-    m, n = shape = layout.matrix.shape
-    found = holdings(layout)
+    return _slabs(layout.matrix.shape, layout.storage(), ranks)
+
+
+@lru_cache(maxsize=4096)
+def _slabs(shape: tuple[int, int], storage: tuple[Tile, ...], ranks: int) -> Slabs:
+    boxes = holdings(storage)
     for along in (0, 1):
-        if found is None or shape[along] < shape[1 - along]:
+        if boxes is None or shape[along] < shape[1 - along]:
             continue
-        if all(box[3 - along] == shape[1 - along] for box in found.values()):
-            ranges = [(0, 0)] * ranks
-            for rank, box in found.items():
-                ranges[rank] = (box[along], box[along] + box[2 + along])
-            return Slabs(along, tuple(ranges), True)
-    along, long = int(n > m), max(m, n)
-    even = tuple((long * r // ranks, long * (r + 1) // ranks) for r in range(ranks))
-    return Slabs(along, even, False)
+        if all(box[3 - along] == shape[1 - along] for box in boxes.values()):
+            ordered = sorted((box[along], rank) for rank, box in boxes.items())
+            bounds = [*(begin for begin, _ in ordered), shape[along]]
+            cut = Cut.compact(bounds, [rank for _, rank in ordered])
+            return Slabs(along, Ranges(cut, shape[along], ranks), True)
+    return Slabs(int(shape[1] > shape[0]), Ranges.even(max(shape), ranks), False)
 
 
 def meet(tile: Tile, begin: int, end: int, box: Box) -> Iterator[Box]:
@@ -117,6 +180,14 @@ def meet(tile: Tile, begin: int, end: int, box: Box) -> Iterator[Box]:
             yield Box(row, col, rows, cols)
 
 
+def parts_in(tile: Tile, box: Box) -> Iterator[tuple[int, int, int]]:
+    """``tile.parts`` of the rows of a tile that are in a box, if any of its columns is."""
+    top, bottom = max(tile.row, box.row), min(tile.row + tile.rows, box.row + box.rows)
+    left, right = max(tile.col, box.col), min(tile.col + tile.cols, box.col + box.cols)
+    if top < bottom and left < right:
+        yield from tile.parts((top - tile.row) * tile.cols, (bottom - tile.row) * tile.cols)
+
+
 def blocks(layout: Layout) -> list[Layout]:
     """The layouts of the matrix's blocks, each a matrix of its own, named NAME@BLOCK.
 
@@ -130,7 +201,7 @@ def blocks(layout: Layout) -> list[Layout]:
     for tile in layout.tiles:
         found.setdefault(tile.block, []).append(tile)
     if len(found) == 1 and len(layout.holders()) > 1:
-        if holdings(layout) is None:
+        if holdings(layout.tiles) is None:
             raise ValueError(_no_tiles(layout.matrix.name))
         found = {rank: _rows_of(layout, rank) for rank in layout.holders()}
     if len(found) == 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -60,12 +61,9 @@ class Reduction:
         Of j matrices that divide evenly over P ranks, (P - 1)/P j times the elements of a part, and
         of a result, leave a rank. ``among``: which of the matrices, ascending; None is all.
         """
-        which = range(len(self._owners)) if among is None else among
-        counts = [0] * self._ranks
-        for k in which:
-            counts[self._owners[k]] += 1
-        asked = set(which)
-        places = [place for place, k in enumerate(self.mine) if k in asked]
+        which = tuple(range(len(self._owners)) if among is None else among)
+        counts, which_mine = _shares(self._owners, self._rank, self._ranks, which)
+        places = list(which_mine)
         sums = self._collect(parts.reshape(len(parts), -1), counts)
         found = evaluate(sums.view(len(places), *parts.shape[1:]), places)
         shared = self._return(found.reshape(len(places), math.prod(found.shape[1:])), counts)
@@ -101,7 +99,7 @@ class Reduction:
         collectives.max_ranks(largest, self._group, self._meter)
         return wide / largest.clamp_min(torch.finfo(wide.dtype).tiny)[:, None, None]
 
-    def _collect(self, rows: Tensor, counts: list[int]) -> Tensor:
+    def _collect(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """The sums of everyone's rows, of those that are this rank's: counts[r] are rank r's."""
         numel, own = rows.shape[1], counts[self._rank]
         arrived = collectives.all_to_all(
@@ -113,7 +111,7 @@ class Reduction:
         )
         return arrived.wait().view(self._ranks, own, numel).sum(0)
 
-    def _return(self, rows: Tensor, counts: list[int]) -> Tensor:
+    def _return(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
         """Everyone's rows, in the order of ranks."""
         numel, flat = rows.shape[1], rows.reshape(-1)
         if not numel:
@@ -168,6 +166,22 @@ class Reduction:
         negative = -least
         collectives.max_ranks(negative, self._group, self._meter)
         return -negative
+
+
+@lru_cache(maxsize=1024)
+def _shares(
+    owners: tuple[int, ...], rank: int, ranks: int, which: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """How many of the matrices ``which`` are each rank's; the places of the rank's among all its.
+
+    Once for all steps.
+    """
+    counts = [0] * ranks
+    for k in which:
+        counts[owners[k]] += 1
+    asked = set(which)
+    rank_owns = (k for k, owner in enumerate(owners) if owner == rank)
+    return tuple(counts), tuple(place for place, k in enumerate(rank_owns) if k in asked)
 
 
 def _counts(bits: Tensor, prefix: Tensor, width: int, digit: int) -> Tensor:

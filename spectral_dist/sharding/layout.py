@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeAlias
@@ -48,11 +48,32 @@ class Cut:
         """Every rank stores ``chunk`` elements. A range: no memory per rank."""
         return cls(range(0, (ranks + 1) * chunk, chunk))
 
+    @classmethod
+    def compact(cls, bounds: Sequence[int], members: Sequence[int]) -> Cut:
+        """Return the cut in ranges, where it can be: no memory per rank.
+
+        So the last run may be said to be as long as the others, when it is shorter: nothing may
+        depend on what is behind it.
+        """
+        if len(bounds) > 2:
+            padded = [*bounds[:-1], max(bounds[-1], 2 * bounds[-2] - bounds[-3])]
+            as_range = _ranged(padded)
+            bounds = as_range if isinstance(as_range, range) else bounds
+        return cls(_ranged(bounds), _ranged(members))
+
     def holders(self, start: int, stop: int) -> Sequence[int]:
         """Ranks whose run meets [start, stop). With empty runs inside, some may hold nothing."""
         first = bisect_right(self.bounds, start) - 1
         last = bisect_left(self.bounds, stop)
         return range(first, last) if self.members is None else self.members[first:last]
+
+    def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Yield (rank, begin, end) of each run's part of [start, stop), in order, if it has one."""
+        first = max(0, bisect_right(self.bounds, start) - 1)
+        for i in range(first, bisect_left(self.bounds, stop)):
+            begin, end = max(start, self.bounds[i]), min(stop, self.bounds[i + 1])
+            if begin < end:
+                yield (i if self.members is None else self.members[i]), begin, end
 
     def run(self, rank: int) -> tuple[int, int]:
         """[begin, end) of the rank's run; empty if it is no member."""
@@ -109,6 +130,15 @@ class Tile:
         begin, end = max(self.offset, first), min(self.offset + self.numel, last)
         return begin - self.offset, max(begin, end) - self.offset
 
+    def parts(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, int]]:
+        """Yield (rank, begin, end) as ``part`` has them of the ranks that have any.
+
+        Of the tile's elements [start, stop) alone; None: to its end.
+        """
+        stop = self.numel if stop is None else stop
+        for rank, begin, end in self.cut.runs(self.offset + start, self.offset + stop):
+            yield rank, begin - self.offset, end - self.offset
+
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -117,12 +147,16 @@ class Layout:
     matrix: Matrix
     tiles: tuple[Tile, ...]
 
+    def storage(self) -> tuple[Tile, ...]:
+        """Return the tiles but for where in its own tensors a rank has them, and their blocks.
+
+        Equal for matrices that are cut alike: what depends on nothing else is computed once.
+        """
+        return tuple(Tile(t.row, t.col, t.rows, t.cols, t.cut, t.offset) for t in self.tiles)
+
     def holders(self) -> Sequence[int]:
         """Ranks that store a part of the matrix, ascending."""
-        if len(self.tiles) == 1:
-            tile = self.tiles[0]
-            return sorted(r for r in tile.holders() if tile.run(r)[1])
-        return sorted({r for tile in self.tiles for r in tile.holders() if tile.run(r)[1]})
+        return list(holders_of(self.storage()))
 
     def stacked(self) -> bool:
         """Whether the tiles, one after the other, are the matrix's row-major elements."""
@@ -139,6 +173,16 @@ class Layout:
             (t.row, t.col, t.rows, t.cols, t.offset, t.block, t.cut.describe()) for t in self.tiles
         ]
         return f"{self.matrix.name} {self.matrix.shape} {tiles}"
+
+
+@lru_cache(maxsize=4096)
+def holders_of(storage: tuple[Tile, ...]) -> Sequence[int]:
+    """Return the ranks that store a part of any of the tiles, ascending; a range if they are one.
+
+    Args:
+        storage: ``Layout.storage()``.
+    """
+    return _ranged(sorted({rank for tile in storage for rank, _, _ in tile.parts()}))
 
 
 @dataclass(frozen=True)
@@ -179,6 +223,17 @@ Box: TypeAlias = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """What a rank stores of a (stack, rows, columns) parameter: [begin, end) of each."""
 
 
+class Boxes(tuple[Box, ...]):
+    """Boxes by rank, of which the hash is computed once: many matrices are cut by the same."""
+
+    _hash: int
+
+    def __hash__(self) -> int:
+        if not hasattr(self, "_hash"):
+            self._hash = super().__hash__()
+        return self._hash
+
+
 def lay_boxes(
     matrix: Matrix, stack: int, boxes: tuple[Box, ...], rank: int, tensor: int = 0
 ) -> Layout:
@@ -210,15 +265,18 @@ def _strips(boxes: tuple[Box, ...], number: int) -> tuple[tuple[int, int, Cut], 
     found = []
     for (left, right), runs in sorted(strips.items()):
         runs.sort()
-        bounds = [*(top * (right - left) for top, _, _ in runs), runs[-1][1] * (right - left)]
-        found.append((left, right, Cut(_ranged(bounds), _ranged([r for _, _, r in runs]))))
+        width = right - left
+        bounds = [*(top * width for top, _, _ in runs), runs[-1][1] * width]
+        found.append((left, right, Cut.compact(bounds, [rank for _, _, rank in runs])))
     return tuple(found)
 
 
 def _ranged(numbers: Sequence[int]) -> Sequence[int]:
     """The numbers as a range if they are one: constant memory, and a fast ``index``."""
+    if isinstance(numbers, range):
+        return numbers
     step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
-    if step:
+    if step and numbers:
         as_range = range(numbers[0], numbers[0] + len(numbers) * step, step)
         if list(as_range) == list(numbers):
             return as_range

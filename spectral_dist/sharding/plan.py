@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 
 from spectral_dist.sharding.boxes import slabs
-from spectral_dist.sharding.layout import Layout
+from spectral_dist.sharding.layout import Layout, Tile, holders_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def choose_owners(
     loads = [0.0] * (ranks * replicas)
     open_: list[tuple[float, int, Sequence[int]]] = []
     for i, layout in enumerate(layouts):
-        holders = layout.holders() if ranks > 1 else (0,)
+        holders = holders_of(layout.storage()) if ranks > 1 else (0,)
         moves[i] = len(holders) > 1
         if gram and gram[i]:
             moves[i] = not slabs(layout, ranks).still
@@ -94,24 +94,39 @@ def choose_owners(
         else:
             owners[i] = holders[0]
             loads[owners[i]] += (load or cost)(layout.matrix.shape)
-    heap = [(load, r) for r, load in enumerate(loads)]
-    heapq.heapify(heap)
+    heaps: dict[Hashable, list[tuple[float, int, int]]] = {}  # one for all that may go to the same
     for negative, i, holders in sorted(open_, key=lambda item: item[:2]):
         anywhere = ranks == 1 or len(holders) > max(2, ranks // 2)
-        if anywhere and not homes:
-            while heap[0][0] != loads[heap[0][1]]:  # an entry that a later load has outdated
-                heapq.heappop(heap)
-            owner = heap[0][1]
-        else:
-            holders = range(ranks) if anywhere else holders
-            part = {r: sum(t.run(r)[1] for t in layouts[i].tiles) for r in holders}
-            open_replicas = homes[i : i + 1] or range(replicas)
-            candidates = [k * ranks + r for k in open_replicas for r in holders]
-            owner = min(candidates, key=lambda r: (loads[r], -part[r % ranks], r))
-        owners[i] = owner
-        loads[owner] -= negative
-        heapq.heappush(heap, (loads[owner], owner))
+        storage = () if anywhere and not homes else layouts[i].storage()
+        home = homes[i] if homes else None
+        key = (storage, home, anywhere)
+        if key not in heaps:
+            held = _held(storage)
+            heaps[key] = [
+                (loads[k * ranks + r], -held.get(r, 0), k * ranks + r)
+                for k in (range(replicas) if home is None else (home,))
+                for r in (range(ranks) if anywhere else holders)
+            ]
+            heapq.heapify(heaps[key])
+        owners[i] = _least_loaded(heaps[key], loads)
+        loads[owners[i]] -= negative
     return owners, moves, loads
+
+
+def _held(storage: Sequence[Tile]) -> dict[int, int]:
+    """How many elements of the tiles each rank stores, of those that store any."""
+    held: dict[int, int] = {}
+    for rank, begin, end in (part for tile in storage for part in tile.parts()):
+        held[rank] = held.get(rank, 0) + end - begin
+    return held
+
+
+def _least_loaded(heap: list[tuple[float, int, int]], loads: Sequence[float]) -> int:
+    """The first owner of a heap of (load, tie, owner), whose loads may be of before they grew."""
+    while heap[0][0] != loads[heap[0][2]]:
+        _, tie, owner = heap[0]
+        heapq.heapreplace(heap, (loads[owner], tie, owner))
+    return heap[0][2]
 
 
 def chunks(
@@ -178,7 +193,7 @@ def make_plan(
     so that their first exchange is in flight while that one is computed. ``gram``, ``homes`` and
     ``load``: as ``choose_owners``; a matrix that one rank holds whole is no matter for ``gram``.
     """
-    cut = [len(x.holders()) > 1 for x in layouts] if any(gram) else []
+    cut = [len(holders_of(x.storage())) > 1 for x in layouts] if any(gram) else []
     gram = [wanted and apart for wanted, apart in zip(gram, cut, strict=True)] if cut else []
     owners, moves, loads = choose_owners(layouts, ranks, replicas, gram, homes, load)
     # every replica gets the directions of all of them: share the bound among replicas

@@ -95,9 +95,9 @@ class Route:
     gives: list[Piece] = field(default_factory=list)
     """its runs of the matrices that its replica owns, by owner (``gram``: batch), then matrix, then
     tile; directions of the same runs come back"""
-    gives_sizes: list[int] = field(default_factory=list)
+    gives_sizes: Sequence[int] = ()
     """elements sent to each rank"""
-    takes_sizes: list[int] = field(default_factory=list)
+    takes_sizes: Sequence[int] = ()
     """elements received from each rank"""
     returns: list[Piece] = field(default_factory=list)
     """its runs of all the bucket's matrices, replica by replica: those of which it gets the
@@ -124,11 +124,9 @@ class Wholes:
         placed: list[tuple[int, int, int]] = []  # (rank, running number, length)
         for i in (i for batch in batches for i in batch.matrices):
             for tile in layouts[i].tiles:
-                for holder in tile.holders():
-                    length = tile.run(holder)[1]
-                    if length:
-                        placed.append((holder, len(placed), length))
-                        self.takes_sizes[holder] += length
+                for holder, begin, end in tile.parts():
+                    placed.append((holder, len(placed), end - begin))
+                    self.takes_sizes[holder] += end - begin
         arriving = sorted(placed)
         # lengths of the runs received, in the order of arrival: by rank, then matrix, then tile
         self._arrivals = [length for _, _, length in arriving]
@@ -198,7 +196,8 @@ def route_to_owners(
         batches = [replace(batch, matrices=(i,)) for batch in batches for i in batch.matrices]
     wholes = Wholes(layouts, batches, ranks)
     route = Route(bucket.moves, wholes, [batch.matrices for batch in batches], given=[0] * replicas)
-    route.takes_sizes, route.gives_sizes = wholes.takes_sizes, [0] * ranks
+    gives_sizes = [0] * ranks
+    route.takes_sizes, route.gives_sizes = wholes.takes_sizes, gives_sizes
     order = []
     for owner, matrices in bucket.matrices.items():
         # by shape, as the owner will batch them
@@ -206,7 +205,7 @@ def route_to_owners(
             pieces = pieces_of(layouts[i], i, rank)
             order.append((owner // ranks, pieces))
             if owner // ranks == replica:
-                route.gives_sizes[owner % ranks] += sum(piece.length for piece in pieces)
+                gives_sizes[owner % ranks] += sum(piece.length for piece in pieces)
     route.take(replica, order)
     return route
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from spectral_dist.sharding.boxes import Box, Slabs, meet, slabs
+from spectral_dist.sharding.boxes import Box, Slabs, meet, parts_in, slabs
 from spectral_dist.sharding.layout import Layout, Tile
 from spectral_dist.sharding.plan import Bucket
 from spectral_dist.sharding.routes import Route, pack, pieces_of
@@ -147,8 +149,11 @@ def route_to_slabs(
         if k == replica:
             batches = found
         order += [(k, pieces_of(layouts[i], i, rank)) for b in found for i in b.matrices]
-    leaving, gives_sizes = _leaving(batches, layouts, rank, ranks)
-    landing, takes_sizes = _landing(batches, layouts, rank, ranks)
+    cuts = tuple(
+        (batch.shape, batch.cut, tuple(layouts[i].storage() for i in batch.matrices))
+        for batch in batches
+    )
+    leaving, gives_sizes, landing, takes_sizes = _ends(cuts, rank, ranks)
     route = Route(
         bucket.moves,
         SlabParcels(batches, leaving, landing),
@@ -161,45 +166,52 @@ def route_to_slabs(
     return route, batches
 
 
-def _leaving(
-    batches: list[SlabBatch], layouts: Sequence[Layout], rank: int, ranks: int
-) -> tuple[Rectangles, list[int]]:
-    """This rank's runs by the slabs that they meet, and how much goes to each rank."""
-    runs: list[tuple[SlabBatch, Tile, int, int, int]] = []
-    total = 0
-    for batch in batches:
-        for i in batch.matrices:
-            for tile in layouts[i].tiles:
+Cuts: TypeAlias = tuple[tuple[tuple[int, int], Slabs, tuple[tuple[Tile, ...], ...]], ...]
+"""Of each batch: the shape, the slabs, how each matrix is stored."""
+
+
+@lru_cache(maxsize=64)
+def _ends(
+    cuts: Cuts, rank: int, ranks: int
+) -> tuple[Rectangles, Sequence[int], Rectangles, Sequence[int]]:
+    """This rank's runs by the slabs that they meet, and how much goes to each rank; and where in
+    its slabs what arrives belongs, and how much comes from each rank.
+
+    Once for all buckets whose matrices are cut alike.
+    """
+    leaving, landing = _End(), _End()
+    for shape, cut, storages in cuts:
+        slab = cut.box(rank, shape)
+        for storage in storages:
+            for tile in storage:
                 begin, end = tile.part(rank)
-                if begin < end:
-                    runs.append((batch, tile, begin, end, total - begin))
-                    total += end - begin
-    found, sizes = [], [0] * ranks
-    for other in range(ranks):
-        for batch, tile, begin, end, base in runs:
-            for box in meet(tile, begin, end, batch.cut.box(other, batch.shape)):
-                first = base + (box.row - tile.row) * tile.cols + box.col - tile.col
-                found.append((first, box.rows, tile.cols, box.cols))
-                sizes[other] += box.numel
-    return Rectangles(found, total), sizes
+                for other, box in cut.meeting(tile, begin, end, shape):
+                    leaving.add(other, meet(tile, begin, end, box), tile, leaving.numel - begin)
+                leaving.numel += end - begin
+                for other, first, last in parts_in(tile, slab):
+                    landing.add(other, meet(tile, first, last, slab), slab, landing.numel)
+            landing.numel += slab.numel
+    return *leaving.packed(ranks), *landing.packed(ranks)
 
 
-def _landing(
-    batches: list[SlabBatch], layouts: Sequence[Layout], rank: int, ranks: int
-) -> tuple[Rectangles, list[int]]:
-    """Where in this rank's slabs what arrives belongs, and how much comes from each rank."""
-    arriving: list[tuple[int, int, tuple[int, int, int, int]]] = []
-    sizes, base = [0] * ranks, 0
-    for batch in batches:
-        slab = batch.box
-        for i in batch.matrices:
-            for tile in layouts[i].tiles:
-                for other in tile.holders():
-                    begin, end = tile.part(other)
-                    for box in meet(tile, begin, end, slab) if begin < end else ():
-                        first = base + (box.row - slab.row) * slab.cols + box.col - slab.col
-                        part = (first, box.rows, slab.cols, box.cols)
-                        arriving.append((other, len(arriving), part))
-                        sizes[other] += box.numel
-            base += slab.numel
-    return Rectangles((part for _, _, part in sorted(arriving)), base), sizes
+class _End:
+    """Where what travels lies in a flat tensor of ``numel`` elements of this rank."""
+
+    def __init__(self) -> None:
+        self.numel = 0
+        self._parts: list[tuple[int, int, tuple[int, int, int, int]]] = []
+        self._sizes: dict[int, int] = {}
+
+    def add(self, other: int, boxes: Iterable[Box], frame: Box | Tile, base: int) -> None:
+        """Boxes that go to ``other`` or come from it, of a row-major frame that is at ``base``."""
+        for box in boxes:
+            first = base + (box.row - frame.row) * frame.cols + box.col - frame.col
+            self._parts.append((other, len(self._parts), (first, box.rows, frame.cols, box.cols)))
+            self._sizes[other] = self._sizes.get(other, 0) + box.numel
+
+    def packed(self, ranks: int) -> tuple[Rectangles, Sequence[int]]:
+        """All in the order in which they travel, rank by rank; the elements of each rank."""
+        sizes = [0] * ranks
+        for other, size in self._sizes.items():
+            sizes[other] = size
+        return Rectangles((part for _, _, part in sorted(self._parts)), self.numel), tuple(sizes)
