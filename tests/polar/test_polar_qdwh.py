@@ -10,7 +10,7 @@ from spectral_dist.polar.qdwh import (
     QR_ABOVE,
     by_qdwh,
     on_short_side,
-    polished,
+    sharpened,
     qr_term,
     solve,
     unit_spectral,
@@ -53,11 +53,11 @@ def test_weights_to_60_digits_and_as_many_as_needed(lower, eps, steps):
 
 
 def test_polished():
-    assert polished(1.0, EPS64)
+    assert sharpened(1.0, EPS64)
     for eps in (EPS32, EPS64):
         edge = 1 - math.sqrt(eps / 3)
-        assert polished(edge + 1e-12, eps)
-        assert not polished(edge - 1e-9, eps)
+        assert sharpened(edge + 1e-12, eps)
+        assert not sharpened(edge - 1e-9, eps)
 
 
 @pytest.mark.parametrize("lower", [0.9, 0.3, 1e-2, 1e-5])

@@ -11,7 +11,7 @@ import scipy.special
 import torch
 
 from spectral_dist.polar import polar, zolo
-from spectral_dist.polar.qdwh import QR_ABOVE, by_qdwh, polished
+from spectral_dist.polar.qdwh import QR_ABOVE, by_qdwh, sharpened
 from tests.reference import polar as reference
 from tests.reference import qdwh
 
@@ -69,12 +69,12 @@ def test_degrees_of_the_table_converge_in_the_iterations_it_states(con):
     steps = zolo.functions(1 / con)
     assert len(steps) == (1 if con <= 2 else 2)
     assert {len(f.poles) for f in steps} == {qdwh.degree(con)}
-    assert polished(steps[-1].reached, EPS)
+    assert sharpened(steps[-1].reached, EPS)
     # and the reference says so, too
     _, reached = qdwh.zolotarev([], con, len(steps))
     assert reached - 1 <= 2e-15
     if len(steps) == 2:
-        assert not polished(steps[0].reached, EPS)
+        assert not sharpened(steps[0].reached, EPS)
 
 
 def test_never_more_than_two_functions_and_none_for_the_identity():
