@@ -157,8 +157,14 @@ def test_cutoffs():
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.integers(2, 40), st.integers(2, 40), st.integers(1, 39), st.integers(0, 999),
-       st.sampled_from(DTYPES[1:]), st.sampled_from(["plain", "decaying", "one large row"]))  # fmt: skip
+@given(
+    st.integers(2, 40),
+    st.integers(2, 40),
+    st.integers(1, 39),
+    st.integers(0, 999),
+    st.sampled_from(DTYPES[1:]),
+    st.sampled_from(["plain", "decaying", "one large row"]),
+)
 def test_what_rounding_leaves_of_a_missing_rank_is_below_the_cutoff(m, n, rank, seed, dtype, kind):
     rank = min(rank, m - 1, n - 1)
     left, right = reference.gaussian(m, rank, seed=seed), reference.gaussian(rank, n, seed=seed + 1)
