@@ -114,9 +114,9 @@ def polar(
 
 def _factor(x: Tensor, method: Method, steps: int | None, dtype: torch.dtype) -> Tensor:
     """The polar factors of x (k, m, n), in ``dtype``."""
-    found = rows_of(method, steps)
-    if found is not None:
-        rows, safety = found
+    polynomials = rows_of(method, steps)
+    if polynomials is not None:
+        rows, safety = polynomials
         short, long = sorted(x.shape[-2:])
         # near-square the Gram form multiplies more: measured 1.2 x the time at 384 x 384, .8 at
         # x 1024
@@ -257,8 +257,8 @@ def resolve_dtype(
     if device.type == "cpu" or method == "qdwh":
         return torch.float32
     if not isinstance(method, str):
-        own = rows_of(method)
-        return torch.bfloat16 if own and _bears_half(own[0]) else torch.float32
+        schedule = rows_of(method)
+        return torch.bfloat16 if schedule and _bears_half(schedule[0]) else torch.float32
     if method.startswith(_GRAM) or not SCHEDULES[method].half:
         return torch.float32
     return torch.bfloat16

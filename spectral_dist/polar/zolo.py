@@ -81,11 +81,11 @@ def degree(condition: float) -> int:
 def functions(lower: float) -> tuple[Zolotarev, ...]:
     """The one or two functions that take [lower, 1] to 1 within what ``sharpen`` mends."""
     r = degree(1.0 / lower)
-    found: list[Zolotarev] = []
-    while not sharpened(lower, _EPS) and len(found) < 2:
-        found.append(zolotarev(lower, r))
-        lower = found[-1].reached
-    return tuple(found)
+    steps: list[Zolotarev] = []
+    while not sharpened(lower, _EPS) and len(steps) < 2:
+        steps.append(zolotarev(lower, r))
+        lower = steps[-1].reached
+    return tuple(steps)
 
 
 def zolotarev(lower: float, r: int) -> Zolotarev:
