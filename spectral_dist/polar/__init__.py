@@ -64,34 +64,43 @@ def polar(
     steps: int | None = None,
     compute_dtype: torch.dtype | str | None = None,
 ) -> Tensor:
-    """U V^T of every matrix of x = U S V^T, or an approximation of it.
+    """Return U V^T of every matrix of x = U S V^T, or an approximation of it.
 
-    x: (..., m, n), any floating dtype and device, untouched. The result is new and contiguous, with
-    the shape, dtype and device of x; not differentiable. It does not depend on the scale of x, and
-    zero gives zero. On CPUs it is bitwise that of each matrix alone. Nothing is raised for what the
-    values are: a matrix with NaN or infinity in it, and one of which an SVD or eigh does not
-    converge, comes out as NaN in every element, and leaves the others of the batch alone.
-
-    method: a Newton-Schulz schedule (``jordan``, ``quintic``, ``cans``, ``cubic5``, ``deepseekv4``,
-    ``polar_express``); the same polynomial iterated on the Gram matrix of the short side
-    (``gram_*``: fewer FLOPs, so only for matrices at least 1.5 times as long as wide); ``qdwh`` or
-    ``zolo`` (rational iterations that converge); ``svd`` or ``eigh``; or rows [[a, b, c], ...] of
-    X <- a X + (b A + c A^2) X, A = X X^T, from ||X||_F = 1, which must be stable. steps: of a
-    schedule; None is its own number, and past the end the last of one's own rows repeats.
-    compute_dtype: see ``resolve_dtype``. ValueError: any of these wrong or without effect.
+    It does not depend on the scale of x, and zero gives zero. On CPUs it is bitwise that of each
+    matrix alone. Nothing is raised for what the values are: a matrix with NaN or infinity in it,
+    and one of which an SVD or eigh does not converge, comes out as NaN in every element, and leaves
+    the others of the batch alone.
 
     Without full rank (behind a LayerNorm gradients lack one) rounding leaves singular values that
-    mean nothing. svd and eigh take those up to ``null_cutoff`` of x's own dtype times the largest
-    for zero: max(m, n) eps in float32 and float64, eps in half precision, whatever is computed in
-    (of float64 eigh drops those below the root of min(m, n) eps, too). The result then is a
-    partial isometry. qdwh and zolo take those up to a tenth of that to 0 and those from 2.3 times
-    it on to 1; what lies between comes out in [0, 1]. Of a float32 matrix of 57 x 40 and rank 18
-    all four make 18 ones and 22 zeros (below 2e-7). A schedule maps null directions as it does
-    others: up to a_1 ... a_n times as long, which is 485 for ``jordan``.
+    mean nothing. svd and eigh take for zero what is at most the cutoff times the largest: max(m, n)
+    eps of x's own dtype, in half precision its eps (see ``null_cutoff``), whatever is computed in;
+    of float64 eigh also drops up to the root of min(m, n) eps. The result is a partial isometry
+    then. qdwh and zolo take what is at most a tenth of the cutoff to 0 and what is at least 2.3
+    times it to 1; in between it comes out in [0, 1]. Measured on float32 gradients of 57 x 40 and
+    rank 18: all four give 18 ones and 22 zeros (below 2e-7). A schedule maps null directions as it
+    does others: up to a_1 ... a_n times as long, which is 485 for ``jordan``.
 
     Muon: Keller Jordan 2024, kellerjordan.github.io/posts/muon; CANS: arXiv 2506.10935; Polar
     Express: arXiv 2505.16932; Gram form: tridao.me/blog/2026/gram-newton-schulz; the others: see
     their modules.
+
+    Args:
+        x: (..., m, n), any floating dtype and device, untouched.
+        method: a Newton-Schulz schedule (``jordan``, ``quintic``, ``cans``, ``cubic5``,
+            ``deepseekv4``, ``polar_express``); the same polynomial iterated on the Gram matrix of
+            the short side (``gram_*``: fewer FLOPs, so only for matrices at least 1.5 times as long
+            as wide); ``qdwh`` or ``zolo`` (rational iterations that converge); ``svd`` or ``eigh``;
+            or rows [[a, b, c], ...] of X <- a X + (b A + c A^2) X, A = X X^T, from ||X||_F = 1,
+            which must be stable.
+        steps: of a schedule; None is its own number, and past the end the last of one's own rows
+            repeats.
+        compute_dtype: see ``resolve_dtype``.
+
+    Returns:
+        A new contiguous tensor with the shape, dtype and device of x; not differentiable.
+
+    Raises:
+        ValueError: an option is wrong or would have no effect, or x is no batch of matrices.
     """
     check(method, steps, compute_dtype)
     if x.ndim < 2:

@@ -60,6 +60,8 @@ def test_steps_must_be_a_positive_integer(steps):
         # 1 and 5 are remembered as good; True and 5.0 are equal to them, but not good
         polar(X, method=method, steps=1)
         refuses("it must be a whole number, at least 1", method=method, steps=steps)
+        with pytest.raises(ValueError, match="it must be a whole number, at least 1"):
+            check(method, steps)
 
 
 @pytest.mark.parametrize("method", ["cubic5", "gram_cubic5"])
