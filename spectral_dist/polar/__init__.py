@@ -81,8 +81,7 @@ def polar(
     does others: up to a_1 ... a_n times as long, which is 485 for ``jordan``.
 
     Muon: Keller Jordan 2024, kellerjordan.github.io/posts/muon; CANS: arXiv 2506.10935; Polar
-    Express: arXiv 2505.16932; Gram form: tridao.me/blog/2026/gram-newton-schulz; the others: see
-    their modules.
+    Express: arXiv 2505.16932; Gram form: tridao.me/blog/2026/gram-newton-schulz; others: see there.
 
     Args:
         x: (..., m, n), any floating dtype and device, untouched.
@@ -92,8 +91,7 @@ def polar(
             as wide); ``qdwh`` or ``zolo`` (rational iterations that converge); ``svd`` or ``eigh``;
             or rows [[a, b, c], ...] of X <- a X + (b A + c A^2) X, A = X X^T, from ||X||_F = 1,
             which must be stable.
-        steps: of a schedule; None is its own number, and past the end the last of one's own rows
-            repeats.
+        steps: of a schedule; None is its own number; past the end one's own last row repeats.
         compute_dtype: see ``resolve_dtype``.
 
     Returns:
