@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from spectral_dist.polar import Method, rows_of
+from spectral_dist.polar.exact import inverse_root
 from spectral_dist.polar.newton_schulz import gram_polynomial
 from spectral_dist.polar.schedules import Row
+
+__all__ = ["GROWTH", "STEPS_BY_EIGH", "dtype_of", "inverse_root", "multiplier", "steps_of"]
 
 GROWTH = {torch.float32: 0.5, torch.float64: 1e-2}
 """Most that (a_1 ... a_n)^2 eps of R's dtype may be.
@@ -68,16 +71,17 @@ def steps_of(method: Method, steps: int | None) -> int:
     return STEPS_BY_EIGH if found is None else len(found[0])
 
 
-def multiplier(r: Tensor, method: Method, steps: int | None) -> Tensor:
+def multiplier(r: Tensor, method: Method, steps: int | None, cutoff: float = 0.0) -> Tensor:
     """Q with polar(X) = Q X, for each R = X X^T of (k, s, s) in float32 or float64, overwritten.
 
     X at any scale at which R has neither overflowed nor vanished; zero stays zero. Q is symmetric.
-    The inverse square root of R by eigh (missing rank is dropped as in ``exact.by_eigh``) where
-    ``method`` has no polynomial. A matrix with NaN or infinity in it comes out as NaN.
+    The inverse square root of R by eigh where ``method`` has no polynomial: singular values of X up
+    to ``cutoff`` times its largest are dropped; what ``polar`` drops is ``null_cutoff`` of X.
+    A matrix with NaN or infinity in it comes out as NaN.
     """
     found = rows_of(method, steps)
     if found is None:
-        return inverse_root(r)
+        return inverse_root(r, cutoff)
     rows, safety = found
     # the Frobenius norm squared
     squares = r.diagonal(dim1=-2, dim2=-1).sum(-1)
@@ -88,19 +92,3 @@ def multiplier(r: Tensor, method: Method, steps: int | None) -> Tensor:
     # jordan, 30 times too large)
     q = (q + q.mT).mul_(0.5)
     return q.mul_(squares.rsqrt()).div_(safety)
-
-
-def inverse_root(r: Tensor, cutoff: float = 0.0) -> Tensor:
-    """R^(-1/2) on the range of R, for each R = X X^T of (k, s, s), by eigh; symmetric.
-
-    Singular values of X up to ``cutoff`` times its largest are dropped, and those that R's rounding
-    hides. A matrix whose trace is NaN or infinite comes out as NaN: eigh would raise, and in a
-    collective on one rank alone.
-    """
-    fine = r.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()[:, None, None]
-    lam, v = torch.linalg.eigh(torch.where(fine, r, 0.0))
-    least = max(cutoff**2, lam.shape[-1] * torch.finfo(r.dtype).eps)
-    keep = lam > lam[..., -1:] * least
-    # the inner where keeps rsqrt away from the rounded eigenvalues at or below zero
-    scale = torch.where(keep, torch.where(keep, lam, 1.0).rsqrt(), 0.0)
-    return torch.where(fine, torch.bmm(v * scale[..., None, :], v.mT), math.nan)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,22 @@ from torch import Tensor
 def wide(*dtypes: torch.dtype) -> torch.dtype:
     """float64 if any of ``dtypes`` is, else float32: the dtype in which norms are taken."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def null_cutoff(shape: Sequence[int], *dtypes: torch.dtype) -> float:
+    """Return what rounding leaves of a missing rank: singular values up to it times the largest.
+
+    It is max(m, n) eps of float32 or float64. Half precision is what float32 sums were rounded to
+    once, and that moves singular values by .58 eps of the largest at most, whatever the shape, if
+    the roundings are independent: there it is eps, if that is more (max(m, n) eps would be beyond
+    the largest singular value itself, from 128 columns of bfloat16 on).
+
+    Args:
+        shape: (..., m, n) of the matrices.
+        dtypes: in which they were given, and in which they are computed; the coarsest counts.
+    """
+    side = max(shape[-2:])
+    return max(max(torch.finfo(d).eps, side * torch.finfo(wide(d)).eps) for d in dtypes)
 
 
 def unit_max(x: Tensor, dtype: torch.dtype) -> Tensor:

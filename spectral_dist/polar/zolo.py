@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import torch
-from scipy.special import ellipk, ellipkm1  # type: ignore[import-untyped,unused-ignore]
 from torch import Tensor
 
 from spectral_dist.polar.qdwh import (
     QR_ABOVE,
     on_short_side,
-    polish,
-    polished,
     qr_term,
+    sharpen,
+    sharpened,
     solve,
     unit_spectral,
 )
+from spectral_dist.polar.scaling import null_cutoff, unit_max
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -59,16 +59,17 @@ class Zolotarev:
     reached: float
 
 
-def by_zolo(x: Tensor, lower: float = _EPS) -> Tensor:
+def by_zolo(x: Tensor, lower: float | None = None) -> Tensor:
     """U V^T of x (k, m, n), computed and returned in float64.
 
-    lower: bound of the singular values of ``unit_spectral(x)`` from below. The default, eps, needs
-    no estimate, which would be a factorization more and could be wrong: what lies below it is
-    rounding of the largest. It costs degree 8. Singular values below it come out in [0, 1], as in
-    ``by_qdwh``: zero stays zero, rank that is missing only up to rounding is partly filled. NaN and
-    infinity give NaN. Nakatsukasa and Freund, SIAM Review 58 (2016); arXiv 2505.21799.
+    lower: bound of the singular values of ``unit_spectral`` from below. From a fifth of it on they
+    come out as 1 within rounding, up to a fiftieth as 0, else as in ``by_qdwh``. None is five times
+    ``null_cutoff``: up to a tenth of that as 0, and from it on as 1.
+    Nakatsukasa and Freund, SIAM Review 58 (2016); arXiv 2505.21799.
     """
-    return on_short_side(unit_spectral(x, torch.float64), partial(_apply, steps=functions(lower)))
+    if lower is None:
+        lower = min(5.0 * null_cutoff(x.shape, x.dtype), 1.0)
+    return on_short_side(unit_max(x, torch.float64), partial(_apply, steps=functions(lower)))
 
 
 def degree(condition: float) -> int:
@@ -78,18 +79,18 @@ def degree(condition: float) -> int:
 
 @lru_cache(maxsize=64)
 def functions(lower: float) -> tuple[Zolotarev, ...]:
-    """The one or two functions that take [lower, 1] to 1 within what ``polish`` mends."""
+    """The one or two functions that take [lower, 1] to 1 within what ``sharpen`` mends."""
     r = degree(1.0 / lower)
-    found: list[Zolotarev] = []
-    while not polished(lower, _EPS) and len(found) < 2:
-        found.append(zolotarev(lower, r))
-        lower = found[-1].reached
-    return tuple(found)
+    steps: list[Zolotarev] = []
+    while not sharpened(lower, _EPS) and len(steps) < 2:
+        steps.append(zolotarev(lower, r))
+        lower = steps[-1].reached
+    return tuple(steps)
 
 
 def zolotarev(lower: float, r: int) -> Zolotarev:
     """Zolotarev's function of type (2r + 1, 2r) on [lower, 1], its maximum there scaled to 1."""
-    k, k1 = float(ellipkm1(lower * lower)), float(ellipk(lower * lower))
+    k, k1 = elliptic_k(lower), elliptic_k(math.sqrt((1.0 - lower) * (1.0 + lower)))
     # the usual c_i for [1, 1 / lower] are these over lower^2
     c = [(lower * _sc(i * k / (2 * r + 1), k, k1, lower)) ** 2 for i in range(1, 2 * r + 1)]
     zeros, poles = c[1::2], c[0::2]
@@ -107,6 +108,18 @@ def zolotarev(lower: float, r: int) -> Zolotarev:
 
     condition = (1.0 + poles[0]) / (lower * lower + poles[0])
     return Zolotarev(tuple(poles), tuple(weights), f(1.0), condition, min(f(lower) / f(1.0), 1.0))
+
+
+def elliptic_k(complement: float) -> float:
+    """K, the complete elliptic integral of the first kind, of a complementary modulus in (0, 1].
+
+    By the arithmetic-geometric mean: 6 rounds at 1e-15. scipy.special.ellipk takes the parameter
+    m = 1 - complement^2, which is 1 in float64 below 1e-8, and ellipkm1 takes complement^2.
+    """
+    a, b = 1.0, complement
+    while a - b > 1e-15 * a:  # the means of two that differ by e differ by e^2
+        a, b = 0.5 * (a + b), math.sqrt(a * b)
+    return math.pi / (a + b)
 
 
 def _sc(u: float, k: float, k1: float, lower: float) -> float:
@@ -129,7 +142,8 @@ def _sc(u: float, k: float, k1: float, lower: float) -> float:
 
 
 def _apply(w: Tensor, steps: Sequence[Zolotarev]) -> Tensor:
-    """W <- f(W) for each function, on singular values, then the polish."""
+    """W <- f(W) for each function, on singular values, then ``sharpen``."""
+    w = unit_spectral(w)
     for f in steps:
         step = w / f.gain
         if f.condition <= QR_ABOVE:
@@ -143,4 +157,4 @@ def _apply(w: Tensor, steps: Sequence[Zolotarev]) -> Tensor:
                 shifted.diagonal(dim1=-2, dim2=-1).add_(pole)
                 step.add_(solve(shifted, w), alpha=weight / f.gain)
         w = step
-    return polish(w)
+    return sharpen(w)

@@ -19,8 +19,7 @@ from spectral_dist.polar.fit import (
 from spectral_dist.polar.stability import check_fixed
 from tests.reference import polar as reference
 
-SHAPES = [(64, 64), (64, 1024), (192, 192), (192, 512), (512, 512), (512, 1376), (512, 2048),
-          (768, 768), (1024, 2736), (2048, 5461), (4096, 4096), (4096, 16384)]  # fmt: skip
+SHAPES = [(64, 64), (64, 1024), (192, 512), (512, 1376), (2048, 5461), (4096, 16384)]
 
 
 def decaying():
@@ -31,15 +30,15 @@ def decaying():
     return {name: s / s.norm() for name, s in found.items()}
 
 
-@pytest.mark.parametrize("shape", SHAPES + list(PUBLISHED))
-def test_better_than_jordan_and_published_on_random_matrices(shape):
-    s = random_spectrum(shape)
-    row = fit(s)
-    check_fixed(row, margin=MARGIN)
-    error = relative_error(s, row, 5)
-    assert error < 0.95 * relative_error(s, FALLBACK, 5)
-    if shape in PUBLISHED:
-        assert error < 0.95 * relative_error(s, PUBLISHED[shape], 5)
+def test_better_than_jordan_and_published_on_random_matrices():
+    for shape in SHAPES + list(PUBLISHED):
+        s = random_spectrum(shape)
+        row = fit(s)
+        check_fixed(row, margin=MARGIN)
+        error = relative_error(s, row, 5)
+        assert error < 0.95 * relative_error(s, FALLBACK, 5), shape
+        if shape in PUBLISHED:
+            assert error < 0.95 * relative_error(s, PUBLISHED[shape], 5), shape
 
 
 def test_published_errors_are_those_of_the_spec():
@@ -49,12 +48,11 @@ def test_published_errors_are_those_of_the_spec():
         assert relative_error(s, FALLBACK, 5) == pytest.approx(jordan, abs=5e-4)
 
 
-@pytest.mark.parametrize("name", decaying())
-def test_better_than_jordan_on_decaying_spectra(name):
-    s = decaying()[name]
-    row = fit(s)
-    check_fixed(row, margin=MARGIN)
-    assert relative_error(s, row, 5) < 0.99 * relative_error(s, FALLBACK, 5)
+def test_better_than_jordan_on_decaying_spectra():
+    for name, s in decaying().items():
+        row = fit(s)
+        check_fixed(row, margin=MARGIN)
+        assert relative_error(s, row, 5) < 0.99 * relative_error(s, FALLBACK, 5), name
 
 
 def test_no_stable_row_nearby_or_anywhere_is_better():
@@ -73,7 +71,7 @@ def test_no_stable_row_nearby_or_anywhere_is_better():
                 assert relative_error(s, other, 5) > error * 0.999
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 4, 6, 8, 10])
+@pytest.mark.parametrize("steps", [1, 2, 4, 10])
 def test_other_numbers_of_steps(steps):
     s = random_spectrum((256, 384))
     row = fit(s, steps=steps)
@@ -81,7 +79,7 @@ def test_other_numbers_of_steps(steps):
     assert relative_error(s, row, steps) < relative_error(s, FALLBACK, steps)
     # fitted to this number of steps, not to another
     if steps < 10:
-        assert relative_error(s, row, steps) < relative_error(s, fit(s, steps=steps + 2), steps)
+        assert relative_error(s, row, steps) < relative_error(s, fit(s, steps=steps + 1), steps)
 
 
 def test_the_singular_values_of_real_matrices():
@@ -156,12 +154,12 @@ def test_never_worse_than_start():
         fit(s, start=PUBLISHED[2048, 2048])
 
 
-@pytest.mark.parametrize("values", [[0.0, 0.0], [1.0], [1e-5, 1e-5], [0.3], [0.0, 1.0], [1.0] * 9])
-def test_odd_data_still_gives_a_stable_row(values):
-    s = torch.tensor(values, dtype=torch.float64)
-    row = fit(s)
-    check_fixed(row)
-    assert relative_error(s, row, 5) <= relative_error(s, FALLBACK, 5)
+def test_odd_data_still_gives_a_stable_row():
+    for values in ([0.0, 0.0], [1.0], [1e-5, 1e-5], [0.3], [0.0, 1.0], [1.0] * 9):
+        s = torch.tensor(values, dtype=torch.float64)
+        row = fit(s)
+        check_fixed(row)
+        assert relative_error(s, row, 5) <= relative_error(s, FALLBACK, 5), values
 
 
 def test_deterministic_and_whatever_the_dtype_and_shape():

@@ -9,10 +9,14 @@ import torch
 import spectral_dist.polar as door
 from spectral_dist.polar import METHODS, check, newton_schulz, polar, resolve_dtype
 from spectral_dist.polar.scaling import unit_frobenius
+from spectral_dist.polar.schedules import rows
 from tests.reference import polar as reference
 
 CPU, OTHER = torch.device("cpu"), torch.device("meta")
 X = reference.gaussian(4, 6)
+JORDAN = [[3.4445, -4.7750, 2.0315]] * 5
+TWO = [[3.4445, -4.7750, 2.0315], [2, -1.5, 0.5]]
+CANS = [list(row) for row in rows("cans")]
 
 
 def refuses(match, x=X, **options):
@@ -50,10 +54,14 @@ def test_what_is_neither_a_name_nor_a_schedule(method):
     refuses(r"unknown polar method .*\. Known: jordan.*Or a schedule of your own", method=method)
 
 
-@pytest.mark.parametrize("steps", [0, -3, 2.5, "5", True, False])
-@pytest.mark.parametrize("method", ["jordan", "gram_cans"])
-def test_steps_must_be_a_positive_integer(method, steps):
-    refuses("it must be a whole number, at least 1", method=method, steps=steps)
+@pytest.mark.parametrize("steps", [0, -3, 2.5, "5", True, False, [5]])
+def test_steps_must_be_a_positive_integer(steps):
+    for method in ("jordan", "gram_cans", TWO):
+        # 1 and 5 are remembered as good; True and 5.0 are equal to them, but not good
+        polar(X, method=method, steps=1)
+        refuses("it must be a whole number, at least 1", method=method, steps=steps)
+        with pytest.raises(ValueError, match="it must be a whole number, at least 1"):
+            check(method, steps)
 
 
 @pytest.mark.parametrize("method", ["cubic5", "gram_cubic5"])
@@ -62,36 +70,28 @@ def test_cubic5_is_five_steps(method):
     assert torch.equal(polar(X, method=method, steps=5), polar(X, method=method))
 
 
-@pytest.mark.parametrize("method", ["svd", "eigh"])
-def test_steps_of_an_exact_method_would_be_ignored(method):
-    refuses(
-        f"steps=5 would have no effect: polar method '{method}' is exact", method=method, steps=5
-    )
+@pytest.mark.parametrize("method", ["svd", "eigh", "qdwh", "zolo"])
+def test_steps_of_a_method_that_takes_none_would_be_ignored(method):
+    why = "is exact" if method in ("svd", "eigh") else "takes the steps that it converges in"
+    for steps in (1, 2, 0, "5"):
+        refuses(f"steps={steps!r} would have no effect: polar method '{method}' {why}",
+                method=method, steps=steps)  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["qdwh", "zolo"])
-@pytest.mark.parametrize("steps", [1, 2, 0, "5"])
-def test_steps_of_a_method_that_converges_would_be_ignored(method, steps):
-    refuses(
-        f"steps={steps!r} would have no effect: polar method '{method}' takes the steps that it"
-        " converges in",
-        method=method,
-        steps=steps,
-    )
-
-
-@pytest.mark.parametrize("method", ["gram_" + name for name in reference.NAMES if name != "cans"])
-@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
-def test_gram_refuses_bfloat16(method, dtype):
-    refuses(f"'{method}' does not work in bfloat16.*float32 or float16, or take '{method[5:]}'",
-            method=method, compute_dtype=dtype)  # fmt: skip
-
-
-@pytest.mark.parametrize("method", ["cans", "gram_cans"])
-@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
-def test_cans_refuses_half_precision(method, dtype):
-    name = str(dtype).removeprefix("torch.")
-    refuses(f"'{method}' does not work in {name}: .* float32", method=method, compute_dtype=dtype)
+@pytest.mark.parametrize("name", reference.NAMES)
+def test_which_schedules_refuse_half_precision(name):
+    gram = f"gram_{name}"
+    if name == "cans":
+        for method in (name, gram):
+            for dtype in ("bfloat16", torch.float16):
+                why = f"'{method}' does not work in {str(dtype).removeprefix('torch.')}: .* float32"
+                refuses(why, method=method, compute_dtype=dtype)
+        return
+    for dtype in ("bfloat16", torch.bfloat16):
+        refuses(f"'{gram}' does not work in bfloat16.*float32 or float16, or take '{name}'",
+                method=gram, compute_dtype=dtype)  # fmt: skip
+    for method, dtype in ((name, "bfloat16"), (name, "float16"), (gram, "float16")):
+        check(method, None, dtype)
 
 
 def test_exact_methods_refuse_what_they_would_not_compute_in():
@@ -121,32 +121,19 @@ def test_unknown_compute_dtype_names_the_nearest():
     refuses("'bfloat'; did you mean 'bfloat16'", compute_dtype="bfloat")
 
 
-@pytest.mark.parametrize("shape", [(), (3,)])
-def test_a_vector_is_not_a_matrix(shape):
-    refuses("polar takes matrices, \\(..., m, n\\)", x=torch.zeros(shape))
-
-
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64])
-def test_numbers_must_be_floating(dtype):
-    refuses(f"x is {dtype}; polar takes floating-point", x=torch.zeros(3, 4, dtype=dtype))
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", [(0, 4, 6), (4, 0), (0, 6), (2, 0, 3, 5), (3, 4, 0)])
-def test_empty(method, shape):
-    x = torch.empty(shape, dtype=torch.bfloat16)
-    u = polar(x, method=method)
-    assert (u.shape, u.dtype) == (x.shape, x.dtype)
+def test_what_is_no_matrix():
+    for shape in ((), (3,)):
+        refuses("polar takes matrices, \\(..., m, n\\)", x=torch.zeros(shape))
+    for dtype in (torch.int64, torch.bool, torch.complex64):
+        refuses(f"x is {dtype}; polar takes floating-point", x=torch.zeros(3, 4, dtype=dtype))
 
 
 def test_empty_is_checked_all_the_same():
     refuses("unknown polar method", x=torch.empty(0, 3), method="nope")
 
 
-@pytest.mark.parametrize("auto", [None, "auto"])
-@pytest.mark.parametrize(
-    ("method", "x", "device", "expected"),
-    [
+def test_automatic_dtype():
+    for method, x, device, expected in [
         ("jordan", torch.float32, CPU, torch.float32),
         ("jordan", torch.bfloat16, CPU, torch.float32),
         ("jordan", torch.float16, CPU, torch.float32),
@@ -170,32 +157,19 @@ def test_empty_is_checked_all_the_same():
         ([[2, -1.5, 0.5]], torch.bfloat16, CPU, torch.float32),
         ([[2, -1.5, 0.5]], torch.bfloat16, OTHER, torch.bfloat16),
         ([[2, -1.5, 0.5]], torch.float64, OTHER, torch.float64),
-    ],
-)
-def test_automatic_dtype(auto, method, x, device, expected):
-    assert resolve_dtype(method, auto, x, device) == expected
+        (CANS, torch.bfloat16, OTHER, torch.float32),
+        (CANS, torch.float32, CPU, torch.float32),
+    ]:
+        for auto in (None, "auto"):
+            assert resolve_dtype(method, auto, x, device) == expected, (method, x, device)
 
 
-@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
-def test_dtype_as_text_or_as_dtype(name):
-    dtype = getattr(torch, name)
-    assert resolve_dtype("jordan", name, torch.float32, OTHER) == dtype
-    assert resolve_dtype("jordan", dtype, torch.float32, CPU) == dtype
-    assert torch.equal(polar(X, compute_dtype=name), polar(X, compute_dtype=dtype))
-
-
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_result_has_the_dtype_of_x_and_is_new_and_contiguous(method, dtype):
-    wide = torch.arange(60, dtype=torch.float64).cos().to(dtype)
-    for x in (wide.view(6, 10), wide.view(6, 10).mT, wide.view(2, 5, 6)[:, ::2], wide.view(1, 60)):
-        before = x.clone()
-        u = polar(x, method=method)
-        assert (u.shape, u.dtype) == (x.shape, dtype)
-        assert u.is_contiguous()
-        assert torch.equal(x, before)
-        assert u.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
-        assert torch.equal(u, polar(x.contiguous(), method=method))
+def test_dtype_as_text_or_as_dtype():
+    for name in ("float16", "bfloat16", "float32", "float64"):
+        dtype = getattr(torch, name)
+        assert resolve_dtype("jordan", name, torch.float32, OTHER) == dtype
+        assert resolve_dtype("jordan", dtype, torch.float32, CPU) == dtype
+        assert torch.equal(polar(X, compute_dtype=name), polar(X, compute_dtype=dtype))
 
 
 def test_float64_is_computed_on_request_for_float32():
@@ -205,36 +179,18 @@ def test_float64_is_computed_on_request_for_float32():
     assert torch.equal(u, reference.newton_schulz("jordan", 5, x).float())
 
 
-def test_parameters_need_no_no_grad():
-    x = torch.nn.Parameter(X)
-    for method in METHODS:
-        assert not polar(x, method=method).requires_grad
-
-
-@pytest.mark.parametrize("method", METHODS)
-def test_autocast_changes_nothing(method):
-    x = X.float()
-    compute_dtype = "float32" if method == "svd" else None
-    expected = polar(x, method=method, compute_dtype=compute_dtype)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(polar(x, method=method, compute_dtype=compute_dtype), expected)
-
-
 # Schedules of one's own
 
-JORDAN = [[3.4445, -4.7750, 2.0315]] * 5
-TWO = [[3.4445, -4.7750, 2.0315], [2, -1.5, 0.5]]
 
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("compute_dtype", [None, "float16", "bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (3, 6, 7)])
-def test_the_rows_of_a_name_are_the_name(dtype, compute_dtype, shape):
-    x = reference.gaussian(*shape).to(dtype)
-    named = polar(x, method="jordan", compute_dtype=compute_dtype)
-    own = polar(x, method=JORDAN, compute_dtype=compute_dtype)
-    assert torch.equal(own, named)
-    assert own.dtype == dtype
+def test_the_rows_of_a_name_are_the_name(compute_dtype):
+    for dtype in (torch.bfloat16, torch.float32, torch.float64):
+        for shape in ((6, 20), (20, 6), (3, 6, 7)):
+            x = reference.gaussian(*shape).to(dtype)
+            named = polar(x, method="jordan", compute_dtype=compute_dtype)
+            own = polar(x, method=JORDAN, compute_dtype=compute_dtype)
+            assert torch.equal(own, named)
+            assert own.dtype == dtype
 
 
 def test_lists_tuples_json_and_whole_numbers_are_one():
@@ -244,33 +200,28 @@ def test_lists_tuples_json_and_whole_numbers_are_one():
         assert torch.equal(polar(X, method=same), u)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 7])
-def test_steps_past_the_end_repeat_the_last_row(steps):
-    rows = [TWO[min(step, 1)] for step in range(steps)]
-    assert torch.equal(polar(X, method=TWO, steps=steps), _own_reference(rows))
+def test_steps_past_the_end_repeat_the_last_row():
+    for steps in (1, 2, 3, 7):
+        table = [TWO[min(step, 1)] for step in range(steps)]
+        assert torch.equal(polar(X, method=TWO, steps=steps), _own_reference(table))
 
 
 def test_all_rows_are_the_default_and_in_order():
     assert torch.equal(polar(X, method=TWO), _own_reference(TWO))
 
 
-def _own_reference(rows):
+def _own_reference(table):
     """Bitwise: the very loop, on X over its Frobenius norm."""
     start = unit_frobenius(X[None], torch.float64, 1.0)
-    u = newton_schulz.standard(start, [tuple(row) for row in rows])[0]
+    u = newton_schulz.standard(start, [tuple(row) for row in table])[0]
     s = torch.linalg.svdvals(X)
     s = s / s.norm()
-    for a, b, c in rows:
+    for a, b, c in table:
         s = a * s + b * s**3 + c * s**5
     torch.testing.assert_close(
         torch.linalg.svdvals(u), s.sort(descending=True).values, rtol=0, atol=1e-12
     )
     return u
-
-
-@pytest.mark.parametrize("steps", [0, -3, 2.5, "5", True])
-def test_steps_of_ones_own_schedule(steps):
-    refuses("it must be a whole number, at least 1", method=TWO, steps=steps)
 
 
 @pytest.mark.parametrize(
@@ -298,24 +249,30 @@ def test_schedules_that_are_refused(method, match):
 
 def test_the_check_runs_once_and_not_at_every_step(monkeypatch):
     calls = []
-    monkeypatch.setattr(door, "check_rows", calls.append)
-    door._stable.cache_clear()
+    monkeypatch.setattr(door, "check_rows", lambda *rows, **margin: calls.append(rows))
+    monkeypatch.setattr(door, "_check_converged", lambda *options: calls.append(options))
+    for function in (door._check, door._rows_of):
+        function.cache_clear()
     for _ in range(3):
         polar(X, method=[[2, -1.5, 0.5]], steps=4)
-        check([(2, -1.5, 0.5)])
-    assert calls == [((2, -1.5, 0.5),)]
-    door._stable.cache_clear()
+        check([(2, -1.5, 0.5)], 4)
+        polar(X, method="qdwh")
+    assert calls.count((((2, -1.5, 0.5),),)) == 2  # for the options, and for the rows
+    assert calls.count(("qdwh", None, None)) == 1
+    assert len(calls) == 3
+    for function in (door._check, door._rows_of):
+        function.cache_clear()
+
+
+def test_half_precision_of_ones_own_schedule_is_refused_where_it_diverges():
+    for dtype in ("bfloat16", torch.float16):
+        refuses("this schedule does not work in b?float16: it diverges", method=CANS,
+                compute_dtype=dtype)  # fmt: skip
+    check(CANS, None, "float32")
+    check(TWO, None, "bfloat16")
 
 
 def test_unknown_dtype_with_ones_own_schedule():
     refuses("unknown compute_dtype", method=TWO, compute_dtype="bf16")
     with pytest.raises(ValueError, match="unknown compute_dtype"):
         check(TWO, None, "bf16")
-
-
-def test_zero_and_scale_with_ones_own_schedule():
-    assert not polar(torch.zeros(4, 6), method=TWO).any()
-    for scale in (1e-8, 1e8):
-        torch.testing.assert_close(
-            polar(X * scale, method=TWO), polar(X, method=TWO), rtol=0, atol=1e-13
-        )

@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from spectral_dist.polar.generate import CUSHION, best_cubic, best_quintic, optimal
 from spectral_dist.polar.schedules import rows
@@ -36,32 +38,31 @@ def test_our_polar_express_schedule_is_one_of_these():
         assert row == pytest.approx(expected, rel=1e-7)
 
 
-@pytest.mark.parametrize("lower", [1e-4, 1e-2, 0.3, 0.9])
-@pytest.mark.parametrize("cushion", [0.0, CUSHION, 0.2])
-def test_quintics_against_the_reference(lower, cushion):
-    steps = 3
-    expected = reference.optimal_quintics(lower, steps, cushion)
-    for row, other in zip(optimal(lower, steps, cushion=cushion), expected, strict=True):
-        assert row == pytest.approx(other, rel=1e-9 if lower < 0.9 else 1e-7)
+def test_quintics_against_the_reference():
+    for lower in (1e-4, 1e-2, 0.3, 0.9):
+        for cushion in (0.0, CUSHION, 0.2):
+            expected = reference.optimal_quintics(lower, 3, cushion)
+            for row, other in zip(optimal(lower, 3, cushion=cushion), expected, strict=True):
+                assert row == pytest.approx(other, rel=1e-9 if lower < 0.9 else 1e-7)
 
 
-@pytest.mark.parametrize("low", [1e-3, 0.1, 0.5, 0.95])
-@pytest.mark.parametrize("high", [1.0, 1.7])
 @pytest.mark.parametrize("best", [best_quintic, best_cubic])
-def test_no_neighbour_is_closer_to_one(low, high, best):
-    x = torch.linspace(low, high, 100_001, dtype=torch.float64)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(low=st.floats(1e-3, 0.95), high=st.floats(1.0, 1.7))
+def test_no_neighbour_is_closer_to_one(best, low, high):
+    x = torch.linspace(low, high, 2_001, dtype=torch.float64)
     row = best(low, high)
     error = (through([row], x) - 1).abs().max().item()
     count = 3 if best is best_quintic else 2
     generator = torch.Generator().manual_seed(0)
     for size in (1e-2, 1e-4):
-        for _ in range(200):
+        for _ in range(50):
             noise = torch.randn(3, generator=generator).tolist()
             other = tuple(
                 k * (1 + size * n) if i < count else k
                 for i, (k, n) in enumerate(zip(row, noise, strict=True))
             )
-            assert (through([other], x) - 1).abs().max().item() > error - 1e-8
+            assert (through([other], x) - 1).abs().max().item() > error - 1e-6 * (high / low) ** 0.5
     # what alternation says: |p - 1| is largest, and equal, at both ends
     ends = through([row], torch.tensor([low, high], dtype=torch.float64)) - 1
     assert ends.abs().tolist() == pytest.approx([error, error], rel=1e-6, abs=1e-12)
@@ -70,12 +71,13 @@ def test_no_neighbour_is_closer_to_one(low, high, best):
 @pytest.mark.parametrize(
     ("lower", "degree", "steps"), [(1e-3, 5, 8), (1e-5, 5, 11), (1e-3, 3, 10), (0.5, 5, 3)]
 )
-@pytest.mark.parametrize("safety", [1.0, 1.01])
-def test_converges_on_its_interval(lower, degree, steps, safety):
-    x = inputs(lower) / safety
-    reached = through(optimal(lower, steps, degree=degree, safety=safety), x)
-    # safety shrinks what the last row was made for
-    assert (reached - 1).abs().max() < (1e-4 if safety == 1.0 else 0.03)
+def test_converges_on_its_interval(lower, degree, steps):
+    for safety, bound in ((1.0, 1e-4), (1.01, 0.03)):
+        # safety shrinks what the last row was made for
+        reached = through(
+            optimal(lower, steps, degree=degree, safety=safety), inputs(lower) / safety
+        )
+        assert (reached - 1).abs().max() < bound
     one_less = through(optimal(lower, steps - 2, degree=degree), inputs(lower))
     assert (one_less - 1).abs().max() > 1e-4
 
@@ -91,16 +93,19 @@ def test_cubics_have_no_fifth_power_and_no_cushion_is_the_composition_itself():
 
 
 @pytest.mark.parametrize("degree", [3, 5])
-@pytest.mark.parametrize("lower", [1e-5, 1e-3, 1e-2, 0.1, 0.5, 0.99, 1.0])
-@pytest.mark.parametrize("cushion", [0.0, CUSHION, 0.2])
-@pytest.mark.parametrize("safety", [1.001, 1.01, 1.2])
-def test_with_safety_they_are_stable(degree, lower, cushion, safety):
-    for steps in (2, 3, 5, 10, 25):
-        if lower < 1e-3 and steps < 5:
-            continue  # see below
-        table = optimal(lower, steps, degree=degree, cushion=cushion, safety=safety)
-        check_rows(table, safety)
-        check_rows(table)
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.sampled_from([1e-5, 1e-3, 1e-2, 0.99, 1.0]) | st.floats(1e-3, 1.0),
+    st.sampled_from([0.0, CUSHION, 0.2]),
+    st.sampled_from([1.001, 1.01, 1.2]),
+    st.sampled_from([2, 3, 5, 10, 25]),
+)
+def test_with_safety_they_are_stable(degree, lower, cushion, safety, steps):
+    if lower < 1e-3 and steps < 5:
+        return  # see below
+    table = optimal(lower, steps, degree=degree, cushion=cushion, safety=safety)
+    check_rows(table, safety)
+    check_rows(table)
 
 
 def test_which_are_not_stable():
@@ -116,21 +121,22 @@ def test_which_are_not_stable():
     check_rows(optimal(1e-7, 5, safety=1.01), 1.01)
 
 
-@pytest.mark.parametrize("lower", [0.5, 0.9, 0.999999, 1.0])
-def test_long_runs_end_at_the_limit(lower):
-    assert optimal(lower, 30)[-1] == pytest.approx((1.875, -1.25, 0.375), rel=1e-12)
-    assert optimal(lower, 30, degree=3)[-1] == pytest.approx((1.5, -0.5, 0.0), rel=1e-12)
+def test_long_runs_end_at_the_limit():
+    for lower in (0.5, 0.9, 0.999999, 1.0):
+        assert optimal(lower, 30)[-1] == pytest.approx((1.875, -1.25, 0.375), rel=1e-12)
+        assert optimal(lower, 30, degree=3)[-1] == pytest.approx((1.5, -0.5, 0.0), rel=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("change", "match"),
+REFUSED = (
     [({"lower": bad}, "lower is .* at most 1, as in 1e-3") for bad in (0, -1, 1.1, math.nan, "1")]
     + [({"steps": bad}, "steps is .* whole number") for bad in (0, 2.0, True, None)]
     + [({"degree": bad}, "degree is .*; write 5 or 3") for bad in (7, None, "5")]
     + [({"cushion": bad}, "cushion is .*; write a number in") for bad in (-0.1, 1.0, math.nan)]
-    + [({"safety": bad}, "safety is .* at least 1") for bad in (0.5, math.inf, math.nan, None)],
+    + [({"safety": bad}, "safety is .* at least 1") for bad in (0.5, math.inf, math.nan, None)]
 )
-def test_refusals(change, match):
-    options = {"lower": 1e-3, "steps": 5, **change}
-    with pytest.raises(ValueError, match=match):
-        optimal(**options)
+
+
+def test_refusals():
+    for change, match in REFUSED:
+        with pytest.raises(ValueError, match=match):
+            optimal(**{"lower": 1e-3, "steps": 5, **change})

@@ -21,7 +21,7 @@ from spectral_dist.polar.stability import (
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 UNSAFE = (3.4916, -4.8224, 2.1095)
-GRID = np.linspace(0.0, 1.0, 20_001)
+GRID = np.linspace(0.0, 1.0, 4_001)
 
 
 def verdict(check, *arguments, **options):
@@ -32,7 +32,7 @@ def verdict(check, *arguments, **options):
     return True
 
 
-def survives(table, margin, repeats=400, start=1.0):
+def survives(table, margin, repeats=300, start=1.0):
     """Brute force: every value of a grid through p(x (1 + margin)), last row repeated."""
     x = GRID * start
     with np.errstate(all="ignore"):
@@ -148,7 +148,7 @@ def near_the_edge(check, *arguments):
     return len({verdict(check, *arguments, margin=m) for m in margins}) > 1
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(coefficients)
 def test_fixed_rows_against_brute_force(row):
     if not near_the_edge(check_fixed, row):
@@ -165,33 +165,33 @@ def test_schedules_against_brute_force(table, safety):
 
 
 # around jordan, where verdicts differ; the strategy above rarely comes here
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.tuples(*(st.floats(k - 0.15 * abs(k), k + 0.15 * abs(k)) for k in JORDAN)))
 def test_neighbours_of_jordan_against_brute_force(row):
     if not near_the_edge(check_fixed, row):
         assert verdict(check_fixed, row) == survives([row], HALF_ROUNDING)
 
 
-@pytest.mark.parametrize(
-    ("bad", "match"),
-    [
-        ([], "rows is empty"),
-        ("abc", "write a list of"),
-        (None, "write a list of"),
-        ([(1.0, 2.0)], r"row 1 is \(1.0, 2.0\); write three numbers"),
-        ([JORDAN, (1, 2, 3, 4)], "row 2 .* write three numbers"),
-        ([JORDAN, 3.0], "row 2 is 3.0; write three numbers"),
-        (["abc"], "row 1 is 'abc'; write three numbers"),
-        ([("1", "2", "3")], "must be finite"),
-        ([(True, -1.0, 0.5)], "must be finite"),
-        ([(math.nan, -1.0, 0.5)], "must be finite"),
-        ([(1.5, -math.inf, 0.5)], "must be finite"),
-        ([(1e300, -1e300, 1e300)], "must be finite"),
-    ],
-)
-def test_malformed(bad, match):
-    with pytest.raises(ValueError, match=match):
-        check_rows(bad)
+MALFORMED = [
+    ([], "rows is empty"),
+    ("abc", "write a list of"),
+    (None, "write a list of"),
+    ([(1.0, 2.0)], r"row 1 is \(1.0, 2.0\); write three numbers"),
+    ([JORDAN, (1, 2, 3, 4)], "row 2 .* write three numbers"),
+    ([JORDAN, 3.0], "row 2 is 3.0; write three numbers"),
+    (["abc"], "row 1 is 'abc'; write three numbers"),
+    ([("1", "2", "3")], "must be finite"),
+    ([(True, -1.0, 0.5)], "must be finite"),
+    ([(math.nan, -1.0, 0.5)], "must be finite"),
+    ([(1.5, -math.inf, 0.5)], "must be finite"),
+    ([(1e300, -1e300, 1e300)], "must be finite"),
+]
+
+
+def test_malformed():
+    for bad, match in MALFORMED:
+        with pytest.raises(ValueError, match=match):
+            check_rows(bad)
 
 
 def test_malformed_fixed_row_and_safety():
