@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from spectral_dist.core.units import MatrixUnit
 from tests import models
 
 OPTIONS: dict[str, Any] = {
@@ -127,9 +128,8 @@ def train(
         "wrapper": type(engine.optimizer).__name__,
         "owners": {
             layout.matrix.name: owner
-            for units in [base.all_units]
-            for unit in units
-            if unit.plan
+            for unit in base.all_units
+            if isinstance(unit, MatrixUnit)
             for layout, owner in zip(unit.located.layouts, unit.plan.owners, strict=True)
         },
     }

@@ -20,6 +20,7 @@ from torch.distributed.tensor.parallel import (
 import spectral_dist
 from spectral_dist.placement.dtensor import MeshPlacement
 from spectral_dist.sharding import collectives
+from spectral_dist.sharding.exchange import MatrixTask
 from tests import harness
 
 
@@ -58,16 +59,14 @@ def number(model):
             count += p.numel()
 
 
-class Doubling:
+class Doubling(MatrixTask):
     """Directions are twice the matrices; which must be the true ones."""
-
-    absorbs = numbers = False
 
     def __init__(self, views, outputs, layouts, truths):
         self.views, self.outputs, self.layouts, self.truths = views, outputs, layouts, truths
         self.owned = []
 
-    def request(self, pieces):
+    def update_input(self, pieces):
         return [self.views[piece] for piece in pieces]
 
     def direction(self, matrices, which):
@@ -75,9 +74,12 @@ class Doubling:
             name = self.layouts[i].matrix.name
             assert torch.equal(matrix, self.truths[name]), name
             self.owned.append(name)
-        return 2 * matrices, None
+        return 2 * matrices
 
-    def settle(self, pieces, directions, numbers):
+    def slab_direction(self, slabs, reduction):
+        raise AssertionError("no matrix is in slabs")
+
+    def apply(self, pieces, directions):
         for piece, part in zip(pieces, directions, strict=True):
             self.outputs[piece].copy_(part)
 
@@ -136,15 +138,15 @@ def inspect(model, wholes, group=None, **options):
             assert all((c == 1).all() for c in covered)
             outputs = [torch.zeros_like(t) for t in tensors]
             views = unit.exchange.stored.views
-            work = Doubling(views(tensors), views(outputs), layouts, truths)
-            unit.exchange.run(work)
+            task = Doubling(views(tensors), views(outputs), layouts, truths)
+            unit.exchange.run(task)
             for out, tensor in zip(outputs, tensors, strict=True):
                 assert torch.equal(out, 2 * tensor)
             ranks = [[dist.get_rank()] if g is None else dist.get_process_group_ranks(g)
                      for g in (placement.group, placement.replicas)]  # fmt: skip
             here = collectives.rank(placement.replicas) * len(ranks[0]) + rank
             for layout, owner in zip(layouts, unit.plan.owners, strict=True):
-                assert (layout.matrix.name in work.owned) == (owner == here)
+                assert (layout.matrix.name in task.owned) == (owner == here)
                 result[layout.matrix.name] = (*ranks, owner)
     return result
 

@@ -122,6 +122,10 @@ def momentum(optimizer: Any) -> tuple[int, set[torch.dtype]]:
         dtypes.add(value.dtype)
         storage = value.untyped_storage()
         storages[storage.data_ptr() or id(value)] = storage.nbytes() // value.element_size()
+    for part in optimizer.matrix_parts():
+        if part.name == "moment":
+            dtypes.add(part.values.dtype)
+            storages[part.matrix] = part.values.numel()
     return sum(storages.values()), dtypes
 
 
