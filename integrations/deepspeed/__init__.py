@@ -1,28 +1,27 @@
 """DeepSpeed: import this once, then name "SpectralMuon" in the JSON; any ZeRO stage.
 
 It registers the class where DeepSpeed looks for optimizers it does not know (``torch.optim``), and
-wraps a private method, ``DeepSpeedEngine._configure_optimizer``, which sees both the module and the
-optimizer: that is how embeddings and heads are found with nothing tagged. A second one,
-``_is_supported_optimizer``, is wrapped to say what an unknown type may have meant, and a third,
-``_configure_distributed_model``, to convert the model for POET before anything else is done to it.
+wraps a private method of the engine, which sees both the module and the optimizer: that is how
+embeddings and heads are found with nothing tagged. A second one is wrapped to say what an unknown
+type may have meant, and a third to convert the model for POET before anything else is done to it.
+All of them stand in ``_compat``, as every private name of DeepSpeed does.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import weakref
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import nn
 
 from spectral_dist import groups as routing
+from spectral_dist.integrations.deepspeed import _compat
 from spectral_dist.integrations.deepspeed import poet as rotated
+from spectral_dist.integrations.deepspeed._compat import DeepSpeedEngine
 from spectral_dist.integrations.deepspeed.checkpoint import keep_checkpoints
 from spectral_dist.integrations.deepspeed.config import refuse, refuse_for_poet, refuse_type
 from spectral_dist.integrations.deepspeed.fp16 import scale_loss_at_stage0
@@ -181,37 +180,10 @@ def _distribute(original: Callable[..., None], engine: DeepSpeedEngine, model: n
 
 
 def _install() -> None:
-    method = DeepSpeedEngine._configure_optimizer
-    names = list(inspect.signature(method).parameters)
-    if names != ["self", "client_optimizer", "model_parameters"]:
-        raise ImportError(
-            "this release of spectral_dist works with deepspeed 0.19.8; the installed one builds"
-            f" its optimizer from {names}. Install deepspeed==0.19.8"
-        )
-
-    @functools.wraps(method)
-    def configure(engine: DeepSpeedEngine, client_optimizer: Any, model_parameters: Any) -> None:
-        _configure(method, engine, client_optimizer, model_parameters)
-
-    DeepSpeedEngine._configure_optimizer = configure
-    distribute_model = DeepSpeedEngine._configure_distributed_model
-
-    @functools.wraps(distribute_model)
-    def distribute(engine: DeepSpeedEngine, model: nn.Module) -> None:
-        _distribute(distribute_model, engine, model)
-
-    DeepSpeedEngine._configure_distributed_model = distribute
-    supported = DeepSpeedEngine._is_supported_optimizer
-
-    @functools.wraps(supported)
-    def is_supported(engine: DeepSpeedEngine, name: str) -> bool:
-        refuse_type(name, TYPES)
-        return bool(supported(engine, name))
-
-    DeepSpeedEngine._is_supported_optimizer = is_supported
+    _compat.wrap_engine(_configure, _distribute, functools.partial(refuse_type, ours=TYPES))
     for name, cls in TYPES.items():
         setattr(torch.optim, name, cls)
-    ZERO_SUPPORTED_OPTIMIZERS.extend([Muon, PolarGrad, ROOT, SUMO, POET, *TYPES.values()])
+    _compat.ZERO_SUPPORTED_OPTIMIZERS.extend([Muon, PolarGrad, ROOT, SUMO, POET, *TYPES.values()])
 
 
 _install()
