@@ -90,7 +90,7 @@ other_deepspeed() {
 # is_installed PACKAGE VERSION: fail unless this is the one that an import would find.
 is_installed() {
   local found
-  found=$("$PYTHON" -c 'import sys; from importlib.metadata import version as v; print(v(sys.argv[1]))' "$1")
+  found=$("$PYTHON" -c 'import importlib.metadata as m, sys; print(m.version(sys.argv[1]))' "$1")
   if [ "${found%%+*}" != "$2" ]; then
     echo "error: $1 $found would be tested in place of $2" >&2
     return 1
