@@ -114,10 +114,12 @@ def _rank(rank: int, port: int, config: dict[str, Any], model: dict[str, Any], o
     from spectral_dist.launch.engines import prepare_deepspeed
 
     deepspeed = prepare_deepspeed()
+    from spectral_dist.integrations.deepspeed import _compat
+
     accelerator = deepspeed.get_accelerator()
     if accelerator.device_name() == "cpu":
         torch.set_num_threads(1)
-        accelerator.is_fp16_supported = lambda: True  # torch does it in software; fine for a check
+        _compat.allow_fp16_on_cpu()
     else:
         accelerator.set_device(rank)
     deepspeed.init_distributed(verbose=False)

@@ -31,6 +31,13 @@ def config(stage: int, world: int, **changes: Any) -> dict[str, Any]:
     return result
 
 
+def knows(setting: str) -> bool:
+    """Whether this release of DeepSpeed has a setting of "zero_optimization"; others come later."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    return setting in DeepSpeedZeroConfig.model_fields
+
+
 def engine_for(
     configuration: dict[str, Any],
     *,
@@ -43,14 +50,11 @@ def engine_for(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
-        import deepspeed.ops
 
-        # DeepSpeed's shared-memory collectives would be compiled for 45 s
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # torch multiplies float16 on any CPU; DeepSpeed says no where the CPU has no instruction
-        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
-        import spectral_dist.integrations.deepspeed  # noqa: F401
+        from spectral_dist.integrations.deepspeed import _compat
 
+        _compat.without_compiling()
+        _compat.allow_fp16_on_cpu()
         deepspeed.init_distributed("gloo", verbose=False)
         if model is None and zero_init:
             with deepspeed.zero.Init(config_dict_or_path=configuration):
