@@ -34,6 +34,10 @@ class InsideMegatron(SpectralOptimizer):
         self._gathering = self._dressed = False
         super().__init__(groups, **options)
 
+    def mark(self) -> dict[str, Any]:
+        """What a group of a checkpoint has that says whose it is."""
+        return {STATE: {"optimizer": type(self).__name__}}
+
     def keep_keys(self, keys: Sequence[Sequence[str]]) -> None:
         """The keys of each group that are Megatron's, which its checkpoints need to have."""
         self._megatron_keys = [list(names) for names in keys]
@@ -91,7 +95,7 @@ class InsideMegatron(SpectralOptimizer):
         tables: dict[str, Any] = {}
         for group in self.param_groups:
             tables.update(group.get("coefficients") or {})
-        shared = {"step": self.taken, "coefficients": tables}
+        shared = {**self.mark()[STATE], "step": self.taken, "coefficients": tables}
         groups = []
         for group, keys in zip(self.param_groups, self._megatron_keys, strict=True):
             kept = {key: group[key] for key in keys}

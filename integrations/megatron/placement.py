@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from spectral_dist.groups import Route
+from spectral_dist.integrations.megatron._compat import cut_dimension
 from spectral_dist.integrations.megatron.ranks import Ranks
-from spectral_dist.integrations.megatron.reader import MegatronReader, cut_dimension
+from spectral_dist.integrations.megatron.reader import MegatronReader
 from spectral_dist.placement import Located, WholeParameters
 from spectral_dist.sharding.collectives import Group
 from spectral_dist.sharding.layout import Cut, Layout, Matrix, Placement, Tile
