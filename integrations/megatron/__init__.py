@@ -19,7 +19,7 @@ from typing import Any
 from spectral_dist.integrations.megatron import _compat, _compat_hooks
 from spectral_dist.integrations.megatron.arguments import add_spectral_args, parsed, restore
 from spectral_dist.integrations.megatron.build import build
-from spectral_dist.integrations.megatron.foreign import refuse_foreign
+from spectral_dist.integrations.megatron.foreign import group_objects, refuse_foreign
 from spectral_dist.integrations.megatron.inner import TYPES
 from spectral_dist.options import suggest
 
@@ -119,4 +119,4 @@ _original = _compat.replace_builders(_taking_ours, _guarded)
 _compat.register(TYPES)
 _compat_hooks.extend_parser(add_spectral_args)
 _compat_hooks.extend_checkpoint_args(restore)
-_compat_hooks.guard_loading(refuse_foreign)
+_compat_hooks.guard_loading(refuse_foreign, group_objects)

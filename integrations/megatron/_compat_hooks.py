@@ -6,6 +6,7 @@ hooks. Nothing of ``megatron.training`` is imported here: it is met when the scr
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Mapping
 from importlib.abc import MetaPathFinder
@@ -99,20 +100,23 @@ def extend_checkpoint_args(restore: Callable[[Any, Any], Mapping[str, Any]]) -> 
     after_import("megatron.training.checkpointing", wrap)
 
 
-def guard_loading(look: Callable[[Any, Any], None]) -> None:
-    """Have every load of a distributed checkpoint go through ``look``, before and after it.
+def guard_loading(look: Callable[[Any, Any], None], part: Callable[[Any], Any]) -> None:
+    """Have every load of a distributed checkpoint be looked at before anything of it is taken.
 
     Args:
-        look: called with (what is to be loaded, what is in the checkpoint), first with what all
-            ranks have in common, then with everything.
+        look: called with (what is to be loaded, what of it is in the checkpoint).
+        part: returns what of a sharded state dict is to be loaded for ``look``, beside what all
+            ranks have in common; empty for nothing.
     """
     module: Any = dist_checkpointing
     plain = module.load
 
+    @functools.wraps(plain)
     def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
         look(sharded_state_dict, module.load_common_state_dict(checkpoint_dir))
-        result = plain(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-        look(sharded_state_dict, result[0] if isinstance(result, tuple) else result)
-        return result
+        first = part(sharded_state_dict)
+        if first:
+            look(sharded_state_dict, plain(first, checkpoint_dir, validate_access_integrity=False))
+        return plain(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 
     module.load = load

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from spectral_dist.integrations.megatron.inner import STATE
+from spectral_dist.integrations.megatron.inner import STATE, TYPES
 
 ADAM = "Megatron's own optimizer"
 UNNAMED = "a spectral optimizer"
@@ -31,10 +31,10 @@ def refuse_foreign(wanted: Any, saved: Any) -> None:
     if UNNAMED in (now, before) and ADAM not in (now, before):
         return
     raise ValueError(
-        f"the checkpoint's optimizer is {before}, but this run's is {now}, and neither can take the"
-        " other's state: go on with the one that it was saved with, as --optimizer or"
-        " OptimizerConfig(optimizer=...) says, or start the optimizer anew with --no-load-optim (or"
-        " --finetune, which counts iterations from 0 as well)"
+        f"the checkpoint was saved with another optimizer: {before}, where this run has {now}, and"
+        " neither can take the other's state. Write the one that it was saved with, as --optimizer"
+        " or OptimizerConfig(optimizer=...), or start the optimizer anew with --no-load-optim (or"
+        " with --finetune, which counts iterations from 0 as well)"
     )
 
 
@@ -46,19 +46,44 @@ def saved_by(state: Any) -> str | None:
 
 def _name(group: Any) -> str:
     shared = group.get(STATE) if isinstance(group, Mapping) else None
-    return shared.get("optimizer", UNNAMED) if shared else ADAM
+    if not shared:
+        return ADAM
+    cls = shared.get("optimizer", UNNAMED)
+    return next((name for name, known in TYPES.items() if known.__name__ == cls), str(cls))
+
+
+def group_objects(state: Any) -> dict[str, Any]:
+    """Return the objects of a sharded state dict that have parameter groups in them, by a number.
+
+    The distributed optimizer keeps its groups so in formats that are of one parallelism; in the
+    others they are in what all ranks have in common.
+    """
+    objects = [found for found in _walk(state) if _inside(found) is not None]
+    holding = [found for found in objects if any(True for _ in _groups(_inside(found)))]
+    return {str(number): found for number, found in enumerate(holding)}
 
 
 def _groups(state: Any) -> Iterator[list[Any]]:
     """Yield the lists of parameter groups anywhere in a state dict, sharded or not."""
+    for value in _walk(state):
+        if isinstance(value, Mapping) and isinstance(value.get("param_groups"), list):
+            yield value["param_groups"]
+        elif (inside := _inside(value)) is not None:
+            yield from _groups(inside)
+
+
+def _walk(state: Any) -> Iterator[Any]:
+    """Yield a nested state dict and all that is in it, but for what is in sharded objects."""
+    yield state
     if isinstance(state, Mapping):
-        for key, value in state.items():
-            if key == "param_groups" and isinstance(value, list):
-                yield value
-            else:
-                yield from _groups(value)
+        for value in state.values():
+            yield from _walk(value)
     elif isinstance(state, list):
         for value in state:
-            yield from _groups(value)
-    elif isinstance(getattr(state, "data", None), Mapping | list):  # a ShardedObject
-        yield from _groups(state.data)
+            yield from _walk(value)
+
+
+def _inside(value: Any) -> Any:
+    """Return the dict or list that a sharded object holds; None for all else."""
+    data = getattr(value, "data", None)
+    return data if isinstance(data, Mapping | list) else None

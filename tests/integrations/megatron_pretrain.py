@@ -1,12 +1,11 @@
 """The calls of Megatron-LM's pretrain_gpt.py (0.19), through the megatron.training of its wheel.
 
 A script: one process a rank, with RANK and so on in the environment and Megatron's flags as
-arguments. It prints a line of JSON with the loss of each iteration.
+arguments.
 """
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import torch
@@ -55,6 +54,12 @@ def datasets(samples: Any, vp_stage: Any = None) -> Any:
     return BlendedMegatronDatasetBuilder(MockGPTDataset, samples, lambda: True, config).build()
 
 
+def provider(parser: Any) -> Any:
+    """A flag of the script's own, beside ours."""
+    parser.add_argument("--rotate", type=int)
+    return parser
+
+
 def main() -> None:
     """As the end of pretrain_gpt.py, in its order."""
     from megatron.core.enums import ModelType
@@ -65,15 +70,16 @@ def main() -> None:
     )
     from megatron.training.arguments import parse_and_validate_args
 
-    import spectral_dist.integrations.megatron  # noqa: F401  (the last import, as good as the first)
+    from spectral_dist.integrations.megatron import poet  # the last import; or the first
 
     wrapped, store = inprocess_restart.maybe_wrap_for_inprocess_restart(pretrain)
-    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    args = parse_and_validate_args(provider, args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     model = gpt_config_from_args(args)
+    if args.rotate:
+        model.pre_wrap_hooks.append(lambda ms: [poet.convert(m, block=args.rotate) for m in ms])
     config = pretrain_cfg_container_from_args(args, model)
     datasets.is_distributed = True  # type: ignore[attr-defined]
     wrapped(config, datasets, ModelType.encoder_or_decoder, forward_step, store=store)
-    print(json.dumps({"optimizer": args.optimizer}))
 
 
 if __name__ == "__main__":
