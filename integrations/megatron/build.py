@@ -89,12 +89,11 @@ def _check_converted(name: str, config: Any, given: Mapping[str, Any], rotated: 
     if not rotated:
         raise ValueError(
             f"{name} trains the rotations of a model that"
-            " spectral_dist.integrations.megatron.poet.convert(model) has converted before it is"
-            " wrapped; this one has none. Write, where the script makes its model_cfg (from"
-            " megatron-core 0.19 on a model_provider is not called beside that):"
-            " model_cfg.pre_wrap_hooks.append(lambda models: [poet.convert(model) for model in"
-            " models]); in scripts without a model_cfg, return poet.convert(model) from the"
-            " model_provider"
+            " spectral_dist.integrations.megatron.poet.convert(model) has converted before it was"
+            " wrapped; this one has none. In scripts that make a model_cfg (Megatron-LM's from 0.19"
+            " on, which then call no model_provider) write model_cfg.pre_wrap_hooks.append(lambda"
+            " models: [poet.convert(model) for model in models]); in others return"
+            " poet.convert(model) from the model_provider"
         )
     if given.get("clip_ramp") and not config.clip_grad:
         raise ValueError(

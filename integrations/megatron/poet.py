@@ -1,4 +1,4 @@
-"""POET's rotated layers for Megatron: convert a model in its model_provider, export it at the end.
+"""POET's rotated layers for Megatron: convert a model before it is wrapped, export it at the end.
 
 W's tiles and the blocks that rotate a cut dimension are a rank's own; the rotation of the other
 dimension is the same on all tensor-parallel ranks, and acts outside of Megatron's communication:
@@ -143,8 +143,9 @@ def convert(
 ) -> nn.Module:
     """Rotate every Column- and RowParallelLinear but the output layer, in place; the model.
 
-    Call it in the model_provider, on the model as built, on all ranks: Megatron's
-    DistributedDataParallel makes no gradient buffers for what is frozen then.
+    Call it on the model as built, on all ranks: Megatron's DistributedDataParallel then makes no
+    gradient buffers for what is frozen. In scripts that have a ``model_cfg`` (Megatron-LM's from
+    0.19 on) that is in one of its ``pre_wrap_hooks``; in others, in the model_provider.
 
     q, k, v (gate, up) in one weight are rotated each by itself. ``blocks`` names a layer as the
     whole model does (layers from 0), and such a part by the layer's name and '.q', '.k', '.v',
@@ -216,8 +217,9 @@ def _check_plain(model: nn.Module) -> None:
     """ValueError: the model is wrapped or converted already."""
     if unwrap(model) is not model:
         raise ValueError(
-            f"poet.convert: the model is wrapped in {type(model).__name__} already; call it in the"
-            " model_provider, on the GPTModel that this returns"
+            f"poet.convert: the model is wrapped in {type(model).__name__} already; call it on the"
+            " GPTModel before, in a hook of model_cfg.pre_wrap_hooks or, in scripts without a"
+            " model_cfg, in the model_provider"
         )
     if any(isinstance(module, PoetLayer) for module in model.modules()):
         raise ValueError("poet.convert: this model has been converted already")

@@ -145,7 +145,7 @@ def install_training(version: str = VERSIONS[0]) -> None:
     torch.cuda.set_device = lambda device: None
     torch.cuda.reset_peak_memory_stats = lambda *args: None
     torch.cuda.device_count, torch.cuda.is_available = lambda: 8, lambda: True
-    torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(major=9, minor=0)
+    torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(major=10, minor=0)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved",
                  "max_memory_reserved"):  # fmt: skip
         setattr(torch.cuda, name, lambda *args: 0)

@@ -1,11 +1,13 @@
 """The calls of Megatron-LM's pretrain_gpt.py (0.19), through the megatron.training of its wheel.
 
 A script: one process a rank, with RANK and so on in the environment and Megatron's flags as
-arguments.
+arguments. Its last line is JSON: the mean loss of this rank's sequences in each iteration.
 """
 
 from __future__ import annotations
 
+import json
+import statistics
 from typing import Any
 
 import torch
@@ -13,6 +15,10 @@ import torch
 from tests.integrations import megatron_cpu
 
 megatron_cpu.install_training()  # here, so that processes that checkpoints spawn have it too
+
+SEEN: list[float] = []
+"""Of each micro-batch. What Megatron logs is a mean over two iterations, in the second one after a
+start in which it has loaded a checkpoint."""
 
 
 def batch(iterator: Any) -> dict[str, Any]:
@@ -28,6 +34,7 @@ def batch(iterator: Any) -> dict[str, Any]:
 
 def loss_of(mask: Any, output: Any) -> Any:
     loss, tokens = (output.float() * mask).sum(), mask.sum().int()
+    SEEN.append(float(loss / tokens))
     return loss, tokens, {"lm loss": torch.stack([loss.detach(), tokens.float()])}
 
 
@@ -76,10 +83,13 @@ def main() -> None:
     args = parse_and_validate_args(provider, args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
     model = gpt_config_from_args(args)
     if args.rotate:
-        model.pre_wrap_hooks.append(lambda ms: [poet.convert(m, block=args.rotate) for m in ms])
+        settings = {"block": args.rotate, "segments": 2}
+        model.pre_wrap_hooks.append(lambda models: [poet.convert(m, **settings) for m in models])
     config = pretrain_cfg_container_from_args(args, model)
     datasets.is_distributed = True  # type: ignore[attr-defined]
     wrapped(config, datasets, ModelType.encoder_or_decoder, forward_step, store=store)
+    size = args.global_batch_size // args.data_parallel_size
+    print(json.dumps([statistics.mean(SEEN[i : i + size]) for i in range(0, len(SEEN), size)]))
 
 
 if __name__ == "__main__":
