@@ -36,6 +36,10 @@ class InsideMegatron(ShardedOptimizer):
         self._gathering = self._dressed = False
         super().__init__(groups, **options)
 
+    def mark(self) -> dict[str, Any]:
+        """What a group of a checkpoint has that says whose it is."""
+        return {STATE: {"optimizer": type(self).__name__}}
+
     def keep_keys(self, keys: Sequence[Sequence[str]]) -> None:
         """The keys of each group that are Megatron's, which its checkpoints need to have."""
         self._megatron_keys = [list(names) for names in keys]
@@ -100,7 +104,7 @@ class InsideMegatron(ShardedOptimizer):
         state = {i: {"step": step.clone(), **self.state[p]} for p, i in numbers.items()}
         for p, momentum in whole.items():
             state[numbers[p]]["exp_avg"] = momentum
-        shared: dict[str, Any] = {"step": self.taken}
+        shared: dict[str, Any] = {**self.mark()[STATE], "step": self.taken}
         for name in learned_names(self.options_type):
             shared[name] = {}
             for group in self.param_groups:
