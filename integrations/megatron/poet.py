@@ -19,13 +19,13 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
-from spectral_dist import groups as routing
 from spectral_dist.integrations.megatron import _compat
 from spectral_dist.integrations.megatron.build import on_any_stage, ranks_of
 from spectral_dist.integrations.megatron.merging import gather_parameters
 from spectral_dist.integrations.megatron.names import global_names, unwrap
 from spectral_dist.integrations.megatron.ranks import alone
 from spectral_dist.integrations.megatron.reader import GATE_AND_UP, MegatronReader, fused
+from spectral_dist.params.classify import classify
 from spectral_dist.params.spec import Route
 from spectral_dist.params.splits import Split
 from spectral_dist.poet.convert import initial, rotations, settings_of
@@ -164,7 +164,7 @@ def convert(
     _check_plain(model)
     names = global_names([model])
     reader = MegatronReader(*ranks_of(None), names)
-    routes = routing.classify(
+    routes = classify(
         model, matrices=matrices, scalars=scalars, reader=reader, anywhere=on_any_stage
     )
     found = _linears(model, routes)

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from spectral_dist.core.optimizer import SpectralOptimizer
-from spectral_dist.rules.options import specs_of
+from spectral_dist.rules.fields import specs_of
 from spectral_dist.rules.registry import Entry
 
 _COMMON = """\

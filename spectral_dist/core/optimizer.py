@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 
 from spectral_dist.core import matrix_state, strategy
+from spectral_dist.core.agreement import Grads
 from spectral_dist.core.first_step import matrix_of
 from spectral_dist.core.matrix_ops import StepContext
 from spectral_dist.core.matrix_state import MatrixState, Part, elements
 from spectral_dist.core.matrix_step import MatrixStep
 from spectral_dist.core.monitor import Watch
-from spectral_dist.core.sharded import Grads, ShardedOptimizer
+from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.core.units import MatrixUnit, Unit, bucket_numel, wire_dtype
 from spectral_dist.params.spec import Route
 from spectral_dist.placement.base import ParamGroup
 from spectral_dist.rules.base import Pooling, Rule, Shape
-from spectral_dist.rules.options import BaseOptions, MatrixOptions, specs_of
+from spectral_dist.rules.fields import specs_of
+from spectral_dist.rules.options import BaseOptions, MatrixOptions
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.exchange import Exchange
 from spectral_dist.sharding.layout import Located

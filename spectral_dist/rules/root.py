@@ -12,8 +12,9 @@ from torch import Tensor
 
 from spectral_dist.polar import coefficients, fit, spectra, stability
 from spectral_dist.rules.base import MatrixOps, PolarSpec, Pooling, Shape
+from spectral_dist.rules.fields import option, whole
 from spectral_dist.rules.nesterov import NesterovRule
-from spectral_dist.rules.options import ComputedOptions, NesterovOptions, option, whole
+from spectral_dist.rules.options import ComputedOptions, NesterovOptions
 from spectral_dist.rules.registry import register
 
 

@@ -14,14 +14,8 @@ from torch import Tensor
 
 from spectral_dist.polar import of_gram
 from spectral_dist.rules.base import MatrixOps, PolarSpec, Rule, Shape, StateSpec
-from spectral_dist.rules.options import (
-    ScaledOptions,
-    choice,
-    is_whole,
-    number,
-    option,
-    whole,
-)
+from spectral_dist.rules.fields import choice, is_whole, number, option, whole
+from spectral_dist.rules.options import ScaledOptions
 from spectral_dist.rules.registry import register
 from spectral_dist.rules.scales import SCALES
 
