@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spectral_dist.core.named import class_of
-from spectral_dist.core.optimizer import learned_names
+from spectral_dist.core.optimizer import SpectralOptimizer, learned_names
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.core.units import MatrixUnit
 from spectral_dist.poet.optimizer import POET
@@ -58,11 +58,6 @@ class InsideMegatron(ShardedOptimizer):
         loss = super().step(closure)
         self.taken += 1
         return loss
-
-    @property
-    def has_momentum(self) -> bool:
-        """Return whether matrices have the shard state ``exp_avg``; POET has none."""
-        return True
 
     def prepare(self) -> None:
         """Make every state. A collective call, the first time."""
@@ -172,11 +167,12 @@ class InsideMegatron(ShardedOptimizer):
             yield
         finally:
             self._dressed = False
+            has_momentum = not isinstance(self, SpectralOptimizer) or self.has_momentum
             for group in self.param_groups:
                 for p in group["params"]:
                     self.state[p]["step"] = torch.tensor(float(self.steps_of(group)))
                     if group["kind"] == "matrix":
-                        for name in ("exp_avg", "exp_avg_sq")[int(self.has_momentum) :]:
+                        for name in ("exp_avg", "exp_avg_sq")[int(has_momentum) :]:
                             self.state[p].pop(name, None)
 
     def _dress(self) -> None:

@@ -217,16 +217,15 @@ class SpectralOptimizer(ShardedOptimizer):
         if not isinstance(unit, MatrixUnit):
             super().ensure_state(group, unit, index, p)
             return
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-        if not unit.has_momentum:
+        if "exp_avg" in state:
+            if unit.momentum_at_owner:
+                numel = unit.momentum_runs.numel.get(index, 0)
+                if state["exp_avg"].numel() != numel:  # loaded whole
+                    state["exp_avg"] = unit.momentum_runs.pack(index, state["exp_avg"])
             return
-        if "exp_avg" not in state:
+        state.setdefault("step", torch.zeros((), dtype=torch.float32))
+        if unit.has_momentum:
             state["exp_avg"] = unit.new_momentum(index, p, self.placement.local(p))
-        elif unit.momentum_at_owner:
-            numel = unit.momentum_runs.numel.get(index, 0)
-            if state["exp_avg"].numel() != numel:  # loaded whole
-                state["exp_avg"] = unit.momentum_runs.pack(index, state["exp_avg"])
 
     # -- what is pooled over all matrices
 
