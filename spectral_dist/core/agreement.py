@@ -155,11 +155,11 @@ def report_of(status: Status, steps: int, bad: list[str], error: Exception | Non
     )
 
 
-def option_lines(name: str, options: BaseOptions, group: Mapping[str, Any]) -> list[str]:
+def option_lines(name: str, options: BaseOptions, group: Mapping[str, object]) -> list[str]:
     """Return lines that are equal on ranks with the same optimizer and options of a group."""
     specs = specs_of(type(options))
     whole = [option for option, spec in specs.items() if spec.scope == "optimizer"]
-    carried = sorted({*type(options).names(group["kind"]), "lr_ratio"} & group.keys())
+    carried = sorted({*type(options).names(str(group["kind"])), "lr_ratio"} & group.keys())
     return [
         f"optimizer {name}",
         *(f"{option} {getattr(options, option)!r}" for option in whole),

@@ -34,7 +34,7 @@ class OptionSpec:
     """
 
     doc: str
-    problem: Callable[[Any], str | None]
+    problem: Callable[[object], str | None]
     parse: Callable[[str], Any]
     scope: str = "matrix"
     shapes_state: bool = False
@@ -44,7 +44,7 @@ class OptionSpec:
 def option(
     default: Any,
     doc: str,
-    problem: Callable[[Any], str | None],
+    problem: Callable[[object], str | None],
     parse: Callable[[str], Any] | None = None,
     **more: Any,
 ) -> Any:
@@ -64,7 +64,7 @@ def number(
 ) -> Any:
     """Declare a number in [low, below), low left out if ``above``; None if that is the default."""
 
-    def problem(value: Any) -> str | None:
+    def problem(value: object) -> str | None:
         if value is None and default is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -80,7 +80,7 @@ def number(
 def whole(default: int | None, doc: str, *, least: int = 1, unit: str = "", **more: Any) -> Any:
     """Declare a whole number of ``unit``, at least ``least``; None if that is the default."""
 
-    def problem(value: Any) -> str | None:
+    def problem(value: object) -> str | None:
         if value is None and default is None:
             return None
         if is_whole(value, least):
@@ -101,7 +101,7 @@ def choice(
 ) -> Any:  # fmt: skip
     """Declare one of several names. ``aliases``: what others call some of them; told, not taken."""
 
-    def problem(value: Any) -> str | None:
+    def problem(value: object) -> str | None:
         if not isinstance(value, str):
             return "it must be a name"
         names = list(known() if callable(known) else known)
@@ -129,7 +129,7 @@ def parse_value(text: str) -> Any:
     return text
 
 
-def _flag_problem(value: Any) -> str | None:
+def _flag_problem(value: object) -> str | None:
     return None if isinstance(value, bool) else "it must be true or false"
 
 
@@ -139,21 +139,20 @@ def _parse_flag(text: str) -> bool:
     return text.lower() == "true"
 
 
-def _text_problem(value: Any) -> str | None:
+def _text_problem(value: object) -> str | None:
     return None if isinstance(value, str) else "it must be a name"
 
 
-def betas_problem(value: Any) -> str | None:
+def betas_problem(value: object) -> str | None:
     """Return what is wrong with a pair of decays, or None."""
-    numbers = isinstance(value, tuple | list) and len(value) == 2
-    if numbers and all(
-        isinstance(b, int | float) and not isinstance(b, bool) and 0 <= b < 1 for b in value
-    ):
+    pair = value if isinstance(value, tuple | list) else ()
+    numbers = [b for b in pair if isinstance(b, int | float) and not isinstance(b, bool)]
+    if len(pair) == len(numbers) == 2 and all(0 <= b < 1 for b in numbers):
         return None
     return "write two numbers in [0, 1), as in [0.9, 0.95]"
 
 
-_PLAIN: dict[type, tuple[Callable[[Any], str | None], Callable[[str], Any]]] = {
+_PLAIN: dict[type, tuple[Callable[[object], str | None], Callable[[str], Any]]] = {
     bool: (_flag_problem, _parse_flag),
     str: (_text_problem, str),
     float: (number(0.0, "", low=-math.inf).metadata[_SPEC].problem, parse_value),
@@ -187,7 +186,7 @@ def _spec_of_type(hint: Any, each: Field[Any]) -> OptionSpec:
     kind = float if members == {int, float} else next(iter(members)) if len(members) == 1 else None
     problem, parse = _PLAIN.get(kind, (lambda value: None, parse_value))  # type: ignore[arg-type]
 
-    def allowed(value: Any) -> str | None:
+    def allowed(value: object) -> str | None:
         return None if optional and value is None else problem(value)
 
     return OptionSpec(str(each.metadata.get("doc", "")), allowed, parse)

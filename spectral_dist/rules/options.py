@@ -34,13 +34,13 @@ ROUTING = ("matrices", "scalars", "split", "one_sided")
 """Options of ``param_groups``, which DeepSpeed's JSON takes beside those of the optimizer."""
 
 
-def _wire_problem(value: Any) -> str | None:
+def _wire_problem(value: object) -> str | None:
     if value is None or value in ("float32", "bfloat16"):
         return None
     return "write 'float32' or 'bfloat16' (float16 would overflow unnormalised)"
 
 
-def _machine_problem(value: Any) -> str | None:
+def _machine_problem(value: object) -> str | None:
     if value is not None and not isinstance(value, Mapping):
         return "write numbers by name, as in {'bandwidth': 4e10}"
     return None
