@@ -49,6 +49,7 @@ class MegatronPlacement(ReplicatedPlacement):
     """
 
     may_lack_params = True
+    knows_blocks = True
 
     def __init__(
         self,

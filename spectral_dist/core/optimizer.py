@@ -166,6 +166,12 @@ class SpectralOptimizer(ShardedOptimizer):
         specs = {shape: self.rule.polar(options, shape) for shape in sorted(shapes)}
         wire = wire_dtype(options, list(specs.values()), dtype, located.device)
         ranks, copies = map(collectives.size, (located.group, located.replicas))
+        if options.machine is not None and not self.placement.knows_blocks:
+            warnings.warn(
+                "machine has no effect: strategy 'auto' has a choice under Megatron's tensor"
+                " parallelism only, and takes 'owner' here; write strategy='gram' for slabs",
+                stacklevel=5,
+            )
         if options.replicate_momentum and copies == 1:
             warnings.warn(
                 "replicate_momentum has no effect: no other rank holds the same parameters",

@@ -239,13 +239,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def check_group(self, group: ParamGroup) -> None:
         """Raise a ValueError for options that something has written into a group since."""
-        names = self.options_type.names(group["kind"])
-        values = {name: group[name] for name in names if name in group}
         specs = specs_of(self.options_type)
-        for name, value in values.items():
-            problem = specs[name].problem(value)
+        for name in self.options_type.names(group["kind"]) & group.keys():
+            problem = specs[name].problem(group[name])
             if problem:
-                raise ValueError(f"a parameter group: {name} is {value!r}; {problem}")
+                raise ValueError(f"a parameter group: {name} is {group[name]!r}; {problem}")
 
     def prepare_placement(self) -> None:
         """Have the placement look at the groups as they are now."""
@@ -350,8 +348,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if (status.monitor_every, status.is_observed) != (agreed.monitor_every, agreed.is_observed):
             raise ValueError(
                 "a monitor or an observer was set or removed after the first step, and with"
-                " check_finite=False ranks agree on them in the first step only; set it before, or"
-                " leave check_finite on"
+                " check_finite=False ranks agree on them in the first step only; set it before"
             )
         return True
 
