@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from typing import Any
 
@@ -31,11 +32,16 @@ def config(stage: int, world: int, **changes: Any) -> dict[str, Any]:
     return result
 
 
+def quietly(module: str) -> Any:
+    """A module whose import makes older releases of DeepSpeed warn of what torch renamed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(module)
+
+
 def knows(setting: str) -> bool:
     """Whether this release of DeepSpeed has a setting of "zero_optimization"; others come later."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    return setting in DeepSpeedZeroConfig.model_fields
+    return setting in quietly("deepspeed.runtime.zero.config").DeepSpeedZeroConfig.model_fields
 
 
 def engine_for(

@@ -272,10 +272,9 @@ def test_nan_names_the_parameter_on_every_rank() -> None:
 )
 def test_deepspeed_skips_and_counts_nan_elsewhere(stage: int, kind: str) -> None:
     """Its own check comes first there, from 0.19.8 on; the momentum must be as clean."""
-    import deepspeed.runtime.utils
-
+    checks = hasattr(engine.quietly("deepspeed.runtime.utils"), "is_invalid_grad_norm")
     for message in harness.run(2, poisoned, stage, kind):
-        if hasattr(deepspeed.runtime.utils, "is_invalid_grad_norm"):
+        if checks:
             assert message == "finite True, skipped 1: no error"
         else:
             assert message.startswith("finite True, skipped 0: the gradient of layers.1.down.")
