@@ -34,11 +34,11 @@ def spectral_options(
     Raises:
         ValueError: one is unknown, is given beside Megatron's own, or cannot be kept.
     """
-    for name, (setting, flag) in OWN.items():
-        if name in given:
+    for option, (setting, flag) in OWN.items():
+        if option in given:
             raise ValueError(
-                f"{name} is Megatron's own setting; write it as OptimizerConfig({setting}=...), or"
-                f" {flag}"
+                f"{option} is Megatron's own setting; write it as OptimizerConfig({setting}=...),"
+                f" or {flag}"
             )
     if given.get("scalar_weight_decay") is not None:
         raise ValueError(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
+from torch.distributed.device_mesh import DeviceMesh
 
 from tests import harness
 from tests.integrations import megatron_cpu
@@ -201,21 +204,27 @@ def test_unknown_options_are_told_without_megatrons_own():
 def sharded_by_torch():
     """What building says of a model under --use-torch-fsdp2."""
     megatron_cpu.install(NEW)
-    from megatron.core.distributed import (
-        DistributedDataParallelConfig,
-        TorchFullyShardedDataParallel,
-    )
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.distributed import torch_fully_sharded_data_parallel as module
 
     from spectral_dist.integrations.megatron import get_spectral_megatron_optimizer
+
+    def on_cpu(group, kind):
+        return DeviceMesh.from_group(group, "cpu")
 
     models.parallel()
     model = models.gpt()
     settings = models.optimizer_config(models.wrap(model), optimizer="spectral_muon")
-    sharded = TorchFullyShardedDataParallel(model.config, DistributedDataParallelConfig(), model)
+    module.DeviceMesh, plain = types.SimpleNamespace(from_group=on_cpu), module.DeviceMesh
     try:
+        sharded = module.TorchFullyShardedDataParallel(
+            model.config, DistributedDataParallelConfig(), model, sub_modules_to_wrap=set()
+        )
         get_spectral_megatron_optimizer(settings, [sharded])
     except ValueError as error:
         return str(error)
+    finally:
+        module.DeviceMesh = plain
     return "nothing was raised"
 
 
