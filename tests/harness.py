@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib
 import os
 import queue
+import signal
 import socket
 import sys
 import tempfile
@@ -38,6 +40,7 @@ def _worker(rank: int, world: int, port: int, todo: Any, done: Any, log: str) ->
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    os.setpgid(0, 0)  # with what the rank starts itself, as Megatron's checkpoints do
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu",
@@ -55,6 +58,14 @@ def _worker(rank: int, world: int, port: int, todo: Any, done: Any, log: str) ->
         except BaseException as error:
             text = f"{type(error).__name__}: {error}"
             done.put((rank, None, Failure(text, traceback.format_exc())))
+
+
+def end_with_children(process: Any) -> None:
+    """Kill a rank and all that it has started, which would live on."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if os.getpgid(process.pid) == process.pid:
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
 
 
 def sum_over_ranks(module: str) -> tuple[float, float]:
@@ -171,7 +182,7 @@ class Pool:
     def end(self) -> None:
         """End the ranks; the next call of their kind starts others."""
         for process in self.ranks:
-            process.kill()
+            end_with_children(process)
         for process in self.ranks:
             process.join(10)
         for key in [k for k, pool in POOLS.items() if pool is self]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spectral_dist.polar import reductions
+from spectral_dist.rules import registry
 from spectral_dist.rules.base import Rule
 from spectral_dist.rules.options import MatrixOptions
 from spectral_dist.sharding import collectives
@@ -28,9 +29,9 @@ QUANTITIES = {
     "orthogonality_error": "||U U^T - I||_F / sqrt(s) of the polar factor, s its short side",
     "stable_rank": "||X||_F^2 / ||X||_2^2 of what was orthogonalized (power iteration, about 1%)",
     "nuclear_norm": "<X, U>",
-    "clamped_fraction": "of its elements beyond ROOT's quantile; 0 for other rules",
-    "captured_fraction": "|Q^T G| / |G| of SUMO's subspace; 0 for other rules",
 }
+for entry in registry.own_entries():  # 0 for other rules
+    QUANTITIES |= entry.rule.quantities if entry.rule else {}
 _COLUMNS = ("update_squares", "weight_squares", *list(QUANTITIES)[2:])
 POWER_STEPS = 20
 
@@ -42,13 +43,22 @@ class Watch:
         self, located: Located, rule: Rule[Any], options: MatrixOptions, lr: float
     ) -> None:
         self.located, self.rule, self.options, self.lr = located, rule, options, lr
-        shape = (len(located.layouts), len(_COLUMNS))
+        self.columns = (*_COLUMNS, *(name for name in rule.quantities if name not in QUANTITIES))
+        shape = (len(located.layouts), len(self.columns))
         self.table = torch.zeros(shape, dtype=torch.float32, device=located.device)
 
     def note(self, which: Sequence[int], name: str, values: Tensor) -> None:
-        """Numbers of matrices that this rank owns, (k,)."""
+        """Note numbers of matrices that this rank owns, (k,).
+
+        Raises:
+            ValueError: no quantity of the rule.
+        """
+        if name not in self.columns:
+            raise ValueError(
+                f"{type(self.rule).__name__} notes {name!r}, which is not in its quantities"
+            )
         rows = torch.tensor(which, device=self.table.device)
-        self.table[rows, _COLUMNS.index(name)] = values.to(self.table)
+        self.table[rows, self.columns.index(name)] = values.to(self.table)
 
     def factors(self, which: Sequence[int], matrices: Tensor, factors: Tensor) -> None:
         """What was orthogonalized, and what came out."""
@@ -78,13 +88,13 @@ class Watch:
         for column, tensors in (("update_squares", directions), ("weight_squares", weights)):
             norms = torch.stack(torch._foreach_norm([t.float() for t in tensors]))
             values = norms.square().to(self.table)
-            self.table[:, _COLUMNS.index(column)].index_add_(0, rows, values)
+            self.table[:, self.columns.index(column)].index_add_(0, rows, values)
 
     def report(self) -> Report:
         """By quantity and matrix; after the tables of all ranks were added up."""
-        result: Report = {name: {} for name in QUANTITIES}
+        result: Report = {name: {} for name in (*QUANTITIES, *self.rule.quantities)}
         for layout, row in zip(self.located.layouts, self.table.tolist(), strict=True):
-            columns = dict(zip(_COLUMNS, row, strict=True))
+            columns = dict(zip(self.columns, row, strict=True))
             matrix, update = layout.matrix, columns.pop("update_squares") ** 0.5
             update *= self.rule.scale(self.options, matrix.shape)
             weight = columns.pop("weight_squares") ** 0.5
@@ -146,7 +156,7 @@ def add_up(watches: Sequence[Watch], meter: Meter) -> Report:
         for group in groups:
             collectives.sum_ranks(watch.table, group, meter)
         for name, values in watch.report().items():
-            report[name].update(values)
+            report.setdefault(name, {}).update(values)
     return report
 
 

@@ -141,7 +141,10 @@ class MatrixOps(Protocol):
         """
 
     def note(self, name: str, values: Callable[[], Tensor]) -> None:
-        """Tell the monitor, if it watches this step, one number for each matrix, (k,)."""
+        """Tell the monitor, if it watches this step, one number for each matrix, (k,).
+
+        ``name``: of ``Rule.quantities``.
+        """
 
     def pool(self, values: Callable[[], Tensor]) -> None:
         """Add numbers (``Pooling.size``,) to those of this shape, in a step in which they count."""
@@ -158,6 +161,8 @@ class Rule(Generic[O]):
     """Set from the class's own parameter: ``class Muon(Rule[MuonOptions])``."""
     example: ClassVar[str] = ""
     """Keywords of an example, as in ``lr=0.02``."""
+    quantities: ClassVar[Mapping[str, str]] = {}
+    """What ``direction`` tells the monitor by ``MatrixOps.note``: name -> what it is."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -70,6 +71,9 @@ class ROOT(NesterovRule[ROOTOptions]):
     """
 
     example = "lr=0.02, quantile=0.9"
+    quantities: ClassVar[Mapping[str, str]] = {
+        "clamped_fraction": "of its elements beyond the quantile"
+    }
 
     def prepare(self, options: ROOTOptions, shapes: Mapping[str, Shape]) -> ROOTOptions:
         """Return the options with coefficients of every shape, of the name or file given."""

@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -79,6 +79,7 @@ class SUMO(Rule[SUMOOptions]):
     """
 
     example = "lr=0.02, rank=0.25"
+    quantities: ClassVar[Mapping[str, str]] = {"captured_fraction": "|Q^T G| / |G| of the subspace"}
 
     def has_momentum(self, options: SUMOOptions) -> bool:
         """Return False: M is matrix state."""
