@@ -49,6 +49,7 @@ class MegatronPlacement(ReplicatedPlacement):
     """
 
     may_lack_params = True
+    saves_matrix_state = True
     knows_blocks = True
 
     def __init__(

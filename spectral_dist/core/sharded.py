@@ -197,7 +197,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.end_step()
         if watches is not None:
             report, error = add_up(watches, self.meter), None
-            if self.monitor is not None:
+            if self.monitor is not None and watches:
                 try:
                     self.monitor.write(number, report)
                 except Exception as raised:

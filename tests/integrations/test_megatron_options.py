@@ -7,6 +7,7 @@ import types
 import pytest
 from torch.distributed.device_mesh import DeviceMesh
 
+from spectral_dist.rules import registry
 from tests import harness
 from tests.integrations import megatron_cpu
 from tests.integrations import megatron_model as models
@@ -117,7 +118,7 @@ def named(version, name):
 
 @pytest.mark.parametrize("version", [NEW, OLD])
 def test_the_name_alone_is_enough(version):
-    names = sorted(f"spectral_{rule}" for rule in ("muon", "poet", "polargrad", "root", "sumo"))
+    names = sorted(entry.megatron_name for entry in registry.entries())
     found = harness.run(1, named, version, "spectral_root", pool=version)[0]
     assert found == ("SpectralROOT", names if version == NEW else [])
     assert "spectral_mun" in harness.run(1, named, version, "spectral_mun", pool=version)[0]

@@ -59,7 +59,11 @@ def test_torchs_state_dict_in_one_process(name: str, tmp_path: Path) -> None:
     path, wanted = old.unpack("torch", name, tmp_path)
     weights = old.resume_torch(path, *old.TORCH[name])
     check(weights, wanted)
-    if old.fingerprint() == (old.DATA / "fingerprint.txt").read_text().strip():
+    # qdwh has since been told which singular values are rounding: its last bits are others
+    if (
+        "polargrad" not in name
+        and old.fingerprint() == (old.DATA / "fingerprint.txt").read_text().strip()
+    ):
         for key, value in wanted.items():
             assert torch.equal(weights[key], value), key
 
