@@ -3,15 +3,24 @@
 
 TORCH=2.13.0 # the one place that pins torch
 MEGATRON="0.19.2 0.16.1" # what the tests run megatron-core as
+DEEPSPEED="0.19.0 0.19.4 0.19.8" # of setup.cfg's range: the ends, and one between
+TORCH_TESTS="tests/test_exchange.py tests/test_groups.py tests/test_poet_layer.py
+  tests/polar/test_polar_front_door.py tests/integrations/test_torch_equality.py
+  tests/integrations/test_fsdp_placement.py tests/integrations/test_torch_checkpoints.py
+  tests/integrations/test_sumo_ddp.py tests/integrations/test_poet_torch.py"
+DEEPSPEED_TESTS="tests/integrations/test_deepspeed_versions.py
+  tests/integrations/test_deepspeed_equality.py tests/integrations/test_deepspeed_safety.py
+  tests/integrations/test_deepspeed_checkpoints.py tests/integrations/test_sumo_deepspeed.py
+  tests/integrations/test_poet_deepspeed.py"
 
 export PATH # in an empty environment bash has one, but does not hand it on
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 
 # install EXTRAS [REQUIREMENT...]: .venv with torch, this package editable with EXTRAS, and more.
-# Done once: what was asked for and setup.cfg are remembered in .venv.
+# Done once: what was asked for and setup.cfg are remembered in .venv. VENV names another folder.
 install() {
-  local extras=$1 venv=$ROOT/.venv candidate
+  local extras=$1 venv=${VENV:-$ROOT/.venv} candidate
   shift
   PYTHON=$venv/bin/python
   if [ ! -x "$PYTHON" ]; then
@@ -54,6 +63,38 @@ megatron() {
       mv "$folder.part" "$folder"
     fi
   done
+}
+
+# other_torch VERSION: an environment of its own, .venv-torch-VERSION, with what TORCH_TESTS need.
+# Done once. A few GB where torch brings CUDA.
+other_torch() {
+  TORCH=$1
+  VENV=$ROOT/.venv-torch-$1 install test
+  is_installed torch "$1"
+}
+
+# other_deepspeed VERSION: into .venv-deepspeed-VERSION, which is found before the one of .venv.
+# Done once.
+other_deepspeed() {
+  local folder=$ROOT/.venv-deepspeed-$1
+  if [ ! -d "$folder" ]; then
+    echo "fetching deepspeed $1 into $folder (once) ..."
+    rm -rf "$folder.part"
+    "$PYTHON" -m pip install --quiet --no-deps --target "$folder.part" "deepspeed==$1"
+    mv "$folder.part" "$folder"
+  fi
+  export PYTHONPATH=$folder${PYTHONPATH:+:$PYTHONPATH}
+  is_installed deepspeed "$1"
+}
+
+# is_installed PACKAGE VERSION: fail unless this is the one that an import would find.
+is_installed() {
+  local found
+  found=$("$PYTHON" -c 'import importlib.metadata as m, sys; print(m.version(sys.argv[1]))' "$1")
+  if [ "${found%%+*}" != "$2" ]; then
+    echo "error: $1 $found would be tested in place of $2" >&2
+    return 1
+  fi
 }
 
 # accelerators: how many GPUs this host has.

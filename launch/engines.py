@@ -145,15 +145,15 @@ def prepare_deepspeed() -> Any:
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
-    import deepspeed.ops
     from deepspeed.utils import logger
+
+    from spectral_dist.integrations.deepspeed._compat import without_compiling
 
     logger.setLevel("WARNING")
     # DeepSpeed calls what torch 2.13 renamed; nobody here can do anything about it.
     warnings.filterwarnings("ignore", r".*is deprecated. Please use", FutureWarning)
     if deepspeed.get_accelerator().device_name() == "cpu":
-        # It would be compiled at every first start (45 s), to speed up what gloo does as well.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        without_compiling()
     return deepspeed
 
 

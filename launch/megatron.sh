@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
 # Template: pretraining with Megatron-LM's own pretrain_gpt.py, with --optimizer spectral_muon.
-# That file needs two lines of yours: as its first import
-#   from spectral_dist.integrations.megatron import add_spectral_args
-# and in its call of pretrain(...), in place of the extra_args_provider it has,
-#   extra_args_provider=add_spectral_args,
+# That file, of core_v0.16.1 to core_v0.19, needs one line of yours, anywhere among its imports:
+#   import spectral_dist.integrations.megatron
 # Under Slurm: sbatch launch/megatron.sh. Without it, on every node:
 #   NODES=2 MASTER_ADDR=node0 RANKS_PER_NODE=8 launch/megatron.sh
 # Arguments go to the script that runs, after the flags below, so they win: --lr 1e-4, say.

@@ -10,7 +10,8 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from spectral_dist.rules import registry
-from spectral_dist.rules.options import ROUTING, specs_of
+from spectral_dist.rules.fields import specs_of
+from spectral_dist.rules.options import ROUTING
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ADAMW = "adamw"

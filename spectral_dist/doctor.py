@@ -11,7 +11,6 @@ import math
 import os
 import socket
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import Tensor, nn
+from torch import Tensor
 
 from spectral_dist.core.first_step import describe_method, first_step, matrix_of
-from spectral_dist.params.spec import Route
+from spectral_dist.doctor_readings import (
+    kept_norms,
+    length,
+    matrices_of,
+    relative,
+    snapshot,
+    whole,
+    whole_dtype,
+)
 from spectral_dist.polar import polar
 from spectral_dist.rules import registry
 from spectral_dist.rules.scales import SCALES
 from spectral_dist.sharding import collectives
-from spectral_dist.sharding.layout import Matrix
 
 RANKS = 2
 LENGTH = 256
@@ -114,10 +120,12 @@ def _rank(rank: int, port: int, config: dict[str, Any], model: dict[str, Any], o
     from spectral_dist.launch.engines import prepare_deepspeed
 
     deepspeed = prepare_deepspeed()
+    from spectral_dist.integrations.deepspeed import _compat
+
     accelerator = deepspeed.get_accelerator()
     if accelerator.device_name() == "cpu":
         torch.set_num_threads(1)
-        accelerator.is_fp16_supported = lambda: True  # torch does it in software; fine for a check
+        _compat.allow_fp16_on_cpu()
     else:
         accelerator.set_device(rank)
     deepspeed.init_distributed(verbose=False)
@@ -362,69 +370,3 @@ class Examination:
         same = same and all(torch.equal(weights[n], w) for n, w in whole(engine).items())
         engine.destroy()
         return Row("an overflowing step changes nothing", same, how if same else f"{how}, changed")
-
-
-def whole(engine: Any) -> dict[str, Tensor]:
-    """All parameters in float32, on every rank."""
-    import deepspeed
-
-    named: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
-    with deepspeed.zero.GatheredParameters(list(named.values())):
-        return {n: p.detach().float().clone() for n, p in named.items()}
-
-
-def whole_dtype(engine: Any) -> torch.dtype:
-    """The dtype of the model's parameters."""
-    dtype: torch.dtype = next(engine.module.parameters()).dtype
-    return dtype
-
-
-def matrices_of(optimizer: Any) -> Iterator[tuple[Route, Matrix, Any]]:
-    """Iterate over the matrices of an optimizer: (route, matrix, the rule's options of it)."""
-    for group in optimizer.param_groups:
-        if group["kind"] == "matrix":
-            options = optimizer.rule_options(group)
-            for route in optimizer.routes[group["id"]]:
-                for matrix in route.matrices:
-                    yield route, matrix, options
-
-
-def kept_norms(engine: Any) -> dict[str, float]:
-    """Return norms, over all matrices and ranks, of momentum and matrix state, by name.
-
-    Up to a constant factor: what several ranks have counts for each.
-    """
-    optimizer = engine.basic_optimizer
-    squares: dict[str, float] = {}
-    tensors = [
-        ("exp_avg", state["exp_avg"])
-        for state in optimizer.state.values()
-        if state.keys() == {"step", "exp_avg"}
-    ]
-    tensors += [(part.name, part.values) for part in optimizer.matrix_parts()]
-    for name, values in tensors:
-        squares[name] = squares.get(name, 0.0) + float(values.double().square().sum())
-    names = sorted({"exp_avg", *(name for name, _ in tensors)})
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, squares)
-    return {
-        name: math.sqrt(sum(found.get(name, 0.0) for found in every))
-        for name in sorted({*names, *(name for found in every for name in found)})
-    }
-
-
-def snapshot(engine: Any) -> list[list[float]]:
-    """Sums that tell whether any state of the optimizer has changed."""
-    optimizer = engine.basic_optimizer
-    states = [*optimizer.state.values(), *optimizer.matrix_state().values()]
-    return [[float(v.double().sum()) for v in state.values()] for state in states]
-
-
-def length(a: dict[str, Tensor], b: dict[str, Tensor], names: list[str]) -> float:
-    """Norm of a - b over the named parameters."""
-    return math.sqrt(sum(float((a[n] - b[n]).double().square().sum()) for n in names))
-
-
-def relative(a: dict[str, Tensor], b: dict[str, Tensor], start: dict[str, Tensor]) -> float:
-    """|a - b| over |b - start|."""
-    return length(a, b, list(a)) / length(b, start, list(b))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Machine:
     flops_wide: float = 2.5e13
 
     @classmethod
-    def from_user(cls, given: Mapping[str, Any]) -> Machine:
+    def from_user(cls, given: Mapping[str, float]) -> Machine:
         """The defaults, changed by these. ValueError: an unknown name, or no number above 0."""
         known = asdict(cls())
         for name, value in given.items():

@@ -36,7 +36,8 @@ from spectral_dist.params.spec import Route
 from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement
 from spectral_dist.rules import registry
 from spectral_dist.rules.base import Rule
-from spectral_dist.rules.options import BaseOptions, specs_of
+from spectral_dist.rules.fields import specs_of
+from spectral_dist.rules.options import BaseOptions
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group
 from spectral_dist.sharding.layout import Cut, Located, lay

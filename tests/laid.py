@@ -103,6 +103,8 @@ def layout(name, parts, shape, rank, tensor):
 class Placed(ReplicatedPlacement):
     """A placement of given layouts."""
 
+    knows_blocks = True
+
     def __init__(self, layouts, group, replicas, replicate_momentum):
         super().__init__(replicas, replicate_momentum)
         self.shards, self.layouts = group, tuple(layouts)

@@ -38,6 +38,7 @@ FLOORS = {
 LOOSE = {
     "cli": "launch",
     "doctor": "launch",
+    "doctor_readings": "launch",
     "convert": "checkpoint",
     "state_dicts": "checkpoint",
     "monitor": "core",  # the public path of core/monitor.py
@@ -156,13 +157,12 @@ def test_the_table_names_what_is_there() -> None:
 MAY = """
 polar: from spectral_dist.polar import exact
 polar: import math, torch
-polar: import scipy
-polar: from scipy.special import ellipk
 sharding: from torch.distributed import ReduceOp
 rules: from . import muon
 rules: from ..polar import polar
 params: from spectral_dist.sharding import layout
-params: from spectral_dist import options
+params: from spectral_dist.rules import options
+placement: from torch.distributed.tensor import DTensor
 checkpoint: import torch.distributed.checkpoint as dcp
 checkpoint: from torch.distributed.checkpoint import load
 checkpoint: from spectral_dist.sharding import collectives
@@ -179,26 +179,26 @@ polar: import torch.distributed as dist
 polar: def f(): from torch import distributed
 polar: import torch; torch.distributed.get_rank()
 polar: import numpy
+polar: import scipy
 rules: import scipy
 rules: from spectral_dist.sharding.layout import Matrix
 rules: from spectral_dist import sharding
 rules: from ..sharding import plan
-rules: from spectral_dist.options import Options
+rules: from spectral_dist.params.spec import Route
 rules: from spectral_dist import Muon
 rules: from spectral_dist.no_such_module import Muon
 sharding: import scipy
 sharding: from spectral_dist.rules.muon import SCALES
 params: from torch.distributed.tensor import DTensor
-params: from spectral_dist import optimizer
+params: from spectral_dist.core import optimizer
 params: from spectral_dist import calibrate
-placement: from torch.distributed.tensor import DTensor
 core: import scipy
 core: import deepspeed
 core: import torch.distributed
 core: from torch.distributed.tensor import DTensor
 core: from spectral_dist.integrations import apex
-optimizers: from spectral_dist.integrations import fsdp
-checkpoint: from spectral_dist.integrations import fsdp
+optimizers: from spectral_dist.integrations import apex
+checkpoint: from spectral_dist.integrations import apex
 checkpoint: import deepspeed
 integrations: from spectral_dist import Muon
 integrations: from spectral_dist.launch import corpus

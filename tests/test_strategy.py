@@ -250,3 +250,12 @@ def test_homes():
     plan = make_plan(layouts, 2, 1 << 30, 2, homes=[0, 0, 0, 0, 1, 1])
     assert [owner // 2 for owner in plan.owners] == [0, 0, 0, 0, 1, 1]
     assert plan.loads[0] == plan.loads[1]
+
+
+def test_a_machine_where_auto_has_no_choice_is_said():
+    model = torch.nn.Linear(6, 4)
+    model.weight.grad = torch.ones_like(model.weight)
+    model.bias.grad = torch.ones_like(model.bias)
+    optimizer = spectral_dist.Muon(spectral_dist.param_groups(model), machine={"flops": 1e12})
+    with pytest.warns(UserWarning, match="machine has no effect: strategy 'auto'"):
+        optimizer.step()

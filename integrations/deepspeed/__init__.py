@@ -1,30 +1,29 @@
 """DeepSpeed: import this once, then name "SpectralMuon" in the JSON; any ZeRO stage.
 
 It registers the class where DeepSpeed looks for optimizers it does not know (``torch.optim``), and
-wraps a private method, ``DeepSpeedEngine._configure_optimizer``, which sees both the module and the
-optimizer: that is how embeddings and heads are found with nothing tagged. A second one,
-``_is_supported_optimizer``, is wrapped to say what an unknown type may have meant, and a third,
-``_configure_distributed_model``, to convert the model for POET before anything else is done to it.
+wraps a private method of the engine, which sees both the module and the optimizer: that is how
+embeddings and heads are found with nothing tagged. A second one is wrapped to say what an unknown
+type may have meant, and a third to convert the model for POET before anything else is done to it.
+All of them stand in ``_compat``, as every private name of DeepSpeed does.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import weakref
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from torch import nn
 
 from spectral_dist.core.named import class_of
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.core.sharded import ShardedOptimizer
+from spectral_dist.integrations.deepspeed import _compat
 from spectral_dist.integrations.deepspeed import poet as rotated
+from spectral_dist.integrations.deepspeed._compat import DeepSpeedEngine
 from spectral_dist.integrations.deepspeed.checkpoint import keep_checkpoints
 from spectral_dist.integrations.deepspeed.config import refuse, refuse_for_poet, refuse_type
 from spectral_dist.integrations.deepspeed.fp16 import scale_loss_at_stage0
@@ -115,7 +114,7 @@ def _name(entry: registry.Entry) -> None:
         kind = type(entry.deepspeed_type, (FromJSON, in_code), namespace)
     TYPES[entry.deepspeed_type] = kind
     setattr(torch.optim, entry.deepspeed_type, kind)
-    ZERO_SUPPORTED_OPTIMIZERS.extend([in_code, kind])
+    _compat.ZERO_SUPPORTED_OPTIMIZERS.extend([in_code, kind])
 
 
 def _refuse_second(module: nn.Module) -> None:
@@ -156,8 +155,8 @@ def _configure(
     before = client.placement if client is not None else None
     if client is not None:
         client.move_to(ZeroPlacement(engine))
-        if type(client) not in ZERO_SUPPORTED_OPTIMIZERS:  # a subclass of a user's own
-            ZERO_SUPPORTED_OPTIMIZERS.append(type(client))
+        if type(client) not in _compat.ZERO_SUPPORTED_OPTIMIZERS:  # a subclass of a user's own
+            _compat.ZERO_SUPPORTED_OPTIMIZERS.append(type(client))
     token = _building.set(engine)
     try:
         original(engine, client, parameters)
@@ -193,34 +192,7 @@ def _distribute(original: Callable[..., None], engine: DeepSpeedEngine, model: n
 
 
 def _install() -> None:
-    method = DeepSpeedEngine._configure_optimizer
-    names = list(inspect.signature(method).parameters)
-    if names != ["self", "client_optimizer", "model_parameters"]:
-        raise ImportError(
-            "this release of spectral_dist works with deepspeed 0.19.8; the installed one builds"
-            f" its optimizer from {names}. Install deepspeed==0.19.8"
-        )
-
-    @functools.wraps(method)
-    def configure(engine: DeepSpeedEngine, client_optimizer: Any, model_parameters: Any) -> None:
-        _configure(method, engine, client_optimizer, model_parameters)
-
-    DeepSpeedEngine._configure_optimizer = configure
-    distribute_model = DeepSpeedEngine._configure_distributed_model
-
-    @functools.wraps(distribute_model)
-    def distribute(engine: DeepSpeedEngine, model: nn.Module) -> None:
-        _distribute(distribute_model, engine, model)
-
-    DeepSpeedEngine._configure_distributed_model = distribute
-    supported = DeepSpeedEngine._is_supported_optimizer
-
-    @functools.wraps(supported)
-    def is_supported(engine: DeepSpeedEngine, name: str) -> bool:
-        refuse_type(name, TYPES)
-        return bool(supported(engine, name))
-
-    DeepSpeedEngine._is_supported_optimizer = is_supported
+    _compat.wrap_engine(_configure, _distribute, functools.partial(refuse_type, ours=TYPES))
     registry.each(_name)
 
 

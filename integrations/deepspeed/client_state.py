@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
-Before: TypeAlias = Callable[[Path, Sequence[Any], Mapping[str, Any]], Mapping[str, Any]]
-"""Of the tag's folder, and of what ``save_checkpoint`` is given after client_state: what to put
-into client_state."""
+from spectral_dist.integrations.deepspeed._compat import argument
+
+Before: TypeAlias = Callable[[Path, Callable[[str], Any]], Mapping[str, Any]]
+"""Of the tag's folder, and of a function from the name of an argument of ``save_checkpoint`` to its
+value: what to put into client_state."""
 After: TypeAlias = Callable[[str, dict[str, Any], bool], None]
 """Of the path that was loaded, its client_state, and whether optimizer states are wanted."""
 
@@ -32,24 +34,21 @@ def around_checkpoints(engine: Any, after_load: After, before_save: Before | Non
     ) -> Any:
         assert before_save is not None
         tag = str(f"global_step{engine.global_steps}" if tag is None else tag)
-        more = before_save(Path(save_dir, tag), args, kwargs)
+        given = (save_dir, tag, client_state, *args)
+        more = before_save(Path(save_dir, tag), lambda name: argument(save, name, given, kwargs))
         return save(save_dir, tag, {**(client_state or {}), **more}, *args, **kwargs)
 
     @functools.wraps(load)
     def load_checkpoint(load_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
         path, client_state = load(load_dir, tag, *args, **kwargs)
         if path is not None:
-            after_load(path, client_state, _wants_state(args, kwargs))
+            states, module_only = (
+                argument(load, name, (load_dir, tag, *args), kwargs)
+                for name in ("load_optimizer_states", "load_module_only")
+            )
+            after_load(path, client_state, states and not module_only)
         return path, client_state
 
     engine.load_checkpoint = load_checkpoint
     if before_save is not None:
         engine.save_checkpoint = save_checkpoint
-
-
-def _wants_state(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    """Whether ``load_checkpoint`` is to load optimizer states, by what follows the tag."""
-    names = ("load_module_strict", "load_optimizer_states", "load_lr_scheduler_states",
-             "load_module_only")  # fmt: skip
-    given = {**dict(zip(names, args, strict=False)), **kwargs}
-    return given.get("load_optimizer_states", True) and not given.get("load_module_only", False)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from spectral_dist._errors import suggest
+from spectral_dist.integrations.deepspeed._compat import DEEPSPEED_OPTIMIZERS, zero_config
 
 
 def refuse_type(name: str | None, ours: Iterable[str]) -> None:
@@ -16,8 +17,6 @@ def refuse_type(name: str | None, ours: Iterable[str]) -> None:
     Raises:
         ValueError: with the nearest name and the list.
     """
-    from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS
-
     if name is None or name.lower() in DEEPSPEED_OPTIMIZERS or hasattr(torch.optim, name):
         return
     raise ValueError(f'optimizer.type is "{name}", which is unknown{suggest(name, ours)}')
@@ -29,7 +28,7 @@ def refuse_for_poet(engine: Any) -> None:
     Raises:
         ValueError: names the setting and what works instead.
     """
-    zero = engine._config.zero_config
+    zero = zero_config(engine)
     offload = zero.offload_param
     device = None if offload is None else str(getattr(offload.device, "value", offload.device))
     rounded = " stores or gathers W in 8 bits, and each merge would round it again: set it to false"
@@ -52,7 +51,7 @@ def refuse(engine: Any) -> None:
     Raises:
         ValueError: names the setting, the reason and what works instead.
     """
-    zero = engine._config.zero_config
+    zero = zero_config(engine)
     offload = zero.offload_optimizer
     device = None if offload is None else str(getattr(offload.device, "value", offload.device))
     cases: list[tuple[bool, str, str]] = [
@@ -61,7 +60,7 @@ def refuse(engine: Any) -> None:
         (engine.autotp_size() > 1, "tensor_parallel.autotp_size above 1", "set it to 1"),
         (zero.zero_hpz_partition_size > 1, "zero_hpz_partition_size above 1", "set it to 1"),
         (zero.elastic_checkpoint, "elastic_checkpoint", "use the universal checkpoint"),
-        (getattr(engine, "zenflow", False), "zenflow", "remove it"),
+        (zero.zenflow is not None, "zenflow", "remove it"),
         (device == "nvme", 'offload_optimizer.device "nvme"', 'use "cpu"'),
         (
             device == "cpu" and (offload.ratio < 1 or offload.super_offload),

@@ -13,6 +13,7 @@ from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor
 
 from spectral_dist.core.sharded import ShardedOptimizer
+from spectral_dist.integrations.deepspeed import _compat
 from spectral_dist.integrations.deepspeed.checkpoint import drop_moments
 from spectral_dist.params.spec import Route
 from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement
@@ -37,7 +38,7 @@ class ZeroPlacement(ReplicatedPlacement):
 
     def __init__(self, engine: Any) -> None:
         # DeepSpeed saves rank 0's state only at stage 0, without a collective
-        super().__init__(engine.seq_data_parallel_group, replicate_momentum=True)
+        super().__init__(_compat.data_group(engine), replicate_momentum=True)
         self.engine = engine
         self._started = False
         self._options: list[dict[str, Any]] = []
@@ -72,12 +73,11 @@ class ZeroPlacement(ReplicatedPlacement):
         self, optimizer: torch.optim.Optimizer
     ) -> Iterator[tuple[ParamGroup, Sequence[Tensor]]]:
         """Iterate over sub-groups at stage 3, which steps on one at a time, else over groups."""
-        flats = getattr(self.engine.optimizer, "fp32_partitioned_groups_flat", None)
-        if flats is None:
+        sub_groups = _compat.sub_groups(self.engine)
+        if sub_groups is None:
             yield from super().param_batches(optimizer)
             return
-        for number, flat in enumerate(flats):
-            group = self.engine.optimizer.sub_group_to_group_id[number]
+        for flat, group in sub_groups:
             yield optimizer.param_groups[group], [flat]
 
     @contextmanager
@@ -88,7 +88,7 @@ class ZeroPlacement(ReplicatedPlacement):
 
     def cache_key(self, group: ParamGroup, tensors: Sequence[Tensor]) -> object:
         """Return the sub-group at stage 3, the group elsewhere."""
-        return getattr(tensors[0], "ds_id", group["id"])
+        return _compat.ends_of(self.engine, tensors[0]) or group["id"]
 
     def check(self, routes: Sequence[Route], tensors: Sequence[Tensor]) -> None:
         """Raise for plain parameters that are not contiguous; flat tensors always are."""
@@ -100,8 +100,9 @@ class ZeroPlacement(ReplicatedPlacement):
     ) -> list[Located]:
         """Return the layouts of the group's (or stage 3's sub-group's) matrices."""
         device = torch.device(get_accelerator().current_device_name())
-        if hasattr(tensors[0], "ds_id"):
-            return [_place_stage3(routes, tensors[0], device)]
+        ends = _compat.ends_of(self.engine, tensors[0])
+        if ends is not None:
+            return [_place_stage3(routes, tensors[0], ends, device)]
         if self._are_whole(routes, tensors):
             return super().locate(group, routes, tensors)
         assert self.group is not None
@@ -132,22 +133,22 @@ def _place_flat(
     return Located(tuple(layouts), group, device, tuple(spans), tensors=(0,))
 
 
-def _place_stage3(routes: Sequence[Route], flat: Tensor, device: torch.device) -> Located:
-    ids = [int(route.parameter.ds_id) for route in routes]  # type: ignore[attr-defined]
-    first, last = (ids.index(int(i)) for i in flat.ds_id.split("_"))  # type: ignore[attr-defined]
+def _place_stage3(
+    routes: Sequence[Route], flat: Tensor, ends: tuple[int, int], device: torch.device
+) -> Located:
+    ids = [_compat.id_of(route.parameter) for route in routes]
+    first, last = (ids.index(end) for end in ends)
     base, layouts, spans, group = 0, [], [], None
     for route in routes[first : last + 1]:
-        parameter: Any = route.parameter
-        group = parameter.ds_process_group
+        group, run, numel = _compat.run_of(route.parameter)
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        run = parameter.partition_numel()
         cut = Cut.even(run, ranks)
         layouts += [lay(matrix, cut, base=base) for matrix in route.matrices]
-        spans.append((route.name, 0, base, max(0, min(run, parameter.ds_numel - rank * run))))
+        spans.append((route.name, 0, base, max(0, min(run, numel - rank * run))))
         base += run
     if base != flat.numel():
         raise RuntimeError(
-            f"ZeRO-3 sub-group {flat.ds_id} has {flat.numel()} elements, but its parameters"  # type: ignore[attr-defined]
-            f" sum to {base}: its layout is not the one this release knows (deepspeed 0.19.8)"
+            f"ZeRO-3 sub-group {ends} has {flat.numel()} elements, but its parameters sum to"
+            f" {base}: its layout is not the one this release knows"
         )
     return Located(tuple(layouts), group, device, tuple(spans), tensors=(0,))

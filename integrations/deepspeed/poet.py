@@ -7,16 +7,16 @@ the merge comes then.
 
 from __future__ import annotations
 
-import functools
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from spectral_dist import poet
 from spectral_dist._errors import suggest
+from spectral_dist.integrations.deepspeed import _compat
 from spectral_dist.poet.convert import SETTINGS
 from spectral_dist.poet.layer import PoetLayer
 from spectral_dist.poet.optimizer import POET
@@ -78,10 +78,15 @@ def convert(engine: Any, model: nn.Module) -> None:
 
 def cast_skews(engine: Any) -> None:
     """To the dtype of the model, of which masters are copies: not done after ``zero.Init``."""
+    if engine.fp16_enabled():
+        dtype = torch.float16
+    elif engine.bfloat16_enabled():
+        dtype = torch.bfloat16
+    else:
+        return
     for layer in layers_of(engine.module):
-        dtype, _ = engine._mixed_precision_dtypes()
         for skew in layer.skews.values():
-            if dtype is not None and not hasattr(skew, "ds_id"):
+            if not _compat.is_partitioned(skew):
                 skew.data = skew.data.to(dtype)
 
 
@@ -140,30 +145,10 @@ def check_clip(engine: Any, ramp: int) -> None:
 
 def merge_after_steps(engine: Any, optimizer: POET) -> None:
     """Have this engine's steps end with the merge, if it is due, and clip as ``clip_ramp`` says."""
-    take = engine._take_model_step
 
-    @functools.wraps(take)
-    def take_model_step(*args: Any, **kwargs: Any) -> None:
-        with _clipping(engine, optimizer.clip_factor()):
+    def step(take: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        with _compat.clipping(engine, optimizer.clip_factor()):
             take(*args, **kwargs)
         optimizer.merge_if_due()  # a skipped step is none of Adam's, and makes no merge due
 
-    engine._take_model_step = take_model_step
-
-
-@contextmanager
-def _clipping(engine: Any, factor: float) -> Iterator[None]:
-    """The limit of gradient clipping times ``factor``, wherever the stage keeps it."""
-    wrapped = hasattr(engine.optimizer, "clip_grad")
-    holder, name = (
-        (engine.optimizer, "clip_grad") if wrapped else (engine._config, "gradient_clipping")
-    )
-    limit = getattr(holder, name)
-    if factor == 1 or not limit:
-        yield
-        return
-    setattr(holder, name, limit * factor)
-    try:
-        yield
-    finally:
-        setattr(holder, name, limit)
+    _compat.around_step(engine, step)

@@ -7,7 +7,7 @@ universal checkpoint; and at stage 3 it then gives every group the step count of
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spectral_dist.core.sharded import ShardedOptimizer
+from spectral_dist.integrations.deepspeed import _compat
 from spectral_dist.integrations.deepspeed.client_state import around_checkpoints
 from spectral_dist.poet.optimizer import POET
 
@@ -25,10 +26,8 @@ KEY = "spectral_poet"
 def keep_poet(engine: Any, optimizer: POET) -> None:
     """Have this engine's checkpoints say that they are POET's, and load universal ones whole."""
 
-    def before_save(
-        folder: Path, args: Sequence[Any], kwargs: Mapping[str, Any]
-    ) -> dict[str, dict[str, Any]]:
-        if kwargs.get("exclude_frozen_parameters", (*args, False, False)[1]):
+    def before_save(folder: Path, argument: Callable[[str], Any]) -> dict[str, dict[str, Any]]:
+        if argument("exclude_frozen_parameters"):
             raise ValueError(
                 "exclude_frozen_parameters leaves out W, in which POET keeps what it has learned;"
                 " save without it"
@@ -79,8 +78,9 @@ def _load_layers(folder: Path, optimizer: POET) -> None:
 
     Of stages 0 to 2 one file has all of W, of stage 3 each rank's has a run of its elements.
     """
-    files = sorted(folder.glob("zero_pp_rank_*_model_states.pt"), key=_rank)
-    one = sorted(folder.glob("mp_rank_*_model_states.pt"))
+    ending = f"*{_compat.MODEL_FILE_SUFFIX}"
+    files = sorted(folder.glob(_compat.ZERO_FILE_PREFIX + ending), key=_rank)
+    one = sorted(folder.glob(_compat.MODEL_FILE_PREFIX + ending))
     saved = [torch.load(f, "cpu", weights_only=False, mmap=True) for f in files or one]
     modules = [s["module"] for s in saved]
     for layer in optimizer.layers:
@@ -88,7 +88,7 @@ def _load_layers(folder: Path, optimizer: POET) -> None:
         name = f"{layer.key}.weight"
         with optimizer.placement.gathered([layer.weight], write=True) as (weight,):
             if files:
-                parts = [_of(s["frozen_param_fragments"] or {}, name, folder) for s in saved]
+                parts = [_of(s[_compat.FROZEN_PARAM_FRAGMENTS] or {}, name, folder) for s in saved]
                 found = torch.cat([part.flatten() for part in parts])[: weight.numel()]
             else:
                 found = _of(modules[0], name, folder)
@@ -96,7 +96,7 @@ def _load_layers(folder: Path, optimizer: POET) -> None:
 
 
 def _rank(file: Path) -> int:
-    return int(file.name.removeprefix("zero_pp_rank_").split("_")[0])
+    return int(file.name.removeprefix(_compat.ZERO_FILE_PREFIX).split("_")[0])
 
 
 def _of(tensors: Mapping[str, Tensor], name: str, folder: Path) -> Tensor:

@@ -1,8 +1,9 @@
 """Megatron-core: ``--optimizer spectral_muon``, and the call for code that builds its own.
 
-Hand ``add_spectral_args`` to ``pretrain(extra_args_provider=...)`` of Megatron-LM; or write
-``OptimizerConfig(optimizer="spectral_muon")`` and call Megatron's ``get_megatron_optimizer``, which
-importing this replaces, or ``get_spectral_megatron_optimizer``, which takes our options.
+Importing this is enough for Megatron-LM's scripts: anywhere before ``pretrain`` is called. In code
+of your own, write ``OptimizerConfig(optimizer="spectral_muon")`` and call Megatron's
+``get_megatron_optimizer``, which importing this replaces, or ``get_spectral_megatron_optimizer``,
+which takes our options.
 
 Everything but the torch optimizer in the middle stays Megatron's: parameter groups and their
 schedules, gradient norm and clipping, loss scaling, the distributed optimizer, checkpoints.
@@ -11,21 +12,19 @@ schedules, gradient norm and clipping, loss scaling, the distributed optimizer, 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-import megatron.core.optimizer as megatron_optimizer
-
 from spectral_dist._errors import suggest
-from spectral_dist.integrations.megatron.arguments import add_spectral_args, parsed
+from spectral_dist.integrations.megatron import _compat, _compat_hooks
+from spectral_dist.integrations.megatron.arguments import add_spectral_args, parsed, restore
 from spectral_dist.integrations.megatron.build import build
+from spectral_dist.integrations.megatron.foreign import group_objects, refuse_foreign
 from spectral_dist.integrations.megatron.inner import TYPES
 
 __all__ = ["TYPES", "add_spectral_args", "get_spectral_megatron_optimizer"]
 
-_original = megatron_optimizer.get_megatron_optimizer
 _building: ContextVar[bool] = ContextVar("spectral optimizer being built", default=False)
 
 
@@ -67,18 +66,37 @@ def _is_ours(config: Any) -> bool:
     return config.optimizer in TYPES or (parsed()[0] is not None and config.optimizer == "adam")
 
 
-@functools.wraps(_original)
-def _get_megatron_optimizer(config: Any, *args: Any, **kwargs: Any) -> Any:
-    name = str(config.optimizer)
-    if _is_ours(config) or name.startswith("spectral"):
-        return get_spectral_megatron_optimizer(config, *args, **kwargs)
-    _, flags = parsed()
-    if flags:
-        said = ", ".join("--spectral-" + flag.replace("_", "-") for flag in flags)
-        raise ValueError(
-            f"{said} would have no effect with --optimizer {name}; write one of {', '.join(TYPES)}"
-        )
-    return _original(config, *args, **kwargs)
+def _taking_ours(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Megatron's ``get_megatron_optimizer``, which gives ours where it is asked for."""
+
+    @functools.wraps(original)
+    def get_megatron_optimizer(config: Any, *args: Any, **kwargs: Any) -> Any:
+        name = str(config.optimizer)
+        if _is_ours(config) or name.startswith("spectral"):
+            return get_spectral_megatron_optimizer(config, *args, **kwargs)
+        _, flags = parsed()
+        if flags:
+            said = ", ".join("--spectral-" + flag.replace("_", "-") for flag in flags)
+            raise ValueError(
+                f"{said} would have no effect with --optimizer {name}; write one of"
+                f" {', '.join(TYPES)}"
+            )
+        return _refusing(original(config, *args, **kwargs))
+
+    return get_megatron_optimizer
+
+
+def _refusing(built: Any) -> Any:
+    """An optimizer of Megatron's own, which takes no checkpoint of ours."""
+    load = built.load_state_dict
+
+    @functools.wraps(load)
+    def load_state_dict(state_dict: Any) -> Any:
+        refuse_foreign({"param_groups": [{}]}, state_dict)
+        return load(state_dict)
+
+    built.load_state_dict = load_state_dict
+    return built
 
 
 def _guarded(inner: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,34 +115,8 @@ def _guarded(inner: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-def _install() -> None:
-    module: Any = megatron_optimizer
-    for name in ("_get_megatron_optimizer_based_on_param_groups", "_get_param_groups"):
-        if not hasattr(module, name):
-            raise ImportError(
-                "this release of spectral_dist works with megatron-core 0.16.1 to 0.19.2; the"
-                f" installed one has no megatron.core.optimizer.{name}"
-            )
-    replaced = {
-        "get_megatron_optimizer": _get_megatron_optimizer,
-        "_get_megatron_optimizer_based_on_param_groups": _guarded(
-            module._get_megatron_optimizer_based_on_param_groups
-        ),
-    }
-    if hasattr(module, "_get_megatron_emerging_optimizer"):  # from 0.17 on
-        replaced["_get_megatron_emerging_optimizer"] = _guarded(
-            module._get_megatron_emerging_optimizer
-        )
-        from megatron.core.optimizer import emerging_optimizers
-
-        for name, cls in TYPES.items():
-            entry = emerging_optimizers.EmergingOptimizerEntry(optimizer_cls=cls)
-            emerging_optimizers._EMERGING_OPTIMIZERS[name] = entry
-    for name, function in replaced.items():
-        setattr(module, name, function)
-    training = sys.modules.get("megatron.training.training")  # imported before: by name
-    if training is not None:
-        training.get_megatron_optimizer = _get_megatron_optimizer  # type: ignore[attr-defined]
-
-
-_install()
+_original = _compat.replace_builders(_taking_ours, _guarded)
+_compat.register(TYPES)
+_compat_hooks.extend_parser(add_spectral_args)
+_compat_hooks.extend_checkpoint_args(restore)
+_compat_hooks.guard_loading(refuse_foreign, group_objects)

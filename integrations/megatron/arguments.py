@@ -4,27 +4,78 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from spectral_dist.integrations.megatron.config import OWN
 from spectral_dist.integrations.megatron.inner import TYPES
-from spectral_dist.rules.options import ROUTING, OptionSpec, parse_value, specs_of
+from spectral_dist.rules.fields import OptionSpec, parse_value, specs_of
+from spectral_dist.rules.options import ROUTING
 
 PREFIX = "spectral_"
-_parsed: dict[str, Any] = {}
-"""What the flags of this process said: Megatron's OptimizerConfig has no room for it."""
+
+
+@dataclass
+class _Said:
+    """What flags said of an optimizer of ours: Megatron's OptimizerConfig has no room for it."""
+
+    named: bool = False
+    """whether any optimizer was"""
+    optimizer: str | None = None
+    """None if it is not ours"""
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+_flags = _Said()
+"""Those of this process, as parsed last."""
+_restored = _Said()
+"""Those in the checkpoint of --use-checkpoint-args."""
 
 
 def parsed() -> tuple[str | None, dict[str, Any]]:
-    """(the optimizer's name, its options) as the flags gave them."""
-    options = {name: value for name, value in _parsed.items() if name != "optimizer"}
-    return _parsed.get("optimizer"), options
+    """Return (the optimizer's name, its options) as the flags gave them, or the checkpoint's."""
+    optimizer = _flags.optimizer if _flags.named else _restored.optimizer
+    before = _restored.options if optimizer == _restored.optimizer else {}
+    return optimizer, {**before, **_flags.options}
 
 
 def forget() -> None:
-    """As if no flag had been parsed."""
-    _parsed.clear()
+    """Make it as if no flag had been parsed, and no checkpoint read."""
+    for said in (_flags, _restored):
+        _clear(said)
+
+
+def _clear(said: _Said) -> None:
+    said.named, said.optimizer = False, None
+    said.options.clear()
+
+
+def restore(args: Any, saved: Any) -> dict[str, Any]:
+    """Set what --use-checkpoint-args takes from a checkpoint; flags that are given win.
+
+    Args:
+        args: those of this run, of Megatron's parser.
+        saved: those of the run that wrote the checkpoint.
+
+    Returns:
+        What was set, by name, for Megatron to say.
+    """
+    name = getattr(saved, "spectral_optimizer", None)
+    if name not in TYPES or (_flags.named and _flags.optimizer != name):
+        return {}
+    before = {
+        option: value
+        for option in _options()
+        if (value := getattr(saved, PREFIX + option, None)) is not None
+    }
+    _restored.named, _restored.optimizer, _restored.options = True, name, before
+    found = {PREFIX + k: v for k, v in before.items() if k not in _flags.options}
+    if not _flags.named:
+        args.optimizer = "adam"  # as ``_Optimizer`` does
+        found[PREFIX + "optimizer"] = name
+    for key, value in found.items():
+        setattr(args, key, value)
+    return found
 
 
 class _Remember(argparse.Action):
@@ -39,7 +90,7 @@ class _Remember(argparse.Action):
     ) -> None:
         """One flag."""
         setattr(namespace, self.dest, values)
-        _parsed[self.dest.removeprefix(PREFIX)] = values
+        _flags.options[self.dest.removeprefix(PREFIX)] = values
 
 
 class _Optimizer(argparse.Action):
@@ -58,18 +109,20 @@ class _Optimizer(argparse.Action):
         ours = values in TYPES
         setattr(namespace, self.dest, "adam" if ours else values)
         namespace.spectral_optimizer = values if ours else None
-        _parsed.pop("optimizer", None)
-        if ours:
-            _parsed["optimizer"] = values
+        _flags.named, _flags.optimizer = True, values if ours else None
 
 
 def add_spectral_args(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """``--optimizer spectral_...`` and a flag ``--spectral-OPTION`` for every option; the parser.
+    """Add ``--optimizer spectral_...`` and ``--spectral-OPTION`` for every option; the parser.
 
-    For ``extra_args_provider`` of Megatron's ``pretrain``. lr, weight decay, betas and eps are
-    Megatron's own flags. Lists and tables are JSON: ``--spectral-scalars '["router"]'``.
+    Megatron-LM's parsers have them already, once ``spectral_dist.integrations.megatron`` has been
+    imported; this is for parsers of your own. A second time it adds nothing. lr, weight decay,
+    betas and eps are Megatron's own flags. Lists and tables are JSON: ``--spectral-scalars
+    '["router"]'``.
     """
-    forget()
+    _clear(_flags)
+    if isinstance(parser._option_string_actions.get("--optimizer"), _Optimizer):
+        return parser
     _extend_optimizer(parser)
     group = parser.add_argument_group("spectral_dist")
     for name, (reader, said) in sorted(_options().items()):

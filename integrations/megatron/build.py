@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from megatron.core import parallel_state
-from megatron.core.optimizer import (
-    OptimizerConfig,
-    _get_param_groups,
-    get_standard_config_overrides,
-)
+from megatron.core.optimizer import OptimizerConfig
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer_config import ParamKey, ParamPredicate
 from torch import nn
 
+from spectral_dist.integrations.megatron import _compat
 from spectral_dist.integrations.megatron.checkpoint import keep_checkpoints
-from spectral_dist.integrations.megatron.config import refuse, refuse_adapting, spectral_options
+from spectral_dist.integrations.megatron.config import (
+    check_marks,
+    refuse,
+    refuse_adapting,
+    spectral_options,
+)
 from spectral_dist.integrations.megatron.inner import TYPES, InsideMegatron, SpectralPOET
 from spectral_dist.integrations.megatron.merging import keep_merging
 from spectral_dist.integrations.megatron.names import copies, global_names, unwrap
@@ -48,22 +51,26 @@ def build(
     **kwargs: Any,
 ) -> Any:
     """What ``get_megatron_optimizer`` returns for Adam, with ours in Adam's place."""
-    options = spectral_options(config, {k: v for k, v in given.items() if k not in ROUTING})
+    known = {option.name for option in fields(TYPES[name].options_type)}
+    own = {k: v for k, v in given.items() if k not in ROUTING}
+    options = spectral_options(config, own, name, known)
     TYPES[name].options_type.from_user(options, name)  # before the table: it stands out
     refuse(config, model_chunks)
     refuse_adapting(given, model_chunks)
-    reader = MegatronReader(*ranks_of(pg_collection), global_names(model_chunks))
+    ranks = ranks_of(pg_collection)
+    check_marks(model_chunks, ranks[0].tensor, expert_ranks(pg_collection), on_any_stage)
+    reader = MegatronReader(*ranks, global_names(model_chunks))
     routes = _routes(model_chunks, reader, {k: v for k, v in given.items() if k in ROUTING})
     if issubclass(TYPES[name], SpectralPOET):
         rotated = on_any_stage([any(route.kind == "skew" for route in routes.values())])[0]
         _check_converted(name, config, given, rotated)
     if config_overrides is None:
-        config_overrides = get_standard_config_overrides(config)
+        config_overrides = _compat.standard_overrides(config)
     as_adam = copy.copy(config)
     as_adam.optimizer = "adam"
     overrides = {**config_overrides, **_kinds(routes)}
     built = original(as_adam, list(model_chunks), overrides, pg_collection=pg_collection, **kwargs)
-    for leaf in getattr(built, "chained_optimizers", [built]):
+    for leaf in _compat.leaves(built):
         leaf.config = config
         if leaf.optimizer is not None:
             members = _members(leaf, as_adam, overrides)
@@ -84,8 +91,11 @@ def _check_converted(name: str, config: Any, given: Mapping[str, Any], rotated: 
     if not rotated:
         raise ValueError(
             f"{name} trains the rotations of a model that"
-            " spectral_dist.integrations.megatron.poet.convert(model) has converted, in the"
-            " model_provider; this one has none"
+            " spectral_dist.integrations.megatron.poet.convert(model) has converted before it was"
+            " wrapped; this one has none. In scripts that make a model_cfg (Megatron-LM's from 0.19"
+            " on, which then call no model_provider) write model_cfg.pre_wrap_hooks.append(lambda"
+            " models: [poet.convert(model) for model in models]); in others return"
+            " poet.convert(model) from the model_provider"
         )
     if given.get("clip_ramp") and not config.clip_grad:
         raise ValueError(
@@ -109,6 +119,14 @@ def ranks_of(collection: Any) -> tuple[Ranks, Ranks]:
         Ranks(alone(tensor), alone(data)),
         Ranks(alone(expert_tensor), alone(expert_data)),
     )
+
+
+def expert_ranks(collection: Any) -> int:
+    """How many ranks experts are spread over."""
+    if collection is None:
+        return int(parallel_state.get_expert_model_parallel_world_size())
+    group = getattr(collection, "ep", None)
+    return 1 if group is None else int(group.size())
 
 
 def _routes(
@@ -180,14 +198,13 @@ def _swap(
     home = {id(p): (i, k) for i, found in enumerate(members) for k, p in enumerate(found)}
     if isinstance(leaf, DistributedOptimizer):
         ranges = _ranges(leaf)
-        home = {id(p): where for p, where in leaf.model_param_group_index_map.items()}
+        home = _compat.group_places(leaf)
     placement = MegatronPlacement(reader, home, ranges, options.get("replicate_momentum", False))
     inner = cls(groups, placement=placement, **options)
     for mine, theirs in zip(inner.param_groups, adam.param_groups, strict=True):
         mine["params"] = theirs["params"]  # masters or shards, not all of which are leaves
     inner.keep_keys(keys)
-    leaf.optimizer = inner
-    leaf.init_state_fn = lambda optimizer, config=None: optimizer.prepare()
+    _compat.put_in(leaf, inner, lambda optimizer: optimizer.prepare())
     return inner
 
 
@@ -197,25 +214,12 @@ def _members(
     """The model's parameters in each group of one of Megatron's optimizers, whichever rank's."""
     groups = leaf.optimizer.param_groups
     if isinstance(leaf, DistributedOptimizer):  # its own lists hold this rank's only
-        made = _get_param_groups(leaf.model_chunks, config, overrides)
+        made = _compat.param_groups(leaf.model_chunks, config, overrides)
         mine = [g for g in made if g["is_expert_parallel"] == groups[0]["is_expert_parallel"]]
         return [list(g["params"]) for g in mine]
-    masters = getattr(leaf, "fp32_from_float16_groups", [()] * len(groups))
-    halves = getattr(leaf, "float16_groups", [()] * len(groups))
-    lists = []
-    for group, main, half in zip(groups, masters, halves, strict=True):
-        model = {id(m): p for m, p in zip(main, half, strict=True)}
-        lists.append([model.get(id(p), p) for p in group["params"]])
-    return lists
+    return _compat.model_parameters(leaf)
 
 
 def _ranges(leaf: Any) -> dict[int, FlatRange]:
     """Where each parameter lies in the buckets of the distributed optimizer."""
-    ranks = leaf.data_parallel_group.size()
-    found = {}
-    for buffer in leaf.buffers:
-        for parameter, (start, _, number) in buffer.param_index_map.items():
-            bucket = buffer.buckets[number]
-            share = bucket.grad_data.numel() // ranks
-            found[id(parameter)] = FlatRange(start - bucket.offset, share)
-    return found
+    return {id(p): FlatRange(start, share) for p, start, share in _compat.bucket_places(leaf)}

@@ -11,7 +11,8 @@ import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from spectral_dist.core.optimizer import SpectralOptimizer
-from spectral_dist.integrations.megatron import matrix_checkpoint
+from spectral_dist.integrations.megatron import _compat, matrix_checkpoint
+from spectral_dist.integrations.megatron.foreign import refuse_foreign
 from spectral_dist.integrations.megatron.inner import InsideMegatron
 from spectral_dist.sharding import collectives
 
@@ -54,6 +55,8 @@ def keep_checkpoints(leaf: Any, inner: InsideMegatron, copies: Collection[str]) 
     @torch.no_grad()
     def load_state_dict(state_dict: Any) -> Any:
         inner.prepare()
+        if not within:
+            refuse_foreign({"param_groups": [inner.mark()]}, state_dict)
         state_dict = dict(state_dict)
         found = state_dict.pop(matrix_checkpoint.ENTRY, {})
         if not within and isinstance(inner, SpectralOptimizer):
@@ -68,7 +71,7 @@ def keep_checkpoints(leaf: Any, inner: InsideMegatron, copies: Collection[str]) 
 
     leaf.sharded_state_dict = sharded_state_dict
     leaf.load_state_dict = load_state_dict
-    leaf._filter_and_reorder_param_groups = _as_they_are
+    _compat.pair_groups_by(leaf, _as_they_are)
 
 
 def _as_they_are(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from megatron.core import parallel_state
 from torch import nn
+
+from spectral_dist._errors import suggest
+from spectral_dist.integrations.megatron import _compat
+from spectral_dist.rules.options import ROUTING
 
 OWN = {
     "lr": ("lr", "--lr"),
@@ -17,23 +20,35 @@ OWN = {
 """Options of ours that Megatron has already: (settings of OptimizerConfig, flags)."""
 
 
-def spectral_options(config: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+def spectral_options(
+    config: Any, given: Mapping[str, Any], name: str, known: Iterable[str]
+) -> dict[str, Any]:
     """Our options, with those that Megatron's configuration decides.
 
+    Args:
+        config: Megatron's OptimizerConfig.
+        given: options of ours.
+        name: of the optimizer.
+        known: the options that it has.
+
     Raises:
-        ValueError: one of these is given beside it, or cannot be kept.
+        ValueError: one is unknown, is given beside Megatron's own, or cannot be kept.
     """
-    for name, (setting, flag) in OWN.items():
-        if name in given:
+    for option, (setting, flag) in OWN.items():
+        if option in given:
             raise ValueError(
-                f"{name} is Megatron's own setting; write it as OptimizerConfig({setting}=...), or"
-                f" {flag}"
+                f"{option} is Megatron's own setting; write it as OptimizerConfig({setting}=...),"
+                f" or {flag}"
             )
     if given.get("scalar_weight_decay") is not None:
         raise ValueError(
             "scalar_weight_decay has no effect under Megatron, whose scheduler writes the decay of"
             " every group; override wd_mult of the parameters in config_overrides"
         )
+    here = {*known, *ROUTING} - OWN.keys() - {"scalar_weight_decay"}
+    for option in given:
+        if option not in here:
+            raise ValueError(f"{name}: unknown option {option!r}{suggest(option, here)}")
     if config.lr is None:
         raise ValueError("OptimizerConfig has no lr; write lr=..., or --lr")
     return {
@@ -51,6 +66,12 @@ def refuse(config: Any, chunks: Sequence[nn.Module]) -> None:
     Raises:
         ValueError: names the setting, the reason and what works instead.
     """
+    if any(_compat.is_torch_fsdp(chunk) for chunk in chunks):
+        raise ValueError(
+            "spectral optimizers do not support use_torch_fsdp2 (--use-torch-fsdp2) under Megatron:"
+            " write --use-distributed-optimizer in its place, or use plain torch's fully_shard with"
+            " spectral_dist.Muon(spectral_dist.param_groups(model))"
+        )
     ddp: Any = getattr(chunks[0], "ddp_config", None)
     if ddp is None:
         raise ValueError(
@@ -83,8 +104,12 @@ def refuse(config: Any, chunks: Sequence[nn.Module]) -> None:
          "use use_distributed_optimizer, or plain torch's fully_shard"),
         (getattr(ddp, "num_distributed_optimizer_instances", 1) > 1,
          "num_distributed_optimizer_instances above 1", "set it to 1"),
-        (_rematerialized(), "weights cut for rematerialization (generalized tensor parallelism)",
-         "leave it off"),
+        (getattr(model, "use_mup", False), "use_mup (--use-mup), which divides matrices' lr by the"
+         " width multiplier, as Adam's steps need and orthogonalized ones do not",
+         "leave it off, and write scale='spectral' (--spectral-scale spectral), whose steps are"
+         " of one size whatever the width"),
+        (_compat.rematerializes(), "weights cut for rematerialization (generalized tensor"
+         " parallelism)", "leave it off"),
         (apart, f"expert_tensor_parallel_size {expert_tensor} beside"
          f" tensor_model_parallel_size {tensor} without expert parallelism", "make them equal"),
         (getattr(ddp, "fp8_param_gather", False), "fp8_param_gather", "leave it off"),
@@ -110,8 +135,54 @@ def refuse_adapting(given: Mapping[str, Any], chunks: Sequence[nn.Module]) -> No
             )
 
 
-def _rematerialized() -> bool:
-    """Whether megatron-core (from 0.19 on) keeps weights in shards of yet another group."""
-    get = getattr(parallel_state, "get_gtp_weight_remat_group", None)
-    group = get(check_initialized=False) if get else None
-    return group is not None and group.size() > 1
+def check_marks(
+    chunks: Sequence[nn.Module],
+    tensor: int,
+    expert: int,
+    anywhere: Callable[[list[bool]], list[bool]],
+) -> None:
+    """Raise if the model is cut, but nothing in it says so: tiles would count as whole matrices.
+
+    A collective call, as ``anywhere`` is: all ranks raise, or none.
+
+    Args:
+        chunks: this rank's parts of the model.
+        tensor: tensor-parallel ranks of dense parameters.
+        expert: ranks that experts are spread over.
+        anywhere: returns what is true on any pipeline stage of what is on this one.
+
+    Raises:
+        ValueError: the marks on parameters are not those of a known version.
+    """
+    parameters = [p for chunk in chunks for p in chunk.parameters()]
+    config: Any = getattr(chunks[0], "config", None)
+    cut, apart, unmarked = anywhere(
+        [
+            any(_compat.cut_dimension(p) is not None for p in parameters),
+            any(_compat.is_expert(p) for p in parameters),
+            _compat.unmarked_heads(chunks),
+        ]
+    )
+    unknown = (
+        f"the attributes of its parameters are not those of a known megatron-core"
+        f" ({_compat.KNOWN}), so {{}}; build it of megatron.core's layers, or mark your own as they"
+        " do"
+    )
+    if tensor > 1 and not cut:
+        raise ValueError(
+            f"tensor_model_parallel_size is {tensor}, but no parameter of the model is marked as"
+            " cut (tensor_model_parallel, partition_dim): "
+            + unknown.format("its tiles would be taken for whole matrices")
+        )
+    if expert > 1 and getattr(config, "num_moe_experts", None) and not apart:
+        raise ValueError(
+            f"expert_model_parallel_size is {expert}, but no parameter of the model is marked as an"
+            " expert's (allreduce=False): "
+            + unknown.format("experts would be taken for copies of each other")
+        )
+    if unmarked:
+        raise ValueError(
+            "the model has an embedding or an output layer, but no parameter is marked as one"
+            " (is_embedding_or_output_parameter): "
+            + unknown.format("it would be orthogonalized as hidden layers are")
+        )

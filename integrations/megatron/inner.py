@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from spectral_dist.core.named import class_of
-from spectral_dist.core.optimizer import learned_names
+from spectral_dist.core.optimizer import SpectralOptimizer, learned_names
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.core.units import MatrixUnit
 from spectral_dist.poet.optimizer import POET
@@ -36,6 +36,10 @@ class InsideMegatron(ShardedOptimizer):
         self._gathering = self._dressed = False
         super().__init__(groups, **options)
 
+    def mark(self) -> dict[str, Any]:
+        """What a group of a checkpoint has that says whose it is."""
+        return {STATE: {"optimizer": type(self).__name__}}
+
     def keep_keys(self, keys: Sequence[Sequence[str]]) -> None:
         """The keys of each group that are Megatron's, which its checkpoints need to have."""
         self._megatron_keys = [list(names) for names in keys]
@@ -54,11 +58,6 @@ class InsideMegatron(ShardedOptimizer):
         loss = super().step(closure)
         self.taken += 1
         return loss
-
-    @property
-    def has_momentum(self) -> bool:
-        """Return whether matrices have the shard state ``exp_avg``; POET has none."""
-        return True
 
     def prepare(self) -> None:
         """Make every state. A collective call, the first time."""
@@ -100,7 +99,7 @@ class InsideMegatron(ShardedOptimizer):
         state = {i: {"step": step.clone(), **self.state[p]} for p, i in numbers.items()}
         for p, momentum in whole.items():
             state[numbers[p]]["exp_avg"] = momentum
-        shared: dict[str, Any] = {"step": self.taken}
+        shared: dict[str, Any] = {**self.mark()[STATE], "step": self.taken}
         for name in learned_names(self.options_type):
             shared[name] = {}
             for group in self.param_groups:
@@ -168,11 +167,12 @@ class InsideMegatron(ShardedOptimizer):
             yield
         finally:
             self._dressed = False
+            has_momentum = not isinstance(self, SpectralOptimizer) or self.has_momentum
             for group in self.param_groups:
                 for p in group["params"]:
                     self.state[p]["step"] = torch.tensor(float(self.steps_of(group)))
                     if group["kind"] == "matrix":
-                        for name in ("exp_avg", "exp_avg_sq")[int(self.has_momentum) :]:
+                        for name in ("exp_avg", "exp_avg_sq")[int(has_momentum) :]:
                             self.state[p].pop(name, None)
 
     def _dress(self) -> None:

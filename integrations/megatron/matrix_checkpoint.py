@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.mapping import (
 from torch import Tensor
 
 from spectral_dist.core.matrix_state import Part
+from spectral_dist.integrations.megatron import _compat
 
 ENTRY = "spectral_matrices"
 """Key of the state in the state dict of one of Megatron's optimizers."""
@@ -76,7 +77,4 @@ def _tensor(part: Part, copies: Collection[str]) -> ShardedTensor:
     # None: boxes of any size, of which torch checks that they cover the whole once, as it saves
     grid = (1,) * len(shape) if shape == part.shape else None
     again = not part.is_primary or part.matrix in copies
-    return ShardedTensor(
-        _key(part), part.values, part.values.dtype, shape, part.shape, part.offsets, grid,
-        replica_id=int(again),
-    )  # fmt: skip
+    return _compat.sharded_tensor(_key(part), part.values, part.shape, part.offsets, grid, again)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from spectral_dist.integrations.megatron import _compat
 from spectral_dist.integrations.megatron.inner import SpectralPOET
 
 
@@ -16,20 +17,17 @@ def keep_merging(built: Any, config: Any, chunks: Sequence[nn.Module]) -> None:
 
     A step that Megatron skips (an overflow, too large a norm) neither counts nor merges.
     """
-    leaves = getattr(built, "chained_optimizers", [built])
-    poets = [leaf.optimizer for leaf in leaves if isinstance(leaf.optimizer, SpectralPOET)]
+    inside = [leaf.optimizer for leaf in _compat.leaves(built)]
+    poets = [optimizer for optimizer in inside if isinstance(optimizer, SpectralPOET)]
     for poet in poets:
         poet.placement.has_master_weights = True
-    step, step_with_ready_grads = built.step, built.step_with_ready_grads
+    step = built.step
 
-    @functools.wraps(step_with_ready_grads)
-    def step_and_merge() -> Any:
-        done = step_with_ready_grads()
+    def merge() -> None:
         if any(poet.is_due() for poet in poets):
             gather_parameters(chunks)
             for poet in poets:
                 poet.merge_if_due()
-        return done
 
     @functools.wraps(step)
     def clipped_step() -> Any:
@@ -40,12 +38,11 @@ def keep_merging(built: Any, config: Any, chunks: Sequence[nn.Module]) -> None:
         finally:
             config.clip_grad = limit
 
-    built.step_with_ready_grads, built.step = step_and_merge, clipped_step
+    _compat.after_update(built, merge)
+    built.step = clipped_step
 
 
 def gather_parameters(chunks: Sequence[nn.Module]) -> None:
     """Finish what the next forward pass would else gather. A collective call of data ranks."""
     for chunk in chunks:
-        settings: Any = getattr(chunk, "ddp_config", None)
-        if getattr(settings, "overlap_param_gather", False):
-            chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
+        _compat.finish_gathers(chunk)

@@ -8,6 +8,8 @@ from typing import Any, TypeAlias
 
 from torch import nn
 
+from spectral_dist.integrations.megatron import _compat
+
 Experts: TypeAlias = tuple[int, Sequence[int]] | None
 """Of a module among a rank's experts: parts of the name before their number, and their numbers."""
 OF_EXPERT = re.compile(r"(weight|bias)(\d+)")
@@ -52,16 +54,10 @@ def copies(chunks: Sequence[nn.Module]) -> set[int]:
     found: set[int] = set()
     stages: list[Any] = [module for chunk in chunks for module in unwrap(chunk).modules()]
     for stage in stages:
-        again: list[Any] = []
-        if not getattr(stage, "pre_process", True):
-            again.append(getattr(stage, "embedding", None))
-        if not getattr(stage, "post_process", True):
-            again.append(getattr(stage, "output_layer", None))
-        for module in again:
-            if isinstance(module, nn.Module):
-                found |= {id(parameter) for parameter in module.parameters()}
-        tied = _tied(stage)
-        if tied is not None and not getattr(stage, "pre_process", True):
+        for module in _compat.ends_of_others(stage):
+            found |= {id(parameter) for parameter in module.parameters()}
+        tied = _compat.tied_weight(stage)
+        if tied is not None and not _compat.is_first_stage(stage):
             found.add(id(tied))
     return found
 
@@ -79,7 +75,7 @@ def _walk(
     module: nn.Module, path: tuple[str, ...] = (), experts: Experts = None
 ) -> Iterator[tuple[tuple[str, ...], nn.Parameter]]:
     """(parts of its name, the parameter) of all of them below the module."""
-    tied = _tied(module)
+    tied = _compat.tied_weight(module)
     if tied is not None:
         yield (*path, *EMBEDDING), tied
     for leaf, parameter in module.named_parameters(recurse=False):
@@ -91,7 +87,7 @@ def _walk(
         else:
             yield (*path, leaf), parameter
     labels = _numbers(module)
-    held: Any = getattr(module, "local_expert_indices", None)
+    held = _compat.expert_numbers(module)
     for name, child in module.named_children():
         at = (*path, labels.get(name, name))
         if name == "experts" and held is not None:
@@ -107,15 +103,7 @@ def _numbers(module: nn.Module) -> dict[str, str]:
     """Numbers in the whole model of a list of layers, where they know them, by those here."""
     if not isinstance(module, nn.ModuleList):
         return {}
-    numbers: list[Any] = [getattr(layer, "layer_number", None) for layer in module]
-    if None in numbers or len(set(numbers)) < len(numbers):
+    numbers = [number for layer in module if (number := _compat.layer_number(layer)) is not None]
+    if len(numbers) < len(module) or len(set(numbers)) < len(numbers):
         return {}
     return {str(i): str(number - 1) for i, number in enumerate(numbers)}
-
-
-def _tied(module: Any) -> nn.Parameter | None:
-    """The weight that a stage of a model shares between its embedding and its output layer."""
-    if not getattr(module, "share_embeddings_and_output_weights", False):
-        return None
-    weight = getattr(module, "shared_embedding_or_output_weight", lambda: None)()
-    return weight if isinstance(weight, nn.Parameter) else None

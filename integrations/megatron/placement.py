@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from spectral_dist.integrations.megatron._compat import cut_dimension
 from spectral_dist.integrations.megatron.ranks import Ranks
-from spectral_dist.integrations.megatron.reader import MegatronReader, cut_dimension
+from spectral_dist.integrations.megatron.reader import MegatronReader
 from spectral_dist.params.spec import Route
 from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement
 from spectral_dist.sharding.collectives import Group, Meter
@@ -48,6 +49,7 @@ class MegatronPlacement(ReplicatedPlacement):
     """
 
     may_lack_params = True
+    knows_blocks = True
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""POET's rotated layers for Megatron: convert a model in its model_provider, export it at the end.
+"""POET's rotated layers for Megatron: convert a model before it is wrapped, export it at the end.
 
 W's tiles and the blocks that rotate a cut dimension are a rank's own; the rotation of the other
 dimension is the same on all tensor-parallel ranks, and acts outside of Megatron's communication:
@@ -16,21 +16,16 @@ from typing import Any, TypeAlias
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.layers import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    set_tensor_model_parallel_attributes,
-)
-from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor, nn
 
-from spectral_dist import groups as routing
+from spectral_dist.integrations.megatron import _compat
 from spectral_dist.integrations.megatron.build import on_any_stage, ranks_of
 from spectral_dist.integrations.megatron.merging import gather_parameters
 from spectral_dist.integrations.megatron.names import global_names, unwrap
 from spectral_dist.integrations.megatron.ranks import alone
 from spectral_dist.integrations.megatron.reader import GATE_AND_UP, MegatronReader, fused
+from spectral_dist.params.classify import classify
 from spectral_dist.params.spec import Route
 from spectral_dist.params.splits import Split
 from spectral_dist.poet.convert import initial, rotations, settings_of
@@ -70,7 +65,7 @@ class PoetParallelLinear(PoetLayer):
         axes = {"weight": self.axis} | {r.skew: 0 for r in self.rotations if r.ranks > 1}
         if self.axis == 0:
             axes["bias"] = 0
-        found: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+        found: dict[str, Any] = _compat.make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True), prefix, axes, sharded_offsets,
             tp_group=self.tp_group, dp_cp_group=(metadata or {}).get("dp_cp_group")
             or parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -109,7 +104,7 @@ class PoetColumnParallelLinear(PoetParallelLinear, ColumnParallelLinear):  # typ
         if self.adds_bias:
             found, bias = found + bias, None
         if self.gather_output if runtime_gather_output is None else runtime_gather_output:
-            found = gather_from_tensor_model_parallel_region(found, group=self.tp_group)
+            found = _compat.gather_from_tensor_model_parallel_region(found, group=self.tp_group)
         return found, bias
 
     def _rotated(self, x: Tensor) -> Tensor:
@@ -148,8 +143,9 @@ def convert(
 ) -> nn.Module:
     """Rotate every Column- and RowParallelLinear but the output layer, in place; the model.
 
-    Call it in the model_provider, on the model as built, on all ranks: Megatron's
-    DistributedDataParallel makes no gradient buffers for what is frozen then.
+    Call it on the model as built, on all ranks: Megatron's DistributedDataParallel then makes no
+    gradient buffers for what is frozen. In scripts that have a ``model_cfg`` (Megatron-LM's from
+    0.19 on) that is in one of its ``pre_wrap_hooks``; in others, in the model_provider.
 
     q, k, v (gate, up) in one weight are rotated each by itself. ``blocks`` names a layer as the
     whole model does (layers from 0), and such a part by the layer's name and '.q', '.k', '.v',
@@ -168,7 +164,7 @@ def convert(
     _check_plain(model)
     names = global_names([model])
     reader = MegatronReader(*ranks_of(None), names)
-    routes = routing.classify(
+    routes = classify(
         model, matrices=matrices, scalars=scalars, reader=reader, anywhere=on_any_stage
     )
     found = _linears(model, routes)
@@ -190,7 +186,7 @@ def convert(
         _finish(layer)
     if _differ(model, layers):
         # else checkpoints would stack what has other shapes, or is not in every layer
-        model.config.hetereogenous_dist_checkpoint = True  # type: ignore[union-attr]
+        _compat.save_layers_apart(model)
     return model
 
 
@@ -221,8 +217,9 @@ def _check_plain(model: nn.Module) -> None:
     """ValueError: the model is wrapped or converted already."""
     if unwrap(model) is not model:
         raise ValueError(
-            f"poet.convert: the model is wrapped in {type(model).__name__} already; call it in the"
-            " model_provider, on the GPTModel that this returns"
+            f"poet.convert: the model is wrapped in {type(model).__name__} already; call it on the"
+            " GPTModel before, in a hook of model_cfg.pre_wrap_hooks or, in scripts without a"
+            " model_cfg, in the model_provider"
         )
     if any(isinstance(module, PoetLayer) for module in model.modules()):
         raise ValueError("poet.convert: this model has been converted already")
@@ -236,7 +233,7 @@ def _linears(model: nn.Module, routes: Sequence[Route]) -> list[Any]:
             continue
         key, _, leaf = route.name.rpartition(".")
         module = model.get_submodule(key)
-        head = getattr(route.parameter, "is_embedding_or_output_parameter", False)
+        head = _compat.is_embedding_or_output(route.parameter)
         if leaf == "weight" and type(module) in KINDS and not head:
             _check_layer(route.name, module)
             found.append(module)
@@ -266,9 +263,9 @@ def _check_layer(name: str, module: Any) -> None:
             "an expert that is cut over ranks, whose sum is left to the token dispatcher; write"
             " expert_tensor_parallel_size=1"
         )
-    elif getattr(module, "disable_grad_reduce", False):
+    elif _compat.leaves_gradient(module):
         unfit = "a layer whose input's gradient others reduce (disable_grad_reduce)"
-    elif not getattr(module, "input_is_parallel", True):
+    elif _compat.cuts_input(module):
         unfit = "a RowParallelLinear that cuts its input itself (input_is_parallel=False)"
     if unfit:
         raise ValueError(f"poet.convert: {name} is {unfit}; or leave it out: scalars=[{name!r}]")
@@ -329,10 +326,9 @@ def _finish(layer: Any) -> None:
     for rotation in layer.rotations:
         skew = getattr(layer, rotation.skew)
         local = layer.group is not None and (layer.axis == 0) == (rotation in layer.outer)
-        set_tensor_model_parallel_attributes(skew, local, 0 if local else -1, 1)
-        skew.allreduce = getattr(layer.weight, "allreduce", True)
+        _compat.mark(skew, 0 if local else None, layer.weight)
         if not local and layer.group is not None:  # of experts, others have other ones
-            skew.sequence_parallel = layer.sequence_parallel
+            _compat.sum_over_sequence(skew, layer)
 
 
 def _differ(model: nn.Module, layers: Mapping[str, Any]) -> bool:

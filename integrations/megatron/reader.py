@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from spectral_dist.integrations.megatron import _compat
+from spectral_dist.integrations.megatron._compat import cut_dimension, is_expert
 from spectral_dist.integrations.megatron.ranks import Ranks
 from spectral_dist.params.classify import NORMS
 from spectral_dist.params.spec import Reader, Reading
@@ -14,18 +16,6 @@ from spectral_dist.params.splits import Split
 
 GATE_AND_UP = 2
 """Parts of a gated layer's first weight."""
-
-
-def is_expert(parameter: Any) -> bool:
-    """Whether it belongs to this rank's experts, which have process groups of their own."""
-    return not getattr(parameter, "allreduce", True)
-
-
-def cut_dimension(parameter: Any) -> int | None:
-    """The dimension that tensor parallelism cuts; None if every rank has the whole."""
-    if not getattr(parameter, "tensor_model_parallel", False):
-        return None
-    return int(parameter.partition_dim)
 
 
 class MegatronReader:
@@ -61,7 +51,7 @@ class MegatronReader:
         """How many parts of the cut dimension each rank stores a piece of, one after the other."""
         if id(parameter) in self._gated:
             return GATE_AND_UP  # grouped experts' weights say 1
-        return int(getattr(parameter, "partition_stride", 1))
+        return _compat.stride(parameter)
 
     def _whole(self, parameter: nn.Parameter) -> tuple[int, ...]:
         shape, dim = list(parameter.shape), cut_dimension(parameter)
@@ -74,13 +64,13 @@ def _kind(name: str, parameter: Any, module: nn.Module, ndim: int) -> tuple[str,
     kind = type(module).__name__
     if ndim != 2:
         return "scalar", f"{ndim}-D"
-    if getattr(parameter, "is_embedding_or_output_parameter", False):
+    if _compat.is_embedding_or_output(parameter):
         return "scalar", "embedding or output head"
     if isinstance(module, nn.Embedding) or "Embedding" in kind:
         return "scalar", "embedding"
     if isinstance(module, NORMS):
         return "scalar", kind
-    if hasattr(parameter, "partition_sizes"):
+    if _compat.packs_parts(parameter):
         raise ValueError(
             f"{name} of {kind} packs parts of different sizes, each cut over tensor-parallel ranks,"
             f' which is not supported; leave it to AdamW: scalars=["{name.split(".")[-2]}"]'
@@ -110,7 +100,7 @@ def fused(model: nn.Module) -> dict[int, Split]:
 
 def _query_key_value(attention: Any, config: Any) -> list[int]:
     """Rows of q, (gate,) k and v in each query group: the weight repeats them group by group."""
-    width = attention.hidden_size_per_attention_head
+    width = _compat.head_size(attention)
     queries = config.num_attention_heads // config.num_query_groups * width
     gate = [queries] if getattr(config, "attention_output_gate", False) else []
     return [queries, *gate, width, width]

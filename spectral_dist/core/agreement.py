@@ -10,13 +10,19 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from spectral_dist.core.units import Unit
+from spectral_dist.rules.fields import specs_of
+from spectral_dist.rules.options import BaseOptions
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group
+
+Grads: TypeAlias = Sequence[Tensor | None]
+"""Of a unit's tensors."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +86,85 @@ def extremes(grads: Sequence[Tensor]) -> list[Tensor]:
     if grads[0].device.type == "cpu":  # where the norm takes twenty times as long
         return [extreme for grad in grads for extreme in torch.aminmax(grad)]
     return list(torch._foreach_norm(list(grads), ord=math.inf))
+
+
+def without_gradient(units: Sequence[Unit], grads: Sequence[Grads]) -> list[str]:
+    """Return the parameters without a gradient."""
+    return [
+        name
+        for unit, some in zip(units, grads, strict=True)
+        for name, index, _, _ in unit.located.spans
+        if some[index] is None
+    ]
+
+
+def missing(units: Sequence[Unit], grads: Sequence[Grads]) -> list[str]:
+    """Return the parameters without a gradient that other ranks have as well."""
+    shared = [max(map(collectives.size, (u.located.group, u.located.replicas))) > 1 for u in units]
+    pairs = [
+        pair for pair, here in zip(zip(units, grads, strict=True), shared, strict=True) if here
+    ]
+    return without_gradient([unit for unit, _ in pairs], [some for _, some in pairs])
+
+
+def with_gradient(names: Iterable[str], units: Sequence[Unit], grads: Sequence[Grads]) -> list[str]:
+    """Return those of ``names`` that have a gradient here."""
+    wanted = set(names)
+    return [
+        name
+        for unit, some in zip(units, grads, strict=True)
+        for name, index, _, _ in unit.located.spans
+        if name in wanted and some[index] is not None
+    ]
+
+
+def not_finite(units: Sequence[Unit], grads: Sequence[Grads]) -> list[str]:
+    """Return the parameters whose gradient here has NaN or infinity in it."""
+    names = []
+    for unit, some in zip(units, grads, strict=True):
+        for name, index, start, numel in unit.located.spans:
+            grad = some[index]
+            if grad is not None:
+                part = grad.reshape(-1)[start : start + numel]
+                if not bool(part.isfinite().all()):
+                    names.append(name)
+    return names
+
+
+def status_of(
+    units: Sequence[Unit], grads: Sequence[Grads], monitor_every: int, is_observed: bool
+) -> Status:
+    """Return what this rank has seen."""
+    every = [grad for some in grads for grad in some]
+    absent = missing(units, grads) if any(grad is None for grad in every) else []
+    lacks = bool(every) and all(grad is None for grad in every)
+    return Status(tuple(absent), lacks, monitor_every, is_observed)
+
+
+def report_of(status: Status, steps: int, bad: list[str], error: Exception | None) -> Report:
+    """Return what this rank tells the others."""
+    return Report(
+        collectives.job_rank(),
+        steps,
+        list(status.missing),
+        status.lacks_gradients,
+        status.monitor_every,
+        status.is_observed,
+        bad,
+        "" if error is None else f"{type(error).__name__}\n{error}",
+    )
+
+
+def option_lines(name: str, options: BaseOptions, group: Mapping[str, object]) -> list[str]:
+    """Return lines that are equal on ranks with the same optimizer and options of a group."""
+    specs = specs_of(type(options))
+    whole = [option for option, spec in specs.items() if spec.scope == "optimizer"]
+    carried = sorted({*type(options).names(str(group["kind"])), "lr_ratio"} & group.keys())
+    return [
+        f"optimizer {name}",
+        *(f"{option} {getattr(options, option)!r}" for option in whole),
+        *(f"{option} {group[option]!r}" for option in carried),
+    ]
 
 
 def flag_of(

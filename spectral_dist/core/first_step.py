@@ -10,11 +10,12 @@ from torch import Tensor
 
 from spectral_dist.core.matrix_ops import StepContext, WholeMatrixOps
 from spectral_dist.rules.base import Rule
+from spectral_dist.rules.options import ComputedOptions, MatrixOptions
 from spectral_dist.sharding.layout import Matrix
 
 
 def first_step(
-    rule: Rule[Any], options: Any, gradient: Tensor, name: str
+    rule: Rule[Any], options: MatrixOptions, gradient: Tensor, name: str
 ) -> tuple[Tensor, dict[str, float]]:
     """Take the first step of a rule on a whole matrix, in float64.
 
@@ -27,7 +28,7 @@ def first_step(
         What is subtracted from the weight over lr (decay aside), and the Frobenius norms of the
         momentum and of what the rule keeps of the matrix, by name.
     """
-    if hasattr(options, "polar_dtype"):
+    if isinstance(options, ComputedOptions):
         options = replace(options, polar_dtype="auto")
     g = gradient.detach().double().cpu()
     shape = (g.shape[0], g.shape[1])
@@ -52,7 +53,7 @@ def matrix_of(matrix: Matrix, parameter: Tensor) -> Tensor:
     return torch.cat([flat[s : s + r * n] for s, r in matrix.blocks]).view(matrix.shape).double()
 
 
-def describe_method(rule: Rule[Any], options: Any, matrix: Matrix) -> str:
+def describe_method(rule: Rule[Any], options: MatrixOptions, matrix: Matrix) -> str:
     """Say in a few words how a rule finds the polar factor of a matrix."""
     spec = rule.polar(options, matrix.shape)
     if spec is None:

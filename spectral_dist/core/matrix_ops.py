@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spectral_dist.core.monitor import Watch
-from spectral_dist.polar import of_gram, polar, reductions, resolve_dtype
+from spectral_dist.polar import null_cutoff, of_gram, polar, reductions, resolve_dtype
 from spectral_dist.rules.base import PolarSpec, Rule, Shape
 from spectral_dist.sharding.gram import Reduction
 
@@ -144,7 +144,8 @@ class SlabMatrixOps:
         spec = spec or spec_of(self.context, self.shape)
         computed = resolve_dtype(spec.method, spec.dtype, matrices.dtype, matrices.device)
         dtype = of_gram.dtype_of(spec.method, spec.steps, computed)
-        evaluate = partial(of_gram.multiplier, method=spec.method, steps=spec.steps)
+        cutoff = null_cutoff(self.shape, matrices.dtype)
+        evaluate = partial(of_gram.multiplier, method=spec.method, steps=spec.steps, cutoff=cutoff)
         factors = self._reduction.multiply(matrices, dtype, evaluate)
         self.count_polar(None, matrices, factors)
         return factors

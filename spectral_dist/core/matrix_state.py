@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spectral_dist.rules.base import Rule, Shape, StateSpec
+from spectral_dist.rules.options import MatrixOptions
 from spectral_dist.sharding.exchange import Exchange
 from spectral_dist.sharding.gram import Reduction
 from spectral_dist.sharding.layout import Layout
@@ -39,7 +40,7 @@ class MatrixState:
     """Of the matrices that this rank computes in one exchange, all zeros at first."""
 
     def __init__(
-        self, rule: Rule[Any], options: Any, layouts: Sequence[Layout], exchange: Exchange
+        self, rule: Rule[Any], options: MatrixOptions, layouts: Sequence[Layout], exchange: Exchange
     ) -> None:
         self.layouts = layouts
         self._specs: dict[tuple[int, ...], dict[str, StateSpec]] = {}
@@ -108,7 +109,7 @@ def _stacked(spec: StateSpec, count: int, reduction: Reduction | None) -> tuple[
     return (count, *shape)
 
 
-def elements(rule: Rule[Any], options: Any, shape: Shape) -> int:
+def elements(rule: Rule[Any], options: MatrixOptions, shape: Shape) -> int:
     """Count what a rule keeps of a matrix of this shape, those of every rank left out."""
     specs = rule.state(options, shape).values()
     return sum(int(torch.Size(s.shape).numel()) for s in specs if s.where != "all")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spectral_dist.polar import reductions
 from spectral_dist.rules.base import Rule
+from spectral_dist.rules.options import MatrixOptions
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group, Meter
 from spectral_dist.sharding.layout import Located
@@ -37,7 +38,9 @@ POWER_STEPS = 20
 class Watch:
     """One step of matrices that lie alike: a table of partial sums, a row for each matrix."""
 
-    def __init__(self, located: Located, rule: Rule[Any], options: Any, lr: float) -> None:
+    def __init__(
+        self, located: Located, rule: Rule[Any], options: MatrixOptions, lr: float
+    ) -> None:
         self.located, self.rule, self.options, self.lr = located, rule, options, lr
         shape = (len(located.layouts), len(_COLUMNS))
         self.table = torch.zeros(shape, dtype=torch.float32, device=located.device)

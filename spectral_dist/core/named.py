@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from dataclasses import fields
 from functools import cache
 from typing import Any
 
 from spectral_dist.core.optimizer import SpectralOptimizer
-from spectral_dist.rules.options import specs_of
+from spectral_dist.rules import registry
+from spectral_dist.rules.fields import specs_of
 from spectral_dist.rules.registry import Entry
 
 _COMMON = """\
@@ -85,3 +87,34 @@ def documentation(entry: Entry) -> str:
         f"    >>> groups = spectral_dist.param_groups(model)\n"
         f"    >>> optimizer = spectral_dist.{entry.title}(groups, {example})\n"
     )
+
+
+def stub() -> str:
+    """Return ``spectral_dist/optimizers.pyi``: the classes of this package's rules, for editors.
+
+    ``python -m spectral_dist.core.named > spectral_dist/optimizers.pyi`` writes it anew.
+    """
+    own = sorted(registry.own_entries(), key=lambda e: (not e.title.isupper(), e.title))
+    lines = [
+        '"""Made by `python -m spectral_dist.core.named`: the optimizers, as editors see them."""',
+        "from collections.abc import Iterable, Mapping, Sequence",
+        "from typing import Any",
+        "from spectral_dist.core.optimizer import SpectralOptimizer",
+        "from spectral_dist.placement.base import Placement",
+        "from spectral_dist.sharding.collectives import Group",
+        f"__all__ = {[entry.title for entry in own]!r}",
+    ]
+    for entry in own:
+        lines += [f"class {entry.title}(SpectralOptimizer):", "    def __init__(self, "]
+        parameters = list(signature_of(entry).parameters.values())
+        for before, each in zip([None, *parameters], parameters, strict=False):
+            if each.kind is each.KEYWORD_ONLY and before and before.kind is not before.KEYWORD_ONLY:
+                lines.append("        *,")
+            default = "" if each.default is each.empty else f" = {each.default!r}"
+            lines.append(f"        {each.name}: {each.annotation}{default},")
+        lines.append("    ) -> None: ...")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(stub())

@@ -12,17 +12,19 @@ import torch
 from torch import Tensor
 
 from spectral_dist.core import matrix_state, strategy
+from spectral_dist.core.agreement import Grads
 from spectral_dist.core.first_step import matrix_of
 from spectral_dist.core.matrix_ops import StepContext
 from spectral_dist.core.matrix_state import MatrixState, Part, elements
 from spectral_dist.core.matrix_step import MatrixStep
 from spectral_dist.core.monitor import Watch
-from spectral_dist.core.sharded import Grads, ShardedOptimizer
+from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.core.units import MatrixUnit, Unit, bucket_numel, wire_dtype
 from spectral_dist.params.spec import Route
 from spectral_dist.placement.base import ParamGroup
 from spectral_dist.rules.base import Pooling, Rule, Shape
-from spectral_dist.rules.options import BaseOptions, MatrixOptions, specs_of
+from spectral_dist.rules.fields import specs_of
+from spectral_dist.rules.options import BaseOptions, MatrixOptions
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.exchange import Exchange
 from spectral_dist.sharding.layout import Located
@@ -164,6 +166,12 @@ class SpectralOptimizer(ShardedOptimizer):
         specs = {shape: self.rule.polar(options, shape) for shape in sorted(shapes)}
         wire = wire_dtype(options, list(specs.values()), dtype, located.device)
         ranks, copies = map(collectives.size, (located.group, located.replicas))
+        if options.machine is not None and not self.placement.knows_blocks:
+            warnings.warn(
+                "machine has no effect: strategy 'auto' has a choice under Megatron's tensor"
+                " parallelism only, and takes 'owner' here; write strategy='gram' for slabs",
+                stacklevel=5,
+            )
         if options.replicate_momentum and copies == 1:
             warnings.warn(
                 "replicate_momentum has no effect: no other rank holds the same parameters",
@@ -215,16 +223,15 @@ class SpectralOptimizer(ShardedOptimizer):
         if not isinstance(unit, MatrixUnit):
             super().ensure_state(group, unit, index, p)
             return
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-        if not unit.has_momentum:
+        if "exp_avg" in state:
+            if unit.momentum_at_owner:
+                numel = unit.momentum_runs.numel.get(index, 0)
+                if state["exp_avg"].numel() != numel:  # loaded whole
+                    state["exp_avg"] = unit.momentum_runs.pack(index, state["exp_avg"])
             return
-        if "exp_avg" not in state:
+        state.setdefault("step", torch.zeros((), dtype=torch.float32))
+        if unit.has_momentum:
             state["exp_avg"] = unit.new_momentum(index, p, self.placement.local(p))
-        elif unit.momentum_at_owner:
-            numel = unit.momentum_runs.numel.get(index, 0)
-            if state["exp_avg"].numel() != numel:  # loaded whole
-                state["exp_avg"] = unit.momentum_runs.pack(index, state["exp_avg"])
 
     # -- what is pooled over all matrices
 

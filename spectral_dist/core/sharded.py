@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spectral_dist.core import agreement as agreeing
-from spectral_dist.core.agreement import Agreement, Status
+from spectral_dist.core.agreement import Agreement, Grads, Status
 from spectral_dist.core.matrix_ops import Observer
 from spectral_dist.core.monitor import Monitor, Watch, add_up
 from spectral_dist.core.units import Unit
@@ -21,13 +21,12 @@ from spectral_dist.placement.base import ParamGroup, Placement
 from spectral_dist.placement.dtensor import MeshPlacement
 from spectral_dist.rules import adamw
 from spectral_dist.rules.adamw import AdamWOptions
+from spectral_dist.rules.fields import specs_of
 from spectral_dist.rules.group_options import group_options
-from spectral_dist.rules.options import BaseOptions, specs_of
+from spectral_dist.rules.options import BaseOptions
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group, Meter
 from spectral_dist.sharding.layout import Located
-
-Grads = Sequence[Tensor | None]
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -83,9 +82,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._warned: set[str] = set()
         self._agreement = Agreement()
         self._scalar_update = adamw.BACKENDS[self.options.scalar_backend]()
-        names = ("lr", "weight_decay", "betas", "momentum")
-        defaults = {name: getattr(self.options, name, None) for name in names}
-        defaults = {name: value for name, value in defaults.items() if value is not None}
+        scheduled = ("lr", "weight_decay", "betas", "momentum")  # what schedulers look for
+        defaults = {n: getattr(self.options, n) for n in scheduled if hasattr(self.options, n)}
         super().__init__(grouped(params, options=self.options_type), defaults)
 
     def add_param_group(self, param_group: ParamGroup) -> None:
@@ -122,11 +120,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
     @property
     def device(self) -> torch.device:
         """Return where matrices are computed and collectives run."""
-        units = self.all_units
+        if self.all_units:
+            return self.all_units[0].located.device
         groups = [g for g in self.placement.world_groups() if collectives.size(g) > 1]
-        if units or not groups:
-            return units[0].located.device if units else torch.device("cpu")
-        return collectives.device_of(groups[0])
+        return collectives.device_of(groups[0]) if groups else torch.device("cpu")
 
     @property
     def is_monitored(self) -> bool:
@@ -176,8 +173,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         grads: list[Grads] = [[self.placement.gradient(p) for p in some] for some in tensors]
         if not self._agree(work, grads):
             return loss
-        for (_, unit), present in zip(work, grads, strict=True):
-            self._warn_of_missing(unit, present)
+        for name in agreeing.without_gradient([unit for _, unit in work], grads):
+            if name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(
+                    f"{name} has no gradient, so it is left as it is in this step", stacklevel=2
+                )
         self._take_step(list(zip(work, tensors, grads, strict=True)))
         return loss
 
@@ -238,13 +239,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def check_group(self, group: ParamGroup) -> None:
         """Raise a ValueError for options that something has written into a group since."""
-        names = self.options_type.names(group["kind"])
-        values = {name: group[name] for name in names if name in group}
         specs = specs_of(self.options_type)
-        for name, value in values.items():
-            problem = specs[name].problem(value)
+        for name in self.options_type.names(group["kind"]) & group.keys():
+            problem = specs[name].problem(group[name])
             if problem:
-                raise ValueError(f"a parameter group: {name} is {value!r}; {problem}")
+                raise ValueError(f"a parameter group: {name} is {group[name]!r}; {problem}")
 
     def prepare_placement(self) -> None:
         """Have the placement look at the groups as they are now."""
@@ -300,12 +299,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _agreed(self, group: ParamGroup, located: Located, tensors: Sequence[Tensor]) -> Unit:
         """Build a unit, if its ranks have the same optimizer and options."""
-        specs = specs_of(self.options_type)
-        whole = [name for name, spec in specs.items() if spec.scope == "optimizer"]
-        carried = sorted({*self.options_type.names(group["kind"]), "lr_ratio"} & group.keys())
-        lines = [f"optimizer {type(self).__name__}"]
-        lines += [f"{name} {getattr(self.options, name)!r}" for name in whole]
-        lines += [f"{name} {group[name]!r}" for name in carried]
+        lines = agreeing.option_lines(type(self).__name__, self.options, group)
         ranks = (located.group, located.replicas)
         collectives.assert_same(lines, ranks, located.device, "on the optimizer's options")
         return self.make_unit(group, located, tensors)
@@ -322,31 +316,24 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _agree(self, work: Sequence[tuple[ParamGroup, Unit]], grads: Sequence[Grads]) -> bool:
         """Agree with the other ranks on the step; return whether there is one."""
         groups, known = self.placement.world_groups(), self._agreement
-        error = self._first_error([group for group, _ in work])
-        every = [grad for some in grads for grad in some]
-        missing = [] if None not in every else self._missing(work, grads)
-        status = Status(
-            tuple(missing),
-            bool(every) and all(grad is None for grad in every),
-            0 if self.monitor is None else self.monitor.every,
-            bool(self.observers),
+        units = [unit for _, unit in work]
+        error = self._first_error()
+        status = agreeing.status_of(
+            units, grads, self.monitor.every if self.monitor else 0, bool(self.observers)
         )
-        present = [grad for grad in every if grad is not None and grad.numel()]
+        present = [g for some in grads for g in some if g is not None and g.numel()]
         device = work[0][1].located.device if work else self.device
         differs = error is not None or status != known.status
         check = self.options.check_finite
-        if not check and known.is_made:
-            # no rank asks the others: this one goes by what was agreed in the first step
+        if not check and known.is_made:  # by what was agreed in the first step
             return self._go_on_alone(error, status)
         flag = agreeing.flag_of(present, differs, device, check)
         if collectives.any_rank(flag, groups, self.meter if check else Meter()):
-            text = "" if error is None else f"{type(error).__name__}\n{error}"
-            report = agreeing.Report(
-                collectives.job_rank(), self.steps_taken(), missing, status.lacks_gradients,
-                status.monitor_every, status.is_observed,
-                self._not_finite(work, grads) if self.options.check_finite else [], text,
-            )  # fmt: skip
-            agreeing.agree(known, report, lambda names: self._present(names, work, grads), groups)
+            bad = agreeing.not_finite(units, grads) if check else []
+            report = agreeing.report_of(status, self.steps_taken(), bad, error)
+            agreeing.agree(
+                known, report, lambda names: agreeing.with_gradient(names, units, grads), groups
+            )
             known.status = status
         known.is_made = True
         if not known.has_gradients:
@@ -361,15 +348,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if (status.monitor_every, status.is_observed) != (agreed.monitor_every, agreed.is_observed):
             raise ValueError(
                 "a monitor or an observer was set or removed after the first step, and with"
-                " check_finite=False ranks agree on them in the first step only; set it before, or"
-                " leave check_finite on"
+                " check_finite=False ranks agree on them in the first step only; set it before"
             )
         return True
 
-    def _first_error(self, groups: Iterable[ParamGroup]) -> Exception | None:
+    def _first_error(self) -> Exception | None:
         """Return what this rank alone may find wrong before a step."""
         try:
-            for group in groups:
+            for group in self.param_groups:
                 self.check_group(group)
             self.check_observers()
         except (ValueError, TypeError) as error:
@@ -378,53 +364,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def check_observers(self) -> None:
         """Raise a ValueError if there are observers, but no whole matrices to show them."""
-
-    def _missing(
-        self, work: Sequence[tuple[ParamGroup, Unit]], grads: Sequence[Grads]
-    ) -> list[str]:
-        """Return the parameters without a gradient that other ranks have as well."""
-        return [
-            name
-            for (_, unit), some in zip(work, grads, strict=True)
-            if max(map(collectives.size, (unit.located.group, unit.located.replicas))) > 1
-            for name, index, _, _ in unit.located.spans
-            if some[index] is None
-        ]
-
-    def _present(
-        self,
-        names: Iterable[str],
-        work: Sequence[tuple[ParamGroup, Unit]],
-        grads: Sequence[Grads],
-    ) -> list[str]:
-        wanted = set(names)
-        return [
-            name
-            for (_, unit), some in zip(work, grads, strict=True)
-            for name, index, _, _ in unit.located.spans
-            if name in wanted and some[index] is not None
-        ]
-
-    def _not_finite(
-        self, work: Sequence[tuple[ParamGroup, Unit]], grads: Sequence[Grads]
-    ) -> list[str]:
-        names = []
-        for (_, unit), some in zip(work, grads, strict=True):
-            for name, index, start, numel in unit.located.spans:
-                grad = some[index]
-                if grad is not None:
-                    part = grad.reshape(-1)[start : start + numel]
-                    if not bool(part.isfinite().all()):
-                        names.append(name)
-        return names
-
-    def _warn_of_missing(self, unit: Unit, grads: Grads) -> None:
-        for name, index, _, _ in unit.located.spans:
-            if grads[index] is None and name not in self._warned:
-                self._warned.add(name)
-                warnings.warn(
-                    f"{name} has no gradient, so it is left as it is in this step", stacklevel=3
-                )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, but keep the dtype that states were saved in.

@@ -32,6 +32,8 @@ class Placement(ABC):
             its step.
         saves_matrix_state: whether the framework's checkpoints are given matrix state beside
             ``state_dict()``.
+        knows_blocks: whether layouts say which blocks tensor parallelism has cut, so that strategy
+            'auto' may leave matrices in slabs.
         has_master_weights: whether the model has copies of the parameters that are stepped, written
             after the step.
     """
@@ -39,6 +41,7 @@ class Placement(ABC):
     may_lack_params = False
     saves_matrix_state = False
     has_master_weights = False
+    knows_blocks = False
 
     @property
     def is_ready(self) -> bool:

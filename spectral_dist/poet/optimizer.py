@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_dist.core.sharded import Grads, ShardedOptimizer
+from spectral_dist.core.agreement import Grads
+from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.core.units import Unit
 from spectral_dist.params.spec import Route
 from spectral_dist.placement.base import ParamGroup

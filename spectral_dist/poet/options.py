@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from spectral_dist.rules import registry
-from spectral_dist.rules.options import BaseOptions, betas_problem, number, option, whole
+from spectral_dist.rules.fields import betas_problem, number, option, whole
+from spectral_dist.rules.options import BaseOptions
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from spectral_dist.rules.base import MatrixOps, Shape, StateSpec
+from spectral_dist.rules.fields import number
 from spectral_dist.rules.nesterov import NesterovRule
-from spectral_dist.rules.options import NesterovOptions, PolarOptions, number
+from spectral_dist.rules.options import NesterovOptions, PolarOptions
 from spectral_dist.rules.registry import register
 
 

@@ -1,17 +1,10 @@
-"""Options of optimizers: frozen dataclasses whose fields say what they mean and how to check them.
-
-Checks, command-line flags, JSON and documentation all come from the fields' metadata, so that an
-option is described in one place: the dataclass of its rule.
-"""
+"""Options that several optimizers have: frozen dataclasses, which a rule's own derives from."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import Field, dataclass, field, fields
-from types import NoneType
-from typing import Any, NoReturn, Self, get_args, get_type_hints
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn, Self
 
 import torch
 
@@ -20,6 +13,15 @@ from spectral_dist._errors import suggest
 from spectral_dist.machine import Machine
 from spectral_dist.polar import DTYPES, of_gram
 from spectral_dist.rules.adamw import BACKENDS
+from spectral_dist.rules.fields import (
+    betas_problem,
+    choice,
+    flag,
+    number,
+    option,
+    specs_of,
+    whole,
+)
 from spectral_dist.rules.scales import SCALE_ALIASES, SCALES
 
 STRATEGIES = {
@@ -30,193 +32,18 @@ STRATEGIES = {
 }
 ROUTING = ("matrices", "scalars", "split", "one_sided")
 """Options of ``param_groups``, which DeepSpeed's JSON takes beside those of the optimizer."""
-_SPEC = "spectral_dist option"
 
 
-@dataclass(frozen=True)
-class OptionSpec:
-    """What is known of one option.
-
-    Attributes:
-        doc: one sentence about it.
-        problem: says what is wrong with a value, or returns None.
-        parse: reads a value from a command line's text.
-        scope: 'matrix' or 'scalar' if parameter groups of that kind carry it, 'all' if both do,
-            'optimizer' if it belongs to the optimizer as a whole.
-        shapes_state: whether state saved with one value does not fit another.
-        learned: whether training changes it, so that checkpoints bring it back.
-    """
-
-    doc: str
-    problem: Callable[[Any], str | None]
-    parse: Callable[[str], Any]
-    scope: str = "matrix"
-    shapes_state: bool = False
-    learned: bool = False
-
-
-def option(
-    default: Any,
-    doc: str,
-    problem: Callable[[Any], str | None],
-    parse: Callable[[str], Any] | None = None,
-    **more: Any,
-) -> Any:
-    """Declare a field with a check of its own; ``more`` as in ``OptionSpec``."""
-    spec = OptionSpec(doc, problem, parse or parse_value, **more)
-    return field(default=default, metadata={_SPEC: spec})
-
-
-def number(
-    default: float | None,
-    doc: str,
-    *,
-    low: float = 0.0,
-    below: float = math.inf,
-    above: bool = False,
-    **more: Any,
-) -> Any:
-    """Declare a number in [low, below), low left out if ``above``; None if that is the default."""
-
-    def problem(value: Any) -> str | None:
-        if value is None and default is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            quoted = " (YAML and JSON read 1e-3 as text if it is quoted)" * isinstance(value, str)
-            return f"it must be a number{quoted}"
-        if not low <= value < below:
-            return f"it must be at least {low:g}" + f" and below {below:g}" * math.isfinite(below)
-        return f"it must be above {low:g}" if above and value == low else None
-
-    return option(default, doc, problem, **more)
-
-
-def whole(default: int | None, doc: str, *, least: int = 1, unit: str = "", **more: Any) -> Any:
-    """Declare a whole number of ``unit``, at least ``least``; None if that is the default."""
-
-    def problem(value: Any) -> str | None:
-        if value is None and default is None:
-            return None
-        if is_whole(value, least):
-            return None
-        return f"it must be a whole number{f' of {unit}' * bool(unit)}, at least {least}"
-
-    return option(default, doc, problem, **more)
-
-
-def flag(default: bool, doc: str, **more: Any) -> Any:
-    """Declare a switch."""
-    return option(default, doc, _flag_problem, _parse_flag, **more)
-
-
-def choice(
-    default: str, known: Iterable[str] | Callable[[], Iterable[str]], doc: str, what: str,
-    aliases: Mapping[str, str] | None = None, **more: Any,
-) -> Any:  # fmt: skip
-    """Declare one of several names. ``aliases``: what others call some of them; told, not taken."""
-
-    def problem(value: Any) -> str | None:
-        if not isinstance(value, str):
-            return "it must be a name"
-        names = list(known() if callable(known) else known)
-        if value in names:
-            return None
-        if aliases and value in aliases:
-            return f"here that is {aliases[value]!r}"
-        return f"unknown {what}{suggest(value, names)}"
-
-    return option(default, doc, problem, str, **more)
-
-
-def is_whole(value: object, least: int) -> bool:
-    """Return whether the value is a whole number, at least ``least``, and no bool."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def parse_value(text: str) -> Any:
-    """Read a number as Python does, else JSON, else return the text itself."""
-    for read in (int, float, json.loads):
-        try:
-            return read(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _flag_problem(value: Any) -> str | None:
-    return None if isinstance(value, bool) else "it must be true or false"
-
-
-def _parse_flag(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError(f"{text!r}: write true or false")
-    return text.lower() == "true"
-
-
-def _text_problem(value: Any) -> str | None:
-    return None if isinstance(value, str) else "it must be a name"
-
-
-def betas_problem(value: Any) -> str | None:
-    """Return what is wrong with a pair of decays, or None."""
-    numbers = isinstance(value, tuple | list) and len(value) == 2
-    if numbers and all(
-        isinstance(b, int | float) and not isinstance(b, bool) and 0 <= b < 1 for b in value
-    ):
-        return None
-    return "write two numbers in [0, 1), as in [0.9, 0.95]"
-
-
-def _wire_problem(value: Any) -> str | None:
+def _wire_problem(value: object) -> str | None:
     if value is None or value in ("float32", "bfloat16"):
         return None
     return "write 'float32' or 'bfloat16' (float16 would overflow unnormalised)"
 
 
-def _machine_problem(value: Any) -> str | None:
+def _machine_problem(value: object) -> str | None:
     if value is not None and not isinstance(value, Mapping):
         return "write numbers by name, as in {'bandwidth': 4e10}"
     return None
-
-
-_PLAIN: dict[type, tuple[Callable[[Any], str | None], Callable[[str], Any]]] = {
-    bool: (_flag_problem, _parse_flag),
-    str: (_text_problem, str),
-    float: (number(0.0, "", low=-math.inf).metadata[_SPEC].problem, parse_value),
-    int: (lambda v: None if is_whole(v, -(2**63)) else "it must be a whole number", parse_value),
-}
-
-
-_specs: dict[type, dict[str, OptionSpec]] = {}
-
-
-def specs_of(cls: type[BaseOptions]) -> dict[str, OptionSpec]:
-    """Return every option of a class by name; of a field without metadata, as its type says."""
-    if cls in _specs:
-        return _specs[cls]
-    hints: dict[str, Any] = {}
-    specs = {}
-    for each in fields(cls):
-        spec = each.metadata.get(_SPEC)
-        if spec is None:
-            hints = hints or get_type_hints(cls)
-            spec = _spec_of_type(hints[each.name], each)
-        specs[each.name] = spec
-    _specs[cls] = specs
-    return specs
-
-
-def _spec_of_type(hint: Any, each: Field[Any]) -> OptionSpec:
-    members = set(get_args(hint)) or {hint}
-    optional = NoneType in members
-    members.discard(NoneType)
-    kind = float if members == {int, float} else next(iter(members)) if len(members) == 1 else None
-    problem, parse = _PLAIN.get(kind, (lambda value: None, parse_value))  # type: ignore[arg-type]
-
-    def allowed(value: Any) -> str | None:
-        return None if optional and value is None else problem(value)
-
-    return OptionSpec(str(each.metadata.get("doc", "")), allowed, parse)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from spectral_dist.rules.base import MatrixOps, Rule, Shape, StateSpec
-from spectral_dist.rules.options import PolarOptions, flag, number, option
+from spectral_dist.rules.fields import flag, number, option
+from spectral_dist.rules.options import PolarOptions
 from spectral_dist.rules.registry import register
 
 

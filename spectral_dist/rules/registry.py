@@ -22,7 +22,8 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from spectral_dist._errors import suggest
-from spectral_dist.rules.options import BaseOptions, specs_of
+from spectral_dist.rules.fields import specs_of
+from spectral_dist.rules.options import BaseOptions
 
 if TYPE_CHECKING:
     from spectral_dist.rules.base import Rule

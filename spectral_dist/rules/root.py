@@ -5,24 +5,24 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from spectral_dist.polar import coefficients, fit, spectra, stability
 from spectral_dist.rules.base import MatrixOps, PolarSpec, Pooling, Shape
+from spectral_dist.rules.fields import option, whole
 from spectral_dist.rules.nesterov import NesterovRule
-from spectral_dist.rules.options import ComputedOptions, NesterovOptions, option, whole
+from spectral_dist.rules.options import ComputedOptions, NesterovOptions
 from spectral_dist.rules.registry import register
 
 
-def _quantile_problem(value: Any) -> str | None:
+def _quantile_problem(value: object) -> str | None:
     fine = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
     return None if fine else "it must be a number above 0 and at most 1, which clamps nothing"
 
 
-def _coefficients_problem(value: Any) -> str | None:
+def _coefficients_problem(value: object) -> str | None:
     fine = isinstance(value, str | Mapping)
     return None if fine else "it must be a name: 'published', 'jordan' or a file of `calibrate`'s"
 

@@ -14,14 +14,8 @@ from torch import Tensor
 
 from spectral_dist.polar import of_gram
 from spectral_dist.rules.base import MatrixOps, PolarSpec, Rule, Shape, StateSpec
-from spectral_dist.rules.options import (
-    ScaledOptions,
-    choice,
-    is_whole,
-    number,
-    option,
-    whole,
-)
+from spectral_dist.rules.fields import choice, is_whole, number, option, whole
+from spectral_dist.rules.options import ScaledOptions
 from spectral_dist.rules.registry import register
 from spectral_dist.rules.scales import SCALES
 
@@ -31,7 +25,7 @@ POWER_STEPS = 2
 """Times that a sketch Y is replaced by G G^T Y."""
 
 
-def _rank_problem(value: Any) -> str | None:
+def _rank_problem(value: object) -> str | None:
     if (isinstance(value, float) and 0 < value <= 1) or is_whole(value, 1):
         return None
     return "write a whole number, at least 1, or a fraction of the short side in (0, 1]"

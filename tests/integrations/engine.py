@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from typing import Any
 
@@ -31,6 +32,18 @@ def config(stage: int, world: int, **changes: Any) -> dict[str, Any]:
     return result
 
 
+def quietly(module: str) -> Any:
+    """A module whose import makes older releases of DeepSpeed warn of what torch renamed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(module)
+
+
+def knows(setting: str) -> bool:
+    """Whether this release of DeepSpeed has a setting of "zero_optimization"; others come later."""
+    return setting in quietly("deepspeed.runtime.zero.config").DeepSpeedZeroConfig.model_fields
+
+
 def engine_for(
     configuration: dict[str, Any],
     *,
@@ -43,14 +56,11 @@ def engine_for(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         import deepspeed
-        import deepspeed.ops
 
-        # DeepSpeed's shared-memory collectives would be compiled for 45 s
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        # torch multiplies float16 on any CPU; DeepSpeed says no where the CPU has no instruction
-        deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
-        import spectral_dist.integrations.deepspeed  # noqa: F401
+        from spectral_dist.integrations.deepspeed import _compat
 
+        _compat.without_compiling()
+        _compat.allow_fp16_on_cpu()
         deepspeed.init_distributed("gloo", verbose=False)
         if model is None and zero_init:
             with deepspeed.zero.Init(config_dict_or_path=configuration):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
+import types
 
 import pytest
+from torch.distributed.device_mesh import DeviceMesh
 
 from tests import harness
 from tests.integrations import megatron_cpu
@@ -65,6 +65,9 @@ ERRORS = {
     "no effect": ({"options": {"scalar_weight_decay": 0.0}}, "wd_mult"),
     "a pattern that matches nothing": ({"options": {"scalars": ["lm_head"]}}, "matches no"),
     "Adam's L2 penalty": ({"config": {"decoupled_weight_decay": False}}, "decoupled_weight_decay"),
+    "maximal update parametrization": (
+        {"model": {"use_mup": True, "mup_base_hidden_size": 32}}, "use_mup (--use-mup)",
+    ),
     "adapting on some ranks": (
         {"groups": {"pp": 2}, "name": "spectral_root", "options": {"adapt_every": 2}},
         "pipeline_model_parallel_size is 2",
@@ -188,79 +191,76 @@ def test_a_function_imported_too_early_never_trains_with_adam(version):
     assert "imported before spectral_dist.integrations.megatron" in text
 
 
-def flags(arguments, late):
-    """The optimizer that a script with our flags gets, whether it trains with Megatron's name."""
-    runs.build(NEW, "adam")
-    from megatron.core import optimizer as module
+def test_unknown_options_are_told_without_megatrons_own():
+    for name in ("spectral_poet", "spectral_muon"):
+        given = {"name": name, "options": {"betta": 0.9}}
+        text = harness.run(1, runs.error, NEW, pool=NEW, **given)[0]
+        known = text.partition("Known: ")[2].rstrip(".").split(", ")
+        assert f"{name}: unknown option 'betta'" in text
+        assert "scalar_lr" in known
+        assert not {"lr", "betas", "eps", "weight_decay", "scalar_weight_decay"} & set(known)
 
-    from spectral_dist.integrations.megatron import add_spectral_args
-    from spectral_dist.integrations.megatron.arguments import forget
 
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--optimizer", default="adam", choices=["adam", "sgd"])
-    args = add_spectral_args(parser).parse_args(arguments)
-    ddp = models.wrap(models.gpt())
-    config = models.optimizer_config(ddp, optimizer=args.optimizer)
-    build = module.get_megatron_optimizer
+def sharded_by_torch():
+    """What building says of a model under --use-torch-fsdp2."""
+    megatron_cpu.install(NEW)
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.distributed import torch_fully_sharded_data_parallel as module
+
+    from spectral_dist.integrations.megatron import get_spectral_megatron_optimizer
+
+    def on_cpu(group, kind):
+        return DeviceMesh.from_group(group, "cpu")
+
+    models.parallel()
+    model = models.gpt()
+    settings = models.optimizer_config(models.wrap(model), optimizer="spectral_muon")
+    module.DeviceMesh, plain = types.SimpleNamespace(from_group=on_cpu), module.DeviceMesh
     try:
-        built = (build.__wrapped__ if late else build)(config, [ddp])
+        sharded = module.TorchFullyShardedDataParallel(
+            model.config, DistributedDataParallelConfig(), model, sub_modules_to_wrap=set()
+        )
+        get_spectral_megatron_optimizer(settings, [sharded])
     except ValueError as error:
         return str(error)
     finally:
-        forget()
-    found = runs.inner(built)[0]
-    options = dataclasses.asdict(found.options) if hasattr(found, "options") else {}
-    return args.optimizer, getattr(args, "spectral_optimizer", None), type(found).__name__, options
+        module.DeviceMesh = plain
+    return "nothing was raised"
 
 
-def test_flags_choose_and_configure():
-    arguments = ["--optimizer", "spectral_muon", "--spectral-momentum", "0.9",
-                 "--spectral-polar", "polar_express", "--spectral-scalars", '["linear_proj"]',
-                 "--spectral-nesterov", "false"]  # fmt: skip
-    megatrons, ours, cls, options = harness.run(1, flags, arguments, False, pool=NEW)[0]
-    assert (megatrons, ours, cls) == ("adam", "spectral_muon", "SpectralMuon")
-    assert (options["momentum"], options["polar"]) == (0.9, "polar_express")
-    assert options["nesterov"] is False
-    assert options["betas"] == (0.9, 0.999)
-    assert "imported before" in harness.run(1, flags, arguments, True, pool=NEW)[0]
-    plain = harness.run(1, flags, ["--optimizer", "adam"], False, pool=NEW)[0]
-    assert plain[:3] == ("adam", None, "AdamW")
+def test_torchs_sharding_is_refused_with_what_to_write():
+    for text in harness.run(2, sharded_by_torch, pool=NEW):
+        assert "do not support use_torch_fsdp2 (--use-torch-fsdp2)" in text
+        assert "write --use-distributed-optimizer" in text
 
 
-def test_flags_of_another_optimizer_are_errors():
-    arguments = ["--optimizer", "spectral_muon", "--spectral-quantile", "0.9"]
-    text = harness.run(1, flags, arguments, False, pool=NEW)[0]
-    assert "unknown option 'quantile'" in text
-    arguments = ["--optimizer", "adam", "--spectral-momentum", "0.9"]
-    text = harness.run(1, flags, arguments, False, pool=NEW)[0]
-    assert "--spectral-momentum" in text
+def unmarked(groups, model, attribute, value):
+    """What building says if megatron-core called a mark on parameters otherwise."""
+    _, ddp, _ = runs.build(NEW, "spectral_muon", groups, model=model)
+    from spectral_dist.integrations.megatron import get_spectral_megatron_optimizer
 
-
-def real_parser(arguments):
-    """Megatron-LM's own parser, of the 0.19.2 wheel, and ours as its extra_args_provider."""
-    import sys
-    import typing
-
-    import typing_extensions
-
-    typing.override = typing_extensions.override  # Python 3.12's
-    megatron_cpu.install(NEW)
-    from megatron.training.arguments import parse_args
-
-    from spectral_dist.integrations.megatron import add_spectral_args
-    from spectral_dist.integrations.megatron.arguments import forget, parsed
-
-    before, sys.argv = sys.argv, ["pretrain_gpt.py", *arguments]
+    for parameter in ddp.parameters():
+        if hasattr(parameter, attribute):
+            setattr(parameter, attribute, value)
     try:
-        args = parse_args(add_spectral_args)
-        return args.optimizer, args.use_distributed_optimizer, parsed()
-    finally:
-        sys.argv = before
-        forget()
+        config = models.optimizer_config(ddp, optimizer="spectral_muon")
+        get_spectral_megatron_optimizer(config, [ddp])
+    except ValueError as error:
+        return str(error)
+    return "nothing was raised"
 
 
-def test_megatrons_own_parser_takes_our_flags():
-    arguments = ["--optimizer", "spectral_muon", "--use-distributed-optimizer",
-                 "--spectral-scale", "spectral"]  # fmt: skip
-    found = harness.run(1, real_parser, arguments, pool=NEW)[0]
-    assert found == ("adam", True, ("spectral_muon", {"scale": "spectral"}))
+@pytest.mark.parametrize(
+    ("groups", "model", "attribute", "value", "said"),
+    [
+        ({"tp": 2}, {}, "tensor_model_parallel", False, "tensor_model_parallel_size is 2"),
+        ({"ep": 2}, {"moe_experts": 4}, "allreduce", True, "expert_model_parallel_size is 2"),
+        ({"pp": 2}, {}, "is_embedding_or_output_parameter", False, "is marked as one"),
+    ],
+)
+def test_marks_of_an_unknown_version_are_an_error_on_every_rank(
+    groups, model, attribute, value, said
+):
+    for text in harness.run(2, unmarked, groups, model, attribute, value, pool=NEW):
+        assert said in text
+        assert "not those of a known megatron-core" in text

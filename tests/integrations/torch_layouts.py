@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -292,9 +293,11 @@ def ddp_tp(model: nn.Module) -> Laid:
 
 def copies(model: nn.Module, over: DeviceMesh) -> None:
     """torch's newer data parallelism: replicated DTensors."""
+    # torch 2.9 has another name for it
+    name = "mesh" if "mesh" in inspect.signature(replicate).parameters else "device_mesh"
     for layer in getattr(model, "layers", ()):
-        replicate(layer, mesh=over)
-    replicate(model, mesh=over)
+        replicate(layer, **{name: over})
+    replicate(model, **{name: over})
 
 
 def replicated(model: nn.Module) -> Laid:

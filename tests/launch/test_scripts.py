@@ -74,6 +74,35 @@ def test_command_lines_of_the_engines(name: str, engine: str) -> None:
     assert line.rstrip().endswith(" --seed 7")
 
 
+def test_other_releases_have_their_tests() -> None:
+    """``test.sh --torch X`` and ``--deepspeed X`` run files that are there."""
+    show = f'source "{ROOT}/launch/common.sh"; echo $TORCH_TESTS $DEEPSPEED_TESTS'
+    done = subprocess.run(["bash", "-c", show], capture_output=True, text=True, check=True)
+    files = done.stdout.split()
+    assert len(files) > 10
+    assert [name for name in files if not (ROOT / name).is_file()] == []
+    for option in ("--torch", "--deepspeed"):
+        command = ["bash", str(ROOT / "launch/test.sh"), option]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 2
+        assert "--torch VERSION" in done.stderr
+
+
+def test_a_release_that_is_not_found_is_an_error(tmp_path: Path) -> None:
+    """Another one on the path would be tested in its place."""
+    (tmp_path / "deepspeed-0.1.0.dist-info").mkdir()
+    (tmp_path / "deepspeed-0.1.0.dist-info/METADATA").write_text(
+        "Name: deepspeed\nVersion: 0.1.0\n"
+    )
+    check = f'source "{ROOT}/launch/common.sh"; is_installed deepspeed "$1"'
+    env = os.environ | {"PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)}
+    for version, code in (("0.1.0", 0), ("0.1.1", 1)):
+        command = ["bash", "-c", check, "bash", version]
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+    assert "deepspeed 0.1.0 would be tested in place of 0.1.1" in done.stderr
+
+
 def test_quickstart_knows_its_optimizers() -> None:
     script = ROOT / "launch/quickstart.sh"
     done = subprocess.run(["bash", str(script), "moun"], capture_output=True, text=True)

@@ -236,15 +236,17 @@ def test_a_decomposition_that_does_not_converge_gives_nan_and_leaves_the_others(
 
 def test_an_inverse_root_drops_null_directions_where_asked():
     """What strategy gram passes on: the Gram matrix alone does not know the dtype of its slabs."""
-    torch.manual_seed(0)
-    x = torch.randn(18, 40)
-    g = torch.randn(57, 18) @ (x - x.mean(1, keepdim=True))
-    wide = g.double()
-    cutoff = null_cutoff(g.shape, g.dtype)
-    for method in ("eigh", "qdwh"):
-        q = of_gram.multiplier(wide.T[None] @ wide[None], method, None, cutoff)[0]
-        assert ranks(wide @ q) == (18, 22)
-        assert direction_error(wide @ q, polar(g, method="svd").double()) < 1e-6
+    cutoff = null_cutoff((57, 40), torch.float32)
+    s = torch.ones(40, dtype=torch.float64)
+    for size, kept in ((0.5, 38), (1.6, 40)):
+        s[-2:] = size * cutoff
+        x = reference.with_singular_values(s, 57, 40)
+        for method in ("eigh", "qdwh"):
+            q = of_gram.multiplier(x.T[None] @ x[None], method, None, cutoff)[0]
+            assert ranks(x @ q) == (kept, 40 - kept)
+            assert direction_error(x @ q, polar(x.float(), method="svd").double()) < 2e-2
+            q = of_gram.multiplier(x.T[None] @ x[None], method, None)[0]
+            assert ranks(x @ q, one=1e-2) == (40, 0)
     assert torch.equal(of_gram.inverse_root(torch.zeros(1, 3, 3)), torch.zeros(1, 3, 3))
     for bad in (math.nan, math.inf):
         r = torch.stack([torch.eye(3), torch.full((3, 3), bad)])

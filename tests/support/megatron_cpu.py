@@ -9,16 +9,19 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib
+import importlib.machinery
 import importlib.util
 import multiprocessing
 import os
 import sys
 import types
+import typing
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import typing_extensions
 from torch.overrides import TorchFunctionMode
 
 VERSIONS = ("0.19.2", "0.16.1")
@@ -125,3 +128,46 @@ def install(version: str) -> None:
         return norm
 
     norms.WrappedTorchNorm.__new__ = sequence_parallel
+
+
+UNUSED = ("omegaconf", "sentencepiece", "tiktoken", "flask_restful", "flask", "regex")
+"""What megatron.training asks for that a run on mock data never calls."""
+
+
+def install_training(version: str = VERSIONS[0]) -> None:
+    """``install``, and make ``import megatron.training`` work, of versions that have it."""
+    vars(typing).setdefault("override", typing_extensions.override)  # it wants Python 3.12
+    for name in UNUSED:
+        if name not in sys.modules and importlib.util.find_spec(name) is None:
+            sys.modules[name] = Absent(name)
+    torch.compile = lambda function=None, **kwargs: function or (lambda inner: inner)
+    install(version)
+    torch.cuda.set_device = lambda device: None
+    torch.cuda.reset_peak_memory_stats = lambda *args: None
+    torch.cuda.device_count, torch.cuda.is_available = lambda: 8, lambda: True
+    torch.cuda.get_device_properties = lambda device=None: types.SimpleNamespace(major=10, minor=0)
+    for name in ("memory_allocated", "max_memory_allocated", "memory_reserved",
+                 "max_memory_reserved"):  # fmt: skip
+        setattr(torch.cuda, name, lambda *args: 0)
+    begin: Any = dist.init_process_group
+
+    def init_process_group(*args: Any, device_id: Any = None, **kwargs: Any) -> Any:
+        return begin(*args, **kwargs)
+
+    dist.init_process_group = init_process_group
+    data = importlib.import_module("megatron.core.datasets.utils")
+    data.compile_helpers = nothing  # its loops in C++, which mock data does without
+
+
+class Absent(types.ModuleType):
+    """A package that is not installed: anything can be imported from it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__path__: list[str] = []
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Stream

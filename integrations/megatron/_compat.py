@@ -1,0 +1,394 @@
+"""Every private or undocumented name of megatron-core that this folder uses, and the versions that
+have them; ``_compat_hooks`` has those of Megatron-LM's training scripts.
+
+What a release may rename in silence is looked for at import, where its absence is an error; what
+would raise by itself on first use is only gathered here, under names of ours.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import megatron.core.dist_checkpointing as dist_checkpointing
+import megatron.core.distributed as distributed
+import megatron.core.optimizer as megatron_optimizer
+from megatron.core import __version__ as version
+from megatron.core import parallel_state
+from megatron.core.tensor_parallel import layers
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor, nn
+
+__all__ = ["gather_from_tensor_model_parallel_region", "make_sharded_tensors_for_checkpoint"]
+
+FIRST, END = (0, 16, 1), (0, 20)
+KNOWN = "0.16.1 to 0.19.x"
+"""Versions from ``FIRST`` on, below ``END``: both ends are run by the tests."""
+LANGUAGE = "megatron.core.models.common.language_module.language_module"
+NAMES = {
+    "megatron.core.optimizer": (
+        "get_megatron_optimizer", "_get_param_groups", "get_standard_config_overrides",
+        "_get_megatron_optimizer_based_on_param_groups",
+    ),
+    "megatron.core.optimizer.optimizer_config": ("ParamKey", "ParamPredicate"),
+    "megatron.core.optimizer.optimizer": (
+        "MegatronOptimizer.step_with_ready_grads", "ChainedOptimizer.step_with_ready_grads",
+        "MegatronOptimizer._filter_and_reorder_param_groups",
+    ),
+    "megatron.core.optimizer.distrib_optimizer": (
+        "DistributedOptimizer.sharded_state_dict", "DistributedOptimizer.load_state_dict",
+    ),
+    "megatron.core.distributed": (
+        "DistributedDataParallel.start_param_sync", "TorchFullyShardedDataParallel",
+    ),
+    "megatron.core.dist_checkpointing": ("load", "load_common_state_dict", "ShardedTensor"),
+    "megatron.core.tensor_parallel.layers": ("set_tensor_model_parallel_attributes",),
+    "megatron.core.tensor_parallel.mappings": ("gather_from_tensor_model_parallel_region",),
+    "megatron.core.transformer.utils": ("make_sharded_tensors_for_checkpoint",),
+    LANGUAGE: ("LanguageModule.shared_embedding_or_output_weight",),
+}  # fmt: skip
+"""By module: attributes, or a class's."""
+PARAMETERS = {
+    "megatron.core.distributed:DistributedDataParallel.start_param_sync": ("force_sync",),
+    "megatron.core.tensor_parallel.layers:ColumnParallelLinear": (
+        "gather_output", "skip_bias_add", "is_expert", "disable_grad_reduce", "tp_group",
+    ),
+    "megatron.core.tensor_parallel.layers:RowParallelLinear": (
+        "input_is_parallel", "skip_bias_add", "is_expert", "tp_group",
+    ),
+    "megatron.core.transformer.transformer_layer:TransformerLayer": ("layer_number",),
+    "megatron.core.models.gpt:GPTModel": (
+        "pre_process", "post_process", "share_embeddings_and_output_weights",
+    ),
+    "megatron.core.optimizer:OptimizerConfig": (
+        "optimizer", "lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad",
+        "use_distributed_optimizer", "optimizer_cpu_offload", "use_precision_aware_optimizer",
+    ),
+    "megatron.core.transformer:TransformerConfig": (
+        "gated_linear_unit", "num_attention_heads", "num_query_groups", "num_moe_experts",
+        "hetereogenous_dist_checkpoint",
+    ),
+    "megatron.core.dist_checkpointing.mapping:ShardedTensor": (
+        "key", "data", "dtype", "local_shape", "global_shape", "global_offset",
+        "axis_fragmentations", "replica_id",
+    ),
+}  # fmt: skip
+"""By callable: what it is to take, under which name ours reads it where no parameter says it."""
+
+
+def missing() -> list[str]:
+    """Return the names that this version of megatron-core does not have."""
+    gone = []
+    for module, names in NAMES.items():
+        gone += [f"{module}.{name}" for name in names if _look_up(module, name) is None]
+    for place, wanted in PARAMETERS.items():
+        module, _, name = place.partition(":")
+        function = _look_up(module, name)
+        takes = inspect.signature(function).parameters if function is not None else ()
+        gone += [f"{module}.{name}({word}=)" for word in wanted if word not in takes]
+    return gone
+
+
+def check(number: str, names: Sequence[str] = ()) -> None:
+    """Raise unless a version of megatron-core is known, and has all names.
+
+    Args:
+        number: the version, as ``megatron.core.__version__`` says it.
+        names: those that it should have and does not.
+
+    Raises:
+        ImportError: says which versions work.
+    """
+    parts = tuple(int(digits) for digits in re.findall(r"\d+", number.partition("+")[0])[:3])
+    if not FIRST <= parts < END:
+        raise ImportError(
+            f"this release of spectral_dist works with megatron-core {KNOWN}, and {number} is"
+            " installed: install one of those (pip install 'megatron-core==0.19.2'), or a release"
+            " of spectral_dist that knows this one"
+        )
+    if names:
+        raise ImportError(
+            f"this release of spectral_dist works with megatron-core {KNOWN}; the installed"
+            f" {number} calls itself one, but has no {', '.join(names)}"
+        )
+
+
+def _look_up(module: str, name: str) -> Any:
+    try:
+        found: Any = importlib.import_module(module)
+    except ModuleNotFoundError:
+        return None
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
+
+
+check(version)
+check(version, missing())
+
+
+# --- building an optimizer
+
+Build = Callable[..., Any]
+
+
+def replace_builders(outer: Callable[[Build], Build], inner: Callable[[Build], Build]) -> Build:
+    """Wrap Megatron's ways to an optimizer; return ``get_megatron_optimizer`` as it was.
+
+    Args:
+        outer: what is made of ``get_megatron_optimizer``, wherever it has been imported by name.
+        inner: what is made of the functions that it calls.
+    """
+    module: Any = megatron_optimizer
+    original: Build = module.get_megatron_optimizer
+    replaced = {"get_megatron_optimizer": outer(original)}
+    for name in ("_get_megatron_optimizer_based_on_param_groups",
+                 "_get_megatron_emerging_optimizer"):  # fmt: skip
+        if hasattr(module, name):  # the second from 0.17 on
+            replaced[name] = inner(getattr(module, name))
+    for name, function in replaced.items():
+        setattr(module, name, function)
+    training: Any = sys.modules.get("megatron.training.training")  # imported before: by name
+    if training is not None:
+        training.get_megatron_optimizer = module.get_megatron_optimizer
+    return original
+
+
+def register(types: Mapping[str, type]) -> None:
+    """Put optimizers into the registry of megatron-core, which it has from 0.17 on."""
+    try:
+        registry: Any = importlib.import_module("megatron.core.optimizer.emerging_optimizers")
+    except ModuleNotFoundError:
+        return
+    for name, cls in types.items():
+        entry = registry.EmergingOptimizerEntry(optimizer_cls=cls)
+        registry._EMERGING_OPTIMIZERS[name] = entry
+
+
+def standard_overrides(config: Any) -> dict[Any, Any]:
+    """Return what Megatron overrides in the settings of some parameters: no decay of biases, ..."""
+    overrides: dict[Any, Any] = megatron_optimizer.get_standard_config_overrides(config)
+    return overrides
+
+
+def param_groups(chunks: Sequence[nn.Module], config: Any, overrides: Any) -> list[dict[str, Any]]:
+    """Return the parameter groups that Megatron makes, of all ranks' parameters."""
+    groups: list[dict[str, Any]] = megatron_optimizer._get_param_groups(chunks, config, overrides)
+    return groups
+
+
+def leaves(built: Any) -> list[Any]:
+    """Return the optimizers of one kind of parameters in what ``get_megatron_optimizer`` gives."""
+    return list(getattr(built, "chained_optimizers", [built]))
+
+
+def group_places(leaf: Any) -> dict[int, tuple[int, int]]:
+    """Return (group, place in it) of each of this rank's parameters, by its id."""
+    return {id(p): where for p, where in leaf.model_param_group_index_map.items()}
+
+
+def bucket_places(leaf: Any) -> Iterator[tuple[nn.Parameter, int, int]]:
+    """Yield (parameter, its start in its bucket, elements of the bucket that each rank has)."""
+    ranks = leaf.data_parallel_group.size()
+    for buffer in leaf.buffers:
+        for parameter, (start, _, number) in buffer.param_index_map.items():
+            bucket = buffer.buckets[number]
+            yield parameter, start - bucket.offset, bucket.grad_data.numel() // ranks
+
+
+def model_parameters(leaf: Any) -> list[list[nn.Parameter]]:
+    """Return the model's parameters in each group, where masters stand for those of half precision.
+
+    Of an optimizer that is not distributed.
+    """
+    groups = leaf.optimizer.param_groups
+    masters = getattr(leaf, "fp32_from_float16_groups", [()] * len(groups))
+    halves = getattr(leaf, "float16_groups", [()] * len(groups))
+    lists = []
+    for group, main, half in zip(groups, masters, halves, strict=True):
+        model = {id(m): p for m, p in zip(main, half, strict=True)}
+        lists.append([model.get(id(p), p) for p in group["params"]])
+    return lists
+
+
+def after_update(built: Any, then: Callable[[], None]) -> None:
+    """Call a function after each update of the parameters, which a skipped step has none of."""
+    update = built.step_with_ready_grads
+
+    @functools.wraps(update)
+    def step_with_ready_grads() -> Any:
+        done = update()
+        then()
+        return done
+
+    built.step_with_ready_grads = step_with_ready_grads
+
+
+def put_in(leaf: Any, inner: Any, prepare: Callable[[Any], None]) -> None:
+    """Put an optimizer of torch's kind, and what makes its states, in the place of Megatron's."""
+    leaf.optimizer = inner
+    leaf.init_state_fn = lambda optimizer, config=None: prepare(optimizer)
+
+
+def pair_groups_by(
+    leaf: Any, pair: Callable[[Sequence[Any], Sequence[Any]], list[dict[str, Any]]]
+) -> None:
+    """Have an optimizer find the saved group of each of its groups, at loading, by ``pair``."""
+    leaf._filter_and_reorder_param_groups = pair
+
+
+# --- marks on parameters, and modules
+
+
+def is_expert(parameter: Any) -> bool:
+    """Return whether it belongs to this rank's experts, which have process groups of their own."""
+    return not getattr(parameter, "allreduce", True)
+
+
+def cut_dimension(parameter: Any) -> int | None:
+    """Return the dimension that tensor parallelism cuts; None if every rank has the whole."""
+    if not getattr(parameter, "tensor_model_parallel", False):
+        return None
+    return int(parameter.partition_dim)
+
+
+def stride(parameter: Any) -> int:
+    """Return how many parts of the cut dimension each rank stores a piece of, one by one."""
+    return int(getattr(parameter, "partition_stride", 1))
+
+
+def packs_parts(parameter: Any) -> bool:
+    """Return whether it holds parts of different sizes, each of them cut (Mamba's in_proj)."""
+    return hasattr(parameter, "partition_sizes")
+
+
+def is_embedding_or_output(parameter: Any) -> bool:
+    """Return whether Megatron takes it for an embedding's weight, or the output layer's."""
+    return bool(getattr(parameter, "is_embedding_or_output_parameter", False))
+
+
+def mark(parameter: Any, cut: int | None, weight: Any) -> None:
+    """Mark a parameter as cut along a dimension (None: whole), of experts if the weight is."""
+    layers.set_tensor_model_parallel_attributes(
+        parameter, cut is not None, -1 if cut is None else cut, 1
+    )
+    parameter.allreduce = getattr(weight, "allreduce", True)
+
+
+def sum_over_sequence(parameter: Any, layer: Any) -> None:
+    """Have Megatron sum a gradient over tensor-parallel ranks if each has some of the tokens."""
+    parameter.sequence_parallel = layer.sequence_parallel
+
+
+def unmarked_heads(models: Iterable[nn.Module]) -> bool:
+    """Return whether a language model has an embedding or output layer, none of them marked."""
+    kind = _look_up(LANGUAGE, "LanguageModule")
+    for model in models:
+        for module in model.modules():
+            if not isinstance(module, kind):
+                continue
+            ends = [getattr(module, name, None) for name in ("embedding", "output_layer")]
+            weights = [p for end in ends if isinstance(end, nn.Module) for p in end.parameters()]
+            if weights and not any(is_embedding_or_output(p) for p in weights):
+                return True
+    return False
+
+
+def head_size(attention: Any) -> int:
+    """Return the rows of linear_qkv that one head of queries, keys or values has."""
+    return int(attention.hidden_size_per_attention_head)
+
+
+def expert_numbers(module: Any) -> Sequence[int] | None:
+    """Return the numbers, in the whole model, of the experts that a layer has; None if it is no
+    mixture."""
+    numbers: Sequence[int] | None = getattr(module, "local_expert_indices", None)
+    return numbers
+
+
+def layer_number(layer: Any) -> int | None:
+    """Return a layer's number in the whole model, from 1; None if it does not know it."""
+    number: int | None = getattr(layer, "layer_number", None)
+    return number
+
+
+def is_first_stage(model: Any) -> bool:
+    """Return whether a part of a model has the embedding for itself."""
+    return bool(getattr(model, "pre_process", True))
+
+
+def ends_of_others(model: Any) -> list[nn.Module]:
+    """Return the embedding and output layer that a part of a model has, which another has, too."""
+    ends = []
+    if not is_first_stage(model):
+        ends.append(getattr(model, "embedding", None))
+    if not getattr(model, "post_process", True):
+        ends.append(getattr(model, "output_layer", None))
+    return [end for end in ends if isinstance(end, nn.Module)]
+
+
+def leaves_gradient(layer: Any) -> bool:
+    """Return whether a parallel linear layer leaves its input's gradient for others to reduce."""
+    return bool(getattr(layer, "disable_grad_reduce", False))
+
+
+def cuts_input(layer: Any) -> bool:
+    """Return whether a RowParallelLinear cuts its input itself."""
+    return not getattr(layer, "input_is_parallel", True)
+
+
+def tied_weight(module: Any) -> nn.Parameter | None:
+    """Return the weight that a stage shares between its embedding and its output layer."""
+    if not getattr(module, "share_embeddings_and_output_weights", False):
+        return None
+    weight = getattr(module, "shared_embedding_or_output_weight", lambda: None)()
+    return weight if isinstance(weight, nn.Parameter) else None
+
+
+def rematerializes() -> bool:
+    """Return whether megatron-core (from 0.19 on) keeps weights in shards of yet another group."""
+    get = getattr(parallel_state, "get_gtp_weight_remat_group", None)
+    group = get(check_initialized=False) if get else None
+    return group is not None and group.size() > 1
+
+
+def is_torch_fsdp(chunk: nn.Module) -> bool:
+    """Return whether a model is wrapped as by --use-torch-fsdp2."""
+    return isinstance(chunk, distributed.TorchFullyShardedDataParallel)
+
+
+def finish_gathers(chunk: Any) -> None:
+    """Finish what the next forward pass would else gather. A collective call of data ranks."""
+    if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
+        chunk.start_param_sync(force_sync=True)
+
+
+def save_layers_apart(model: Any) -> None:
+    """Have checkpoints keep each layer's tensors by itself, not stacked with the others'."""
+    model.config.hetereogenous_dist_checkpoint = True
+
+
+# --- checkpoints
+
+
+def sharded_tensor(
+    key: str, values: Tensor, shape: Sequence[int], offsets: Sequence[int], grid: Any, again: bool
+) -> Any:
+    """Return the box of a tensor that ``values`` is, to be saved, or loaded into.
+
+    Args:
+        shape, offsets: of the whole tensor; of the box in it.
+        grid: boxes along each dimension; None if they are of different sizes.
+        again: whether another rank saves the same box.
+    """
+    return dist_checkpointing.ShardedTensor(
+        key=key, data=values, dtype=values.dtype, local_shape=tuple(values.shape),
+        global_shape=tuple(shape), global_offset=tuple(offsets), axis_fragmentations=grid,
+        replica_id=int(again),
+    )  # fmt: skip

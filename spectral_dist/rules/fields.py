@@ -1,0 +1,192 @@
+"""Options as fields of a dataclass: what each means, how it is checked and read from text.
+
+    temperature: float = number(1.0, "What logits are divided by.", above=True)
+
+Checks, command-line flags, JSON and documentation all come from the fields' metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from spectral_dist._errors import suggest
+
+_SPEC = "spectral_dist option"
+
+
+@dataclass(frozen=True)
+class OptionSpec:
+    """What is known of one option.
+
+    Attributes:
+        doc: one sentence about it.
+        problem: says what is wrong with a value, or returns None.
+        parse: reads a value from a command line's text.
+        scope: 'matrix' or 'scalar' if parameter groups of that kind carry it, 'all' if both do,
+            'optimizer' if it belongs to the optimizer as a whole.
+        shapes_state: whether state saved with one value does not fit another.
+        learned: whether training changes it, so that checkpoints bring it back.
+    """
+
+    doc: str
+    problem: Callable[[object], str | None]
+    parse: Callable[[str], Any]
+    scope: str = "matrix"
+    shapes_state: bool = False
+    learned: bool = False
+
+
+def option(
+    default: Any,
+    doc: str,
+    problem: Callable[[object], str | None],
+    parse: Callable[[str], Any] | None = None,
+    **more: Any,
+) -> Any:
+    """Declare a field with a check of its own; ``more`` as in ``OptionSpec``."""
+    spec = OptionSpec(doc, problem, parse or parse_value, **more)
+    return field(default=default, metadata={_SPEC: spec})
+
+
+def number(
+    default: float | None,
+    doc: str,
+    *,
+    low: float = 0.0,
+    below: float = math.inf,
+    above: bool = False,
+    **more: Any,
+) -> Any:
+    """Declare a number in [low, below), low left out if ``above``; None if that is the default."""
+
+    def problem(value: object) -> str | None:
+        if value is None and default is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            quoted = " (YAML and JSON read 1e-3 as text if it is quoted)" * isinstance(value, str)
+            return f"it must be a number{quoted}"
+        if not low <= value < below:
+            return f"it must be at least {low:g}" + f" and below {below:g}" * math.isfinite(below)
+        return f"it must be above {low:g}" if above and value == low else None
+
+    return option(default, doc, problem, **more)
+
+
+def whole(default: int | None, doc: str, *, least: int = 1, unit: str = "", **more: Any) -> Any:
+    """Declare a whole number of ``unit``, at least ``least``; None if that is the default."""
+
+    def problem(value: object) -> str | None:
+        if value is None and default is None:
+            return None
+        if is_whole(value, least):
+            return None
+        return f"it must be a whole number{f' of {unit}' * bool(unit)}, at least {least}"
+
+    return option(default, doc, problem, **more)
+
+
+def flag(default: bool, doc: str, **more: Any) -> Any:
+    """Declare a switch."""
+    return option(default, doc, _flag_problem, _parse_flag, **more)
+
+
+def choice(
+    default: str, known: Iterable[str] | Callable[[], Iterable[str]], doc: str, what: str,
+    aliases: Mapping[str, str] | None = None, **more: Any,
+) -> Any:  # fmt: skip
+    """Declare one of several names. ``aliases``: what others call some of them; told, not taken."""
+
+    def problem(value: object) -> str | None:
+        if not isinstance(value, str):
+            return "it must be a name"
+        names = list(known() if callable(known) else known)
+        if value in names:
+            return None
+        if aliases and value in aliases:
+            return f"here that is {aliases[value]!r}"
+        return f"unknown {what}{suggest(value, names)}"
+
+    return option(default, doc, problem, str, **more)
+
+
+def is_whole(value: object, least: int) -> bool:
+    """Return whether the value is a whole number, at least ``least``, and no bool."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def parse_value(text: str) -> Any:
+    """Read a number as Python does, else JSON, else return the text itself."""
+    for read in (int, float, json.loads):
+        try:
+            return read(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _flag_problem(value: object) -> str | None:
+    return None if isinstance(value, bool) else "it must be true or false"
+
+
+def _parse_flag(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError(f"{text!r}: write true or false")
+    return text.lower() == "true"
+
+
+def _text_problem(value: object) -> str | None:
+    return None if isinstance(value, str) else "it must be a name"
+
+
+def betas_problem(value: object) -> str | None:
+    """Return what is wrong with a pair of decays, or None."""
+    pair = value if isinstance(value, tuple | list) else ()
+    numbers = [b for b in pair if isinstance(b, int | float) and not isinstance(b, bool)]
+    if len(pair) == len(numbers) == 2 and all(0 <= b < 1 for b in numbers):
+        return None
+    return "write two numbers in [0, 1), as in [0.9, 0.95]"
+
+
+_PLAIN: dict[type, tuple[Callable[[object], str | None], Callable[[str], Any]]] = {
+    bool: (_flag_problem, _parse_flag),
+    str: (_text_problem, str),
+    float: (number(0.0, "", low=-math.inf).metadata[_SPEC].problem, parse_value),
+    int: (lambda v: None if is_whole(v, -(2**63)) else "it must be a whole number", parse_value),
+}
+
+
+_specs: dict[type, dict[str, OptionSpec]] = {}
+
+
+def specs_of(cls: type[Any]) -> dict[str, OptionSpec]:
+    """Return every option of a class by name; of a field without metadata, as its type says."""
+    if cls in _specs:
+        return _specs[cls]
+    hints: dict[str, Any] = {}
+    specs = {}
+    for each in fields(cls):
+        spec = each.metadata.get(_SPEC)
+        if spec is None:
+            hints = hints or get_type_hints(cls)
+            spec = _spec_of_type(hints[each.name], each)
+        specs[each.name] = spec
+    _specs[cls] = specs
+    return specs
+
+
+def _spec_of_type(hint: Any, each: Field[Any]) -> OptionSpec:
+    members = set(get_args(hint)) or {hint}
+    optional = NoneType in members
+    members.discard(NoneType)
+    kind = float if members == {int, float} else next(iter(members)) if len(members) == 1 else None
+    problem, parse = _PLAIN.get(kind, (lambda value: None, parse_value))  # type: ignore[arg-type]
+
+    def allowed(value: object) -> str | None:
+        return None if optional and value is None else problem(value)
+
+    return OptionSpec(str(each.metadata.get("doc", "")), allowed, parse)
