@@ -12,14 +12,8 @@ import torch
 from torch import Tensor
 
 from spectral_dist.rules.base import MatrixOps, Rule, Shape, StateSpec
-from spectral_dist.rules.options import (
-    MatrixOptions,
-    PolarOptions,
-    choice,
-    flag,
-    number,
-    whole,
-)
+from spectral_dist.rules.fields import choice, flag, number, whole
+from spectral_dist.rules.options import MatrixOptions, PolarOptions
 from spectral_dist.rules.registry import register
 
 

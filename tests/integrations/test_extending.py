@@ -148,12 +148,11 @@ def flags() -> tuple[Any, Any, str, float]:
     megatron_cpu.install(MEGATRON)
     from megatron.training.arguments import parse_args
 
-    from spectral_dist.integrations.megatron import add_spectral_args
     from spectral_dist.integrations.megatron.arguments import forget, parsed
 
     before, sys.argv = sys.argv, ["pretrain_gpt.py", *shlex.split(BLOCKS["bash", "megatron"])]
     try:
-        args = parse_args(add_spectral_args)
+        args = parse_args()
         _, _, optimizer = runs.build(MEGATRON, "spectral_steady", model=SMALL)
         (inner,) = runs.inner(optimizer)
         return args.optimizer, parsed(), type(inner).__name__, inner.options.decay
