@@ -28,10 +28,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 from spectral_dist import checkpoint
-from spectral_dist.core.first_step import matrix_of
+from spectral_dist.core.check_placement import check_placement
 from spectral_dist.core.named import class_of
 from spectral_dist.core.optimizer import SpectralOptimizer
-from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.params.param_groups import param_groups
 from spectral_dist.params.spec import Route
 from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement
@@ -42,6 +41,8 @@ from spectral_dist.rules.options import BaseOptions
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group
 from spectral_dist.sharding.layout import Cut, Located, lay
+
+__all__ = ["LAYOUTS", "FlatPlacement", "check_placement", "check_rule"]
 
 LAYOUTS = ("ddp", "fsdp", "tp_rows", "tp_columns", "flat")
 """How ``check_rule`` shards a model: replicas, FSDP2, tiles of rows and of columns, and runs that
@@ -349,60 +350,3 @@ def _assert_near(
             raise AssertionError(
                 f"{where}, {name} differs from one process by {error:.1e}; allowed is {bound:.1e}"
             )
-
-
-def check_placement(optimizer: ShardedOptimizer, whole: Mapping[str, Tensor]) -> None:
-    """Check that a placement tells the truth about where parameters are. Call it on every rank.
-
-    Every run of every layout must be those elements of the matrix on this rank, and all ranks of a
-    group together must have each element once.
-
-    Args:
-        optimizer: built with the placement, on parameters that have their values.
-        whole: the whole parameters by name, equal on all ranks.
-
-    Raises:
-        AssertionError: on the rank that sees it; names the matrix.
-    """
-    optimizer.prepare_placement()
-    placement = optimizer.placement
-    for group, tensors in placement.param_batches(optimizer):
-        routes = {route.name: route for route in optimizer.routes[group["id"]]}
-        for unit in optimizer.units(group, tensors):
-            located = unit.located
-            local = [placement.local(tensors[i]).detach().reshape(-1) for i in unit.tensors]
-            _check_spans(located, local, routes)
-            by_matrix = {m.name: r for r in routes.values() for m in r.matrices}
-            for layout in located.layouts:
-                matrix = layout.matrix
-                truth = matrix_of(matrix, whole[by_matrix[matrix.name].name].reshape(-1))
-                _check_layout(located, layout, local, truth)
-
-
-def _check_spans(located: Located, local: Sequence[Tensor], routes: Mapping[str, Route]) -> None:
-    for name, index, start, numel in located.spans:
-        assert name in routes, f"{name} is no parameter of this group"
-        assert start + numel <= local[index].numel(), f"{name} ends beyond its tensor"
-
-
-def _check_layout(located: Located, layout: Any, local: Sequence[Tensor], truth: Tensor) -> None:
-    rank, matrix = collectives.rank(located.group), layout.matrix
-    held = 0
-    for tile in layout.tiles:
-        start, length = tile.run(rank)
-        begin, end = tile.part(rank)
-        box = truth[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols]
-        here = local[tile.tensor][start : start + length].double() if length else truth[:0, 0]
-        held += length
-        if not torch.equal(here, box.reshape(-1)[begin:end].to(here)):
-            raise AssertionError(
-                f"{matrix.name}: what this rank stores is not [{begin}, {end}) of its tile at"
-                f" row {tile.row}, column {tile.col}"
-            )
-    total = torch.tensor(held)
-    if located.group is not None:
-        dist.all_reduce(total, group=located.group)
-    if int(total) != matrix.numel:
-        raise AssertionError(
-            f"{matrix.name}: the ranks of its group hold {int(total)} of {matrix.numel} elements"
-        )

@@ -185,7 +185,7 @@ class SpectralOptimizer(ShardedOptimizer):
         needs_whole = needs_whole or self.rule.pooling(options) is not None
         gram = strategy.select_gram(options, specs, located, wire, needs_whole)
         state_numel = partial(elements, self.rule, options)
-        keeps_state = any(state_numel(shape) for shape in shapes)
+        keeps_state = any(self.rule.state(options, shape) for shape in shapes)
         plan = make_plan(
             located.layouts,
             ranks,

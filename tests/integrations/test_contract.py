@@ -1,0 +1,83 @@
+"""What every registered rule keeps under every framework, and every placement says of parameters.
+
+Of rules there is no list here: whatever is registered is run, by its name.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from spectral_dist.rules import registry
+from spectral_dist.rules.registry import Entry
+from spectral_dist.testing import check_rule
+from tests import harness
+from tests.integrations import contract_runs
+from tests.integrations.contract_runs import MEGATRON, distance
+
+ENTRIES = [entry for entry in registry.entries() if entry.rule is not None]
+BOUND = 1e-5
+
+
+def cases(*first: int) -> pytest.MarkDecorator:
+    """Every rule with every one of some numbers; all but one rule with the first one are slow."""
+    chosen = [
+        pytest.param(
+            entry, number, id=f"{entry.name}-{number}",
+            marks=[] if entry is ENTRIES[0] and number == first[0] else pytest.mark.slow,
+        )
+        for entry in ENTRIES
+        for number in first
+    ]  # fmt: skip
+    return pytest.mark.parametrize(("entry", "number"), chosen)
+
+
+@cases(2)
+def test_check_rule(entry: Entry, number: int) -> None:
+    assert entry.rule is not None
+    check_rule(entry.rule, ranks=number)
+
+
+@cases(1, 3)
+def test_deepspeed(entry: Entry, number: int, tmp_path: Path) -> None:
+    """ZeRO 1 and 3: one process's weights, and those of a run that never stopped."""
+    args = (entry.title, {"lr": 0.02}, number, str(tmp_path))
+    for result in harness.run(2, contract_runs.deepspeed, *args):
+        assert result["alone"] < BOUND
+        assert result["resumed"] < BOUND
+        assert result["moved"] > 100 * BOUND
+
+
+@cases(2)
+def test_megatron(entry: Entry, number: int, tmp_path: Path) -> None:
+    """TP 2: the same, and restored in one process."""
+    args = (entry.megatron_name, {}, {"tp": number}, {}, str(tmp_path))
+    cut = harness.run(number, contract_runs.megatron, *args, pool=MEGATRON)
+    args = (entry.megatron_name, {}, {}, {}, str(tmp_path), "", False)
+    (alone,) = harness.run(1, contract_runs.megatron, *args, pool=MEGATRON)
+    assert distance(alone["initial"], alone["weights"]) > 100 * BOUND
+    for result in cut:
+        assert distance(result["weights"], alone["weights"]) < BOUND
+        assert distance(result["resumed"], result["weights"]) < BOUND
+    assert distance(alone["resumed"], alone["weights"]) < BOUND
+
+
+@pytest.mark.parametrize(
+    ("layout", "world"),
+    [("fsdp", 2), ("fsdp", 3), ("tp", 2), ("hsdp", 4), ("tp_fsdp", 4), ("ddp", 2)],
+)
+def test_placements_of_plain_torch(layout: str, world: int) -> None:
+    assert all(harness.run(world, contract_runs.torch_placement, layout))
+
+
+@pytest.mark.parametrize(("stage", "world"), [(0, 2), (1, 2), (1, 3), (3, 2), (3, 3)])
+def test_placements_of_deepspeed(stage: int, world: int) -> None:
+    assert all(harness.run(world, contract_runs.deepspeed_placement, stage))
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_placements_of_megatron(distributed: bool) -> None:
+    wrapping = {"use_distributed_optimizer": distributed}
+    args = ({"tp": 2}, wrapping)
+    assert all(harness.run(4, contract_runs.megatron_placement, *args, pool=MEGATRON))
