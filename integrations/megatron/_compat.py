@@ -69,7 +69,14 @@ PARAMETERS = {
     "megatron.core.optimizer:OptimizerConfig": (
         "optimizer", "lr", "weight_decay", "adam_beta1", "adam_beta2", "adam_eps", "clip_grad",
         "use_distributed_optimizer", "optimizer_cpu_offload", "use_precision_aware_optimizer",
+        "decoupled_weight_decay",
     ),
+    "megatron.core.distributed:DistributedDataParallelConfig": (
+        "use_megatron_fsdp", "num_distributed_optimizer_instances", "fp8_param_gather",
+        "overlap_param_gather",
+    ),
+    "megatron.core.transformer.attention:SelfAttentionSubmodules": ("linear_qkv",),
+    "megatron.core.transformer.mlp:MLPSubmodules": ("linear_fc1",),
     "megatron.core.transformer:TransformerConfig": (
         "gated_linear_unit", "num_attention_heads", "num_query_groups", "num_moe_experts",
         "hetereogenous_dist_checkpoint",
@@ -306,8 +313,7 @@ def head_size(attention: Any) -> int:
 
 
 def expert_numbers(module: Any) -> Sequence[int] | None:
-    """Return the numbers, in the whole model, of the experts that a layer has; None if it is no
-    mixture."""
+    """Return the numbers in the whole model of a layer's experts; None if it has none."""
     numbers: Sequence[int] | None = getattr(module, "local_expert_indices", None)
     return numbers
 

@@ -47,7 +47,7 @@ def spectral_options(
         )
     here = {*known, *ROUTING} - OWN.keys() - {"scalar_weight_decay"}
     for option in given:
-        if option not in here:
+        if option not in here | {"scalar_weight_decay"}:  # None, which says nothing
             raise ValueError(f"{name}: unknown option {option!r}{suggest(option, here)}")
     if config.lr is None:
         raise ValueError("OptimizerConfig has no lr; write lr=..., or --lr")
