@@ -1,4 +1,4 @@
-"""spectral_dist.NorMuon against specs/normuon.md, and what it obeys: in one process and in tiles."""
+"""spectral_dist.NorMuon against specs/normuon.md, and what it obeys; whole and in tiles."""
 
 from __future__ import annotations
 
@@ -309,8 +309,9 @@ def test_a_group_has_a_beta2_of_its_own():
     model = Weights(a=(9, 4))
     groups = spectral_dist.param_groups(model)
     groups[0] |= {"beta2": 0.5, "row_eps": 1e-3}
-    wanted, reference = values(model)["a.weight"].double(), NorMuon(
-        {"lr": 0.02, "weight_decay": 0.1, "beta2": 0.5, "row_eps": 1e-3}
+    wanted, reference = (
+        values(model)["a.weight"].double(),
+        NorMuon({"lr": 0.02, "weight_decay": 0.1, "beta2": 0.5, "row_eps": 1e-3}),
     )
     optimizer = spectral_dist.NorMuon(groups, lr=0.02, beta2=0.9)
     for step in range(3):
