@@ -1,40 +1,76 @@
-"""Every option's check: the error names the option, the nearest known name, and where it was."""
+"""Every option's check: the error names the option, the nearest known name, and where it was.
+
+Most tests go through every option of every registered optimizer, by the type of its field, so that
+a new rule's options are among them.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+import re
+from types import NoneType
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from torch import nn
 
 import spectral_dist
+from spectral_dist.rules import registry
 from spectral_dist.rules.muon import MuonOptions
-from spectral_dist.rules.options import MatrixOptions
+from spectral_dist.rules.options import MatrixOptions, specs_of
 from spectral_dist.rules.polargrad import PolarGradOptions
 from spectral_dist.rules.root import ROOTOptions
 
-ALL = (MuonOptions, PolarGradOptions, ROOTOptions)
-OF_ALL = {f.name for f in fields(MatrixOptions)}
+ENTRIES = registry.entries()
+RULES = [entry for entry in ENTRIES if entry.rule is not None]
+ROUTING = ("matrices", "scalars", "split", "one_sided")
+
+
+def fields_of(*kinds):
+    """(options, name, whether None is allowed) of all fields of these types."""
+    found = []
+    for entry in ENTRIES:
+        for name, hint in get_type_hints(entry.options).items():
+            members = set(get_args(hint)) or {hint}
+            if members - {NoneType} == set(kinds) and name in specs_of(entry.options):
+                found.append((entry.options, name, NoneType in members))
+    assert found
+    return found
+
+
+def having(name):
+    """The options of every optimizer that has one of this name."""
+    found = [entry.options for entry in ENTRIES if name in specs_of(entry.options)]
+    assert found
+    return found
 
 
 def refuses(match, where="Muon", kind=None, **given):
     """By every optimizer that has the options, or by one."""
-    known = [cls for cls in ALL if given.keys() <= {f.name for f in fields(cls)}] or [MuonOptions]
-    for cls in [kind] if kind else known:
+    known = [e.options for e in ENTRIES if given.keys() <= specs_of(e.options).keys()]
+    for cls in [kind] if kind else known or [MuonOptions]:
         _refuses(cls, match, where, given)
 
 
 def _refuses(cls, match, where, given):
-    with pytest.raises(ValueError, match=match) as error:
+    told = "nothing"
+    try:
         cls.from_user(given, where)
-    assert str(error.value).startswith(f"{where}: ")
+    except ValueError as error:
+        told = str(error)
+    assert told.startswith(f"{where}: "), (cls, given, told)
+    assert re.search(match, told), (cls, given, match, told)
 
 
 def model():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6, bias=False))
+
+
+# -- defaults and JSON
 
 
 def test_defaults():
@@ -49,7 +85,10 @@ def test_defaults():
 
 def test_defaults_of_the_other_optimizers():
     """What they share has one default; the rest is their papers'."""
-    shared = {name: getattr(MuonOptions(), name) for name in OF_ALL}
+    shared = {name: getattr(MuonOptions(), name) for name in specs_of(MatrixOptions)}
+    for entry in RULES:
+        options = entry.options.from_user({})
+        assert {name: getattr(options, name) for name in shared} == shared, entry.name
     assert PolarGradOptions.from_user({}) == PolarGradOptions(
         **shared, polar="qdwh", polar_first=False, nu_power=1.0
     )
@@ -57,33 +96,6 @@ def test_defaults_of_the_other_optimizers():
         **{**shared, "polar_steps": 5}, nesterov=True, scale="match_rms_adamw", quantile=0.9,
         coefficients="published", adapt_every=0,
     )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("cls", "name"),
-    [(MuonOptions, "quantile"), (MuonOptions, "polar_first"), (MuonOptions, "nu_power"),
-     (PolarGradOptions, "nesterov"), (PolarGradOptions, "scale"), (PolarGradOptions, "adapt_every"),
-     (ROOTOptions, "polar"), (ROOTOptions, "polar_first")],
-)  # fmt: skip
-def test_options_of_another_optimizer_are_unknown(cls, name):
-    refuses(f"unknown option '{name}'.* Known: ", kind=cls, **{name: 1})
-
-
-@pytest.mark.parametrize("value", ["1", True, None, -1, float("nan"), [1.0]])
-def test_bad_nu_power(value):
-    refuses("nu_power is ", nu_power=value)
-
-
-@pytest.mark.parametrize("value", ["0.9", True, 0, 1.01, -0.5, float("nan")])
-def test_bad_quantile(value):
-    with pytest.raises((ValueError, TypeError)):
-        ROOTOptions.from_user({"quantile": value})
-    assert ROOTOptions.from_user({"quantile": 1}).quantile == 1
-
-
-@pytest.mark.parametrize("value", [-1, 2.0, "3", True, None])
-def test_bad_adapt_every(value):
-    refuses("adapt_every is .*whole number", adapt_every=value)
 
 
 def test_json_values():
@@ -102,19 +114,32 @@ def test_json_values():
     assert given["betas"] == [0.9, 0.999]  # the caller's dict is left alone
 
 
-@pytest.mark.parametrize(
-    ("wrong", "right"),
-    [("momentun", "momentum"), ("wieght_decay", "weight_decay"), ("LR", "lr"), ("beta", "betas"),
-     ("polar_step", "polar_steps"), ("Nesterov", "nesterov"), ("scalarlr", "scalar_lr"),
-     ("matrix", "matrices"), ("bucket_size_mb", "bucket_mb")],
-)  # fmt: skip
-def test_unknown_option_gives_the_nearest_and_the_list(wrong, right):
-    refuses(f"unknown option '{wrong}'; did you mean '{right}'\\? Known: .*betas, .*wire_dtype",
-            **{wrong: 1})  # fmt: skip
+# -- names
 
 
-def test_unknown_option_that_is_near_nothing():
-    refuses(r"unknown option 'xyzzy'\. Known: ", **{"xyzzy": 1})
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_unknown_names(entry):
+    """Options of the others among them; each with the list, and the nearest if one is near."""
+    known = specs_of(entry.options)
+    for name in registry.option_names() - known.keys():
+        refuses(f"unknown option '{name}'.* Known: .*betas", kind=entry.options, **{name: 1})
+    for name in known:
+        for wrong in (name.upper(), f"{name}_", name.title()):
+            said = f"unknown option '{wrong}'; did you mean '{name}'\\? Known: .*{name}"
+            refuses(said, kind=entry.options, **{wrong: 1})
+    refuses(r"unknown option 'xyzzy'\. Known: ", kind=entry.options, xyzzy=1)
+    for name in ROUTING:
+        refuses(rf"param_groups\(model, {name}=\.\.\.\)", kind=entry.options, **{name: []})
+
+
+def test_misspelt_names_give_the_nearest_and_the_list():
+    for wrong, right in (
+        ("momentun", "momentum"), ("wieght_decay", "weight_decay"), ("LR", "lr"),
+        ("beta", "betas"), ("polar_step", "polar_steps"), ("Nesterov", "nesterov"),
+        ("scalarlr", "scalar_lr"), ("matrix", "matrices"), ("bucket_size_mb", "bucket_mb"),
+    ):  # fmt: skip
+        said = f"unknown option '{wrong}'; did you mean '{right}'\\? Known: .*betas, .*wire_dtype"
+        refuses(said, **{wrong: 1})
 
 
 def test_where_is_said():
@@ -126,176 +151,230 @@ def test_where_is_said():
         spectral_dist.Muon(spectral_dist.param_groups(model()), lr=0.1, momentun=0.9)
 
 
-@pytest.mark.parametrize("name", ["matrices", "scalars", "split"])
-def test_routing_options_belong_elsewhere(name):
-    refuses(rf"param_groups\(model, {name}=\.\.\.\)", **{name: []})
+# -- values, by the type of the field
+
+texts = st.text(max_size=8)
+containers = st.one_of(
+    st.lists(st.floats() | texts, max_size=2), st.dictionaries(texts, st.integers(), max_size=2),
+    st.just(torch.ones(())), st.tuples(st.floats()),
+)  # fmt: skip
 
 
-NUMBERS = ("lr", "weight_decay", "scalar_lr", "scalar_weight_decay", "momentum", "eps", "bucket_mb")
+@given(st.one_of(texts, st.booleans(), st.sampled_from([float("nan"), float("inf")]), containers))
+@example("1e-3")
+@example("fast")
+@example(True)
+@example([0.1])
+@example({})
+@example(float("nan"))
+@example(float("inf"))
+@example(-float("inf"))
+@example(torch.ones(()))
+@example(None)
+def test_what_is_no_number(value):
+    for cls, name, optional in [*fields_of(float), *fields_of(float, int)]:
+        if value is not None or not optional:
+            refuses(f"{name} is ", kind=cls, **{name: value})
 
 
-@pytest.mark.parametrize("name", NUMBERS)
-@pytest.mark.parametrize(
-    "value", ["1e-3", "fast", True, [0.1], {}, -0.1, float("nan"), float("inf"), torch.ones(())]
-)
-def test_bad_numbers(name, value):
-    refuses(f"{name} is ", **{name: value})
+@given(st.one_of(texts, st.floats(), st.booleans(), containers))
+@example(-(2**70))
+@example(2.0)
+@example(2.5)
+@example("3")
+@example(True)
+@example(None)
+@example([5])
+def test_what_is_no_whole_number(value):
+    for cls, name, optional in fields_of(int):
+        if value is not None or not optional:
+            said = f"{name} is .*whole number"
+            if name == "polar_steps":  # of which some methods take none
+                said = "steps is .*whole number|steps=.* would have no effect"
+            refuses(said, kind=cls, **{name: value})
+
+
+@given(st.one_of(texts, st.integers(), st.floats(), st.none(), containers))
+@example("true")
+@example(1)
+@example(0)
+@example(None)
+def test_what_is_no_switch(value):
+    for cls, name, _ in fields_of(bool):
+        refuses(f"{name} is .*true or false", kind=cls, **{name: value})
+
+
+@given(st.one_of(st.integers(), st.floats(), st.booleans(), st.none(), containers))
+@example(3)
+@example("")
+@example(["torch"])
+@example({"none": 1})
+def test_what_is_no_name(value):
+    for cls, name, optional in fields_of(str):
+        if value is not None or not optional:
+            refuses(f"{name} is ", kind=cls, **{name: value})
+
+
+def test_names_give_the_nearest_and_the_list():
+    """The list is of what is taken; each of it is suggested for what is near it."""
+    for cls, name, optional in fields_of(str):
+        if optional:
+            continue
+        with pytest.raises(ValueError, match=r"xyzzy'; unknown .*Known: ") as error:
+            cls.from_user({name: "xyzzy"}, "Muon")
+        listed = str(error.value).split("Known: ")[1].rstrip(".").split(", ")
+        assert getattr(cls(), name) in listed
+        for known in listed:
+            assert specs_of(cls)[name].problem(known) is None
+            refuses(rf"{known.upper()}'.* did you mean '{known}'\? Known: .*{known}",
+                    kind=cls, **{name: known.upper()})  # fmt: skip
+    for name, value, near in (
+        ("scale", "match_rms_adam", "match_rms_adamw"), ("scale", "Original", "original"),
+        ("scalar_backend", "Torch", "torch"), ("scalar_backend", "apx", "apex"),
+        ("polar_dtype", "bf16", "bfloat16"), ("polar_dtype", "flaot32", "float32"),
+        ("polar", "jordon", "jordan"), ("polar", "polarexpress", "polar_express"),
+    ):  # fmt: skip
+        refuses(rf"{value}.* did you mean '{near}'\? Known: .*{near}", **{name: value})
+    for value in ("grams", "local", "whole"):
+        refuses(f"strategy is '{value}'; unknown strategy.* Known: auto, block", strategy=value)
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_every_option_is_told_what_it_is_and_refuses_what_is_nothing(entry):
+    """Of whatever type: those with a check of their own, too; and takes its default."""
+    for name, spec in specs_of(entry.options).items():
+        assert spec.doc.endswith("."), name
+        refuses("steps" if name == "polar_steps" else name, kind=entry.options, **{name: object()})
+        default = getattr(entry.options(), name)
+        assert getattr(entry.options.from_user({name: default}), name) == default
+
+
+# -- the ranges of those there are
+
+AT_LEAST_0 = {"lr", "weight_decay", "scalar_lr", "scalar_weight_decay", "momentum", "eps", "beta2",
+              "nu_power", "limiter", "perp_scale", "refresh_below"}  # fmt: skip
+ABOVE_0 = {"bucket_mb", "row_eps", "quantile", "rank"}
+
+
+def test_ranges():
+    for name in AT_LEAST_0 | ABOVE_0:
+        for value in (-0.1, -1):
+            refuses(f"{name} is ", **{name: value})
+    for name in AT_LEAST_0:
+        for cls in having(name):
+            if (cls.__name__, name) != ("POETOptions", "scalar_weight_decay"):
+                assert getattr(cls.from_user({name: 0}), name) == 0
+    for name in ABOVE_0:
+        refuses(f"{name} is 0", **{name: 0})
+    refuses("bucket_mb is 0; it must be above 0", bucket_mb=0)
+    for name in ("momentum", "beta2"):
+        for value in (1, 1.0, 1.5):
+            refuses(f"{name} is .* below 1", **{name: value})
+    refuses(r"quantile is 1\.01", quantile=1.01)
+    assert ROOTOptions.from_user({"quantile": 1}).quantile == 1
+    for name, least in (("adapt_every", 0), ("block_period", 1), ("period", 1), ("seed", 0),
+                        ("merge_every", 1)):  # fmt: skip
+        refuses(f"{name} is .*whole number.*at least", **{name: least - 1})
 
 
 def test_quoted_numbers_are_explained():
     refuses("lr is '1e-3'; it must be a number.*if it is quoted", lr="1e-3")
 
 
-@pytest.mark.parametrize("name", [n for n in NUMBERS if not n.startswith("scalar_")])
-def test_numbers_that_may_not_be_missing(name):
-    refuses(f"{name} is None; it must be a number", **{name: None})
+def test_bad_betas():
+    for value in (
+        0.9, None, [], [0.9], [0.9, 0.95, 0.99], "ab", ["a", "b"], [0.9, 1.0], [-0.1, 0.9],
+        [0.9, float("nan")], {"a": 1, "b": 2}, [True, 0.9], [None, None], [[0.9], [0.9]],
+    ):  # fmt: skip
+        refuses(r"betas is .*in \[0\.9, 0\.95\]", betas=value)
 
 
-def test_zero():
-    for name in set(NUMBERS) - {"bucket_mb"}:
-        assert getattr(MuonOptions.from_user({name: 0}), name) == 0
-    refuses("bucket_mb is 0; it must be above 0", bucket_mb=0)
+def test_bad_wire():
+    for value in ("float16", "fp32", "auto", "", 16, ["float32"], {}):
+        refuses("wire_dtype is .*'float32' or 'bfloat16'", wire_dtype=value)
 
 
-@pytest.mark.parametrize("value", [1, 1.0, 1.5])
-def test_momentum_is_below_one(value):
-    refuses("momentum is .* below 1", momentum=value)
+def test_scales_by_the_names_of_others_are_explained_not_guessed():
+    for theirs, ours in (
+        ("moonlight", "match_rms_adamw"), ("shape_scaling", "original"),
+        ("spectral_norm", "spectral"), ("unit_rms_norm", "spectral"),
+    ):  # fmt: skip
+        refuses(f"scale is '{theirs}'; here that is '{ours}'", scale=theirs)
 
 
-@pytest.mark.parametrize(
-    "value", [0.9, None, [], [0.9], [0.9, 0.95, 0.99], "ab", ["a", "b"], [0.9, 1.0], [-0.1, 0.9],
-              [0.9, float("nan")], {"a": 1, "b": 2}, [True, 0.9], [None, None], [[0.9], [0.9]]],
-)  # fmt: skip
-def test_bad_betas(value):
-    refuses(r"betas is .*in \[0\.9, 0\.95\]", betas=value)
-
-
-@pytest.mark.parametrize("name", ["nesterov", "check_finite", "replicate_momentum", "polar_first"])
-@pytest.mark.parametrize("value", ["true", 1, 0, None, [], 0.5])
-def test_bad_switches(name, value):
-    refuses(f"{name} is .*true or false", **{name: value})
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "near"),
-    [("scale", "match_rms_adam", "match_rms_adamw"), ("scale", "Original", "original"),
-     ("scalar_backend", "Torch", "torch"), ("scalar_backend", "apx", "apex"),
-     ("polar_dtype", "bf16", "bfloat16"), ("polar_dtype", "flaot32", "float32"),
-     ("polar", "jordon", "jordan"), ("polar", "polarexpress", "polar_express")],
-)  # fmt: skip
-def test_bad_words_give_the_nearest_and_the_list(name, value, near):
-    refuses(rf"{value}.* did you mean '{near}'\? Known: .*{near}", **{name: value})
-
-
-@pytest.mark.parametrize("name", ["scale", "scalar_backend", "polar", "polar_dtype", "strategy"])
-@pytest.mark.parametrize("value", [None, 3, "", ["torch"], {"none": 1}, True])
-def test_words_that_are_none(name, value):
-    refuses(".", **{name: value})
-
-
-@pytest.mark.parametrize("value", ["float16", "fp32", "auto", "", 16, ["float32"], {}])
-def test_bad_wire(value):
-    refuses("wire_dtype is .*'float32' or 'bfloat16'", wire_dtype=value)
-
-
-@pytest.mark.parametrize(
-    ("theirs", "ours"),
-    [("moonlight", "match_rms_adamw"), ("shape_scaling", "original"),
-     ("spectral_norm", "spectral"), ("unit_rms_norm", "spectral")],
-)  # fmt: skip
-def test_scales_by_the_names_of_others_are_explained_not_guessed(theirs, ours):
-    refuses(f"scale is '{theirs}'; here that is '{ours}'", scale=theirs)
-
-
-@pytest.mark.parametrize("value", ["grams", "local", "whole"])
-def test_unknown_strategies(value):
-    refuses(f"strategy is '{value}'; unknown strategy.* Known: auto, block", strategy=value)
-
-
-@pytest.mark.parametrize(
-    ("method", "why"),
-    [("svd", "is exact"), ("eigh", "is exact"), ("qdwh", "takes the steps that it converges in"),
-     ("zolo", "takes the steps that it converges in")],
-)  # fmt: skip
-def test_steps_of_an_exact_method(method, why):
-    refuses(f"steps=5 would have no effect.*'{method}' {why}", polar=method, polar_steps=5)
-    assert MuonOptions.from_user({"polar": method}).polar_steps is None
-
-
-@pytest.mark.parametrize("value", [0, -1, 5.0, "5", True, [5]])
-def test_bad_steps(value):
-    for cls in (MuonOptions, ROOTOptions):
-        refuses("steps is .*whole number", kind=cls, polar_steps=value)
-    refuses("would have no effect.*'qdwh'", kind=PolarGradOptions, polar_steps=value)
+def test_polar_methods_and_their_steps_and_dtypes():
+    for value in (None, 3, "", ["torch"], {"none": 1}, True):
+        refuses(".", polar=value)
+    for method, why in (
+        ("svd", "is exact"), ("eigh", "is exact"), ("qdwh", "takes the steps that it converges in"),
+        ("zolo", "takes the steps that it converges in"),
+    ):  # fmt: skip
+        refuses(f"steps=5 would have no effect.*'{method}' {why}", polar=method, polar_steps=5)
+        for cls in having("polar"):
+            assert cls.from_user({"polar": method}).polar_steps is None
+    for value in (0, -1, 5.0, "5", True, [5]):
+        for cls in having("polar_steps"):
+            said = "would have no effect.*'qdwh'" if cls is PolarGradOptions else "whole number"
+            refuses(f"steps.*{said}", kind=cls, polar_steps=value)
     refuses("steps is 6; cubic5 has exactly 5", polar="cubic5", polar_steps=6)
-
-
-@pytest.mark.parametrize(
-    ("method", "dtype"),
-    [("gram_jordan", "bfloat16"), ("cans", "float16"), ("eigh", "float32"), ("svd", "bfloat16")],
-)
-def test_methods_that_refuse_a_dtype(method, dtype):
-    refuses(f"'{method}' .*{dtype}", polar=method, polar_dtype=dtype)
+    for method, dtype in (
+        ("gram_jordan", "bfloat16"), ("cans", "float16"), ("eigh", "float32"), ("svd", "bfloat16"),
+    ):  # fmt: skip
+        refuses(f"'{method}' .*{dtype}", polar=method, polar_dtype=dtype)
 
 
 # -- of parameter groups
 
 
-def grouped(changes, which=0, **options):
+def grouped(changes, which=0, entry=None, **options):
+    """With group 0 of matrices, or 1 of the rest, changed."""
     groups = spectral_dist.param_groups(model())
     groups[which].update(changes)
-    return spectral_dist.Muon(groups, **{"lr": 0.01, **options})
+    make = getattr(spectral_dist, entry.title if entry else "Muon")
+    return make(groups, **{"lr": 0.01, **options})
 
 
-@pytest.mark.parametrize(
-    ("which", "wrong", "right"),
-    [(0, "momentun", "momentum"), (0, "weigth_decay", "weight_decay"), (1, "beta", "betas"),
-     (0, "polar_step", "polar_steps"), (1, "weight_decays", "weight_decay")],
-)  # fmt: skip
-def test_misspelt_option_of_a_group(which, wrong, right):
-    with pytest.raises(
-        ValueError, match=f"group: unknown option '{wrong}'; did you mean '{right}'"
-    ):
-        grouped({wrong: 0.5}, which)
+@pytest.mark.parametrize("entry", RULES, ids=lambda entry: entry.name)
+def test_what_a_group_may_set(entry):
+    """What its kind carries, checked; never what belongs to the other kind or to the optimizer."""
+    for name, spec in specs_of(entry.options).items():
+        for which, kind in enumerate(("matrix", "scalar")):
+            if spec.scope in (kind, "all"):
+                said = f"a parameter group: .*{'steps' if name == 'polar_steps' else name}"
+                with pytest.raises(ValueError, match=said):
+                    grouped({name: object()}, which, entry)
+            else:
+                default = getattr(entry.options(), name)
+                with pytest.raises(ValueError, match=rf"has no option '{name}'"):
+                    grouped({name: default}, which, entry)
+                # a mixed group gives each half what it knows; what neither knows must not vanish
+                tagged = model()
+                spectral_dist.tag(tagged)
+                params = [p for p in tagged.parameters() if (p.ndim != 2) == which]
+                with pytest.raises(ValueError, match=name):
+                    getattr(spectral_dist, entry.title)([{"params": params, name: default}])
 
 
-@pytest.mark.parametrize("name", ["wd", "learning_rate", "ns_steps"])
-def test_a_groups_unknown_option_is_not_ignored_in_silence(name):
+def test_misspelt_option_of_a_group():
+    for which, wrong, right in (
+        (0, "momentun", "momentum"), (0, "weigth_decay", "weight_decay"), (1, "beta", "betas"),
+        (0, "polar_step", "polar_steps"), (1, "weight_decays", "weight_decay"),
+    ):  # fmt: skip
+        said = f"group: unknown option '{wrong}'; did you mean '{right}'"
+        with pytest.raises(ValueError, match=said):
+            grouped({wrong: 0.5}, which)
+
+
+def test_a_groups_unknown_option_is_not_ignored_in_silence():
     """Frameworks keep keys of their own in groups, so a warning would do."""
-    with pytest.raises((ValueError, UserWarning), match=name):
-        grouped({name: 0.5})
+    for name in ("wd", "learning_rate", "ns_steps"):
+        with pytest.raises((ValueError, UserWarning), match=name):
+            grouped({name: 0.5})
 
 
-@pytest.mark.parametrize("name", ["name", "initial_lr", "swa_lr", "is_expert_group"])
-def test_keys_of_frameworks_stay(name):
-    assert grouped({name: "x"}).param_groups[0][name] == "x"
-
-
-@pytest.mark.parametrize(
-    ("which", "name", "value"),
-    [(0, "betas", (0.8, 0.9)), (0, "eps", 1e-6), (1, "momentum", 0.9), (1, "scale", "none"),
-     (0, "replicate_momentum", True), (0, "strategy", "owner"),
-     (0, "check_finite", False), (1, "bucket_mb", 1.0), (1, "scalar_lr", 0.1)],
-)  # fmt: skip
-def test_option_that_a_group_of_this_kind_does_not_have(which, name, value):
-    with pytest.raises(ValueError, match=rf"has no option '{name}'"):
-        grouped({name: value}, which)
-
-
-@pytest.mark.parametrize(
-    ("which", "name", "value"),
-    [(0, "betas", (0.8, 0.9)), (1, "momentum", 0.9), (0, "check_finite", False),
-     (1, "scalar_lr", 0.1), (1, "scalar_weight_decay", 0.0)],
-)  # fmt: skip
-def test_option_that_no_parameter_of_a_tagged_group_has(which, name, value):
-    """A mixed group gives each half what it knows; what neither knows must not vanish."""
-    tagged = model()
-    spectral_dist.tag(tagged)
-    first, rest = [], []
-    for p in tagged.parameters():
-        (first if p.ndim == 2 else rest).append(p)
-    with pytest.raises(ValueError, match=name):
-        spectral_dist.Muon([{"params": (first, rest)[which], name: value}], lr=0.01)
+def test_keys_of_frameworks_stay():
+    for name in ("name", "initial_lr", "swa_lr", "is_expert_group"):
+        assert grouped({name: "x"}).param_groups[0][name] == "x"
 
 
 @pytest.mark.parametrize(

@@ -53,10 +53,14 @@ class NorMuon(NesterovRule[NorMuonOptions]):
         """Return D."""
         factors = ops.polar(matrices)
         wide = factors.to(torch.promote_types(factors.dtype, torch.float32))
+        # of a row of zeros, some methods give rounding errors, which would grow to full size
+        filled = (matrices != 0).any(-1, keepdim=True).to(wide.dtype)
+        sums = ops.row_sums(torch.cat([wide.square().sum(-1, keepdim=True), filled]))
+        sums, filled = sums[..., None].chunk(2)
+        filled = filled.clamp_max(1)
         squares = ops.state["row_squares"]
-        means = ops.row_sums(wide.square()) / ops.shape[1]
-        squares.lerp_(means[..., None].to(squares.dtype), 1 - options.beta2)
-        rows = wide / (squares.sqrt() + options.row_eps).to(wide.dtype)
+        squares.lerp_((sums * filled / ops.shape[1]).to(squares.dtype), 1 - options.beta2)
+        rows = wide * filled / (squares.sqrt() + options.row_eps).to(wide.dtype)
         tiny = torch.finfo(wide.dtype).tiny
         ratio = (ops.inner(wide, wide) / ops.inner(rows, rows).clamp_min(tiny)).sqrt()
         return rows * ratio[:, None, None]
