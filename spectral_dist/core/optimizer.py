@@ -132,9 +132,8 @@ class SpectralOptimizer(ShardedOptimizer):
         if self._watches is not None:
             watch = Watch(unit.located, self.rule, options, lr)
             self._watches.append(watch)
-        context = StepContext(
-            self.rule, options, unit.names, tuple(self.observers), watch, self._pooled
-        )
+        observers = tuple(self.observers) if self._agreement.is_observed else ()
+        context = StepContext(self.rule, options, unit.names, observers, watch, self._pooled)
         weights = [self.placement.local(p) for p in tensors]
         unit.exchange.run(MatrixStep(context, unit, lr, weights, grads, momenta))
         self.polar_calls += context.polar_calls

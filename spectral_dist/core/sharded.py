@@ -157,7 +157,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         A collective call of the ranks that train the model together. It waits for the device once,
         to know that every rank's gradients are finite and that all go on; with check_finite=False
-        in the first step only.
+        in the first step only, after which a rank raises alone for what it finds in its options.
 
         Raises:
             ValueError: on every rank and before anything has changed, if a gradient is NaN or
@@ -358,11 +358,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if error is not None:
             raise error
         agreed = self._agreement.status
-        if (status.monitor_every, status.is_observed) != (agreed.monitor_every, agreed.is_observed):
-            raise ValueError(
-                "a monitor or an observer was set or removed after the first step, and with"
-                " check_finite=False ranks agree on them in the first step only; set it before, or"
-                " leave check_finite on"
+        changed = (status.monitor_every, status.is_observed) != (
+            agreed.monitor_every, agreed.is_observed
+        )  # fmt: skip
+        if changed and "monitor" not in self._warned:  # an error would be this rank's alone
+            self._warned.add("monitor")
+            warnings.warn(
+                "a monitor or an observer was set or removed after the first step, which has no"
+                " effect: with check_finite=False ranks agree on them in the first step only; set"
+                " it before, or leave check_finite on",
+                stacklevel=5,
             )
         return True
 
@@ -371,7 +376,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         try:
             for group in groups:
                 self.check_group(group)
-            self.check_observers()
+            if self.options.check_finite or not self._agreement.is_made:
+                self.check_observers()
         except (ValueError, TypeError) as error:
             return error
         return None
