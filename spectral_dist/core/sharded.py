@@ -461,7 +461,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for name, spec in specs_of(self.options_type).items():
                 here, there = group.get(name), other.get(name)
                 if spec.shapes_state and group["kind"] == other.get("kind") and here != there:
-                    raise ValueError(
-                        f"{name} is {here} here, but {there} in the checkpoint; write the {name}"
-                        " that it was saved with"
-                    )
+                    what = f"but {there} in the checkpoint; write the {name} that it was saved with"
+                    if name not in other:
+                        what = "and the checkpoint has none: it was saved with another optimizer"
+                    raise ValueError(f"{name} is {here} here, {what}")
