@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from spectral_dist.checkpoint_metadata import check_entries
 from spectral_dist.core.matrix_state import Part, check_saved
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.core.sharded import ShardedOptimizer
@@ -165,6 +166,14 @@ def check_matrix_state(optimizer: ShardedOptimizer, saved: Mapping[str, Any], pr
     Raises:
         ValueError: names the matrix, and what must have been changed.
     """
+    kept = optimizer.kept_names() if isinstance(optimizer, SpectralOptimizer) else {}
+    for key in saved:
+        matrix, _, name = key.removeprefix(prefix).rpartition(".")
+        if key.startswith(prefix) and name not in kept.get(matrix, {name}):
+            raise ValueError(
+                f"the checkpoint has {name} of {matrix}, which {type(optimizer).__name__} does not"
+                " keep: it was saved with another optimizer"
+            )
     for part in _parts(optimizer):
         entry = saved.get(f"{prefix}{part.matrix}.{part.name}")
         shape = None if entry is None else tuple(entry.size)
@@ -242,7 +251,7 @@ def load(folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer) -> d
     with _failing_together():
         saved = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
         layers = _rotated_layers(folder, model, saved)
-        _check_entries(folder, content["optimizer"]["state"], saved)
+        check_entries(folder, content["model"], content["optimizer"]["state"], saved)
         former = _former_state(optimizer, saved)
         if former:
             content["optimizer"].pop("matrices")
@@ -277,19 +286,6 @@ def _former_state(
         if route.kind == "matrix"
         and all(f"optimizer.state.{route.name}.{old}" in saved for old in names.values())
     }
-
-
-def _check_entries(
-    folder: str | Path, state: Mapping[str, Mapping[str, Any]], saved: Mapping[str, Any]
-) -> None:
-    """Raise a ValueError if a checkpoint lacks a parameter's state."""
-    for name, entry in state.items():
-        for key in entry:
-            if f"optimizer.state.{name}.{key}" not in saved:
-                raise ValueError(
-                    f"{folder} has no {key} of {name}; it was saved of another model, or with that"
-                    " parameter on the other of the rule and AdamW (matrices, scalars)"
-                )
 
 
 def _rotated_layers(

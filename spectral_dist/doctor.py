@@ -33,7 +33,6 @@ from spectral_dist.doctor_readings import (
 from spectral_dist.polar import polar
 from spectral_dist.rules import registry
 from spectral_dist.rules.scales import SCALES
-from spectral_dist.sharding import collectives
 
 RANKS = 2
 LENGTH = 256
@@ -78,12 +77,15 @@ def examine(config: dict[str, Any], model: Any) -> list[Row]:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     with tempfile.TemporaryDirectory() as folder:
         answer = Path(folder, "answer.json")
-        mp.spawn(  # type: ignore[attr-defined,no-untyped-call]
-            _rank, (port, config, model.to_dict(), str(answer)), nprocs=RANKS
-        )
+        try:
+            mp.spawn(  # type: ignore[attr-defined,no-untyped-call]
+                _rank, (port, config, model.to_dict(), str(answer)), nprocs=RANKS
+            )
+        except mp.ProcessRaisedException:  # type: ignore[attr-defined]
+            for said in sorted(answer.parent.glob("error*")):
+                raise ValueError(said.read_text()) from None
+            raise
         found = json.loads(answer.read_text())
-    if "error" in found:
-        raise ValueError(found["error"])
     return [Row(*row) for row in found["rows"]]
 
 
@@ -129,17 +131,13 @@ def _rank(rank: int, port: int, config: dict[str, Any], model: dict[str, Any], o
     else:
         accelerator.set_device(rank)
     deepspeed.init_distributed(verbose=False)
-    rows: list[Row] = []
-    error: Exception | None = None
     try:
         rows = Examination(config, model).run()
-    except ValueError as raised:  # at the same place on both ranks, or one waits for the other
-        error = raised
-    content: dict[str, Any] = {"rows": [list(vars(row).values()) for row in rows]}
-    try:
-        collectives.raise_together(error, [collectives.world()])
     except ValueError as raised:
-        content = {"error": str(raised)}
+        # the other rank may wait for this one in a collective: it is ended from outside
+        Path(out).with_name(f"error{rank}").write_text(str(raised))
+        raise
+    content = {"rows": [list(vars(row).values()) for row in rows]}
     if rank == 0:
         Path(out).write_text(json.dumps(content))
     dist.barrier()

@@ -39,6 +39,7 @@ LOOSE = {
     "cli": "launch",
     "doctor": "launch",
     "doctor_readings": "launch",
+    "checkpoint_metadata": "checkpoint",
     "convert": "checkpoint",
     "state_dicts": "checkpoint",
     "monitor": "core",  # the public path of core/monitor.py

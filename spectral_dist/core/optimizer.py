@@ -47,7 +47,7 @@ class SpectralOptimizer(ShardedOptimizer):
         self._pooled: dict[Shape, Tensor] | None = None
         self._observer_error: Exception | None = None
         self._rule_options: dict[int, tuple[list[Any], MatrixOptions]] = {}
-        self._momenta: dict[int, tuple[float, float]] = {}
+        self._momenta: dict[int, float] = {}
         super().__init__(params, lr, **options)
 
     # -- options
@@ -65,6 +65,7 @@ class SpectralOptimizer(ShardedOptimizer):
         shapes = {m.name: m.shape for route in routes for m in route.matrices}
         prepared = self.rule.prepare(given, shapes)
         carried.update({name: getattr(prepared, name) for name in names})
+        self._momenta[len(self.routes)] = carried["momentum"]
         return {**carried, "betas": (carried["momentum"], self.options.betas[1])}
 
     def rule_options(self, group: ParamGroup) -> Any:
@@ -81,18 +82,18 @@ class SpectralOptimizer(ShardedOptimizer):
         """Take over what a scheduler has written into ``betas``, and check all."""
         if group["kind"] == "matrix" and "betas" in group:
             beta1, beta2 = group["betas"]
-            before = self._momenta.get(group["id"], (group["momentum"], group["momentum"]))
-            if beta1 != before[1]:
+            if beta1 != self._momenta[group["id"]]:
                 group["momentum"] = beta1
             group["betas"] = (group["momentum"], beta2)
-            self._momenta[group["id"]] = group["momentum"], group["momentum"]
+            self._momenta[group["id"]] = group["momentum"]
         super().check_group(group)
 
     def fill_in(self, group: ParamGroup, before: ParamGroup) -> None:
         """Give a group what it has not, as an older release has saved it."""
         if group["kind"] == "matrix":
             group.setdefault("betas", (group["momentum"], self.options.betas[1]))
-        self._momenta.clear()
+            # a scheduler writes it after the step, so that it is the newer one of the two
+            group["momentum"] = self._momenta[before["id"]] = group["betas"][0]
         super().fill_in(group, before)
 
     # -- one step
@@ -134,9 +135,8 @@ class SpectralOptimizer(ShardedOptimizer):
         if self._watches is not None:
             watch = Watch(unit.located, self.rule, options, lr)
             self._watches.append(watch)
-        context = StepContext(
-            self.rule, options, unit.names, tuple(self.observers), watch, self._pooled
-        )
+        observers = tuple(self.observers) if self._agreement.is_observed else ()
+        context = StepContext(self.rule, options, unit.names, observers, watch, self._pooled)
         weights = [self.placement.local(p) for p in tensors]
         unit.exchange.run(MatrixStep(context, unit, lr, weights, grads, momenta))
         self.polar_calls += context.polar_calls
@@ -288,13 +288,17 @@ class SpectralOptimizer(ShardedOptimizer):
     @property
     def keeps_matrix_state(self) -> bool:
         """Return whether the rule keeps state of whole matrices, on any rank."""
+        return any(self.kept_names().values())
+
+    def kept_names(self) -> dict[str, set[str]]:
+        """Return the names of what the rule keeps of each matrix, on any rank."""
+        kept: dict[str, set[str]] = {}
         for group in self.param_groups:
             if group["kind"] == "matrix":
                 options = self.rule_options(group)
-                matrices = [m for route in self.routes[group["id"]] for m in route.matrices]
-                if any(self.rule.state(options, m.shape) for m in matrices):
-                    return True
-        return False
+                for matrix in (m for route in self.routes[group["id"]] for m in route.matrices):
+                    kept[matrix.name] = set(self.rule.state(options, matrix.shape))
+        return kept
 
     @property
     def has_momentum(self) -> bool:

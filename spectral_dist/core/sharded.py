@@ -154,7 +154,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
         A collective call of the ranks that train the model together. It waits for the device once,
         to know that every rank's gradients are finite and that all go on; with check_finite=False
-        in the first step only.
+        in the first step only, after which a rank raises alone for what it finds in its options.
 
         Raises:
             ValueError: on every rank and before anything has changed, if a gradient is NaN or
@@ -345,10 +345,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if error is not None:
             raise error
         agreed = self._agreement.status
-        if (status.monitor_every, status.is_observed) != (agreed.monitor_every, agreed.is_observed):
-            raise ValueError(
-                "a monitor or an observer was set or removed after the first step, and with"
-                " check_finite=False ranks agree on them in the first step only; set it before"
+        changed = (status.monitor_every, status.is_observed) != (
+            agreed.monitor_every, agreed.is_observed
+        )  # fmt: skip
+        if changed and "monitor" not in self._warned:  # an error would be this rank's alone
+            self._warned.add("monitor")
+            warnings.warn(
+                "a monitor or an observer was set or removed after the first step, which has no"
+                " effect: with check_finite=False ranks agree on them in the first step only; set"
+                " it before, or leave check_finite on",
+                stacklevel=5,
             )
         return True
 
@@ -357,7 +363,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         try:
             for group in self.param_groups:
                 self.check_group(group)
-            self.check_observers()
+            if self.options.check_finite or not self._agreement.is_made:
+                self.check_observers()
         except (ValueError, TypeError) as error:
             return error
         return None
@@ -394,7 +401,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for name, spec in specs_of(self.options_type).items():
                 here, there = group.get(name), other.get(name)
                 if spec.shapes_state and group["kind"] == other.get("kind") and here != there:
-                    raise ValueError(
-                        f"{name} is {here} here, but {there} in the checkpoint; write the {name}"
-                        " that it was saved with"
-                    )
+                    what = f"but {there} in the checkpoint; write the {name} that it was saved with"
+                    if name not in other:
+                        what = "and the checkpoint has none: it was saved with another optimizer"
+                    raise ValueError(f"{name} is {here} here, {what}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -155,3 +156,29 @@ def test_errors_by_text(changes: dict[str, Any], words: str, tmp_path: Path) -> 
     bad = CliRunner().invoke(app, command(tmp_path, config(1, **changes)), env=here)
     assert bad.exit_code == 2
     assert words in " ".join(bad.stderr.split())
+
+
+def faulty(rank: int, *args: Any) -> None:
+    """Doctor's rank, of which the second meets a ValueError where the first goes on."""
+
+    def step(self: Any, engine: Any, factor: float = 1.0) -> None:
+        raise ValueError("the batch of rank 1 is empty")
+
+    if rank == 1:
+        doctor.Examination.step = step
+    spawned(rank, *args)
+
+
+spawned = doctor._rank
+
+
+@pytest.mark.slow
+def test_an_error_of_one_rank_ends_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other waits for it in a collective, and must not do so until a timeout."""
+    from transformers import LlamaConfig
+
+    monkeypatch.setattr(doctor, "_rank", faulty)
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match="the batch of rank 1 is empty"):
+        doctor.examine(config(2), LlamaConfig.from_dict(MODEL))
+    assert time.monotonic() - begin < 240
