@@ -65,19 +65,30 @@ def test_megatron(entry: Entry, number: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("layout", "world"),
-    [("fsdp", 2), ("fsdp", 3), ("tp", 2), ("hsdp", 4), ("tp_fsdp", 4), ("ddp", 2)],
-)
+    [
+        ("fsdp", 2), ("tp", 2), ("hsdp", 4),
+        *(pytest.param(*case, marks=pytest.mark.slow)
+          for case in (("fsdp", 3), ("tp_fsdp", 4), ("ddp", 2))),
+    ],
+)  # fmt: skip
 def test_placements_of_plain_torch(layout: str, world: int) -> None:
     assert all(harness.run(world, contract_runs.torch_placement, layout))
 
 
-@pytest.mark.parametrize(("stage", "world"), [(0, 2), (1, 2), (1, 3), (3, 2), (3, 3)])
+@pytest.mark.parametrize(
+    ("stage", "world"),
+    [
+        (1, 2), (3, 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, 2), (1, 3), (3, 3))),
+    ],
+)  # fmt: skip
 def test_placements_of_deepspeed(stage: int, world: int) -> None:
     assert all(harness.run(world, contract_runs.deepspeed_placement, stage))
 
 
-@pytest.mark.parametrize("distributed", [True, False])
+@pytest.mark.parametrize("distributed", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_placements_of_megatron(distributed: bool) -> None:
+    """TP 2 x DP 2."""
     wrapping = {"use_distributed_optimizer": distributed}
     args = ({"tp": 2}, wrapping)
     assert all(harness.run(4, contract_runs.megatron_placement, *args, pool=MEGATRON))
