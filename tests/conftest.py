@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import hypothesis
 import pytest
+import torch
 
 from tests import harness
 from tests.support import slow_parts
@@ -58,6 +61,23 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """A part without tests, which the line above has said, is no failure."""
     if PART in session.config.stash and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
         session.exitstatus = pytest.ExitCode.OK
+
+
+NEEDS = {
+    # its DTensor cannot flatten a dimension that is cut, as nn.Linear does with a cut sequence
+    r"\btp_sequence(_fsdp)?-\d": (2, 13),
+    # replicate() wants a mesh of two dimensions
+    r"\breplicate(_tp)?-\d": (2, 10),
+}
+"""Layouts in a test's name -> the first release of torch that was seen to have them."""
+TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip the layouts that an older torch does not have."""
+    for layout, first in NEEDS.items():
+        if first > TORCH and re.search(layout, item.name):
+            pytest.skip(f"torch {torch.__version__} has no such layout")
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, ClassVar
@@ -11,9 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from spectral_dist.core import matrix_state, strategy
+from spectral_dist.core import former_state, matrix_state, strategy
 from spectral_dist.core.agreement import Grads
-from spectral_dist.core.first_step import matrix_of
 from spectral_dist.core.matrix_ops import StepContext
 from spectral_dist.core.matrix_state import MatrixState, Part, elements
 from spectral_dist.core.matrix_step import MatrixStep
@@ -341,62 +340,9 @@ class SpectralOptimizer(ShardedOptimizer):
             self.locate()
             matrix_state.load(self.matrix_parts(), state_dict["matrix_state"])
         elif not self.placement.saves_matrix_state and self.keeps_matrix_state:
-            self._load_without_matrix_state()
+            former_state.load_without_matrix_state(self)
         for call in self.after_load:
             call()
-
-    def _load_without_matrix_state(self) -> None:
-        """Take matrix state out of the shard state that an older release has kept in its place.
-
-        Raises:
-            ValueError: steps have been taken, and what the rule keeps of them is not there.
-        """
-        whole: dict[str, dict[str, Tensor]] = {}
-        former, missing = self.former_state(), []
-        for group in self.param_groups:
-            if group["kind"] != "matrix":
-                continue
-            for route, p in zip(self.routes[group["id"]], group["params"], strict=True):
-                state = self.state.get(p, {})
-                whole[route.name] = {n: state.pop(n) for n in former.values() if n in state}
-                taken = float(state.get("step", 0.0)) > 0
-                if taken and not (former and whole[route.name]):
-                    missing.append(route.name)
-        if missing:
-            raise ValueError(
-                f"this state dict has no matrix_state, in which {type(self).__name__} keeps what it"
-                f" knows of {missing[0]} ({len(missing)} parameters): torch's"
-                " get_optimizer_state_dict leaves it out. Save optimizer.state_dict() itself, or"
-                " write spectral_dist.checkpoint.save(folder, model, optimizer)"
-            )
-        if any(whole.values()):
-            self.load_former_state(whole)
-
-    def former_state(self) -> dict[str, str]:
-        """Return {quantity: shard state} of what older releases had as shard state."""
-        former: dict[str, str] = {}
-        for group in self.param_groups:
-            if group["kind"] == "matrix":
-                options = self.rule_options(group)
-                for matrix in (m for route in self.routes[group["id"]] for m in route.matrices):
-                    specs = self.rule.state(options, matrix.shape)
-                    former |= {name: s.formerly for name, s in specs.items() if s.formerly}
-        return former
-
-    def load_former_state(self, whole: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Load matrix state from {parameter: {shard state: its whole tensor}}."""
-        former = self.former_state()
-        saved = {
-            matrix.name: {
-                name: matrix_of(matrix, whole[route.name][old]) for name, old in former.items()
-            }
-            for route in self.all_routes
-            for matrix in route.matrices
-            if whole.get(route.name)
-        }
-        self.locate()
-        parts = [part for part in self.matrix_parts() if part.matrix in saved]
-        matrix_state.load(parts, saved)
 
 
 def learned_names(options: type[BaseOptions]) -> list[str]:

@@ -22,7 +22,7 @@ from spectral_dist.placement.dtensor import MeshPlacement
 from spectral_dist.rules import adamw
 from spectral_dist.rules.adamw import AdamWOptions
 from spectral_dist.rules.fields import specs_of
-from spectral_dist.rules.group_options import group_options
+from spectral_dist.rules.group_options import check_shaping_options, group_options
 from spectral_dist.rules.options import BaseOptions
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group, Meter
@@ -378,7 +378,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: state was saved with another value of an option that shapes it.
         """
-        self._check_shaping_options(state_dict["param_groups"])
+        check_shaping_options(self.options_type, self.param_groups, state_dict["param_groups"])
         before = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, old in zip(self.param_groups, before, strict=True):
@@ -395,13 +395,3 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Give a group what it has not, as an older release has saved it; a load ends with it."""
         for name, value in before.items():
             group.setdefault(name, value)
-
-    def _check_shaping_options(self, saved: Sequence[ParamGroup]) -> None:
-        for group, other in zip(self.param_groups, saved, strict=False):
-            for name, spec in specs_of(self.options_type).items():
-                here, there = group.get(name), other.get(name)
-                if spec.shapes_state and group["kind"] == other.get("kind") and here != there:
-                    what = f"but {there} in the checkpoint; write the {name} that it was saved with"
-                    if name not in other:
-                        what = "and the checkpoint has none: it was saved with another optimizer"
-                    raise ValueError(f"{name} is {here} here, {what}")

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from spectral_dist.rules.fields import specs_of
 from spectral_dist.rules.options import BaseOptions
 from spectral_dist.rules.registry import nearest_option, option_names
 
@@ -61,3 +62,19 @@ def group_options(group: Mapping[str, Any], base: BaseOptions) -> dict[str, Any]
         carried["lr_ratio"] = base.ratio(lr, "a group's lr")
     carried.update(own)
     return carried
+
+
+def check_shaping_options(
+    options: type[BaseOptions],
+    groups: Sequence[Mapping[str, Any]],
+    saved: Sequence[Mapping[str, Any]],
+) -> None:
+    """Raise a ValueError if state was saved with another value of an option that shapes it."""
+    for group, other in zip(groups, saved, strict=False):
+        for name, spec in specs_of(options).items():
+            here, there = group.get(name), other.get(name)
+            if spec.shapes_state and group["kind"] == other.get("kind") and here != there:
+                what = f"but {there} in the checkpoint; write the {name} that it was saved with"
+                if name not in other:
+                    what = "and the checkpoint has none: it was saved with another optimizer"
+                raise ValueError(f"{name} is {here} here, {what}")
