@@ -30,7 +30,6 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from spectral_dist.checkpoint_metadata import check_entries
-from spectral_dist.core import former_state
 from spectral_dist.core.matrix_state import Part, check_saved
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.core.sharded import ShardedOptimizer
@@ -264,7 +263,7 @@ def load(folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer) -> d
         if former:
             dcp_load({"optimizer": {"state": former}}, checkpoint_id=str(folder))
     if former and isinstance(optimizer, SpectralOptimizer):
-        former_state.load_former_state(optimizer, former)
+        optimizer.load_former_state(former)
     set_model_state_dict(model, content["model"])
     load_state_dict(optimizer, content["optimizer"])
     extra: dict[str, Any] = torch.load(io.BytesIO(content["extra"]), weights_only=True)
@@ -277,7 +276,7 @@ def _former_state(
     """Return whole tensors to load what is matrix state now, and was shard state when saved."""
     if not isinstance(optimizer, SpectralOptimizer):
         return {}
-    names = former_state.former_names(optimizer)
+    names = optimizer.former_state()
     there = any(key.startswith("optimizer.matrices.") for key in saved)
     if not names or there:
         return {}

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectral_dist.core.matrix_checkpoints import learned_names
 from spectral_dist.core.named import class_of
-from spectral_dist.core.optimizer import SpectralOptimizer, learned_names
+from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.core.units import MatrixUnit
 from spectral_dist.poet.optimizer import POET

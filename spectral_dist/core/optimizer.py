@@ -3,42 +3,38 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from spectral_dist.core import former_state, matrix_state, strategy
+from spectral_dist.core import strategy
 from spectral_dist.core.agreement import Grads
+from spectral_dist.core.matrix_checkpoints import MatrixCheckpoints, learned_names
 from spectral_dist.core.matrix_ops import StepContext
-from spectral_dist.core.matrix_state import MatrixState, Part, elements
+from spectral_dist.core.matrix_state import MatrixState, elements
 from spectral_dist.core.matrix_step import MatrixStep
 from spectral_dist.core.monitor import Watch
-from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.core.units import MatrixUnit, Unit, bucket_numel, wire_dtype
 from spectral_dist.params.spec import Route
 from spectral_dist.placement.base import ParamGroup
-from spectral_dist.rules.base import Pooling, Rule, Shape
-from spectral_dist.rules.fields import specs_of
-from spectral_dist.rules.options import BaseOptions, MatrixOptions
+from spectral_dist.rules.base import Pooling, Shape
+from spectral_dist.rules.options import MatrixOptions
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.exchange import Exchange
 from spectral_dist.sharding.layout import Located
 from spectral_dist.sharding.plan import make_plan
 
 
-class SpectralOptimizer(ShardedOptimizer):
+class SpectralOptimizer(MatrixCheckpoints):
     """A rule for matrices and AdamW for the rest; see ``ShardedOptimizer``.
 
     Attributes:
         polar_calls: matrices this rank has orthogonalized.
     """
-
-    rule: ClassVar[Rule[Any]]
-    options: MatrixOptions
 
     def __init__(self, params: Iterable[Any], lr: float | None = None, **options: Any) -> None:
         self.polar_calls = 0
@@ -265,86 +261,3 @@ class SpectralOptimizer(ShardedOptimizer):
             if group["kind"] == "matrix":
                 adapted = self.rule.adapt(self.rule_options(group), sums)
                 group.update({n: getattr(adapted, n) for n in learned_names(self.options_type)})
-
-    # -- checkpoints
-
-    def matrix_parts(self) -> Iterator[Part]:
-        """Iterate over what this rank keeps of matrices, beside momentum.
-
-        Nothing before ``units`` was called.
-        """
-        for unit in self.all_units:
-            if isinstance(unit, MatrixUnit) and unit.state is not None:
-                yield from unit.state.parts()
-
-    def matrix_state(self) -> dict[str, dict[str, Tensor]]:
-        """Return {matrix: {quantity: what this rank keeps of it}}; ``rules.base.StateSpec``."""
-        by_matrix: dict[str, dict[str, Tensor]] = {}
-        for part in self.matrix_parts():
-            by_matrix.setdefault(part.matrix, {})[part.name] = part.values
-        return by_matrix
-
-    @property
-    def keeps_matrix_state(self) -> bool:
-        """Return whether the rule keeps state of whole matrices, on any rank."""
-        return any(self.kept_names().values())
-
-    def kept_names(self) -> dict[str, set[str]]:
-        """Return the names of what the rule keeps of each matrix, on any rank."""
-        kept: dict[str, set[str]] = {}
-        for group in self.param_groups:
-            if group["kind"] == "matrix":
-                options = self.rule_options(group)
-                for matrix in (m for route in self.routes[group["id"]] for m in route.matrices):
-                    kept[matrix.name] = set(self.rule.state(options, matrix.shape))
-        return kept
-
-    @property
-    def has_momentum(self) -> bool:
-        """Return whether the rule has the shard state ``exp_avg``."""
-        return self.rule.has_momentum(self.options)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dict; with "matrix_state" beside "state" if there is some.
-
-        Raises:
-            ValueError: momentum (DistributedDataParallel) or matrix state is at owners alone, so
-                that no rank has the whole of it.
-        """
-        units = [unit for unit in self.all_units if isinstance(unit, MatrixUnit)]
-        if any(unit.momentum_at_owner for unit in units):
-            raise ValueError(
-                "under DistributedDataParallel a matrix's momentum is on its owner alone, so no"
-                " rank's state_dict() is whole. Write spectral_dist.checkpoint.save(folder, model,"
-                " optimizer) on every rank, or build the optimizer with replicate_momentum=True"
-            )
-        if self.placement.saves_matrix_state or not any(unit.state for unit in units):
-            return super().state_dict()
-        if any(unit.state_is_spread for unit in units):
-            raise ValueError(
-                f"{type(self).__name__} keeps its state at the owners of matrices, so no rank's"
-                " state_dict() is whole. Write spectral_dist.checkpoint.save(folder, model,"
-                " optimizer) on every rank"
-            )
-        return {**super().state_dict(), "matrix_state": self.matrix_state()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` has returned, in the dtype that it was saved in.
-
-        Raises:
-            ValueError: state was saved with another value of an option that shapes it, or of
-                other matrices.
-        """
-        super().load_state_dict(state_dict)
-        if "matrix_state" in state_dict:
-            self.locate()
-            matrix_state.load(self.matrix_parts(), state_dict["matrix_state"])
-        elif not self.placement.saves_matrix_state and self.keeps_matrix_state:
-            former_state.load_without_matrix_state(self)
-        for call in self.after_load:
-            call()
-
-
-def learned_names(options: type[BaseOptions]) -> list[str]:
-    """Return the options that training changes."""
-    return [name for name, spec in specs_of(options).items() if spec.learned]

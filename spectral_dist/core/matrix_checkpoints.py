@@ -1,0 +1,164 @@
+"""What an optimizer of matrices saves and loads: states of parameters, and of whole matrices."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from spectral_dist.core import matrix_state
+from spectral_dist.core.first_step import matrix_of
+from spectral_dist.core.matrix_state import Part
+from spectral_dist.core.sharded import ShardedOptimizer
+from spectral_dist.core.units import MatrixUnit
+from spectral_dist.placement.base import ParamGroup
+from spectral_dist.rules.base import Rule
+from spectral_dist.rules.fields import specs_of
+from spectral_dist.rules.options import BaseOptions, MatrixOptions
+
+
+class MatrixCheckpoints(ShardedOptimizer):
+    """The part of ``SpectralOptimizer`` that concerns checkpoints."""
+
+    rule: ClassVar[Rule[Any]]
+    options: MatrixOptions
+
+    @abstractmethod
+    def rule_options(self, group: ParamGroup) -> Any:
+        """Return the rule's options of a group of matrices, as it is now."""
+
+    def matrix_parts(self) -> Iterator[Part]:
+        """Iterate over what this rank keeps of matrices, beside momentum.
+
+        Nothing before ``units`` was called.
+        """
+        for unit in self.all_units:
+            if isinstance(unit, MatrixUnit) and unit.state is not None:
+                yield from unit.state.parts()
+
+    def matrix_state(self) -> dict[str, dict[str, Tensor]]:
+        """Return {matrix: {quantity: what this rank keeps of it}}; ``rules.base.StateSpec``."""
+        by_matrix: dict[str, dict[str, Tensor]] = {}
+        for part in self.matrix_parts():
+            by_matrix.setdefault(part.matrix, {})[part.name] = part.values
+        return by_matrix
+
+    @property
+    def keeps_matrix_state(self) -> bool:
+        """Return whether the rule keeps state of whole matrices, on any rank."""
+        return any(self.kept_names().values())
+
+    def kept_names(self) -> dict[str, set[str]]:
+        """Return the names of what the rule keeps of each matrix, on any rank."""
+        kept: dict[str, set[str]] = {}
+        for group in self.param_groups:
+            if group["kind"] == "matrix":
+                options = self.rule_options(group)
+                for matrix in (m for route in self.routes[group["id"]] for m in route.matrices):
+                    kept[matrix.name] = set(self.rule.state(options, matrix.shape))
+        return kept
+
+    @property
+    def has_momentum(self) -> bool:
+        """Return whether the rule has the shard state ``exp_avg``."""
+        return self.rule.has_momentum(self.options)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return torch's state dict; with "matrix_state" beside "state" if there is some.
+
+        Raises:
+            ValueError: momentum (DistributedDataParallel) or matrix state is at owners alone, so
+                that no rank has the whole of it.
+        """
+        units = [unit for unit in self.all_units if isinstance(unit, MatrixUnit)]
+        if any(unit.momentum_at_owner for unit in units):
+            raise ValueError(
+                "under DistributedDataParallel a matrix's momentum is on its owner alone, so no"
+                " rank's state_dict() is whole. Write spectral_dist.checkpoint.save(folder, model,"
+                " optimizer) on every rank, or build the optimizer with replicate_momentum=True"
+            )
+        if self.placement.saves_matrix_state or not any(unit.state for unit in units):
+            return super().state_dict()
+        if any(unit.state_is_spread for unit in units):
+            raise ValueError(
+                f"{type(self).__name__} keeps its state at the owners of matrices, so no rank's"
+                " state_dict() is whole. Write spectral_dist.checkpoint.save(folder, model,"
+                " optimizer) on every rank"
+            )
+        return {**super().state_dict(), "matrix_state": self.matrix_state()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` has returned, in the dtype that it was saved in.
+
+        Raises:
+            ValueError: state was saved with another value of an option that shapes it, or of
+                other matrices.
+        """
+        super().load_state_dict(state_dict)
+        if "matrix_state" in state_dict:
+            self.locate()
+            matrix_state.load(self.matrix_parts(), state_dict["matrix_state"])
+        elif not self.placement.saves_matrix_state and self.keeps_matrix_state:
+            self._load_without_matrix_state()
+        for call in self.after_load:
+            call()
+
+    def _load_without_matrix_state(self) -> None:
+        """Take matrix state out of the shard state that an older release has kept in its place.
+
+        Raises:
+            ValueError: steps have been taken, and what the rule keeps of them is not there.
+        """
+        whole: dict[str, dict[str, Tensor]] = {}
+        former, missing = self.former_state(), []
+        for group in self.param_groups:
+            if group["kind"] != "matrix":
+                continue
+            for route, p in zip(self.routes[group["id"]], group["params"], strict=True):
+                state = self.state.get(p, {})
+                whole[route.name] = {n: state.pop(n) for n in former.values() if n in state}
+                taken = float(state.get("step", 0.0)) > 0
+                if taken and not (former and whole[route.name]):
+                    missing.append(route.name)
+        if missing:
+            raise ValueError(
+                f"this state dict has no matrix_state, in which {type(self).__name__} keeps what it"
+                f" knows of {missing[0]} ({len(missing)} parameters): torch's"
+                " get_optimizer_state_dict leaves it out. Save optimizer.state_dict() itself, or"
+                " write spectral_dist.checkpoint.save(folder, model, optimizer)"
+            )
+        if any(whole.values()):
+            self.load_former_state(whole)
+
+    def former_state(self) -> dict[str, str]:
+        """Return {quantity: shard state} of what older releases had as shard state."""
+        former: dict[str, str] = {}
+        for group in self.param_groups:
+            if group["kind"] == "matrix":
+                options = self.rule_options(group)
+                for matrix in (m for route in self.routes[group["id"]] for m in route.matrices):
+                    specs = self.rule.state(options, matrix.shape)
+                    former |= {name: s.formerly for name, s in specs.items() if s.formerly}
+        return former
+
+    def load_former_state(self, whole: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Load matrix state from {parameter: {shard state: its whole tensor}}."""
+        former = self.former_state()
+        saved = {
+            matrix.name: {
+                name: matrix_of(matrix, whole[route.name][old]) for name, old in former.items()
+            }
+            for route in self.all_routes
+            for matrix in route.matrices
+            if whole.get(route.name)
+        }
+        self.locate()
+        parts = [part for part in self.matrix_parts() if part.matrix in saved]
+        matrix_state.load(parts, saved)
+
+
+def learned_names(options: type[BaseOptions]) -> list[str]:
+    """Return the options that training changes."""
+    return [name for name, spec in specs_of(options).items() if spec.learned]
