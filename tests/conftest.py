@@ -22,7 +22,7 @@ TORCH = tuple(int(number) for number in torch.__version__.split(".")[:2])
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip the layouts that an older torch does not have."""
     for layout, first in NEEDS.items():
-        if TORCH < first and re.search(layout, item.name):
+        if first > TORCH and re.search(layout, item.name):
             pytest.skip(f"torch {torch.__version__} has no such layout")
 
 
