@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from types import NoneType
+from types import NoneType, UnionType
 from typing import get_args, get_type_hints
 
 import pytest
@@ -34,7 +34,7 @@ def fields_of(*kinds):
     found = []
     for entry in ENTRIES:
         for name, hint in get_type_hints(entry.options).items():
-            members = set(get_args(hint)) or {hint}
+            members = set(get_args(hint)) if isinstance(hint, UnionType) else {hint}
             if members - {NoneType} == set(kinds) and name in specs_of(entry.options):
                 found.append((entry.options, name, NoneType in members))
     assert found
@@ -275,6 +275,14 @@ def test_ranges():
     for name, least in (("adapt_every", 0), ("block_period", 1), ("period", 1), ("seed", 0),
                         ("merge_every", 1)):  # fmt: skip
         refuses(f"{name} is .*whole number.*at least", **{name: least - 1})
+
+
+def test_numbers_that_may_not_be_missing():
+    for cls, name, optional in fields_of(float):
+        if optional:
+            assert getattr(cls.from_user({name: None}), name) is None
+        else:
+            refuses(f"{name} is None; it must be a number", kind=cls, **{name: None})
 
 
 def test_quoted_numbers_are_explained():
