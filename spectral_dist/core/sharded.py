@@ -21,6 +21,7 @@ from spectral_dist.placement.base import ParamGroup, Placement
 from spectral_dist.placement.dtensor import MeshPlacement
 from spectral_dist.rules import adamw
 from spectral_dist.rules.adamw import AdamWOptions
+from spectral_dist.rules.backends import BACKENDS
 from spectral_dist.rules.fields import specs_of
 from spectral_dist.rules.group_options import check_shaping_options, group_options
 from spectral_dist.rules.options import BaseOptions
@@ -81,7 +82,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._units: dict[object, list[Unit]] = {}
         self._warned: set[str] = set()
         self._agreement = Agreement()
-        self._scalar_update = adamw.BACKENDS[self.options.scalar_backend]()
+        self._scalar_update = BACKENDS[self.options.scalar_backend]()
         scheduled = ("lr", "weight_decay", "betas", "momentum")  # what schedulers look for
         defaults = {n: getattr(self.options, n) for n in scheduled if hasattr(self.options, n)}
         super().__init__(grouped(params, options=self.options_type), defaults)

@@ -72,13 +72,3 @@ def new_state(weight: Tensor) -> dict[str, Tensor]:
 Update: TypeAlias = Callable[
     [AdamWOptions, float, Sequence[Tensor], Sequence[Tensor], Sequence[dict[str, Tensor]]], None
 ]
-
-
-def _apex() -> Update:
-    from spectral_dist.rules.adamw_apex import FusedAdamW
-
-    return FusedAdamW()
-
-
-BACKENDS: dict[str, Callable[[], Update]] = {"torch": lambda: update, "apex": _apex}
-"""What ``scalar_backend`` can name, and how to get it; each has the signature of ``update``."""

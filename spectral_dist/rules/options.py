@@ -12,7 +12,7 @@ from spectral_dist import polar
 from spectral_dist._errors import suggest
 from spectral_dist.machine import Machine
 from spectral_dist.polar import DTYPES, of_gram
-from spectral_dist.rules.adamw import BACKENDS
+from spectral_dist.rules.backends import BACKENDS
 from spectral_dist.rules.fields import (
     betas_problem,
     choice,
