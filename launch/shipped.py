@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from spectral_dist.launch.yaml_config import Loader
 from spectral_dist.rules import registry
 from spectral_dist.rules.fields import specs_of
 from spectral_dist.rules.options import ROUTING
@@ -53,7 +54,7 @@ def _derived(muon: Path, engine: str, entry: registry.Entry, name: str) -> Path:
     """Write Muon's configuration with another rule in its place."""
     known = {*specs_of(entry.options), *ROUTING}
     text = muon.read_text(encoding="utf-8")
-    content: dict[str, Any] = json.loads(text) if engine == "deepspeed" else yaml.safe_load(text)
+    content: dict[str, Any] = json.loads(text) if engine == "deepspeed" else yaml.load(text, Loader)
     optimizer = content["optimizer"]
     if engine == "deepspeed":
         params = {key: value for key, value in optimizer["params"].items() if key in known}

@@ -23,10 +23,11 @@ Rule = tuple[Callable[[Any], bool], str]
 """Whether a value holds, and what it must be."""
 
 
-class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+class Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML in which 1e-3 is a number, and a key that is there twice is an error."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        """Refuse a key that is there twice."""
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
@@ -36,7 +37,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
+Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+.0123456789"),
@@ -196,7 +197,7 @@ def check(where: str, value: Any, rule: Rule) -> None:
 
 def _load(path: Path, example: str) -> dict[Any, Any]:
     try:
-        loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        loaded = yaml.load(path.read_text(encoding="utf-8"), Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         said = " ".join(str(error).split())
         raise ValueError(f"cannot read the configuration {path}: {said}") from None

@@ -5,11 +5,14 @@ Of rules there is no list here: whatever is registered is run, by its name.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from spectral_dist.launch import megatron_config, shipped, torch_config
 from spectral_dist.rules import registry
+from spectral_dist.rules.options import ROUTING
 from spectral_dist.rules.registry import Entry
 from spectral_dist.testing import check_rule
 from tests import harness
@@ -61,6 +64,17 @@ def test_megatron(entry: Entry, number: int, tmp_path: Path) -> None:
         assert distance(result["weights"], alone["weights"]) < BOUND
         assert distance(result["resumed"], result["weights"]) < BOUND
     assert distance(alone["resumed"], alone["weights"]) < BOUND
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+def test_a_configuration_for_launch(entry: Entry) -> None:
+    """Shipped, or made of Muon's: it is read, and names the rule."""
+    for engine, read in (("ddp", torch_config.read), ("megatron", megatron_config.read)):
+        config = read(shipped.config_of(engine, entry.name))
+        assert type(config.options) is entry.options
+    params = json.loads(shipped.config_of("deepspeed", entry.name).read_text())["optimizer"]
+    assert params["type"] == entry.deepspeed_type
+    entry.options.from_user({k: v for k, v in params["params"].items() if k not in ROUTING})
 
 
 @pytest.mark.parametrize(
