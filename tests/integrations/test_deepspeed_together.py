@@ -69,6 +69,8 @@ def test_another_optimizers(stage: int, tmp_path: Path) -> None:
     folder = str(tmp_path)
     harness.run(2, save, folder, stage)
     for saved, rule, says in WRONG:
+        if stage == 3 and rule == "SUMO":  # whose groups are flattened otherwise: torch says so
+            says = "doesn't match the size of optimizer's group"
         together.expect(says, load, [folder] * 2, folder, stage, saved, rule, says)
 
 
