@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import tempfile
 from pathlib import Path
@@ -63,6 +64,8 @@ def _derived(muon: Path, engine: str, entry: registry.Entry, name: str) -> Path:
         kind = entry.megatron_name if engine == "megatron" else entry.title
         params = {key: value for key, value in optimizer.items() if key in known}
         content["optimizer"] = {"type": kind, **params}
-    path = Path(tempfile.mkdtemp(prefix="spectral_dist-"), name)
+    folder = tempfile.TemporaryDirectory(prefix="spectral_dist-")
+    atexit.register(folder.cleanup)
+    path = Path(folder.name, name)
     path.write_text(json.dumps(content, indent=2), encoding="utf-8")  # JSON is YAML
     return path
