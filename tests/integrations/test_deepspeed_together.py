@@ -22,7 +22,7 @@ WRONG = [
     ("SUMO", "Muon", "was saved with an optimizer that keeps state of whole matrices"),
     ("Muon", "NorMuon", "has no matrix state"),
     ("NorMuon", "Muon", "was saved with an optimizer that keeps state of whole matrices"),
-    ("SUMO", "NorMuon", "which SpectralNorMuon does not keep"),
+    ("SUMO", "NorMuon", "was saved with another optimizer"),
     ("NorMuon", "SUMO", "rank is 2 here, and the checkpoint has none"),
 ]
 """(whose checkpoint, who loads it, what is said)"""
