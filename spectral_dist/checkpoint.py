@@ -166,18 +166,18 @@ def check_matrix_state(optimizer: ShardedOptimizer, saved: Mapping[str, Any], pr
     Raises:
         ValueError: names the matrix, and what must have been changed.
     """
+    for part in _parts(optimizer):
+        entry = saved.get(f"{prefix}{part.matrix}.{part.name}")
+        shape = None if entry is None else tuple(entry.size)
+        check_saved(part, () if shape == (1,) and not part.shape else shape)
     kept = optimizer.kept_names() if isinstance(optimizer, SpectralOptimizer) else {}
     for key in saved:
         matrix, _, name = key.removeprefix(prefix).rpartition(".")
         if key.startswith(prefix) and name not in kept.get(matrix, {name}):
             raise ValueError(
                 f"the checkpoint has {name} of {matrix}, which {type(optimizer).__name__} does not"
-                " keep: it was saved with another optimizer"
+                " keep: it was saved with another optimizer, or with another rank of this one"
             )
-    for part in _parts(optimizer):
-        entry = saved.get(f"{prefix}{part.matrix}.{part.name}")
-        shape = None if entry is None else tuple(entry.size)
-        check_saved(part, () if shape == (1,) and not part.shape else shape)
 
 
 def load_state_dict(optimizer: ShardedOptimizer, loaded: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ WRONG = [
     ("SUMO", "Muon", "was saved with an optimizer that keeps state of whole matrices"),
     ("Muon", "NorMuon", "has no matrix state"),
     ("NorMuon", "Muon", "was saved with an optimizer that keeps state of whole matrices"),
-    ("SUMO", "NorMuon", "which SpectralNorMuon does not keep"),
+    ("SUMO", "NorMuon", "was saved with another optimizer"),
     ("NorMuon", "SUMO", "rank is 2 here, and the checkpoint has none"),
 ]
 """(whose checkpoint, who loads it, what is said)"""
@@ -53,6 +53,9 @@ def load(folders: list[str], right: str, stage: int, saved: str, rule: str, says
     running = build(stage, rule)
     with together.failing(says) as raised:
         running.load_checkpoint(folders[dist.get_rank()], tag=saved)
+    if stage == 3 and rule == "SUMO":  # an error inside of ZeRO-3's load leaves its groups swapped
+        running.destroy()
+        running = build(stage, rule)
     running.load_checkpoint(right, tag=rule)
     losses = engine.steps(running, 1, 2)
     running.destroy()
@@ -69,8 +72,6 @@ def test_another_optimizers(stage: int, tmp_path: Path) -> None:
     folder = str(tmp_path)
     harness.run(2, save, folder, stage)
     for saved, rule, says in WRONG:
-        if stage == 3 and rule == "SUMO":  # whose groups are flattened otherwise: torch says so
-            says = "doesn't match the size of optimizer's group"
         together.expect(says, load, [folder] * 2, folder, stage, saved, rule, says)
 
 
