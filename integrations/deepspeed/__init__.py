@@ -182,7 +182,7 @@ def _configure(
 
 def _distribute(original: Callable[..., None], engine: DeepSpeedEngine, model: nn.Module) -> None:
     if engine.optimizer_name() == rotated.NAME and engine.client_optimizer is None:
-        engine.module = model  # where ``refuse`` looks for it
+        _compat.set_model(engine, model)  # where ``refuse`` looks for it
         refuse(engine)
         refuse_for_poet(engine)
         _refuse_second(model)

@@ -39,11 +39,6 @@ def quietly(module: str) -> Any:
         return importlib.import_module(module)
 
 
-def knows(setting: str) -> bool:
-    """Whether this release of DeepSpeed has a setting of "zero_optimization"; others come later."""
-    return setting in quietly("deepspeed.runtime.zero.config").DeepSpeedZeroConfig.model_fields
-
-
 def engine_for(
     configuration: dict[str, Any],
     *,

@@ -271,13 +271,9 @@ def test_nan_names_the_parameter_on_every_rank() -> None:
     [(0, "bf16"), (1, ""), (1, "bf16"), (2, ""), (2, "bf16"), (3, ""), (3, "bf16")],
 )
 def test_deepspeed_skips_and_counts_nan_elsewhere(stage: int, kind: str) -> None:
-    """Its own check comes first there, before 0.19.8 not at every stage; then ours names it."""
-    always = hasattr(engine.quietly("deepspeed.runtime.utils"), "is_invalid_grad_norm")
-    first, second = harness.run(2, poisoned, stage, kind)
-    assert first == second
-    skipped = first == "finite True, skipped 1: no error"
-    named = first.startswith("finite True, skipped 0: the gradient of layers.1.down.weight is NaN")
-    assert skipped if always else skipped or named, first
+    """Its own check comes first there; the momentum must be as clean."""
+    for message in harness.run(2, poisoned, stage, kind):
+        assert message == "finite True, skipped 1: no error"
 
 
 def die(stage: int) -> None:
