@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
+from spectral_dist._errors import suggest
 from spectral_dist.launch.yaml_config import Loader
 from spectral_dist.rules import registry
 from spectral_dist.rules.fields import specs_of
@@ -41,9 +42,13 @@ def config_of(engine: str, name: str) -> Path:
     path = CONFIGS / (first if name == "muon" else others.format(name))
     if path.is_file():
         return path
-    entry = None if name == ADAMW else registry.find(name)
+    known = {entry.name: entry for entry in registry.entries()}
+    if name not in (*known, ADAMW):
+        raise ValueError(f"unknown optimizer {name!r}{suggest(name, [*known, ADAMW])}")
+    entry = known.get(name)
     if entry is None or entry.rule is None:
-        shipped = sorted(p.stem for p in CONFIGS.glob(others.format("*")))
+        prefix = Path(others).stem.removesuffix("{}")
+        shipped = sorted(p.stem.removeprefix(prefix) for p in CONFIGS.glob(others.format("*")))
         raise ValueError(
             f"no configuration of {name} is shipped for --engine {engine}; there are"
             f" {', '.join(shipped)}: or write one, and give it as --config"

@@ -208,7 +208,8 @@ def test_config_or_optimizer(job: Job) -> None:
     both = refusal(job, "--engine", "ddp", "--config", config, "--optimizer", "poet")
     assert "both are given: write either --config FILE or --optimizer NAME" in both
     assert "neither is given: write either --config" in refusal(job, "--engine", "ddp")
-    assert "'moun' is not one of" in refusal(job, "--engine", "ddp", "--optimizer", "moun")
+    unknown = refusal(job, "--engine", "ddp", "--optimizer", "moun")
+    assert "unknown optimizer 'moun'; did you mean 'muon'?" in unknown
     none = refusal(job, "--engine", "megatron", "--optimizer", "adamw")
     assert "no configuration of adamw is shipped for --engine megatron; there are muon" in none
     # the shipped one is what is read: its blocks do not fit this tiny model
