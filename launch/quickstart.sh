@@ -8,7 +8,20 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 chosen=${1:-muon}
 
+check() { # the name: an error says which there are
+  "$PYTHON" - "$chosen" <<'END'
+import sys
+from spectral_dist.launch import shipped
+try:
+    shipped.config_of("deepspeed", sys.argv[1])
+except ValueError as error:
+    sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+END
+}
+
+if [ -x "$PYTHON" ]; then check; fi # before anything is installed, if that can be
 install deepspeed,train
+check
 fit 2
 runs=$ROOT/runs
 ours=$runs/quickstart-$chosen
