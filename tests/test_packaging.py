@@ -81,7 +81,7 @@ def test_imports_from_an_empty_directory(installed, tmp_path):
 
 def test_the_wheel_holds_every_module_and_data_file_and_nothing_else(installed):
     """setup.cfg lists packages and data by hand; a new folder is easily forgotten."""
-    wanted = {Path("spectral_dist/py.typed")}
+    wanted = {Path("spectral_dist/py.typed"), Path("spectral_dist/optimizers.pyi")}
     for top in ("spectral_dist", *PARTS):
         modules = list((ROOT / top).rglob("*.py"))  # does not follow the links
         assert modules, top

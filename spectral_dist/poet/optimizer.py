@@ -143,13 +143,14 @@ class POET(ShardedOptimizer):
         """Whether it was. The model has the values of the last step; a collective call."""
         if self.steps_since_merge() < self._merge_every():
             return False
+        is_watched = self.is_monitored or self.monitor is not None
         numbers, drifts = [], []
         for layer in self.layers:
             skews = layer.skews
             with self.placement.gathered([layer.weight, *skews.values()], write=True) as whole:
                 weight, named = whole[0], dict(zip(skews, whole[1:], strict=True))
                 numbers.append(report.rotations(layer, named))
-                before = layer.assembled(weight).clone() if self.is_monitored else None
+                before = layer.assembled(weight).clone() if is_watched else None
                 layer.merge(weight, named)
                 if before is not None:
                     drifts.append(report.drift(before, layer.assembled(weight)))
