@@ -75,7 +75,7 @@ class InsideMegatron(ShardedOptimizer):
             self._gathering = False
 
     def state_dict(self) -> dict[str, Any]:
-        """As torch's Adam: whole momentum for every parameter, and ``step``.
+        """Return what torch's Adam would: whole momentum for every parameter, and ``step``.
 
         Raises:
             ValueError: momentum is at owners alone, and this is not a call on all ranks.
@@ -113,7 +113,7 @@ class InsideMegatron(ShardedOptimizer):
         return {"state": state, "param_groups": groups}
 
     def _whole(self, group: dict[str, Any], unit: MatrixUnit) -> dict[Tensor, Tensor]:
-        """The momentum of each of the unit's parameters."""
+        """Return the whole momentum of each of the unit's parameters."""
         if not self._gathering:
             raise ValueError(
                 "a matrix's momentum is on its owner alone, and this checkpoint is written without"
@@ -129,7 +129,7 @@ class InsideMegatron(ShardedOptimizer):
         return dict(zip(tensors, whole, strict=True))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """What ``state_dict`` gave, on any number of ranks; options stay as they are here."""
+        """Load what ``state_dict`` gave, on any number of ranks; options stay as they are here."""
         saved = state_dict["param_groups"]
         shared: dict[str, Any] = next((g[STATE] for g in saved if g.get(STATE)), {})
         groups = [
