@@ -22,7 +22,7 @@ from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group
 
 Grads: TypeAlias = Sequence[Tensor | None]
-"""Of a unit's tensors."""
+"""The gradients of a unit's tensors, None where there is none."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ class Part:
 
 
 class MatrixState:
-    """Of the matrices that this rank computes in one exchange, all zeros at first."""
+    """The state of the matrices that this rank computes in one exchange, all zeros at first."""
 
     def __init__(
         self, rule: Rule[Any], options: MatrixOptions, layouts: Sequence[Layout], exchange: Exchange

@@ -67,4 +67,4 @@ class Reading:
 
 
 Reader: TypeAlias = Callable[[str, nn.Parameter, nn.Module], Reading]
-"""Of a parameter's name, itself and the module that has it."""
+"""Called with a parameter's name, itself and the module that has it."""

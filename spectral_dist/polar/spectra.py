@@ -13,7 +13,7 @@ CENTERS = (_EDGES[:-1] * _EDGES[1:]).sqrt()
 
 
 def singular_values(x: Tensor) -> Tensor:
-    """Of (..., m, n) over the Frobenius norms: (..., min) float64 on x's device, ascending.
+    """Return the singular values of (..., m, n) over their norms: (..., min) float64, ascending.
 
     A matrix that is zero or not finite gives zeros, the others rows of norm 1. By the Gram matrix:
     right to 1e-8 of the largest one, where the fit needs 1e-3.
