@@ -22,6 +22,7 @@ from spectral_dist.integrations.megatron.arguments import add_spectral_args, par
 from spectral_dist.integrations.megatron.build import build
 from spectral_dist.integrations.megatron.foreign import group_objects, refuse_foreign
 from spectral_dist.integrations.megatron.inner import TYPES
+from spectral_dist.rules import registry
 
 __all__ = ["TYPES", "add_spectral_args", "get_spectral_megatron_optimizer"]
 
@@ -116,7 +117,7 @@ def _guarded(inner: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _original = _compat.replace_builders(_taking_ours, _guarded)
-_compat.register(TYPES)
+registry.each(lambda entry: _compat.register(entry.megatron_name, TYPES[entry.megatron_name]))
 _compat_hooks.extend_parser(add_spectral_args)
 _compat_hooks.extend_checkpoint_args(restore)
 _compat_hooks.guard_loading(refuse_foreign, group_objects)

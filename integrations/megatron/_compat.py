@@ -12,7 +12,7 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import megatron.core.dist_checkpointing as dist_checkpointing
@@ -167,15 +167,13 @@ def replace_builders(outer: Callable[[Build], Build], inner: Callable[[Build], B
     return original
 
 
-def register(types: Mapping[str, type]) -> None:
-    """Put optimizers into the registry of megatron-core, which it has from 0.17 on."""
+def register(name: str, cls: type) -> None:
+    """Put an optimizer into the registry of megatron-core, which it has from 0.17 on."""
     try:
         registry: Any = importlib.import_module("megatron.core.optimizer.emerging_optimizers")
     except ModuleNotFoundError:
         return
-    for name, cls in types.items():
-        entry = registry.EmergingOptimizerEntry(optimizer_cls=cls)
-        registry._EMERGING_OPTIMIZERS[name] = entry
+    registry._EMERGING_OPTIMIZERS[name] = registry.EmergingOptimizerEntry(optimizer_cls=cls)
 
 
 def standard_overrides(config: Any) -> dict[Any, Any]:

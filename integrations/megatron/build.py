@@ -19,6 +19,7 @@ from spectral_dist.integrations.megatron.config import (
     check_marks,
     refuse,
     refuse_adapting,
+    refuse_overrides,
     spectral_options,
 )
 from spectral_dist.integrations.megatron.inner import TYPES, InsideMegatron, SpectralPOET
@@ -56,6 +57,7 @@ def build(
     options = spectral_options(config, own, name, known)
     TYPES[name].options_type.from_user(options, name)  # before the table: it stands out
     refuse(config, model_chunks)
+    refuse_overrides(config_overrides or {})
     refuse_adapting(given, model_chunks)
     ranks = ranks_of(pg_collection)
     check_marks(model_chunks, ranks[0].tensor, expert_ranks(pg_collection), on_any_stage)
@@ -186,7 +188,7 @@ def _swap(
     groups, keys = [], []
     for number, group in enumerate(adam.param_groups):
         kind = group.get(KIND, "scalar")
-        own = {k: v for k, v in group.items() if k not in adam.defaults and k != "params"}
+        own = {k: v for k, v in group.items() if k != "params" and _is_own(k, v, adam.defaults)}
         keys.append([*own, "lr", "weight_decay"])
         found = [routes[id(p)] for p in members[number]]
         settings = EXACT if kind == ONE_SIDED else {}
@@ -206,6 +208,13 @@ def _swap(
     inner.keep_keys(keys)
     _compat.put_in(leaf, inner, lambda optimizer: optimizer.prepare())
     return inner
+
+
+def _is_own(key: str, value: Any, defaults: Mapping[str, Any]) -> bool:
+    """Whether a group has a key of its own: the scheduler's, Megatron's, or another eps."""
+    if key in ("lr", "weight_decay"):  # ours from the start, and then the scheduler's
+        return False
+    return key not in defaults or value != defaults[key]
 
 
 def _members(

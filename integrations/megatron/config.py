@@ -119,6 +119,21 @@ def refuse(config: Any, chunks: Sequence[nn.Module]) -> None:
             raise ValueError(f"spectral optimizers do not support {what} under Megatron: {instead}")
 
 
+def refuse_overrides(overrides: Mapping[Any, Mapping[str, Any]]) -> None:
+    """Raise if ``config_overrides`` names an optimizer for some parameters.
+
+    Raises:
+        ValueError: names the key, and what to write.
+    """
+    for override in overrides.values():
+        if "optimizer" in override:
+            raise ValueError(
+                f"config_overrides has optimizer={override['optimizer']!r} for some parameters,"
+                " but which of them are orthogonalized is said by patterns: write"
+                " scalars=[...] (--spectral-scalars) for those on AdamW, or matrices=[...]"
+            )
+
+
 def refuse_adapting(given: Mapping[str, Any], chunks: Sequence[nn.Module]) -> None:
     """Raise if ROOT's coefficients would be adapted to spectra that not all ranks see.
 

@@ -154,6 +154,68 @@ def test_megatrons_scheduler_drives_every_group(version):
     assert moved == pytest.approx(0.001, rel=0.3)  # Adam's first step is lr, and decay's is small
 
 
+def overridden(version, wanted, settings):
+    """What config_overrides of some parameters comes to: the group's options, or the error."""
+    runs.build(version, "adam")  # groups, and imports
+    from megatron.core.optimizer.optimizer_config import ParamKey
+
+    from spectral_dist.integrations.megatron import get_spectral_megatron_optimizer
+
+    ddp = models.wrap(models.gpt())
+    config = models.optimizer_config(ddp, optimizer="spectral_muon", adam_eps=1e-4)
+    overrides = {ParamKey(name=f"*{wanted}*"): settings}
+    try:
+        built = get_spectral_megatron_optimizer(config, [ddp], overrides)
+    except ValueError as error:
+        return str(error)
+    return [
+        {name: group.get(name) for name in ("kind", "betas", "eps")}
+        for leaf in runs.inner(built)
+        for group, routes in zip(leaf.param_groups, leaf.routes, strict=True)
+        if any(wanted in route.name for route in routes)
+    ]
+
+
+@pytest.mark.parametrize("version", [NEW, OLD])
+def test_overridden_betas_and_eps_are_taken(version):
+    """As Megatron's Adam takes them."""
+    given = {"betas": (0.8, 0.9), "eps": 1e-3}
+    groups = harness.run(1, overridden, version, "word_embeddings", given, pool=version)[0]
+    assert groups == [{"kind": "scalar", **given}]
+    text = harness.run(1, overridden, version, "linear_fc1", {"eps": 1e-3}, pool=version)[0]
+    assert "a parameter group of kind 'matrix' has no option 'eps'" in text
+
+
+@pytest.mark.parametrize("version", [NEW, OLD])
+def test_an_optimizer_for_some_parameters_is_refused(version):
+    text = harness.run(
+        1, overridden, version, "linear_fc1", {"optimizer": "adam"}, pool=version
+    )[0]  # fmt: skip
+    assert "config_overrides has optimizer='adam'" in text
+    assert "--spectral-scalars" in text
+
+
+def registered_late():
+    """Names that megatron-core's own registry has, before a rule is registered and after."""
+    megatron_cpu.install(NEW)
+    from megatron.core.optimizer.emerging_optimizers import _EMERGING_OPTIMIZERS
+
+    import spectral_dist.integrations.megatron  # noqa: F401
+
+    before = set(_EMERGING_OPTIMIZERS)
+    from tests.integrations import outside_rules  # noqa: F401
+
+    return {name: entry.optimizer_cls.__name__
+            for name, entry in _EMERGING_OPTIMIZERS.items() if name not in before}  # fmt: skip
+
+
+def test_a_rule_registered_later_is_in_megatrons_registry():
+    added = harness.run(1, registered_late, pool="a rule registered later")[0]
+    assert added
+    assert all(name.startswith("spectral_") for name in added)
+    assert all(title.startswith("Spectral") for title in added.values())
+
+
 def by_collection(version):
     """The same step with the process groups handed over as with Megatron's own."""
     runs.build(version, "spectral_muon", {"tp": 2})
