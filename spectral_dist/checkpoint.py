@@ -251,13 +251,14 @@ def load(folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer) -> d
     with _failing_together():
         saved = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
         layers = _rotated_layers(folder, model, saved)
+    _check_settings(folder, layers, content["model"])  # which says more than shapes do
+    with _failing_together():
         check_entries(folder, content["model"], content["optimizer"]["state"], saved)
         former = _former_state(optimizer, saved)
         if former:
             content["optimizer"].pop("matrices")
         else:
             check_matrix_state(optimizer, saved, "optimizer.matrices.")
-    _check_settings(folder, layers, content["model"])
     with _alone_is_fine():
         dcp_load(content, checkpoint_id=str(folder))
         if former:
