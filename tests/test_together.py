@@ -83,7 +83,16 @@ def written(name: str, value: Any, usual: Any) -> Misuse:
     return Misuse(write(name, value), says, write(name, usual), first)
 
 
+def differing(name: str, value: Any, usual: Any) -> Misuse:
+    """A value that is good, on rank 1 alone."""
+    says = f"{name} of the group of {MATRIX} is {usual!r} on rank 0, but {value!r} on rank 1"
+    return written(name, value, usual)._replace(says=says)
+
+
 MISUSES = {
+    "another lr": differing("lr", 0.01, 0.02),
+    "another decay": differing("weight_decay", 0.5, 0.1),
+    "another momentum": differing("momentum", 0.9, 0.95),
     "no gradient": Misuse(drop(), "no parameter has a gradient on rank 1"),
     "none of a matrix": Misuse(drop(MATRIX), f"{MATRIX} has no gradient on rank 1"),
     "none of a bias": Misuse(drop(BIAS), f"{BIAS} has no gradient on rank 1"),

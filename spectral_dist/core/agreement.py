@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
@@ -67,6 +68,7 @@ class Report:
 
     Attributes:
         steps: that were taken before.
+        options: of each parameter group, as ``option_lines`` says them after the group's name.
         bad: parameters with a gradient that is not finite.
         error: "Type\nmessage" of an error of its own, or nothing.
     """
@@ -77,6 +79,7 @@ class Report:
     lacks_gradients: bool
     monitor_every: int
     is_observed: bool
+    options: list[list[str]]
     bad: list[str] = field(default_factory=list)
     error: str = ""
 
@@ -141,7 +144,13 @@ def status_of(
     return Status(tuple(absent), lacks, monitor_every, is_observed)
 
 
-def report_of(status: Status, steps: int, bad: list[str], error: Exception | None) -> Report:
+def report_of(
+    status: Status,
+    steps: int,
+    options: list[list[str]],
+    bad: list[str],
+    error: Exception | None,
+) -> Report:
     """Return what this rank tells the others."""
     return Report(
         collectives.job_rank(),
@@ -150,6 +159,7 @@ def report_of(status: Status, steps: int, bad: list[str], error: Exception | Non
         status.lacks_gradients,
         status.monitor_every,
         status.is_observed,
+        options,
         bad,
         "" if error is None else f"{type(error).__name__}\n{error}",
     )
@@ -159,12 +169,22 @@ def option_lines(name: str, options: BaseOptions, group: Mapping[str, object]) -
     """Return lines that are equal on ranks with the same optimizer and options of a group."""
     specs = specs_of(type(options))
     whole = [option for option, spec in specs.items() if spec.scope == "optimizer"]
-    carried = sorted({*type(options).names(str(group["kind"])), "lr_ratio"} & group.keys())
     return [
         f"optimizer {name}",
         *(f"{option} {getattr(options, option)!r}" for option in whole),
-        *(f"{option} {group[option]!r}" for option in carried),
+        *group_lines(type(options), group),
     ]
+
+
+def group_lines(options: type[BaseOptions], group: Mapping[str, object]) -> list[str]:
+    """Return the options that a group carries, a line for each."""
+    names = sorted({*options.names(str(group["kind"])), "lr_ratio"} & group.keys())
+    return [f"{name} {group[name]!r}" for name in names]
+
+
+def number_of(lines: Sequence[Sequence[str]]) -> int:
+    """Return a number below 2^24 that differs, but for a chance of 1 in 2^24, where lines do."""
+    return zlib.crc32(repr(lines).encode()) >> 8
 
 
 def flag_of(
@@ -199,6 +219,7 @@ def agree(
         kind, message = failed[0].error.split("\n", 1)
         here = f" (on rank {failed[0].rank})" if len(failed) < len(reports) else ""
         raise collectives.ERRORS.get(kind, ValueError)(f"{message}{here}")
+    _check_options(reports)
     _check_finite(reports)
     if any(not r.lacks_gradients for r in reports):
         _check_presence(reports)
@@ -224,6 +245,27 @@ def agree(
 
 def _gathered(content: dict[str, Any], groups: Sequence[Group]) -> list[dict[str, Any]]:
     return [json.loads(text) for text in collectives.gather_all(json.dumps(content), groups)]
+
+
+def _check_options(reports: Sequence[Report]) -> None:
+    first = reports[0]
+    for report in reports:
+        here, there = ([lines[0] for lines in r.options] for r in (first, report))
+        if here != there:
+            raise ValueError(
+                f"the parameter groups begin with {', '.join(here)} on rank {first.rank}, but with"
+                f" {', '.join(there)} on rank {report.rank}; add the same groups on every rank"
+            )
+        for lines, others in zip(first.options, report.options, strict=True):
+            for line, other in zip(lines, others, strict=True):
+                if line != other:
+                    name, value = line.split(" ", 1)
+                    raise ValueError(
+                        f"{name} of the group of {lines[0]} is {value} on rank {first.rank}, but"
+                        f" {other.removeprefix(name).lstrip()} on rank {report.rank}, so the step"
+                        " would differ between ranks; write the same on every rank (and step its"
+                        " scheduler on all)"
+                    )
 
 
 def _check_finite(reports: Sequence[Report]) -> None:

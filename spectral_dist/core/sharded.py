@@ -329,9 +329,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if not check and known.is_made:  # by what was agreed in the first step
             return self._go_on_alone(error, status)
         flag = agreeing.flag_of(present, differs, device, check)
-        if collectives.any_rank(flag, groups, self.meter if check else Meter()):
+        options = self._option_lines()
+        number = agreeing.number_of(options)
+        if collectives.any_rank(flag, groups, self.meter if check else Meter(), number):
             bad = agreeing.not_finite(units, grads) if check else []
-            report = agreeing.report_of(status, self.steps_taken(), bad, error)
+            report = agreeing.report_of(status, self.steps_taken(), options, bad, error)
             agreeing.agree(
                 known, report, lambda names: agreeing.with_gradient(names, units, grads), groups
             )
@@ -340,6 +342,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if not known.has_gradients:
             warnings.warn("no parameter has a gradient, so this step changes nothing", stacklevel=4)
         return known.has_gradients
+
+    def _option_lines(self) -> list[list[str]]:
+        """Return what this step uses of each group, after the name of its first parameter."""
+        return [
+            [self.routes[group["id"]][0].name, *agreeing.group_lines(self.options_type, group)]
+            for group in self.param_groups
+            if self.routes[group["id"]]
+        ]
 
     def _go_on_alone(self, error: Exception | None, status: Status) -> bool:
         """Take a step without asking other ranks, as with check_finite=False; always True."""

@@ -95,14 +95,23 @@ def all_gather(sent: Tensor, group: Group, meter: Meter) -> Pending:
     return Pending(received, work, sent)
 
 
-def any_rank(flag: Tensor, groups: Sequence[Group], meter: Meter) -> bool:
-    """Whether the 0-d bool tensor is true on any rank of all groups. Waits for the device."""
-    number = flag.to(torch.float32)
+def any_rank(flag: Tensor, groups: Sequence[Group], meter: Meter, number: int = 0) -> bool:
+    """Return whether a flag is set on any rank, or a number is not the same on all.
+
+    Waits for the device.
+
+    Args:
+        flag: a 0-d bool tensor.
+        groups: that span the ranks, one after the other.
+        meter: counts the bytes.
+        number: below 2^24, which float32 holds exactly.
+    """
+    values = torch.stack([flag.float(), *(torch.full_like(flag, n, dtype=torch.float32)
+                                          for n in (number, -number))])  # fmt: skip
     for group in groups:
-        if size(group) > 1:
-            meter.count("all_reduce", number.element_size())
-            dist.all_reduce(number, op=dist.ReduceOp.MAX, group=group)
-    return bool(number.item())
+        max_ranks(values, group, meter)
+    raised, largest, smallest = values.tolist()
+    return bool(raised) or largest != -smallest
 
 
 def sum_ranks(values: Tensor, group: Group, meter: Meter) -> None:
