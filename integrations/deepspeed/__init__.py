@@ -192,6 +192,7 @@ def _distribute(original: Callable[..., None], engine: DeepSpeedEngine, model: n
 
 
 def _install() -> None:
+    _compat.repair_on_cpu()
     _compat.wrap_engine(_configure, _distribute, functools.partial(refuse_type, ours=TYPES))
     registry.each(_name)
 
