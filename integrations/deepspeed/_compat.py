@@ -26,6 +26,7 @@ __all__ = [
     "ZERO_FILE_PREFIX",
     "ZERO_SUPPORTED_OPTIMIZERS",
     "DeepSpeedEngine",
+    "autocast_is_on",
 ]
 
 LOWEST = (0, 19, 0)
@@ -71,6 +72,9 @@ from deepspeed.checkpoint.constants import (  # noqa: E402
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS  # noqa: E402
 from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer  # noqa: E402
+from deepspeed.runtime.torch_autocast import (  # noqa: E402
+    is_autocast_initialized as autocast_is_on,
+)
 from deepspeed.runtime.zero import stage_1_and_2  # noqa: E402
 from deepspeed.runtime.zero.partition_parameters import Init  # noqa: E402
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS  # noqa: E402

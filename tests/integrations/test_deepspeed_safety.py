@@ -238,6 +238,24 @@ def test_a_refused_config_leaves_the_model_usable() -> None:
     assert harness.run(2, second_try) == [["did you mean", "built"]] * 2
 
 
+def after_autocast(dtype: str) -> str:
+    """What an engine without torch_autocast says after one with it."""
+    autocast = {"enabled": True, "dtype": dtype}
+    said = error_of(engine.config(1, 2, torch_autocast=autocast))
+    assert ("torch_autocast" in said) is (dtype == "float16"), said
+    return error_of(engine.config(1, 2))
+
+
+def test_a_refused_autocast_leaves_nothing_behind() -> None:
+    assert harness.run(2, after_autocast, "float16") == ["no error"] * 2
+
+
+def test_an_engine_after_autocast_is_refused() -> None:
+    """0.19.0 would then step on some ranks only; with 0.19.8 POET has been 0.25 off."""
+    for said in harness.run(2, after_autocast, "bfloat16", pool="autocast"):
+        assert "an engine without torch_autocast after one with it" in said
+
+
 def poisoned(stage: int, kind: str) -> str:
     """A good step, and one with a NaN gradient on one rank."""
     configuration = engine.config(stage, 2, **({kind: {"enabled": True}} if kind else {}))
