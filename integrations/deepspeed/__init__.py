@@ -181,9 +181,13 @@ def _configure(
 
 
 def _distribute(original: Callable[..., None], engine: DeepSpeedEngine, model: nn.Module) -> None:
-    if engine.optimizer_name() == rotated.NAME and engine.client_optimizer is None:
+    client = engine.client_optimizer
+    if isinstance(client, ShardedOptimizer) or (
+        client is None and engine.optimizer_name() in TYPES
+    ):
         _compat.set_model(engine, model)  # where ``refuse`` looks for it
-        refuse(engine)
+        refuse(engine)  # before DeepSpeed turns on what stays on for later engines: torch_autocast
+    if engine.optimizer_name() == rotated.NAME and client is None:
         refuse_for_poet(engine)
         _refuse_second(model)
         rotated.convert(engine, model)
@@ -192,6 +196,7 @@ def _distribute(original: Callable[..., None], engine: DeepSpeedEngine, model: n
 
 
 def _install() -> None:
+    _compat.repair_on_cpu()
     _compat.wrap_engine(_configure, _distribute, functools.partial(refuse_type, ours=TYPES))
     registry.each(_name)
 

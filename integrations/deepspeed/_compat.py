@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -25,13 +26,15 @@ __all__ = [
     "ZERO_FILE_PREFIX",
     "ZERO_SUPPORTED_OPTIMIZERS",
     "DeepSpeedEngine",
+    "autocast_is_on",
 ]
 
-LOWEST = NEWEST = (0, 19, 8)
+LOWEST = (0, 19, 0)
+NEWEST = (0, 19, 8)
 """Between them, and nowhere else, an engine trains as one process does, in every tested setting.
 
-Seen below: 0.19.0 and 0.19.3 to 0.19.7 train stages 1 and 2 to other numbers, without an error,
-when ``contiguous_gradients`` is false (0.1 off after ten steps). Above, none was there to be tried.
+Seen below: 0.18.9 fails at stage 1, 0.17.6 trains to other numbers at stage 2 without a word,
+0.16.9 does not start. Above, none was there to be tried.
 """
 
 
@@ -43,16 +46,19 @@ def check_version(version: str) -> None:
     Raises:
         ImportError: says which releases work, and what to install.
     """
-    digits = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
-    if digits and LOWEST <= tuple(map(int, digits.groups())) <= NEWEST:
+    if LOWEST <= _numbers(version) <= NEWEST:
         return
     first, last = (".".join(map(str, end)) for end in (LOWEST, NEWEST))
-    works = last if first == last else f"{first} to {last}"
     raise ImportError(
-        f"spectral_dist works with deepspeed {works}, and {version} is installed, with which it may"
-        f' train to wrong numbers without a word. Install "deepspeed=={last}", or a spectral_dist'
-        f" that knows {version}"
+        f"spectral_dist works with deepspeed {first} to {last}, and {version} is installed, with"
+        " which it may train to wrong numbers without a word. Install"
+        f' "deepspeed=={last}", or a spectral_dist that knows {version}'
     )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    digits = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
+    return tuple(map(int, digits.groups())) if digits else ()
 
 
 check_version(deepspeed.__version__)  # before the names below, which another release may not have
@@ -66,6 +72,11 @@ from deepspeed.checkpoint.constants import (  # noqa: E402
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS  # noqa: E402
 from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer  # noqa: E402
+from deepspeed.runtime.torch_autocast import (  # noqa: E402
+    is_autocast_initialized as autocast_is_on,
+)
+from deepspeed.runtime.zero import stage_1_and_2  # noqa: E402
+from deepspeed.runtime.zero.partition_parameters import Init  # noqa: E402
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS  # noqa: E402
 
 Configure = Callable[[Callable[..., None], DeepSpeedEngine, Any, Any], None]
@@ -233,6 +244,36 @@ def argument(
     call = inspect.signature(method).bind(*given, **named)
     call.apply_defaults()
     return call.arguments[name]
+
+
+def repair_on_cpu() -> None:
+    """Repair what releases before 0.19.8 get wrong on CPUs, with any optimizer and no error.
+
+    They sort gradients by the names of tensor types, none of which is that of a tensor on a CPU, so
+    that stages 1 and 2 never sum them if ``contiguous_gradients`` is false. And where stage 3 waits
+    for many gathers, it waits for the last: enough for the stream of a GPU, but not for gloo, so
+    that parameters are read before they are there.
+    """
+    if deepspeed.get_accelerator().device_name() != "cpu":
+        return
+    if not stage_1_and_2.split_half_float_double([torch.zeros(1)]):
+        stage_1_and_2.split_half_float_double = _by_dtype
+    if _numbers(deepspeed.__version__) < (0, 19, 8):
+        gather = Init._allgather_params_coalesced
+
+        @functools.wraps(gather)
+        def one_by_one(self: Any, param_list: Sequence[Tensor], *args: Any, **kwargs: Any) -> None:
+            for parameter in param_list:
+                gather(self, [parameter], *args, **kwargs)
+
+        Init._allgather_params_coalesced = one_by_one
+
+
+def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    buckets: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        buckets.setdefault(tensor.dtype, []).append(tensor)
+    return list(buckets.values())
 
 
 def without_compiling() -> None:

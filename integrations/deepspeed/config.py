@@ -8,7 +8,11 @@ from typing import Any
 import torch
 
 from spectral_dist._errors import suggest
-from spectral_dist.integrations.deepspeed._compat import DEEPSPEED_OPTIMIZERS, zero_config
+from spectral_dist.integrations.deepspeed._compat import (
+    DEEPSPEED_OPTIMIZERS,
+    autocast_is_on,
+    zero_config,
+)
 
 
 def refuse_type(name: str | None, ours: Iterable[str]) -> None:
@@ -71,6 +75,12 @@ def refuse(engine: Any) -> None:
             engine.torch_autocast_enabled() and engine.torch_autocast_dtype() == torch.float16,
             'torch_autocast with dtype "float16"',
             'use the "fp16" section, or bfloat16',
+        ),
+        (
+            autocast_is_on() and not engine.torch_autocast_enabled(),
+            "an engine without torch_autocast after one with it in the same process, where"
+            " DeepSpeed leaves it half on",
+            "start another process",
         ),
         (
             any(getattr(p, "use_muon", False) for p in engine.module.parameters()),

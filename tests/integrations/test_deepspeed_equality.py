@@ -92,6 +92,10 @@ def reference() -> Any:
 
 @pytest.mark.parametrize(("world", "stage", "setting"), cases())
 def test_sharded_equals_one_process(world: int, stage: int, setting: str, reference: Any) -> None:
+    if setting == "parameter_alignment":
+        config = engine.quietly("deepspeed.runtime.zero.config").DeepSpeedZeroConfig
+        if setting not in config.model_fields:
+            pytest.skip("DeepSpeed has it from 0.19.7 on; those before refuse it")
     changes = copy.deepcopy(SETTINGS[setting])
     if "accumulation" in changes:
         changes["accumulation"] = ACCUMULATION[world]
@@ -122,7 +126,11 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_bitwise_with_equal_gradients(precision: str) -> None:
-    """The owner strategy moves numbers and changes none: any layout has one rank's bits."""
+    """The owner strategy moves numbers and changes none: any layout has one rank's bits.
+
+    On ranks of its own: ``zero.Init`` leaves another ``functional.linear`` behind, which rounds
+    otherwise.
+    """
     wanted = None
     for world in (1, 2, 4):  # sums of 2 and 4 equal gradients, divided again, are exact
         for stage in (0, 1, 2, 3):
@@ -131,7 +139,9 @@ def test_bitwise_with_equal_gradients(precision: str) -> None:
             changes = copy.deepcopy(PRECISIONS[precision])
             configuration = engine.config(stage, world, **changes)
             configuration.update(train_batch_size=12 * world, train_micro_batch_size_per_gpu=12)
-            for result in harness.run(world, engine.train, configuration, count=3, same=True):
+            for result in harness.run(
+                world, engine.train, configuration, count=3, same=True, pool="bits"
+            ):
                 wanted = wanted or result["parameters"]
                 for name, value in wanted.items():
                     assert torch.equal(result["parameters"][name], value), (world, stage, name)
