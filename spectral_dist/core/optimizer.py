@@ -22,7 +22,8 @@ from spectral_dist.core.units import MatrixUnit, Unit, bucket_numel, wire_dtype
 from spectral_dist.params.spec import Route
 from spectral_dist.placement.base import ParamGroup
 from spectral_dist.rules.base import Pooling, Shape
-from spectral_dist.rules.options import MatrixOptions
+from spectral_dist.rules.fields import betas_problem
+from spectral_dist.rules.options import BaseOptions, MatrixOptions
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.exchange import Exchange
 from spectral_dist.sharding.layout import Located
@@ -57,11 +58,15 @@ class SpectralOptimizer(MatrixCheckpoints):
             return carried
         names = self.options_type.names("matrix")
         given = replace(self.options, **{name: carried[name] for name in names})
-        shapes = {m.name: m.shape for route in routes for m in route.matrices}
-        prepared = self.rule.prepare(given, shapes)
-        carried.update({name: getattr(prepared, name) for name in names})
+        carried.update(self._prepared(given, routes))
         self._momenta[len(self.routes)] = carried["momentum"]
         return {**carried, "betas": (carried["momentum"], self.options.betas[1])}
+
+    def _prepared(self, options: MatrixOptions, routes: Sequence[Route]) -> dict[str, Any]:
+        """Return what a group of these matrices carries of options, as the rule has them."""
+        shapes = {m.name: m.shape for route in routes for m in route.matrices}
+        prepared = self.rule.prepare(options, shapes)
+        return {name: getattr(prepared, name) for name in self.options_type.names("matrix")}
 
     def rule_options(self, group: ParamGroup) -> Any:
         """Return the rule's options of a group of matrices, as it is now."""
@@ -76,12 +81,23 @@ class SpectralOptimizer(MatrixCheckpoints):
     def check_group(self, group: ParamGroup) -> None:
         """Take over what a scheduler has written into ``betas``, and check all."""
         if group["kind"] == "matrix" and "betas" in group:
+            problem = betas_problem(group["betas"])
+            if problem:
+                raise ValueError(f"a parameter group: betas is {group['betas']!r}; {problem}")
             beta1, beta2 = group["betas"]
             if beta1 != self._momenta[group["id"]]:
                 group["momentum"] = beta1
             group["betas"] = (group["momentum"], beta2)
             self._momenta[group["id"]] = group["momentum"]
         super().check_group(group)
+
+    def check_changed(self, group: ParamGroup) -> BaseOptions:
+        """Have a rule that learns some of them prepare what was written in their place."""
+        options = super().check_changed(group)
+        if group["kind"] == "matrix" and learned_names(self.options_type):
+            assert isinstance(options, MatrixOptions)
+            group.update(self._prepared(options, self.routes[group["id"]]))
+        return options
 
     def fill_in(self, group: ParamGroup, before: ParamGroup) -> None:
         """Give a group what it has not, as an older release has saved it."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -80,6 +81,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.monitor: Monitor | None = None
         self.after_load: list[Callable[[], None]] = []
         self._units: dict[object, list[Unit]] = {}
+        self._lines: dict[int, list[str]] = {}
+        self._shaping: dict[int, dict[str, object]] = {}
         self._warned: set[str] = set()
         self._agreement = Agreement()
         self._scalar_update = BACKENDS[self.options.scalar_backend]()
@@ -240,11 +243,23 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def check_group(self, group: ParamGroup) -> None:
         """Raise a ValueError for options that something has written into a group since."""
-        specs = specs_of(self.options_type)
-        for name in self.options_type.names(group["kind"]) & group.keys():
-            problem = specs[name].problem(group[name])
-            if problem:
-                raise ValueError(f"a parameter group: {name} is {group[name]!r}; {problem}")
+        known = self._lines.get(group["id"])
+        if known is None or known != agreeing.group_lines(self.options_type, group):
+            self.check_changed(group)
+            self._lines[group["id"]] = agreeing.group_lines(self.options_type, group)
+
+    def check_changed(self, group: ParamGroup) -> BaseOptions:
+        """Return the options of a group that carries others than before; raise if any is bad."""
+        names = self.options_type.names(group["kind"]) & group.keys()
+        options: BaseOptions = replace(self.options, **{name: group[name] for name in names})
+        options.check("a parameter group")
+        for name, value in self._shaping.get(group["id"], {}).items():
+            if group[name] != value:
+                raise ValueError(
+                    f"a parameter group: {name} is {group[name]!r}, but its states were made with"
+                    f" {value!r}; build a new optimizer for another {name}"
+                )
+        return options
 
     def prepare_placement(self) -> None:
         """Have the placement look at the groups as they are now."""
@@ -296,7 +311,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         except (ValueError, RuntimeError) as raised:
             error = raised
         collectives.raise_together(error, groups)
-        return [self._agreed(group, place, tensors) for place in located]
+        units = [self._agreed(group, place, tensors) for place in located]
+        specs = specs_of(self.options_type)
+        shaping = {n: group[n] for n in specs.keys() & group.keys() if specs[n].shapes_state}
+        self._shaping.setdefault(group["id"], shaping)
+        return units
 
     def _agreed(self, group: ParamGroup, located: Located, tensors: Sequence[Tensor]) -> Unit:
         """Build a unit, if its ranks have the same optimizer and options."""
@@ -333,7 +352,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         number = agreeing.number_of(options)
         if collectives.any_rank(flag, groups, self.meter if check else Meter(), number):
             bad = agreeing.not_finite(units, grads) if check else []
-            report = agreeing.report_of(status, self.steps_taken(), options, bad, error)
+            taken = 0 if error else self.steps_taken()  # which may rest on a bad option
+            report = agreeing.report_of(status, taken, options, bad, error)
             agreeing.agree(
                 known, report, lambda names: agreeing.with_gradient(names, units, grads), groups
             )
@@ -345,11 +365,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _option_lines(self) -> list[list[str]]:
         """Return what this step uses of each group, after the name of its first parameter."""
-        return [
-            [self.routes[group["id"]][0].name, *agreeing.group_lines(self.options_type, group)]
-            for group in self.param_groups
-            if self.routes[group["id"]]
-        ]
+        ids = [group["id"] for group in self.param_groups]
+        return [[self.routes[i][0].name, *self._lines.get(i, ())] for i in ids if self.routes[i]]
 
     def _go_on_alone(self, error: Exception | None, status: Status) -> bool:
         """Take a step without asking other ranks, as with check_finite=False; always True."""

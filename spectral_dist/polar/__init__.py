@@ -13,7 +13,7 @@ from torch import Tensor
 from spectral_dist.polar import exact, newton_schulz
 from spectral_dist.polar.qdwh import by_qdwh
 from spectral_dist.polar.scaling import null_cutoff, unit_frobenius
-from spectral_dist.polar.schedules import SCHEDULES, Row
+from spectral_dist.polar.schedules import SCHEDULES, Row, check_steps
 from spectral_dist.polar.schedules import rows as named_rows
 from spectral_dist.polar.stability import check_rows
 from spectral_dist.polar.zolo import by_zolo
@@ -227,8 +227,7 @@ def _rows_of_own(table: Sequence[Sequence[float]], steps: int | None) -> tuple[R
     rows = tuple((float(a), float(b), float(c)) for a, b, c in table)
     if steps is None:
         return rows
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is {steps!r}; it must be a whole number, at least 1")
+    check_steps(steps)
     return (*rows[:steps], *rows[-1:] * (steps - len(rows)))
 
 

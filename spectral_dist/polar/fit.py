@@ -14,7 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from spectral_dist.polar.schedules import SCHEDULES, Row
+from spectral_dist.polar.schedules import SCHEDULES, Row, check_steps
 from spectral_dist.polar.stability import check_fixed
 
 PUBLISHED: dict[tuple[int, int], Row] = {
@@ -101,8 +101,7 @@ def fit(
     weights out of range, steps < 1, ``start`` unstable.
     """
     sigmas, weights = _checked(sigmas, weights)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is {steps!r}; it must be a whole number, at least 1")
+    check_steps(steps)
     if start is not None:
         check_fixed(start)
     known = [FALLBACK, *([start] if start else [])]

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from spectral_dist.polar.schedules import Row
+from spectral_dist.polar.schedules import Row, check_steps
 from spectral_dist.polar.stability import critical_points, evaluate
 
 CUSHION = 0.02407327424182761
@@ -101,8 +101,7 @@ def _check(lower: float, steps: int, degree: int, cushion: float, safety: float)
             f"lower is {lower!r}; write the smallest normalised singular value to bring near 1,"
             " above 0 and at most 1, as in 1e-3"
         )
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is {steps!r}; it must be a whole number, at least 1")
+    check_steps(steps)
     if degree not in (3, 5):
         raise ValueError(f"degree is {degree!r}; write 5 or 3")
     if not number(cushion) or not 0.0 <= cushion < 1.0:

@@ -118,6 +118,18 @@ SCHEDULES: dict[str, Schedule] = {
 }
 
 
+MOST_STEPS = 100
+"""Far more than any schedule needs to converge, and few enough to be written out."""
+
+
+def check_steps(steps: object) -> None:
+    """Raise a ValueError for what is no number of Newton-Schulz steps."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
+        raise ValueError(
+            f"steps is {steps!r}; it must be a whole number, at least 1 and at most {MOST_STEPS}"
+        )
+
+
 def rows(name: str, steps: int | None = None) -> tuple[Row, ...]:
     """The (a, b, c) of each step of a named schedule; ``steps`` None is its own number.
 
@@ -128,8 +140,7 @@ def rows(name: str, steps: int | None = None) -> tuple[Row, ...]:
     table = schedule.rows
     if steps is None:
         steps = schedule.default_steps
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps is {steps!r}; it must be a whole number, at least 1")
+    check_steps(steps)
     if schedule.past_end == "error" and steps != len(table):
         raise ValueError(f"steps is {steps}; {name} has exactly {len(table)} steps")
     if schedule.past_end == "cycle":

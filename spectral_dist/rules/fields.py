@@ -77,15 +77,24 @@ def number(
     return option(default, doc, problem, **more)
 
 
-def whole(default: int | None, doc: str, *, least: int = 1, unit: str = "", **more: Any) -> Any:
-    """Declare a whole number of ``unit``, at least ``least``; None if that is the default."""
+def whole(
+    default: int | None,
+    doc: str,
+    *,
+    least: int = 1,
+    most: float = math.inf,
+    unit: str = "",
+    **more: Any,
+) -> Any:
+    """Declare a whole number of ``unit`` in [least, most]; None if that is the default."""
 
     def problem(value: object) -> str | None:
         if value is None and default is None:
             return None
-        if is_whole(value, least):
+        if is_whole(value, least) and value <= most:  # type: ignore[operator]  # it is an int
             return None
-        return f"it must be a whole number{f' of {unit}' * bool(unit)}, at least {least}"
+        ends = f"at least {least}" + f" and at most {most}" * math.isfinite(most)
+        return f"it must be a whole number{f' of {unit}' * bool(unit)}, {ends}"
 
     return option(default, doc, problem, **more)
 

@@ -229,6 +229,7 @@ class PolarOptions(ComputedOptions):
                 of_gram.dtype_of(self.polar, self.polar_steps, dtype)
         except ValueError as error:
             text = f"{'polar_' * str(error).startswith('steps')}{error}"
+            text = text if "polar" in text else f"polar: {text}"
             in_slabs = "; or strategy='owner'" * ("Gram matrix" in text)
             raise ValueError(f"{where}: {text}{in_slabs}") from None
 

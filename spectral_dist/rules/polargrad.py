@@ -21,7 +21,9 @@ class PolarGradOptions(PolarOptions):
     polar: str | Sequence[Sequence[float]] = option(
         "qdwh", "Polar method, or a schedule of your own, [[a, b, c], ...].", lambda value: None
     )
-    polar_first: bool = flag(False, "Orthogonalize the gradient, and average polar factors.")
+    polar_first: bool = flag(
+        False, "Orthogonalize the gradient, and average polar factors.", shapes_state=True
+    )
     nu_power: float = number(1.0, "Power of the nuclear norm: 1 in the paper, 0 is Muon.")
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spectral_dist.polar import coefficients, fit, spectra, stability
+from spectral_dist.polar.schedules import MOST_STEPS
 from spectral_dist.rules.base import MatrixOps, PolarSpec, Pooling, Shape
 from spectral_dist.rules.fields import option, whole
 from spectral_dist.rules.nesterov import NesterovRule
@@ -32,7 +33,7 @@ def _coefficients_problem(value: object) -> str | None:
 class ROOTOptions(NesterovOptions, ComputedOptions):
     """ROOT's options."""
 
-    polar_steps: int = whole(5, "Newton-Schulz steps.")
+    polar_steps: int = whole(5, "Newton-Schulz steps.", most=MOST_STEPS)
     quantile: float = option(
         0.9, "Elements beyond this quantile of magnitudes are clamped; 1 clamps nothing.",
         _quantile_problem,
@@ -82,6 +83,12 @@ class ROOT(NesterovRule[ROOTOptions]):
                 options.coefficients, sorted(set(shapes.values())), options.polar_steps
             )
             return replace(options, coefficients=table)
+        for shape in shapes.values():
+            if coefficients.key(shape) not in options.coefficients:
+                raise ValueError(
+                    f"coefficients has nothing for matrices of {shape}; write 'published', 'jordan'"
+                    " or a file that `spectral-dist calibrate` wrote for this model"
+                )
         return options
 
     def polar(self, options: ROOTOptions, shape: Shape) -> PolarSpec:

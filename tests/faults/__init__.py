@@ -1,0 +1,1 @@
+"""What breaks: bad options, killed ranks, damaged files, preemption."""
