@@ -2,7 +2,7 @@
 # Installs what the tests need into .venv and runs them; arguments go to pytest. With
 # --torch VERSION or --deepspeed VERSION before them, another release is installed beside .venv, and
 # the tests that rest on it are run with it: TORCH_TESTS or DEEPSPEED_TESTS of common.sh, unless
-# the arguments name others.
+# the arguments name others. With --faults, all of tests/faults, fast and slow.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -25,6 +25,12 @@ case $which in
     install deepspeed,train,mpi,test
     other_deepspeed "$version"
     tests=$DEEPSPEED_TESTS
+    ;;
+  --faults)
+    shift
+    install deepspeed,train,mpi,test
+    megatron
+    set -- tests/faults -m "slow or not slow" "$@"
     ;;
   *)
     install deepspeed,train,mpi,test
