@@ -65,6 +65,18 @@ class MatrixCheckpoints(ShardedOptimizer):
         """Return whether the rule has the shard state ``exp_avg``."""
         return self.rule.has_momentum(self.options)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made of, with what the rule keeps of matrices."""
+        return {**super().__getstate__(), "matrix_state": self.matrix_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what ``__getstate__`` has returned."""
+        whole = state.get("matrix_state")
+        super().__setstate__({k: v for k, v in state.items() if k != "matrix_state"})
+        if whole:
+            self.locate()
+            matrix_state.load(self.matrix_parts(), whole)
+
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict; with "matrix_state" beside "state" if there is some.
 

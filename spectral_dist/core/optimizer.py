@@ -20,7 +20,7 @@ from spectral_dist.core.matrix_step import MatrixStep
 from spectral_dist.core.monitor import Watch
 from spectral_dist.core.units import MatrixUnit, Unit, bucket_numel, wire_dtype
 from spectral_dist.params.spec import Route
-from spectral_dist.placement.base import ParamGroup
+from spectral_dist.placement.base import ParamGroup, Placement
 from spectral_dist.rules.base import Pooling, Shape
 from spectral_dist.rules.options import MatrixOptions
 from spectral_dist.sharding import collectives
@@ -36,14 +36,20 @@ class SpectralOptimizer(MatrixCheckpoints):
         polar_calls: matrices this rank has orthogonalized.
     """
 
+    copied = (*MatrixCheckpoints.copied, "polar_calls", "_momenta")
+
     def __init__(self, params: Iterable[Any], lr: float | None = None, **options: Any) -> None:
         self.polar_calls = 0
+        self._momenta: dict[int, float] = {}
+        super().__init__(params, lr, **options)
+
+    def begin(self, placement: Placement | None) -> None:
+        """Set what an optimizer has that has taken no step and that nobody watches."""
+        super().begin(placement)
         self._watches: list[Watch] | None = None
         self._pooled: dict[Shape, Tensor] | None = None
         self._observer_error: Exception | None = None
         self._rule_options: dict[int, tuple[list[Any], MatrixOptions]] = {}
-        self._momenta: dict[int, float] = {}
-        super().__init__(params, lr, **options)
 
     # -- options
 

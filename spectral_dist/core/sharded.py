@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spectral_dist.core import agreement as agreeing
 from spectral_dist.core.agreement import Agreement, Grads, Status
+from spectral_dist.core.loading import Loading
 from spectral_dist.core.matrix_ops import Observer
 from spectral_dist.core.monitor import Monitor, Watch, add_up
 from spectral_dist.core.units import Unit
@@ -23,14 +24,13 @@ from spectral_dist.rules import adamw
 from spectral_dist.rules.adamw import AdamWOptions
 from spectral_dist.rules.backends import BACKENDS
 from spectral_dist.rules.fields import specs_of
-from spectral_dist.rules.group_options import check_shaping_options, group_options
-from spectral_dist.rules.options import BaseOptions
+from spectral_dist.rules.group_options import group_options
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group, Meter
 from spectral_dist.sharding.layout import Located
 
 
-class ShardedOptimizer(torch.optim.Optimizer):
+class ShardedOptimizer(Loading):
     """An optimizer with the same numbers under every layout of its parameters.
 
     Args:
@@ -53,8 +53,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         ValueError: unknown or bad options, frozen or untagged parameters.
     """
 
-    options_type: ClassVar[type[BaseOptions]]
-    options: Any
+    meter: Meter
 
     def __init__(
         self,
@@ -72,20 +71,27 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 "process_group is given beside placement, which knows the groups; leave it out"
             )
-        replicate = getattr(self.options, "replicate_momentum", False)
-        self.placement = placement or MeshPlacement(process_group, replicate)
-        self.meter = Meter()
+        self.begin(placement or self._placement(process_group))
         self.routes: list[list[Route]] = []
+        self._warned: set[str] = set()
+        self._agreement = Agreement()
+        scheduled = ("lr", "weight_decay", "betas", "momentum")  # what schedulers look for
+        defaults = {n: getattr(self.options, n) for n in scheduled if hasattr(self.options, n)}
+        super().__init__(grouped(params, options=self.options_type), defaults)
+
+    def begin(self, placement: Placement | None) -> None:
+        """Set what an optimizer has that has taken no step and that nobody watches."""
+        self.placement = placement or self._placement(None)
+        self.meter = Meter()
         self.observers: list[Observer] = []
         self.monitor: Monitor | None = None
         self.after_load: list[Callable[[], None]] = []
         self._units: dict[object, list[Unit]] = {}
-        self._warned: set[str] = set()
-        self._agreement = Agreement()
         self._scalar_update = BACKENDS[self.options.scalar_backend]()
-        scheduled = ("lr", "weight_decay", "betas", "momentum")  # what schedulers look for
-        defaults = {n: getattr(self.options, n) for n in scheduled if hasattr(self.options, n)}
-        super().__init__(grouped(params, options=self.options_type), defaults)
+
+    def _placement(self, group: Group) -> Placement:
+        """Return where parameters live if no framework says so."""
+        return MeshPlacement(group, getattr(self.options, "replicate_momentum", False))
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add parameters; a group of both kinds becomes two."""
@@ -372,27 +378,3 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def check_observers(self) -> None:
         """Raise a ValueError if there are observers, but no whole matrices to show them."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load as torch does, but keep the dtype that states were saved in.
-
-        Raises:
-            ValueError: state was saved with another value of an option that shapes it.
-        """
-        check_shaping_options(self.options_type, self.param_groups, state_dict["param_groups"])
-        before = [dict(group) for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, old in zip(self.param_groups, before, strict=True):
-            self.fill_in(group, old)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        loaded = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved, loaded, strict=True):
-            for name, value in state_dict["state"].get(i, {}).items():
-                kept = self.state[p].get(name)  # None if a hook has dropped it
-                if kept is not None and isinstance(value, Tensor) and value.dtype != kept.dtype:
-                    self.state[p][name] = value.to(p.device, copy=True)
-
-    def fill_in(self, group: ParamGroup, before: ParamGroup) -> None:
-        """Give a group what it has not, as an older release has saved it; a load ends with it."""
-        for name, value in before.items():
-            group.setdefault(name, value)

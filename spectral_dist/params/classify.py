@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.utils.weak import TensorWeakRef
 
 from spectral_dist.params.heads import full_shape, output_heads
 from spectral_dist.params.patterns import Patterns
@@ -137,8 +138,9 @@ def classify(
             raise ValueError(f"split: {pattern!r} matches {name}, which is no matrix ({reason})")
         exact = kind == "matrix" and any(option == "one_sided" for option, _ in asked)
         stacked = bool(held) and len(view) == 3
+        reference = TensorWeakRef(parameter)
         routes.append(
-            Route(name, parameter, shape, kind, reason, held, replicas, exact, stacked, layer)
+            Route(name, reference, shape, kind, reason, held, replicas, exact, stacked, layer)
         )
     names = [route.name for route in routes if route.kind != "frozen"]
     every = (*forced.values(), splits)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from spectral_dist.params.classify import classify
-from spectral_dist.params.spec import TAG, Route
+from spectral_dist.params.spec import TAGS, Route
 from spectral_dist.params.splits import Split
 from spectral_dist.params.table import show
 from spectral_dist.rules.options import BaseOptions
@@ -48,12 +48,12 @@ def tag(
     routes = classify(model, matrices=matrices, scalars=scalars, split=split, one_sided=one_sided)
     show(routes)
     for route in routes:
-        setattr(route.parameter, TAG, route)
+        TAGS[route.parameter] = route
 
 
 def _route_of(item: Any, known: dict[int, Route]) -> Route:
     name, parameter = item if isinstance(item, tuple) else ("", item)
-    route: Route | None = known.get(id(parameter)) or getattr(parameter, TAG, None)
+    route: Route | None = known.get(id(parameter)) or TAGS.get(parameter)  # type: ignore[no-untyped-call]
     if route is None:
         what = name or f"a parameter of shape {tuple(parameter.shape)}"
         raise ValueError(

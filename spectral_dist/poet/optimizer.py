@@ -50,6 +50,7 @@ class POET(ShardedOptimizer):
     """
 
     options_type = POETOptions
+    copied = (*ShardedOptimizer.copied, "_ramp_asked")
     options: POETOptions
 
     def __init__(self, params: Iterable[Any], lr: float | None = None, **options: Any) -> None:
