@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from spectral_dist.core.units import Unit
-from spectral_dist.rules.fields import specs_of
+from spectral_dist.rules.fields import plain, specs_of
 from spectral_dist.rules.options import BaseOptions
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group
@@ -163,7 +163,7 @@ def option_lines(name: str, options: BaseOptions, group: Mapping[str, object]) -
     return [
         f"optimizer {name}",
         *(f"{option} {getattr(options, option)!r}" for option in whole),
-        *(f"{option} {group[option]!r}" for option in carried),
+        *(f"{option} {plain(group[option])!r}" for option in carried),
     ]
 
 

@@ -22,6 +22,7 @@ from spectral_dist.core.units import MatrixUnit, Unit, bucket_numel, wire_dtype
 from spectral_dist.params.spec import Route
 from spectral_dist.placement.base import ParamGroup, Placement
 from spectral_dist.rules.base import Pooling, Shape
+from spectral_dist.rules.fields import plain
 from spectral_dist.rules.options import MatrixOptions
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.exchange import Exchange
@@ -72,7 +73,7 @@ class SpectralOptimizer(MatrixCheckpoints):
     def rule_options(self, group: ParamGroup) -> Any:
         """Return the rule's options of a group of matrices, as it is now."""
         names = self.options_type.names("matrix")
-        values = [group[name] for name in names]
+        values = [plain(group[name]) for name in names]
         known = self._rule_options.get(group["id"])
         if known is None or known[0] != values:
             changed = replace(self.options, **dict(zip(names, values, strict=True)))
@@ -128,7 +129,7 @@ class SpectralOptimizer(MatrixCheckpoints):
             present = [p for p, grad in zip(tensors, grads, strict=True) if grad is not None]
             counts = [self.state[p]["step"] for p in present]
             unit = unit.at(strategy.global_step_count(unit, counts))
-        options, lr = self.rule_options(group), group["lr"] * group["lr_ratio"]
+        options, lr = self.rule_options(group), self.lr_of(group)
         momenta = []
         if unit.has_momentum:
             momenta = [self.placement.local(self.state[p]["exp_avg"]) for p in tensors]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +24,7 @@ from spectral_dist.placement.dtensor import MeshPlacement
 from spectral_dist.rules import adamw
 from spectral_dist.rules.adamw import AdamWOptions
 from spectral_dist.rules.backends import BACKENDS
-from spectral_dist.rules.fields import specs_of
+from spectral_dist.rules.fields import plain, specs_of
 from spectral_dist.rules.group_options import group_options
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group, Meter
@@ -67,6 +68,7 @@ class ShardedOptimizer(Loading):
         if lr is not None:
             options = {"lr": lr, **options}
         self.options = self.options_type.from_user(options, type(self).__name__)
+        lr = options.get("lr")
         if placement is not None and process_group is not None:
             raise ValueError(
                 "process_group is given beside placement, which knows the groups; leave it out"
@@ -77,6 +79,8 @@ class ShardedOptimizer(Loading):
         self._agreement = Agreement()
         scheduled = ("lr", "weight_decay", "betas", "momentum")  # what schedulers look for
         defaults = {n: getattr(self.options, n) for n in scheduled if hasattr(self.options, n)}
+        if isinstance(lr, Tensor):  # as torch's, for those who write into it
+            defaults["lr"] = lr
         super().__init__(grouped(params, options=self.options_type), defaults)
 
     def begin(self, placement: Placement | None) -> None:
@@ -99,6 +103,8 @@ class ShardedOptimizer(Loading):
             if group["kind"] not in self.options_type.kinds():
                 raise ValueError(WRONG_KIND[group["kind"]])
             carried = self.complete(group_options(group, self.options), group["routes"])
+            if isinstance(self.defaults["lr"], Tensor):
+                carried["lr"] = self.defaults["lr"]
             carried["id"] = len(self.routes)
             self.routes.append(group["routes"])
             super().add_param_group({**carried, "params": group["params"]})
@@ -178,15 +184,16 @@ class ShardedOptimizer(Loading):
         work = [(group, unit) for group in self.param_groups for unit in self.units(group)]
         tensors = [[group["params"][i] for i in unit.tensors] for group, unit in work]
         grads: list[Grads] = [[self.placement.gradient(p) for p in some] for some in tensors]
-        if not self._agree(work, grads):
-            return loss
-        for name in agreeing.without_gradient([unit for _, unit in work], grads):
-            if name not in self._warned:
-                self._warned.add(name)
-                warnings.warn(
-                    f"{name} has no gradient, so it is left as it is in this step", stacklevel=2
-                )
-        self._take_step(list(zip(work, tensors, grads, strict=True)))
+        with self._without_autocast():
+            if not self._agree(work, grads):
+                return loss
+            for name in agreeing.without_gradient([unit for _, unit in work], grads):
+                if name not in self._warned:
+                    self._warned.add(name)
+                    warnings.warn(
+                        f"{name} has no gradient, so it is left as it is in this step", stacklevel=2
+                    )
+            self._take_step(list(zip(work, tensors, grads, strict=True)))
         return loss
 
     def _take_step(
@@ -233,7 +240,7 @@ class ShardedOptimizer(Loading):
             states.append({name: self.placement.local(value) for name, value in state.items()})
         self._scalar_update(
             self.scalar_options(group),
-            group["lr"] * group["lr_ratio"],
+            self.lr_of(group),
             [self.placement.local(p) for p, _ in present],
             [g for _, g in present],
             states,
@@ -241,8 +248,20 @@ class ShardedOptimizer(Loading):
 
     def scalar_options(self, group: ParamGroup) -> AdamWOptions:
         """Return what AdamW's step of a group depends on."""
-        beta1, beta2 = group["betas"]
-        return AdamWOptions((beta1, beta2), group["eps"], group["weight_decay"])
+        beta1, beta2 = map(plain, group["betas"])
+        return AdamWOptions((beta1, beta2), plain(group["eps"]), plain(group["weight_decay"]))
+
+    def lr_of(self, group: ParamGroup) -> float:
+        """Return the learning rate of a group's parameters, as it is now."""
+        return float(plain(group["lr"]) * group["lr_ratio"])
+
+    def _without_autocast(self) -> contextlib.ExitStack:
+        """Compute in the dtypes that are written here, though a user's autocast is around it."""
+        stack = contextlib.ExitStack()
+        for kind in {"cpu", self.device.type}:
+            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        return stack
 
     def check_group(self, group: ParamGroup) -> None:
         """Raise a ValueError for options that something has written into a group since."""
@@ -343,7 +362,8 @@ class ShardedOptimizer(Loading):
             )
             known.status = status
         known.is_made = True
-        if not known.has_gradients:
+        if not known.has_gradients and "step" not in self._warned:
+            self._warned.add("step")
             warnings.warn("no parameter has a gradient, so this step changes nothing", stacklevel=4)
         return known.has_gradients
 

@@ -192,6 +192,10 @@ class PoetLayer(nn.Module):
     @torch.no_grad()
     def effective(self, weight: Tensor, skews: Mapping[str, Tensor]) -> Tensor:
         """R_o W R_i of whole (here: of this rank's tile) tensors, (m, n) in at least float32."""
+        with torch.autocast(weight.device.type, enabled=False):
+            return self._effective(weight, skews)
+
+    def _effective(self, weight: Tensor, skews: Mapping[str, Tensor]) -> Tensor:
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         for side, transposed in ((self.inner, False), (self.outer, True)):
             deltas = []

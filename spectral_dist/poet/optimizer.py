@@ -144,6 +144,11 @@ class POET(ShardedOptimizer):
         """Whether it was. The model has the values of the last step; a collective call."""
         if self.steps_since_merge() < self._merge_every():
             return False
+        with self._without_autocast():
+            self._merge()
+        return True
+
+    def _merge(self) -> None:
         is_watched = self.is_monitored or self.monitor is not None
         numbers, drifts = [], []
         for layer in self.layers:
@@ -160,7 +165,6 @@ class POET(ShardedOptimizer):
                 self._restart(tensors)
         table = report.pooled(self.layers, numbers, self.meter)
         report.write(self.layers, table, drifts, self.monitor, self.steps_taken())
-        return True
 
     def _restart(self, tensors: Iterable[Tensor]) -> None:
         """Zero what the optimizer steps on, be it a master copy, and Adam with it."""

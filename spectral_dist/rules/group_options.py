@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from spectral_dist.rules.fields import specs_of
+from spectral_dist.rules.fields import plain, specs_of
 from spectral_dist.rules.options import BaseOptions
 from spectral_dist.rules.registry import nearest_option, option_names
 
@@ -53,9 +53,10 @@ def group_options(group: Mapping[str, Any], base: BaseOptions) -> dict[str, Any]
                 stacklevel=3,
             )
     names = type(base).names(kind)
-    values = {name: value for name, value in own.items() if name in names}
-    if isinstance(values.get("betas"), list):
-        values["betas"] = own["betas"] = tuple(values["betas"])
+    values = {name: plain(value) for name, value in own.items() if name in names}
+    if isinstance(values.get("betas"), list | tuple):
+        values["betas"] = tuple(map(plain, values["betas"]))
+    own.update(values)
     replace(base, **values).check("a parameter group")
     lr = own.pop("lr", None)
     if lr is not None:
