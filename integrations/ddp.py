@@ -120,6 +120,11 @@ class Projection:
             for route in self.optimizer.routes[group["id"]]:
                 if id(route.parameter) not in mine:
                     raise ValueError(f"project_gradients: {route.name} is not of this model")
+                if not route.parameter.is_contiguous():
+                    raise ValueError(
+                        f"project_gradients: {route.name} is channels_last; leave the model"
+                        " contiguous, or leave project_gradients out"
+                    )
                 for matrix in route.matrices:
                     found.append(
                         (route, Projected(matrix, owners[matrix.name], options, is_double))

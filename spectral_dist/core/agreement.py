@@ -118,6 +118,18 @@ def with_gradient(names: Iterable[str], units: Sequence[Unit], grads: Sequence[G
     ]
 
 
+def check_dense(units: Sequence[Unit], grads: Sequence[Grads]) -> None:
+    """Raise a ValueError for a sparse gradient, which neither AdamW nor any rule could take."""
+    for unit, some in zip(units, grads, strict=True):
+        for name, index, _, _ in unit.located.spans:
+            grad = some[index]
+            if grad is not None and grad.layout is not torch.strided:
+                raise ValueError(
+                    f"the gradient of {name} is sparse ({grad.layout}), which is not supported;"
+                    " write nn.Embedding(..., sparse=False)"
+                )
+
+
 def not_finite(units: Sequence[Unit], grads: Sequence[Grads]) -> list[str]:
     """Return the parameters whose gradient here has NaN or infinity in it."""
     names = []

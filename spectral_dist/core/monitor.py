@@ -72,7 +72,7 @@ class Watch:
     ) -> None:
         """The Grams of both, of the short side, and <X, U>."""
         side = of_factors.shape[-1]
-        eye = torch.eye(side, device=of_factors.device)
+        eye = torch.eye(side, dtype=torch.float32, device=of_factors.device)
         error = torch.linalg.matrix_norm(of_factors - eye) / side**0.5
         self.note(which, "orthogonality_error", error)
         self.note(which, "nuclear_norm", nuclear)

@@ -139,8 +139,13 @@ class SpectralOptimizer(MatrixCheckpoints):
             self._watches.append(watch)
         observers = tuple(self.observers) if self._agreement.is_observed else ()
         context = StepContext(self.rule, options, unit.names, observers, watch, self._pooled)
-        weights = [self.placement.local(p) for p in tensors]
+        stored = [self.placement.local(p) for p in tensors] + momenta
+        rows = [tensor.contiguous() for tensor in stored]  # itself, but of channels_last
+        weights, momenta = rows[: len(tensors)], rows[len(tensors) :]
         unit.exchange.run(MatrixStep(context, unit, lr, weights, grads, momenta))
+        for tensor, contiguous in zip(stored, rows, strict=True):
+            if contiguous is not tensor:
+                tensor.copy_(contiguous)
         self.polar_calls += context.polar_calls
         self._observer_error = self._observer_error or context.observer_error
 
@@ -163,7 +168,7 @@ class SpectralOptimizer(MatrixCheckpoints):
         options = self.rule_options(group)
         like = tensors[located.tensors[0]] if located.tensors else None
         dtype, device = (like.dtype, like.device) if like is not None else (None, located.device)
-        dtype = dtype or torch.get_default_dtype()
+        dtype = dtype or torch.float32
         shapes = {layout.matrix.shape for layout in located.layouts}
         specs = {shape: self.rule.polar(options, shape) for shape in sorted(shapes)}
         wire = wire_dtype(options, list(specs.values()), dtype, located.device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +15,7 @@ from spectral_dist.core.agreement import Agreement, Grads, Status
 from spectral_dist.core.loading import Loading
 from spectral_dist.core.matrix_ops import Observer
 from spectral_dist.core.monitor import Monitor, Watch, add_up
+from spectral_dist.core.precision import without_autocast
 from spectral_dist.core.units import Unit
 from spectral_dist.params.param_groups import grouped
 from spectral_dist.params.spec import WRONG_KIND, Route
@@ -68,7 +68,6 @@ class ShardedOptimizer(Loading):
         if lr is not None:
             options = {"lr": lr, **options}
         self.options = self.options_type.from_user(options, type(self).__name__)
-        lr = options.get("lr")
         if placement is not None and process_group is not None:
             raise ValueError(
                 "process_group is given beside placement, which knows the groups; leave it out"
@@ -79,8 +78,8 @@ class ShardedOptimizer(Loading):
         self._agreement = Agreement()
         scheduled = ("lr", "weight_decay", "betas", "momentum")  # what schedulers look for
         defaults = {n: getattr(self.options, n) for n in scheduled if hasattr(self.options, n)}
-        if isinstance(lr, Tensor):  # as torch's, for those who write into it
-            defaults["lr"] = lr
+        if isinstance(options.get("lr"), Tensor):  # as torch's, for those who write into it
+            defaults["lr"] = options["lr"]
         super().__init__(grouped(params, options=self.options_type), defaults)
 
     def begin(self, placement: Placement | None) -> None:
@@ -184,7 +183,7 @@ class ShardedOptimizer(Loading):
         work = [(group, unit) for group in self.param_groups for unit in self.units(group)]
         tensors = [[group["params"][i] for i in unit.tensors] for group, unit in work]
         grads: list[Grads] = [[self.placement.gradient(p) for p in some] for some in tensors]
-        with self._without_autocast():
+        with without_autocast(self.device):
             if not self._agree(work, grads):
                 return loss
             for name in agreeing.without_gradient([unit for _, unit in work], grads):
@@ -255,14 +254,6 @@ class ShardedOptimizer(Loading):
         """Return the learning rate of a group's parameters, as it is now."""
         return float(plain(group["lr"]) * group["lr_ratio"])
 
-    def _without_autocast(self) -> contextlib.ExitStack:
-        """Compute in the dtypes that are written here, though a user's autocast is around it."""
-        stack = contextlib.ExitStack()
-        for kind in {"cpu", self.device.type}:
-            if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        return stack
-
     def check_group(self, group: ParamGroup) -> None:
         """Raise a ValueError for options that something has written into a group since."""
         specs = specs_of(self.options_type)
@@ -326,8 +317,8 @@ class ShardedOptimizer(Loading):
     def _agreed(self, group: ParamGroup, located: Located, tensors: Sequence[Tensor]) -> Unit:
         """Build a unit, if its ranks have the same optimizer and options."""
         lines = agreeing.option_lines(type(self).__name__, self.options, group)
-        ranks = (located.group, located.replicas)
-        collectives.assert_same(lines, ranks, located.device, "on the optimizer's options")
+        ranks, what = (located.group, located.replicas), "on the optimizer's options"
+        collectives.assert_same(lines, ranks, located.device, what)
         return self.make_unit(group, located, tensors)
 
     def make_unit(self, group: ParamGroup, located: Located, tensors: Sequence[Tensor]) -> Unit:
@@ -343,19 +334,20 @@ class ShardedOptimizer(Loading):
         """Agree with the other ranks on the step; return whether there is one."""
         groups, known = self.placement.world_groups(), self._agreement
         units = [unit for _, unit in work]
-        error = self._first_error()
+        error = self._first_error(units, grads)
         status = agreeing.status_of(
             units, grads, self.monitor.every if self.monitor else 0, bool(self.observers)
         )
-        present = [g for some in grads for g in some if g is not None and g.numel()]
-        device = work[0][1].located.device if work else self.device
-        differs = error is not None or status != known.status
         check = self.options.check_finite
         if not check and known.is_made:  # by what was agreed in the first step
             return self._go_on_alone(error, status)
+        dense = check and error is None  # or else they may be sparse
+        present = [g for some in grads for g in some if g is not None and g.numel()] * dense
+        device = work[0][1].located.device if work else self.device
+        differs = error is not None or status != known.status
         flag = agreeing.flag_of(present, differs, device, check)
         if collectives.any_rank(flag, groups, self.meter if check else Meter()):
-            bad = agreeing.not_finite(units, grads) if check else []
+            bad = agreeing.not_finite(units, grads) if dense else []
             report = agreeing.report_of(status, self.steps_taken(), bad, error)
             agreeing.agree(
                 known, report, lambda names: agreeing.with_gradient(names, units, grads), groups
@@ -385,9 +377,10 @@ class ShardedOptimizer(Loading):
             )
         return True
 
-    def _first_error(self) -> Exception | None:
+    def _first_error(self, units: Sequence[Unit], grads: Sequence[Grads]) -> Exception | None:
         """Return what this rank alone may find wrong before a step."""
         try:
+            agreeing.check_dense(units, grads)
             for group in self.param_groups:
                 self.check_group(group)
             if self.options.check_finite or not self._agreement.is_made:

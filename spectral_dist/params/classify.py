@@ -90,6 +90,10 @@ def classify(
         ValueError: a pattern that matches nothing or contradicts another, a split that does not
             fit, FSDP1's flattened parameters, uninitialised parameters, or no matrix at all.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"model is {model!r:.60}; write the nn.Module itself, as in param_groups(model)"
+        )
     given_model = model
     model, replicas = unwrap(model)
     if not isinstance(split or {}, Mapping):

@@ -51,14 +51,25 @@ def tag(
         TAGS[route.parameter] = route
 
 
+WRITE = "write spectral_dist.param_groups(model)"
+"""Where the parameters of an optimizer come from."""
+
+
+def _brief(given: object) -> str:
+    return "None" if given is None else f"a {type(given).__name__}"
+
+
 def _route_of(item: Any, known: dict[int, Route]) -> Route:
     name, parameter = item if isinstance(item, tuple) else ("", item)
+    if not isinstance(parameter, torch.Tensor):
+        raise ValueError(f"{parameter!r} is no parameter; {WRITE}")
     route: Route | None = known.get(id(parameter)) or TAGS.get(parameter)  # type: ignore[no-untyped-call]
     if route is None:
         what = name or f"a parameter of shape {tuple(parameter.shape)}"
         raise ValueError(
             f"{what}: bare parameters do not tell matrices from embeddings and heads; pass"
-            " spectral_dist.param_groups(model), or call spectral_dist.tag(model) first"
+            " spectral_dist.param_groups(model), or call spectral_dist.tag(model) first (again, if"
+            " it was sharded, copied or loaded since)"
         )
     if route.kind == "frozen" or not parameter.requires_grad:
         raise ValueError(
@@ -93,6 +104,8 @@ def grouped(
         )
 
     known = {id(route.parameter): route for route in routes}
+    if isinstance(params, nn.Module | torch.Tensor | dict) or not isinstance(params, Iterable):
+        raise ValueError(f"params is {_brief(params)}; {WRITE}")
     items = list(params)
     groups = [item for item in items if isinstance(item, dict)]
     loose = [item for item in items if not isinstance(item, dict)]

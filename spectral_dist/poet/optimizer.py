@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spectral_dist.core.agreement import Grads
+from spectral_dist.core.precision import without_autocast
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.core.units import Unit
 from spectral_dist.params.spec import Route
@@ -144,7 +145,7 @@ class POET(ShardedOptimizer):
         """Whether it was. The model has the values of the last step; a collective call."""
         if self.steps_since_merge() < self._merge_every():
             return False
-        with self._without_autocast():
+        with without_autocast(self.device):
             self._merge()
         return True
 
