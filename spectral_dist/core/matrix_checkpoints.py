@@ -25,6 +25,11 @@ class MatrixCheckpoints(ShardedOptimizer):
     rule: ClassVar[Rule[Any]]
     options: MatrixOptions
 
+    @property
+    def rule_name(self) -> str:
+        """Return the name that checkpoints know the rule by."""
+        return type(self.rule).__name__
+
     @abstractmethod
     def rule_options(self, group: ParamGroup) -> Any:
         """Return the rule's options of a group of matrices, as it is now."""
@@ -105,34 +110,41 @@ class MatrixCheckpoints(ShardedOptimizer):
         """Load what ``state_dict`` has returned, in the dtype that it was saved in.
 
         Raises:
-            ValueError: state was saved with another value of an option that shapes it, or of
-                other matrices.
+            ValueError: it is of another optimizer, of other matrices, or was saved with another
+                value of an option that shapes it; then nothing has changed.
         """
         super().load_state_dict(state_dict)
         if "matrix_state" in state_dict:
-            self.locate()
             matrix_state.load(self.matrix_parts(), state_dict["matrix_state"])
         elif not self.placement.saves_matrix_state and self.keeps_matrix_state:
             self._load_without_matrix_state()
         for call in self.after_load:
             call()
 
-    def _load_without_matrix_state(self) -> None:
-        """Take matrix state out of the shard state that an older release has kept in its place.
+    def check_loaded(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise a ValueError if a state dict is not of this optimizer."""
+        super().check_loaded(state_dict)
+        if "matrix_state" in state_dict:
+            self.locate()
+            for part in self.matrix_parts():
+                matrix_state.check(part, state_dict["matrix_state"])
+        elif not self.placement.saves_matrix_state and self.keeps_matrix_state:
+            self._check_without_matrix_state(state_dict)
 
-        Raises:
-            ValueError: steps have been taken, and what the rule keeps of them is not there.
-        """
-        whole: dict[str, dict[str, Tensor]] = {}
+    def wanted_state(self, kind: str) -> tuple[str, ...]:
+        """Return the moments of a parameter of this kind that has been stepped."""
+        if kind != "matrix":
+            return super().wanted_state(kind)
+        return ("exp_avg",) if self.has_momentum else ()
+
+    def _check_without_matrix_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise a ValueError if steps have been taken whose matrix state is not there."""
         former, missing = self.former_state(), []
-        for group in self.param_groups:
-            if group["kind"] != "matrix":
-                continue
-            for route, p in zip(self.routes[group["id"]], group["params"], strict=True):
-                state = self.state.get(p, {})
-                whole[route.name] = {n: state.pop(n) for n in former.values() if n in state}
-                taken = float(state.get("step", 0.0)) > 0
-                if taken and not (former and whole[route.name]):
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for route, i in zip(self.routes[group["id"]], saved["params"], strict=True):
+                state = state_dict["state"].get(i, {})
+                has_former = any(name in state for name in former.values())
+                if route.kind == "matrix" and float(state.get("step", 0.0)) and not has_former:
                     missing.append(route.name)
         if missing:
             raise ValueError(
@@ -141,6 +153,17 @@ class MatrixCheckpoints(ShardedOptimizer):
                 " get_optimizer_state_dict leaves it out. Save optimizer.state_dict() itself, or"
                 " write spectral_dist.checkpoint.save(folder, model, optimizer)"
             )
+
+    def _load_without_matrix_state(self) -> None:
+        """Take matrix state out of the shard state that an older release has kept in its place."""
+        whole: dict[str, dict[str, Tensor]] = {}
+        former = self.former_state()
+        for group in self.param_groups:
+            if group["kind"] != "matrix":
+                continue
+            for route, p in zip(self.routes[group["id"]], group["params"], strict=True):
+                state = self.state.get(p, {})
+                whole[route.name] = {n: state.pop(n) for n in former.values() if n in state}
         if any(whole.values()):
             self.load_former_state(whole)
 

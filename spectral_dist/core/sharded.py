@@ -25,7 +25,7 @@ from spectral_dist.rules import adamw
 from spectral_dist.rules.adamw import AdamWOptions
 from spectral_dist.rules.backends import BACKENDS
 from spectral_dist.rules.fields import plain, specs_of
-from spectral_dist.rules.group_options import group_options
+from spectral_dist.rules.group_options import RULE, group_options
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group, Meter
 from spectral_dist.sharding.layout import Located
@@ -104,7 +104,7 @@ class ShardedOptimizer(Loading):
             carried = self.complete(group_options(group, self.options), group["routes"])
             if isinstance(self.defaults["lr"], Tensor):
                 carried["lr"] = self.defaults["lr"]
-            carried["id"] = len(self.routes)
+            carried["id"], carried[RULE] = len(self.routes), self.rule_name
             self.routes.append(group["routes"])
             super().add_param_group({**carried, "params": group["params"]})
             for name in self.defaults.keys() - carried.keys():

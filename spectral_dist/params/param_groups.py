@@ -104,7 +104,7 @@ def grouped(
         )
 
     known = {id(route.parameter): route for route in routes}
-    if isinstance(params, nn.Module | torch.Tensor | dict) or not isinstance(params, Iterable):
+    if isinstance(params, torch.Tensor | dict) or not isinstance(params, Iterable):
         raise ValueError(f"params is {_brief(params)}; {WRITE}")
     items = list(params)
     groups = [item for item in items if isinstance(item, dict)]

@@ -51,6 +51,7 @@ class POET(ShardedOptimizer):
     """
 
     options_type = POETOptions
+    rule_name = "POET"
     copied = (*ShardedOptimizer.copied, "_ramp_asked")
     options: POETOptions
 

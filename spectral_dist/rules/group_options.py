@@ -18,6 +18,8 @@ FRAMEWORK_KEYS = {
     *("is_expert_parallel", "is_decoupled_lr", "default_config", "spectral_kind"),
 }
 """Keys that schedulers and frameworks keep in parameter groups for themselves."""
+RULE = "rule"
+"""Key of every group that says whose state it is; older checkpoints have none."""
 
 
 def group_options(group: Mapping[str, Any], base: BaseOptions) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def group_options(group: Mapping[str, Any], base: BaseOptions) -> dict[str, Any]
     """
     kind = group["kind"]
     carried = base.group(kind)
-    own = {k: v for k, v in group.items() if k not in ("params", "kind", "routes")}
+    own = {k: v for k, v in group.items() if k not in ("params", "kind", "routes", RULE)}
     known = option_names() | type(base).names(kind)
     for name in own:
         if name in known and name not in carried:
