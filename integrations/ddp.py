@@ -126,6 +126,11 @@ class Projection:
                         " contiguous, or leave project_gradients out"
                     )
                 for matrix in route.matrices:
+                    if matrix.transposed:
+                        raise ValueError(
+                            f"project_gradients: {matrix.name} is stored in x out, which is not"
+                            " supported; leave project_gradients out"
+                        )
                     found.append(
                         (route, Projected(matrix, owners[matrix.name], options, is_double))
                     )

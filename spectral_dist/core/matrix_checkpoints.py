@@ -62,7 +62,7 @@ class MatrixCheckpoints(ShardedOptimizer):
             if group["kind"] == "matrix":
                 options = self.rule_options(group)
                 for matrix in (m for route in self.routes[group["id"]] for m in route.matrices):
-                    kept[matrix.name] = set(self.rule.state(options, matrix.shape))
+                    kept[matrix.name] = set(self.rule.state(options, matrix.read_shape))
         return kept
 
     @property
@@ -174,7 +174,7 @@ class MatrixCheckpoints(ShardedOptimizer):
             if group["kind"] == "matrix":
                 options = self.rule_options(group)
                 for matrix in (m for route in self.routes[group["id"]] for m in route.matrices):
-                    specs = self.rule.state(options, matrix.shape)
+                    specs = self.rule.state(options, matrix.read_shape)
                     former |= {name: s.formerly for name, s in specs.items() if s.formerly}
         return former
 

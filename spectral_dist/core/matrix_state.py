@@ -47,7 +47,10 @@ class MatrixState:
         self._tensors: dict[tuple[int, ...], dict[str, Tensor]] = {}
         self._reductions: dict[tuple[int, ...], Reduction | None] = {}
         for which, reduction in exchange.batches():
-            specs = rule.state(options, layouts[which[0]].matrix.shape)
+            matrix = layouts[which[0]].matrix
+            specs = rule.state(options, matrix.read_shape)
+            if reduction is not None and matrix.transposed:
+                reduction = reduction.transposed()
             self._specs[which], self._reductions[which] = specs, reduction
             self._tensors[which] = {
                 name: torch.zeros(

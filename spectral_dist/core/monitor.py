@@ -96,7 +96,7 @@ class Watch:
         for layout, row in zip(self.located.layouts, self.table.tolist(), strict=True):
             columns = dict(zip(self.columns, row, strict=True))
             matrix, update = layout.matrix, columns.pop("update_squares") ** 0.5
-            update *= self.rule.scale(self.options, matrix.shape)
+            update *= self.rule.scale(self.options, matrix.read_shape)
             weight = columns.pop("weight_squares") ** 0.5
             result["update_rms"][matrix.name] = update / matrix.numel**0.5
             result["relative_update"][matrix.name] = self.lr * update / max(weight, 1e-30)

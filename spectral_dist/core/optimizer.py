@@ -64,7 +64,7 @@ class SpectralOptimizer(MatrixCheckpoints):
             return carried
         names = self.options_type.names("matrix")
         given = replace(self.options, **{name: carried[name] for name in names})
-        shapes = {m.name: m.shape for route in routes for m in route.matrices}
+        shapes = {m.name: m.read_shape for route in routes for m in route.matrices}
         prepared = self.rule.prepare(given, shapes)
         carried.update({name: getattr(prepared, name) for name in names})
         self._momenta[len(self.routes)] = carried["momentum"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,10 +30,14 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Groups for our optimizers: the matrices, then the rest. Options as in ``classify``.
 
-    Groups may be given options of their own (``groups[1]["lr"] = 3e-4``) before they are used.
+    Groups may be given options of their own (``groups[1]["lr"] = 3e-4``) before they are used. What
+    is frozen is left out; ``optimizer.add_param_group`` takes it once it is unfrozen.
     """
     routes = classify(model, matrices=matrices, scalars=scalars, split=split, one_sided=one_sided)
     show(routes)
+    for route in routes:
+        if route.kind == "frozen":
+            TAGS[route.parameter] = route
     return grouped([r.parameter for r in routes if r.kind != "frozen"], routes)
 
 
@@ -44,8 +49,13 @@ def tag(
     split: Mapping[str, Split] | None = None,
     one_sided: Iterable[str] = (),
 ) -> None:
-    """Write each parameter's route on it, for frameworks that pass on bare parameters."""
-    routes = classify(model, matrices=matrices, scalars=scalars, split=split, one_sided=one_sided)
+    """Note each parameter's route, for frameworks that pass on bare parameters.
+
+    Frozen parameters may be unfrozen later, and need no second call then.
+    """
+    routes = classify(
+        model, matrices=matrices, scalars=scalars, split=split, one_sided=one_sided, later=True
+    )
     show(routes)
     for route in routes:
         TAGS[route.parameter] = route
@@ -71,12 +81,16 @@ def _route_of(item: Any, known: dict[int, Route]) -> Route:
             " spectral_dist.param_groups(model), or call spectral_dist.tag(model) first (again, if"
             " it was sharded, copied or loaded since)"
         )
-    if route.kind == "frozen" or not parameter.requires_grad:
+    if not parameter.requires_grad:
         raise ValueError(
             f"{route.name} is frozen (requires_grad is False); leave it out, as param_groups"
-            " does, or build the optimizer after unfreezing it"
+            " does, and call add_param_group once it is unfrozen"
         )
-    return route
+    if route.kind != "frozen":
+        return route
+    if route.later is None:  # it has been unfrozen since
+        raise ValueError(f"{route.name} cannot be trained: {route.problem}")
+    return replace(route.later, replicas=route.replicas, layer=route.layer)
 
 
 def grouped(

@@ -44,6 +44,10 @@ class Route:
     """whether the first of three dimensions counts matrices"""
     layer: Any = None
     """the ``poet.layer.PoetLayer`` whose skew parameter this is"""
+    later: Route | None = None
+    """of a frozen parameter: what becomes of it if it is unfrozen"""
+    problem: str = ""
+    """of a frozen parameter: why nothing can, then"""
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -73,6 +77,7 @@ class Reading:
     ``shape``: whole and unsharded; ``view``: as its matrices are read, if otherwise. ``split``: how
     it holds several matrices, unless the user says otherwise. ``name``: in the whole model, if a
     rank has a part of it and calls it otherwise; its matrices are called after that.
+    ``transposed``: whether it is stored in x out.
     """
 
     shape: tuple[int, ...]
@@ -81,6 +86,7 @@ class Reading:
     view: tuple[int, ...] = ()
     split: Split | None = None
     name: str = ""
+    transposed: bool = False
 
 
 Reader: TypeAlias = Callable[[str, nn.Parameter, nn.Module], Reading]
