@@ -120,7 +120,17 @@ class Projection:
             for route in self.optimizer.routes[group["id"]]:
                 if id(route.parameter) not in mine:
                     raise ValueError(f"project_gradients: {route.name} is not of this model")
+                if not route.parameter.is_contiguous():
+                    raise ValueError(
+                        f"project_gradients: {route.name} is channels_last; leave the model"
+                        " contiguous, or leave project_gradients out"
+                    )
                 for matrix in route.matrices:
+                    if matrix.transposed:
+                        raise ValueError(
+                            f"project_gradients: {matrix.name} is stored in x out, which is not"
+                            " supported; leave project_gradients out"
+                        )
                     found.append(
                         (route, Projected(matrix, owners[matrix.name], options, is_double))
                     )

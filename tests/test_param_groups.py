@@ -195,3 +195,31 @@ def test_fsdp1_with_original_parameters_is_refused():
     """Its parameters keep their names, but a rank sees 1-D pieces of them, or nothing."""
     for text in harness.run(2, flattened, True):
         assert "FSDP1" in text
+
+
+@pytest.mark.parametrize("given", [None, 5, "weights", nn.Linear(2, 2), {"params": []}])
+def test_what_is_no_list_of_groups(given):
+    with pytest.raises(ValueError, match=r"write spectral_dist\.param_groups\(model\)"):
+        spectral_dist.Muon(given)
+
+
+@pytest.mark.parametrize("given", [torch.ones(2, 2), nn.Parameter(torch.ones(2, 2))])
+def test_one_tensor_is_no_list(given):
+    with pytest.raises(ValueError, match=r"params is a .*; write spectral_dist\.param_groups"):
+        spectral_dist.POET(given)
+
+
+def test_what_is_no_parameter():
+    with pytest.raises(ValueError, match=r"'weight' is no parameter; write spectral_dist\.param"):
+        spectral_dist.Muon(["weight"])
+    with pytest.raises(ValueError, match=r"None is no parameter"):
+        spectral_dist.Muon([{"params": [None]}])
+    with pytest.raises(ValueError, match="bare parameters do not tell"):
+        spectral_dist.Muon(p for p in nn.Linear(2, 2).parameters())
+
+
+@pytest.mark.parametrize("function", [spectral_dist.param_groups, spectral_dist.tag])
+@pytest.mark.parametrize("given", [None, "model", [nn.Linear(2, 2)], nn.Linear(2, 2).parameters()])
+def test_what_is_no_model(function, given):
+    with pytest.raises(ValueError, match=r"model is .*; write the nn\.Module itself"):
+        function(given)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spectral_dist.core.units import Unit
-from spectral_dist.rules.fields import specs_of
+from spectral_dist.rules.fields import plain, specs_of
 from spectral_dist.rules.options import BaseOptions
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group
@@ -121,6 +121,18 @@ def with_gradient(names: Iterable[str], units: Sequence[Unit], grads: Sequence[G
     ]
 
 
+def check_dense(units: Sequence[Unit], grads: Sequence[Grads]) -> None:
+    """Raise a ValueError for a sparse gradient, which neither AdamW nor any rule could take."""
+    for unit, some in zip(units, grads, strict=True):
+        for name, index, _, _ in unit.located.spans:
+            grad = some[index]
+            if grad is not None and grad.layout is not torch.strided:
+                raise ValueError(
+                    f"the gradient of {name} is sparse ({grad.layout}), which is not supported;"
+                    " write nn.Embedding(..., sparse=False)"
+                )
+
+
 def not_finite(units: Sequence[Unit], grads: Sequence[Grads]) -> list[str]:
     """Return the parameters whose gradient here has NaN or infinity in it."""
     names = []
@@ -179,7 +191,7 @@ def option_lines(name: str, options: BaseOptions, group: Mapping[str, object]) -
 def group_lines(options: type[BaseOptions], group: Mapping[str, object]) -> list[str]:
     """Return the options that a group carries, a line for each."""
     names = sorted({*options.names(str(group["kind"])), "lr_ratio"} & group.keys())
-    return [f"{name} {group[name]!r}" for name in names]
+    return [f"{name} {plain(group[name])!r}" for name in names]
 
 
 def number_of(lines: Sequence[Sequence[str]]) -> int:

@@ -48,9 +48,10 @@ def first_step(
 
 
 def matrix_of(matrix: Matrix, parameter: Tensor) -> Tensor:
-    """Return the matrix's elements of its whole parameter, float64."""
+    """Return the matrix's elements of its whole parameter, float64, as rules read them."""
     flat, n = parameter.reshape(-1), matrix.shape[1]
-    return torch.cat([flat[s : s + r * n] for s, r in matrix.blocks]).view(matrix.shape).double()
+    stored = torch.cat([flat[s : s + r * n] for s, r in matrix.blocks]).view(matrix.shape).double()
+    return stored.mT if matrix.transposed else stored
 
 
 def describe_method(rule: Rule[Any], options: MatrixOptions, matrix: Matrix) -> str:

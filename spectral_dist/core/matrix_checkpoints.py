@@ -25,6 +25,11 @@ class MatrixCheckpoints(ShardedOptimizer):
     rule: ClassVar[Rule[Any]]
     options: MatrixOptions
 
+    @property
+    def rule_name(self) -> str:
+        """Return the name that checkpoints know the rule by."""
+        return type(self.rule).__name__
+
     @abstractmethod
     def rule_options(self, group: ParamGroup) -> Any:
         """Return the rule's options of a group of matrices, as it is now."""
@@ -57,13 +62,25 @@ class MatrixCheckpoints(ShardedOptimizer):
             if group["kind"] == "matrix":
                 options = self.rule_options(group)
                 for matrix in (m for route in self.routes[group["id"]] for m in route.matrices):
-                    kept[matrix.name] = set(self.rule.state(options, matrix.shape))
+                    kept[matrix.name] = set(self.rule.state(options, matrix.read_shape))
         return kept
 
     @property
     def has_momentum(self) -> bool:
         """Return whether the rule has the shard state ``exp_avg``."""
         return self.rule.has_momentum(self.options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made of, with what the rule keeps of matrices."""
+        return {**super().__getstate__(), "matrix_state": self.matrix_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what ``__getstate__`` has returned."""
+        whole = state.get("matrix_state")
+        super().__setstate__({k: v for k, v in state.items() if k != "matrix_state"})
+        if whole:
+            self.locate()
+            matrix_state.load(self.matrix_parts(), whole)
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict; with "matrix_state" beside "state" if there is some.
@@ -93,34 +110,41 @@ class MatrixCheckpoints(ShardedOptimizer):
         """Load what ``state_dict`` has returned, in the dtype that it was saved in.
 
         Raises:
-            ValueError: state was saved with another value of an option that shapes it, or of
-                other matrices.
+            ValueError: it is of another optimizer, of other matrices, or was saved with another
+                value of an option that shapes it; then nothing has changed.
         """
         super().load_state_dict(state_dict)
         if "matrix_state" in state_dict:
-            self.locate()
             matrix_state.load(self.matrix_parts(), state_dict["matrix_state"])
         elif not self.placement.saves_matrix_state and self.keeps_matrix_state:
             self._load_without_matrix_state()
         for call in self.after_load:
             call()
 
-    def _load_without_matrix_state(self) -> None:
-        """Take matrix state out of the shard state that an older release has kept in its place.
+    def check_loaded(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise a ValueError if a state dict is not of this optimizer."""
+        super().check_loaded(state_dict)
+        if "matrix_state" in state_dict:
+            self.locate()
+            for part in self.matrix_parts():
+                matrix_state.check(part, state_dict["matrix_state"])
+        elif not self.placement.saves_matrix_state and self.keeps_matrix_state:
+            self._check_without_matrix_state(state_dict)
 
-        Raises:
-            ValueError: steps have been taken, and what the rule keeps of them is not there.
-        """
-        whole: dict[str, dict[str, Tensor]] = {}
+    def wanted_state(self, kind: str) -> tuple[str, ...]:
+        """Return the moments of a parameter of this kind that has been stepped."""
+        if kind != "matrix":
+            return super().wanted_state(kind)
+        return ("exp_avg",) if self.has_momentum else ()
+
+    def _check_without_matrix_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise a ValueError if steps have been taken whose matrix state is not there."""
         former, missing = self.former_state(), []
-        for group in self.param_groups:
-            if group["kind"] != "matrix":
-                continue
-            for route, p in zip(self.routes[group["id"]], group["params"], strict=True):
-                state = self.state.get(p, {})
-                whole[route.name] = {n: state.pop(n) for n in former.values() if n in state}
-                taken = float(state.get("step", 0.0)) > 0
-                if taken and not (former and whole[route.name]):
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for route, i in zip(self.routes[group["id"]], saved["params"], strict=True):
+                state = state_dict["state"].get(i, {})
+                has_former = any(name in state for name in former.values())
+                if route.kind == "matrix" and float(state.get("step", 0.0)) and not has_former:
                     missing.append(route.name)
         if missing:
             raise ValueError(
@@ -129,6 +153,17 @@ class MatrixCheckpoints(ShardedOptimizer):
                 " get_optimizer_state_dict leaves it out. Save optimizer.state_dict() itself, or"
                 " write spectral_dist.checkpoint.save(folder, model, optimizer)"
             )
+
+    def _load_without_matrix_state(self) -> None:
+        """Take matrix state out of the shard state that an older release has kept in its place."""
+        whole: dict[str, dict[str, Tensor]] = {}
+        former = self.former_state()
+        for group in self.param_groups:
+            if group["kind"] != "matrix":
+                continue
+            for route, p in zip(self.routes[group["id"]], group["params"], strict=True):
+                state = self.state.get(p, {})
+                whole[route.name] = {n: state.pop(n) for n in former.values() if n in state}
         if any(whole.values()):
             self.load_former_state(whole)
 
@@ -139,7 +174,7 @@ class MatrixCheckpoints(ShardedOptimizer):
             if group["kind"] == "matrix":
                 options = self.rule_options(group)
                 for matrix in (m for route in self.routes[group["id"]] for m in route.matrices):
-                    specs = self.rule.state(options, matrix.shape)
+                    specs = self.rule.state(options, matrix.read_shape)
                     former |= {name: s.formerly for name, s in specs.items() if s.formerly}
         return former
 

@@ -47,7 +47,10 @@ class MatrixState:
         self._tensors: dict[tuple[int, ...], dict[str, Tensor]] = {}
         self._reductions: dict[tuple[int, ...], Reduction | None] = {}
         for which, reduction in exchange.batches():
-            specs = rule.state(options, layouts[which[0]].matrix.shape)
+            matrix = layouts[which[0]].matrix
+            specs = rule.state(options, matrix.read_shape)
+            if reduction is not None and matrix.transposed:
+                reduction = reduction.transposed()
             self._specs[which], self._reductions[which] = specs, reduction
             self._tensors[which] = {
                 name: torch.zeros(
@@ -122,12 +125,26 @@ def load(parts: Iterable[Part], saved: Mapping[str, Mapping[str, Tensor]]) -> No
         ValueError: a matrix or quantity that is missing, or of another shape.
     """
     for part in parts:
-        whole = saved.get(part.matrix, {}).get(part.name)
-        check_saved(part, None if whole is None else tuple(whole.shape))
-        assert whole is not None
+        whole = check(part, saved)
         for dim, (offset, length) in enumerate(zip(part.offsets, part.values.shape, strict=True)):
             whole = whole.narrow(dim, offset, length)
         part.values.copy_(whole)
+
+
+def check(part: Part, saved: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+    """Return the whole quantity of which a part is to be loaded.
+
+    Raises:
+        ValueError: it is missing, of another shape, no tensor or not finite.
+    """
+    whole = saved.get(part.matrix, {}).get(part.name)
+    if whole is not None and not isinstance(whole, Tensor):
+        raise ValueError(f"{part.matrix}: its {part.name} is {whole!r:.60}, and no tensor")
+    check_saved(part, None if whole is None else tuple(whole.shape))
+    assert whole is not None
+    if not bool(whole.isfinite().all()):
+        raise ValueError(f"{part.matrix}: its {part.name} is NaN or infinite in the checkpoint")
+    return whole
 
 
 def check_saved(part: Part, shape: tuple[int, ...] | None) -> None:

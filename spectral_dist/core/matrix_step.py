@@ -13,6 +13,7 @@ from spectral_dist.core.matrix_ops import SlabMatrixOps, StepContext, WholeMatri
 from spectral_dist.core.units import MatrixUnit
 from spectral_dist.sharding.exchange import MatrixTask, Piece
 from spectral_dist.sharding.gram import Reduction
+from spectral_dist.sharding.layout import Matrix
 
 
 class MatrixStep(MatrixTask):
@@ -74,16 +75,30 @@ class MatrixStep(MatrixTask):
 
     def direction(self, matrices: Tensor, which: Sequence[int]) -> Tensor:
         """Return the rule's direction of a batch of whole matrices."""
+        matrices = self._read(matrices, which)
         shape = (matrices.shape[-2], matrices.shape[-1])
         with self._state_of(which, range(len(which))) as state:
             ops = WholeMatrixOps(self.context, which, shape, state)
-            return self._checked(self.rule.direction(self.options, matrices, ops), matrices)
+            direction = self._checked(self.rule.direction(self.options, matrices, ops), matrices)
+            return self._read(direction, which)
 
     def slab_direction(self, slabs: Tensor, reduction: Reduction) -> Tensor:
         """Return the rule's direction of a batch of slabs."""
-        with self._state_of(reduction.matrices, reduction.mine) as state:
+        which = reduction.matrices
+        if self._matrix(which[0]).transposed:
+            reduction = reduction.transposed()
+        slabs = self._read(slabs, which)
+        with self._state_of(which, reduction.mine) as state:
             ops = SlabMatrixOps(self.context, reduction, state)
-            return self._checked(self.rule.direction(self.options, slabs, ops), slabs)
+            direction = self._checked(self.rule.direction(self.options, slabs, ops), slabs)
+            return self._read(direction, which)
+
+    def _matrix(self, index: int) -> Matrix:
+        return self.unit.located.layouts[index].matrix
+
+    def _read(self, matrices: Tensor, which: Sequence[int]) -> Tensor:
+        """Turn a batch from what is stored to what rules read, or back; mostly that is the same."""
+        return matrices.mT.contiguous() if self._matrix(which[0]).transposed else matrices
 
     def _checked(self, direction: Tensor, matrices: Tensor) -> Tensor:
         if direction.shape != matrices.shape:
@@ -118,7 +133,6 @@ class MatrixStep(MatrixTask):
         """Update the weights, and momentum of others' matrices where every replica keeps it."""
         if self.unit.exchange.copies > 1 and not self.unit.momentum_at_owner and self.has_momentum:
             self._accumulate([p for p in pieces if p not in self.unit.owned_runs])
-        layouts = self.unit.located.layouts
         present = [i for i, p in enumerate(pieces) if self.present[p.tensor]]
         if not present:
             return
@@ -134,5 +148,5 @@ class MatrixStep(MatrixTask):
             self.lr,
             [self.weight_of[pieces[i]] for i in present],
             [directions[i] for i in present],
-            [layouts[pieces[i].matrix].matrix.shape for i in present],
+            [self._matrix(pieces[i].matrix).read_shape for i in present],
         )

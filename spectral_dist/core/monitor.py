@@ -72,7 +72,7 @@ class Watch:
     ) -> None:
         """The Grams of both, of the short side, and <X, U>."""
         side = of_factors.shape[-1]
-        eye = torch.eye(side, device=of_factors.device)
+        eye = torch.eye(side, dtype=torch.float32, device=of_factors.device)
         error = torch.linalg.matrix_norm(of_factors - eye) / side**0.5
         self.note(which, "orthogonality_error", error)
         self.note(which, "nuclear_norm", nuclear)
@@ -96,7 +96,7 @@ class Watch:
         for layout, row in zip(self.located.layouts, self.table.tolist(), strict=True):
             columns = dict(zip(self.columns, row, strict=True))
             matrix, update = layout.matrix, columns.pop("update_squares") ** 0.5
-            update *= self.rule.scale(self.options, matrix.shape)
+            update *= self.rule.scale(self.options, matrix.read_shape)
             weight = columns.pop("weight_squares") ** 0.5
             result["update_rms"][matrix.name] = update / matrix.numel**0.5
             result["relative_update"][matrix.name] = self.lr * update / max(weight, 1e-30)

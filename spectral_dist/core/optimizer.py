@@ -20,9 +20,9 @@ from spectral_dist.core.matrix_step import MatrixStep
 from spectral_dist.core.monitor import Watch
 from spectral_dist.core.units import MatrixUnit, Unit, bucket_numel, wire_dtype
 from spectral_dist.params.spec import Route
-from spectral_dist.placement.base import ParamGroup
+from spectral_dist.placement.base import ParamGroup, Placement
 from spectral_dist.rules.base import Pooling, Shape
-from spectral_dist.rules.fields import betas_problem
+from spectral_dist.rules.fields import betas_problem, plain
 from spectral_dist.rules.options import BaseOptions, MatrixOptions
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.exchange import Exchange
@@ -37,14 +37,20 @@ class SpectralOptimizer(MatrixCheckpoints):
         polar_calls: matrices this rank has orthogonalized.
     """
 
+    copied = (*MatrixCheckpoints.copied, "polar_calls", "_momenta")
+
     def __init__(self, params: Iterable[Any], lr: float | None = None, **options: Any) -> None:
         self.polar_calls = 0
+        self._momenta: dict[int, float] = {}
+        super().__init__(params, lr, **options)
+
+    def begin(self, placement: Placement | None) -> None:
+        """Set what an optimizer has that has taken no step and that nobody watches."""
+        super().begin(placement)
         self._watches: list[Watch] | None = None
         self._pooled: dict[Shape, Tensor] | None = None
         self._observer_error: Exception | None = None
         self._rule_options: dict[int, tuple[list[Any], MatrixOptions]] = {}
-        self._momenta: dict[int, float] = {}
-        super().__init__(params, lr, **options)
 
     # -- options
 
@@ -64,14 +70,14 @@ class SpectralOptimizer(MatrixCheckpoints):
 
     def _prepared(self, options: MatrixOptions, routes: Sequence[Route]) -> dict[str, Any]:
         """Return what a group of these matrices carries of options, as the rule has them."""
-        shapes = {m.name: m.shape for route in routes for m in route.matrices}
+        shapes = {m.name: m.read_shape for route in routes for m in route.matrices}
         prepared = self.rule.prepare(options, shapes)
         return {name: getattr(prepared, name) for name in self.options_type.names("matrix")}
 
     def rule_options(self, group: ParamGroup) -> Any:
         """Return the rule's options of a group of matrices, as it is now."""
         names = self.options_type.names("matrix")
-        values = [group[name] for name in names]
+        values = [plain(group[name]) for name in names]
         known = self._rule_options.get(group["id"])
         if known is None or known[0] != values:
             changed = replace(self.options, **dict(zip(names, values, strict=True)))
@@ -91,13 +97,11 @@ class SpectralOptimizer(MatrixCheckpoints):
             self._momenta[group["id"]] = group["momentum"]
         super().check_group(group)
 
-    def check_changed(self, group: ParamGroup) -> BaseOptions:
-        """Have a rule that learns some of them prepare what was written in their place."""
-        options = super().check_changed(group)
+    def take_over(self, group: ParamGroup, options: BaseOptions) -> None:
+        """Have a rule that learns some options prepare what was written in their place."""
         if group["kind"] == "matrix" and learned_names(self.options_type):
             assert isinstance(options, MatrixOptions)
             group.update(self._prepared(options, self.routes[group["id"]]))
-        return options
 
     def fill_in(self, group: ParamGroup, before: ParamGroup) -> None:
         """Give a group what it has not, as an older release has saved it."""
@@ -138,7 +142,7 @@ class SpectralOptimizer(MatrixCheckpoints):
             present = [p for p, grad in zip(tensors, grads, strict=True) if grad is not None]
             counts = [self.state[p]["step"] for p in present]
             unit = unit.at(strategy.global_step_count(unit, counts))
-        options, lr = self.rule_options(group), group["lr"] * group["lr_ratio"]
+        options, lr = self.rule_options(group), self.lr_of(group)
         momenta = []
         if unit.has_momentum:
             momenta = [self.placement.local(self.state[p]["exp_avg"]) for p in tensors]
@@ -148,8 +152,13 @@ class SpectralOptimizer(MatrixCheckpoints):
             self._watches.append(watch)
         observers = tuple(self.observers) if self._agreement.is_observed else ()
         context = StepContext(self.rule, options, unit.names, observers, watch, self._pooled)
-        weights = [self.placement.local(p) for p in tensors]
+        stored = [self.placement.local(p) for p in tensors] + momenta
+        rows = [tensor.contiguous() for tensor in stored]  # itself, but of channels_last
+        weights, momenta = rows[: len(tensors)], rows[len(tensors) :]
         unit.exchange.run(MatrixStep(context, unit, lr, weights, grads, momenta))
+        for tensor, contiguous in zip(stored, rows, strict=True):
+            if contiguous is not tensor:
+                tensor.copy_(contiguous)
         self.polar_calls += context.polar_calls
         self._observer_error = self._observer_error or context.observer_error
 
@@ -172,7 +181,7 @@ class SpectralOptimizer(MatrixCheckpoints):
         options = self.rule_options(group)
         like = tensors[located.tensors[0]] if located.tensors else None
         dtype, device = (like.dtype, like.device) if like is not None else (None, located.device)
-        dtype = dtype or torch.get_default_dtype()
+        dtype = dtype or torch.float32
         shapes = {layout.matrix.shape for layout in located.layouts}
         specs = {shape: self.rule.polar(options, shape) for shape in sorted(shapes)}
         wire = wire_dtype(options, list(specs.values()), dtype, located.device)

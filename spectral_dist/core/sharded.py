@@ -5,17 +5,19 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from spectral_dist.core import agreement as agreeing
 from spectral_dist.core.agreement import Agreement, Grads, Status
+from spectral_dist.core.loading import Loading
 from spectral_dist.core.matrix_ops import Observer
 from spectral_dist.core.monitor import Monitor, Watch, add_up
+from spectral_dist.core.precision import without_autocast
 from spectral_dist.core.units import Unit
+from spectral_dist.core.written_options import WrittenOptions
 from spectral_dist.params.param_groups import grouped
 from spectral_dist.params.spec import WRONG_KIND, Route
 from spectral_dist.placement.base import ParamGroup, Placement
@@ -23,15 +25,15 @@ from spectral_dist.placement.dtensor import MeshPlacement
 from spectral_dist.rules import adamw
 from spectral_dist.rules.adamw import AdamWOptions
 from spectral_dist.rules.backends import BACKENDS
-from spectral_dist.rules.fields import specs_of
-from spectral_dist.rules.group_options import check_shaping_options, group_options
+from spectral_dist.rules.fields import plain
+from spectral_dist.rules.group_options import RULE, group_options
 from spectral_dist.rules.options import BaseOptions
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group, Meter
 from spectral_dist.sharding.layout import Located
 
 
-class ShardedOptimizer(torch.optim.Optimizer):
+class ShardedOptimizer(Loading):
     """An optimizer with the same numbers under every layout of its parameters.
 
     Args:
@@ -54,8 +56,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         ValueError: unknown or bad options, frozen or untagged parameters.
     """
 
-    options_type: ClassVar[type[BaseOptions]]
-    options: Any
+    meter: Meter
 
     def __init__(
         self,
@@ -73,22 +74,30 @@ class ShardedOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 "process_group is given beside placement, which knows the groups; leave it out"
             )
-        replicate = getattr(self.options, "replicate_momentum", False)
-        self.placement = placement or MeshPlacement(process_group, replicate)
-        self.meter = Meter()
+        self.begin(placement or self._placement(process_group))
         self.routes: list[list[Route]] = []
+        self._warned: set[str] = set()
+        self._agreement = Agreement()
+        scheduled = ("lr", "weight_decay", "betas", "momentum")  # what schedulers look for
+        defaults = {n: getattr(self.options, n) for n in scheduled if hasattr(self.options, n)}
+        if isinstance(options.get("lr"), Tensor):  # as torch's, for those who write into it
+            defaults["lr"] = options["lr"]
+        super().__init__(grouped(params, options=self.options_type), defaults)
+
+    def begin(self, placement: Placement | None) -> None:
+        """Set what an optimizer has that has taken no step and that nobody watches."""
+        self.placement = placement or self._placement(None)
+        self.meter = Meter()
         self.observers: list[Observer] = []
         self.monitor: Monitor | None = None
         self.after_load: list[Callable[[], None]] = []
         self._units: dict[object, list[Unit]] = {}
-        self._lines: dict[int, list[str]] = {}
-        self._shaping: dict[int, dict[str, object]] = {}
-        self._warned: set[str] = set()
-        self._agreement = Agreement()
+        self._written = WrittenOptions()
         self._scalar_update = BACKENDS[self.options.scalar_backend]()
-        scheduled = ("lr", "weight_decay", "betas", "momentum")  # what schedulers look for
-        defaults = {n: getattr(self.options, n) for n in scheduled if hasattr(self.options, n)}
-        super().__init__(grouped(params, options=self.options_type), defaults)
+
+    def _placement(self, group: Group) -> Placement:
+        """Return where parameters live if no framework says so."""
+        return MeshPlacement(group, getattr(self.options, "replicate_momentum", False))
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add parameters; a group of both kinds becomes two."""
@@ -96,7 +105,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             if group["kind"] not in self.options_type.kinds():
                 raise ValueError(WRONG_KIND[group["kind"]])
             carried = self.complete(group_options(group, self.options), group["routes"])
-            carried["id"] = len(self.routes)
+            if isinstance(self.defaults["lr"], Tensor):
+                carried["lr"] = self.defaults["lr"]
+            carried["id"], carried[RULE] = len(self.routes), self.rule_name
             self.routes.append(group["routes"])
             super().add_param_group({**carried, "params": group["params"]})
             for name in self.defaults.keys() - carried.keys():
@@ -175,15 +186,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
         work = [(group, unit) for group in self.param_groups for unit in self.units(group)]
         tensors = [[group["params"][i] for i in unit.tensors] for group, unit in work]
         grads: list[Grads] = [[self.placement.gradient(p) for p in some] for some in tensors]
-        if not self._agree(work, grads):
-            return loss
-        for name in agreeing.without_gradient([unit for _, unit in work], grads):
-            if name not in self._warned:
-                self._warned.add(name)
-                warnings.warn(
-                    f"{name} has no gradient, so it is left as it is in this step", stacklevel=2
-                )
-        self._take_step(list(zip(work, tensors, grads, strict=True)))
+        with without_autocast(self.device):
+            if not self._agree(work, grads):
+                return loss
+            for name in agreeing.without_gradient([unit for _, unit in work], grads):
+                if name not in self._warned:
+                    self._warned.add(name)
+                    warnings.warn(
+                        f"{name} has no gradient, so it is left as it is in this step", stacklevel=2
+                    )
+            self._take_step(list(zip(work, tensors, grads, strict=True)))
         return loss
 
     def _take_step(
@@ -230,7 +242,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             states.append({name: self.placement.local(value) for name, value in state.items()})
         self._scalar_update(
             self.scalar_options(group),
-            group["lr"] * group["lr_ratio"],
+            self.lr_of(group),
             [self.placement.local(p) for p, _ in present],
             [g for _, g in present],
             states,
@@ -238,28 +250,19 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def scalar_options(self, group: ParamGroup) -> AdamWOptions:
         """Return what AdamW's step of a group depends on."""
-        beta1, beta2 = group["betas"]
-        return AdamWOptions((beta1, beta2), group["eps"], group["weight_decay"])
+        beta1, beta2 = map(plain, group["betas"])
+        return AdamWOptions((beta1, beta2), plain(group["eps"]), plain(group["weight_decay"]))
+
+    def lr_of(self, group: ParamGroup) -> float:
+        """Return the learning rate of a group's parameters, as it is now."""
+        return float(plain(group["lr"]) * group["lr_ratio"])
 
     def check_group(self, group: ParamGroup) -> None:
         """Raise a ValueError for options that something has written into a group since."""
-        known = self._lines.get(group["id"])
-        if known is None or known != agreeing.group_lines(self.options_type, group):
-            self.check_changed(group)
-            self._lines[group["id"]] = agreeing.group_lines(self.options_type, group)
+        self._written.check(self.options, group, self.take_over)
 
-    def check_changed(self, group: ParamGroup) -> BaseOptions:
-        """Return the options of a group that carries others than before; raise if any is bad."""
-        names = self.options_type.names(group["kind"]) & group.keys()
-        options: BaseOptions = replace(self.options, **{name: group[name] for name in names})
-        options.check("a parameter group")
-        for name, value in self._shaping.get(group["id"], {}).items():
-            if group[name] != value:
-                raise ValueError(
-                    f"a parameter group: {name} is {group[name]!r}, but its states were made with"
-                    f" {value!r}; build a new optimizer for another {name}"
-                )
-        return options
+    def take_over(self, group: ParamGroup, options: BaseOptions) -> None:
+        """Bring up to date what depends on a group's options, which have changed."""
 
     def prepare_placement(self) -> None:
         """Have the placement look at the groups as they are now."""
@@ -312,16 +315,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
             error = raised
         collectives.raise_together(error, groups)
         units = [self._agreed(group, place, tensors) for place in located]
-        specs = specs_of(self.options_type)
-        shaping = {n: group[n] for n in specs.keys() & group.keys() if specs[n].shapes_state}
-        self._shaping.setdefault(group["id"], shaping)
+        self._written.keep_shaping(self.options, group)
         return units
 
     def _agreed(self, group: ParamGroup, located: Located, tensors: Sequence[Tensor]) -> Unit:
         """Build a unit, if its ranks have the same optimizer and options."""
         lines = agreeing.option_lines(type(self).__name__, self.options, group)
-        ranks = (located.group, located.replicas)
-        collectives.assert_same(lines, ranks, located.device, "on the optimizer's options")
+        ranks, what = (located.group, located.replicas), "on the optimizer's options"
+        collectives.assert_same(lines, ranks, located.device, what)
         return self.make_unit(group, located, tensors)
 
     def make_unit(self, group: ParamGroup, located: Located, tensors: Sequence[Tensor]) -> Unit:
@@ -337,21 +338,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Agree with the other ranks on the step; return whether there is one."""
         groups, known = self.placement.world_groups(), self._agreement
         units = [unit for _, unit in work]
-        error = self._first_error()
+        error = self._first_error(units, grads)
         status = agreeing.status_of(
             units, grads, self.monitor.every if self.monitor else 0, bool(self.observers)
         )
-        present = [g for some in grads for g in some if g is not None and g.numel()]
-        device = work[0][1].located.device if work else self.device
-        differs = error is not None or status != known.status
         check = self.options.check_finite
         if not check and known.is_made:  # by what was agreed in the first step
             return self._go_on_alone(error, status)
+        dense = check and error is None  # or else they may be sparse
+        present = [g for some in grads for g in some if g is not None and g.numel()] * dense
+        device = work[0][1].located.device if work else self.device
+        differs = error is not None or status != known.status
         flag = agreeing.flag_of(present, differs, device, check)
         options = self._option_lines()
         number = agreeing.number_of(options)
         if collectives.any_rank(flag, groups, self.meter if check else Meter(), number):
-            bad = agreeing.not_finite(units, grads) if check else []
+            bad = agreeing.not_finite(units, grads) if dense else []
             taken = 0 if error else self.steps_taken()  # which may rest on a bad option
             report = agreeing.report_of(status, taken, options, bad, error)
             agreeing.agree(
@@ -359,14 +361,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )
             known.status = status
         known.is_made = True
-        if not known.has_gradients:
+        if not known.has_gradients and "step" not in self._warned:
+            self._warned.add("step")
             warnings.warn("no parameter has a gradient, so this step changes nothing", stacklevel=4)
         return known.has_gradients
 
     def _option_lines(self) -> list[list[str]]:
         """Return what this step uses of each group, after the name of its first parameter."""
-        ids = [group["id"] for group in self.param_groups]
-        return [[self.routes[i][0].name, *self._lines.get(i, ())] for i in ids if self.routes[i]]
+        return [
+            [self.routes[group["id"]][0].name, *self._written.lines(group)]
+            for group in self.param_groups
+            if self.routes[group["id"]]
+        ]
 
     def _go_on_alone(self, error: Exception | None, status: Status) -> bool:
         """Take a step without asking other ranks, as with check_finite=False; always True."""
@@ -386,9 +392,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             )
         return True
 
-    def _first_error(self) -> Exception | None:
+    def _first_error(self, units: Sequence[Unit], grads: Sequence[Grads]) -> Exception | None:
         """Return what this rank alone may find wrong before a step."""
         try:
+            agreeing.check_dense(units, grads)
             for group in self.param_groups:
                 self.check_group(group)
             if self.options.check_finite or not self._agreement.is_made:
@@ -399,27 +406,3 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def check_observers(self) -> None:
         """Raise a ValueError if there are observers, but no whole matrices to show them."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load as torch does, but keep the dtype that states were saved in.
-
-        Raises:
-            ValueError: state was saved with another value of an option that shapes it.
-        """
-        check_shaping_options(self.options_type, self.param_groups, state_dict["param_groups"])
-        before = [dict(group) for group in self.param_groups]
-        super().load_state_dict(state_dict)
-        for group, old in zip(self.param_groups, before, strict=True):
-            self.fill_in(group, old)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        loaded = [p for group in self.param_groups for p in group["params"]]
-        for i, p in zip(saved, loaded, strict=True):
-            for name, value in state_dict["state"].get(i, {}).items():
-                kept = self.state[p].get(name)  # None if a hook has dropped it
-                if kept is not None and isinstance(value, Tensor) and value.dtype != kept.dtype:
-                    self.state[p][name] = value.to(p.device, copy=True)
-
-    def fill_in(self, group: ParamGroup, before: ParamGroup) -> None:
-        """Give a group what it has not, as an older release has saved it; a load ends with it."""
-        for name, value in before.items():
-            group.setdefault(name, value)

@@ -119,7 +119,9 @@ def _subspaces(
 ) -> list[bool]:
     """Do ``select_gram`` of rules in a subspace, which of a square matrix is one of the rows."""
     able = [
-        slabs(x, job.ranks).along == int(x.matrix.shape[1] > x.matrix.shape[0]) for x in layouts
+        slabs(x, job.ranks).along ^ x.matrix.transposed
+        == int(x.matrix.read_shape[1] > x.matrix.read_shape[0])
+        for x in layouts
     ]
     if asked:
         unable = [x.matrix.name for x, fine in zip(layouts, able, strict=True) if not fine]

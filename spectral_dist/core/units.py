@@ -19,6 +19,9 @@ from spectral_dist.sharding.exchange import Exchange, Pieces
 from spectral_dist.sharding.layout import Located
 from spectral_dist.sharding.plan import Plan
 
+ROWS = torch.contiguous_format
+"""How momentum lies, also of a weight that is channels_last."""
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -95,10 +98,10 @@ class MatrixUnit(Unit):
         """
         dtype = torch.promote_types(weight.dtype, torch.float32)
         if not self.momentum_at_owner:
-            return torch.zeros_like(weight, dtype=dtype)
+            return torch.zeros_like(weight, dtype=dtype, memory_format=ROWS)
         numel = self.momentum_runs.numel.get(index, 0)
         if numel == local.numel():
-            return torch.zeros_like(local, dtype=dtype)
+            return torch.zeros_like(local, dtype=dtype, memory_format=ROWS)
         return local.new_zeros(numel, dtype=dtype)
 
 

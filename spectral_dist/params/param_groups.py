@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from spectral_dist.params.classify import classify
-from spectral_dist.params.spec import TAG, Route
+from spectral_dist.params.spec import TAGS, Route
 from spectral_dist.params.splits import Split
 from spectral_dist.params.table import show
 from spectral_dist.rules.options import BaseOptions
@@ -29,10 +30,14 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Groups for our optimizers: the matrices, then the rest. Options as in ``classify``.
 
-    Groups may be given options of their own (``groups[1]["lr"] = 3e-4``) before they are used.
+    Groups may be given options of their own (``groups[1]["lr"] = 3e-4``) before they are used. What
+    is frozen is left out; ``optimizer.add_param_group`` takes it once it is unfrozen.
     """
     routes = classify(model, matrices=matrices, scalars=scalars, split=split, one_sided=one_sided)
     show(routes)
+    for route in routes:
+        if route.kind == "frozen":
+            TAGS[route.parameter] = route
     return grouped([r.parameter for r in routes if r.kind != "frozen"], routes)
 
 
@@ -44,28 +49,48 @@ def tag(
     split: Mapping[str, Split] | None = None,
     one_sided: Iterable[str] = (),
 ) -> None:
-    """Write each parameter's route on it, for frameworks that pass on bare parameters."""
-    routes = classify(model, matrices=matrices, scalars=scalars, split=split, one_sided=one_sided)
+    """Note each parameter's route, for frameworks that pass on bare parameters.
+
+    Frozen parameters may be unfrozen later, and need no second call then.
+    """
+    routes = classify(
+        model, matrices=matrices, scalars=scalars, split=split, one_sided=one_sided, later=True
+    )
     show(routes)
     for route in routes:
-        setattr(route.parameter, TAG, route)
+        TAGS[route.parameter] = route
+
+
+WRITE = "write spectral_dist.param_groups(model)"
+"""Where the parameters of an optimizer come from."""
+
+
+def _brief(given: object) -> str:
+    return "None" if given is None else f"a {type(given).__name__}"
 
 
 def _route_of(item: Any, known: dict[int, Route]) -> Route:
     name, parameter = item if isinstance(item, tuple) else ("", item)
-    route: Route | None = known.get(id(parameter)) or getattr(parameter, TAG, None)
+    if not isinstance(parameter, torch.Tensor):
+        raise ValueError(f"{parameter!r} is no parameter; {WRITE}")
+    route: Route | None = known.get(id(parameter)) or TAGS.get(parameter)  # type: ignore[no-untyped-call]
     if route is None:
         what = name or f"a parameter of shape {tuple(parameter.shape)}"
         raise ValueError(
             f"{what}: bare parameters do not tell matrices from embeddings and heads; pass"
-            " spectral_dist.param_groups(model), or call spectral_dist.tag(model) first"
+            " spectral_dist.param_groups(model), or call spectral_dist.tag(model) first (again, if"
+            " it was sharded, copied or loaded since)"
         )
-    if route.kind == "frozen" or not parameter.requires_grad:
+    if not parameter.requires_grad:
         raise ValueError(
             f"{route.name} is frozen (requires_grad is False); leave it out, as param_groups"
-            " does, or build the optimizer after unfreezing it"
+            " does, and call add_param_group once it is unfrozen"
         )
-    return route
+    if route.kind != "frozen":
+        return route
+    if route.later is None:  # it has been unfrozen since
+        raise ValueError(f"{route.name} cannot be trained: {route.problem}")
+    return replace(route.later, replicas=route.replicas, layer=route.layer)
 
 
 def grouped(
@@ -93,6 +118,8 @@ def grouped(
         )
 
     known = {id(route.parameter): route for route in routes}
+    if isinstance(params, torch.Tensor | dict) or not isinstance(params, Iterable):
+        raise ValueError(f"params is {_brief(params)}; {WRITE}")
     items = list(params)
     groups = [item for item in items if isinstance(item, dict)]
     loose = [item for item in items if not isinstance(item, dict)]

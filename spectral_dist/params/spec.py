@@ -7,13 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from spectral_dist.params.splits import Split
 from spectral_dist.sharding.layout import Matrix
 
-TAG = "spectral_dist_route"
-"""Attribute of a parameter that ``tag`` writes its route to."""
+TAGS = WeakTensorKeyDictionary()
+"""The routes of tagged parameters. Not on the parameters, with which they would be pickled."""
 WRONG_KIND = {
     "skew": "the model has been converted by spectral_dist.poet.convert, so its weights are"
     " frozen, and only spectral_dist.POET (SpectralPOET, spectral_poet) trains their"
@@ -29,7 +30,8 @@ class Route:
     """What becomes of one parameter: 'matrix', 'scalar' (AdamW), 'skew' (POET's) or 'frozen'."""
 
     name: str
-    parameter: nn.Parameter
+    reference: TensorWeakRef | None
+    """the parameter, which a framework may replace by shards: then it must not be kept for this"""
     shape: tuple[int, ...]
     kind: str
     reason: str
@@ -42,6 +44,25 @@ class Route:
     """whether the first of three dimensions counts matrices"""
     layer: Any = None
     """the ``poet.layer.PoetLayer`` whose skew parameter this is"""
+    later: Route | None = None
+    """of a frozen parameter: what becomes of it if it is unfrozen"""
+    problem: str = ""
+    """of a frozen parameter: why nothing can, then"""
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """Return the parameter that was read, which somebody else has to keep."""
+        parameter = None if self.reference is None else self.reference()
+        if parameter is None:
+            raise RuntimeError(
+                f"{self.name}: the model that param_groups or tag has read is gone; keep it, or"
+                " call them with the model that is to be trained"
+            )
+        return parameter  # type: ignore[no-any-return]
+
+    def is_of(self, tensor: Tensor) -> bool:
+        """Return whether this parameter was read."""
+        return self.reference is not None and self.reference() is tensor
 
     @property
     def stack(self) -> int:
@@ -56,6 +77,7 @@ class Reading:
     ``shape``: whole and unsharded; ``view``: as its matrices are read, if otherwise. ``split``: how
     it holds several matrices, unless the user says otherwise. ``name``: in the whole model, if a
     rank has a part of it and calls it otherwise; its matrices are called after that.
+    ``transposed``: whether it is stored in x out.
     """
 
     shape: tuple[int, ...]
@@ -64,6 +86,7 @@ class Reading:
     view: tuple[int, ...] = ()
     split: Split | None = None
     name: str = ""
+    transposed: bool = False
 
 
 Reader: TypeAlias = Callable[[str, nn.Parameter, nn.Module], Reading]

@@ -42,10 +42,13 @@ def _row_parts(rows: int, split: Split, where: str) -> list[list[tuple[int, int]
     return parts
 
 
-def matrices_of(name: str, shape: Sequence[int], split: Split | None) -> tuple[Matrix, ...]:
+def matrices_of(
+    name: str, shape: Sequence[int], split: Split | None, transposed: bool = False
+) -> tuple[Matrix, ...]:
     """The matrices of a parameter: itself, each of a 3-D stack, or the parts of a split of those.
 
-    Anything beyond three dimensions, and convolutions, are out x (the rest).
+    Anything beyond three dimensions, and convolutions, are out x (the rest). ``transposed``: of a
+    parameter that is stored in x out.
     """
     count, m, n = shape if len(shape) == 3 else (1, shape[0], math.prod(shape[1:]))
     parts = [[(0, m)]] if split is None else _row_parts(m, split, f"of {name}")
@@ -55,7 +58,6 @@ def matrices_of(name: str, shape: Sequence[int], split: Split | None) -> tuple[M
         for j, blocks in enumerate(parts):
             part = stack if split is None else f"{stack}/{j}"
             rows = sum(r for _, r in blocks)
-            found.append(
-                Matrix(part, (rows, n), tuple((k * m * n + row * n, r) for row, r in blocks))
-            )
+            places = tuple((k * m * n + row * n, r) for row, r in blocks)
+            found.append(Matrix(part, (rows, n), places, transposed))
     return tuple(found)

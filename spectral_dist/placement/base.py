@@ -184,6 +184,9 @@ class ReplicatedPlacement(Placement):
 
 
 def check_contiguous(route: Route, local: Tensor) -> None:
-    """Raise a ValueError if the parameter's elements do not lie in row-major order."""
-    if not local.is_contiguous():
+    """Raise a ValueError if the elements lie neither in row-major order nor as channels_last."""
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(local.ndim)
+    if not local.is_contiguous() and not (
+        channels_last and local.is_contiguous(memory_format=channels_last)
+    ):
         raise ValueError(f"{route.name} is not contiguous; call .contiguous() on it first")

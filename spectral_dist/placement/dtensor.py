@@ -68,7 +68,7 @@ class MeshPlacement(ReplicatedPlacement):
         self._meter = meter
         for route in routes:
             leaf = route.name.rpartition(".")[2]
-            if route.layer is not None and getattr(route.layer, leaf) is not route.parameter:
+            if route.layer is not None and not route.is_of(getattr(route.layer, leaf)):
                 raise ValueError(
                     f"{route.name} is not the parameter that this optimizer has: either the model"
                     " was sharded after param_groups(model), or its last forward pass was followed"

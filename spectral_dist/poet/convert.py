@@ -208,7 +208,8 @@ def initialize(
 
 def initial(key: str, shape: tuple[int, ...], settings: Settings) -> Tensor:
     """The (m, n) of ``settings.init``, float32 on the CPU."""
-    drawn = torch.randn(shape, generator=generator("poet init", settings.seed, key))
+    random = generator("poet init", settings.seed, key)
+    drawn = torch.randn(shape, generator=random, dtype=torch.float32)
     if settings.init == "normalized":
         drawn /= torch.linalg.vector_norm(drawn, dim=1, keepdim=True)
         return drawn

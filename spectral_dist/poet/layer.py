@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 
 from spectral_dist._errors import suggest
+from spectral_dist.core.precision import without_autocast
 from spectral_dist.poet import cayley
 from spectral_dist.poet.cayley import CayleyNeumann, Order
 from spectral_dist.poet.product import RotatedProduct
@@ -192,6 +193,10 @@ class PoetLayer(nn.Module):
     @torch.no_grad()
     def effective(self, weight: Tensor, skews: Mapping[str, Tensor]) -> Tensor:
         """R_o W R_i of whole (here: of this rank's tile) tensors, (m, n) in at least float32."""
+        with without_autocast(weight.device):
+            return self._effective(weight, skews)
+
+    def _effective(self, weight: Tensor, skews: Mapping[str, Tensor]) -> Tensor:
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         for side, transposed in ((self.inner, False), (self.outer, True)):
             deltas = []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from spectral_dist.core.agreement import Grads
+from spectral_dist.core.precision import without_autocast
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.core.units import Unit
 from spectral_dist.params.spec import Route
@@ -50,6 +51,8 @@ class POET(ShardedOptimizer):
     """
 
     options_type = POETOptions
+    rule_name = "POET"
+    copied = (*ShardedOptimizer.copied, "_ramp_asked")
     options: POETOptions
 
     def __init__(self, params: Iterable[Any], lr: float | None = None, **options: Any) -> None:
@@ -143,6 +146,11 @@ class POET(ShardedOptimizer):
         """Whether it was. The model has the values of the last step; a collective call."""
         if self.steps_since_merge() < self._merge_every():
             return False
+        with without_autocast(self.device):
+            self._merge()
+        return True
+
+    def _merge(self) -> None:
         is_watched = self.is_monitored or self.monitor is not None
         numbers, drifts = [], []
         for layer in self.layers:
@@ -159,7 +167,6 @@ class POET(ShardedOptimizer):
                 self._restart(tensors)
         table = report.pooled(self.layers, numbers, self.meter)
         report.write(self.layers, table, drifts, self.monitor, self.steps_taken())
-        return True
 
     def _restart(self, tensors: Iterable[Tensor]) -> None:
         """Zero what the optimizer steps on, be it a master copy, and Adam with it."""

@@ -77,7 +77,7 @@ def write(
             f"POET: at the merge after step {step} ||Q|| was {largest:.2f} in {name}, above"
             f" {LIMIT} in {count} of {len(far)} layers; at 1 the series of the rotation no longer"
             " is one. Lower lr or merge_every, or convert with order='exact'",
-            stacklevel=4,
+            stacklevel=5,
         )
     if monitor is None or not collectives.is_first():
         return

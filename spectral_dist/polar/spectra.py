@@ -7,7 +7,8 @@ from torch import Tensor
 
 BINS = 512
 LOWEST = 1e-5
-_EDGES = torch.logspace(torch.tensor(LOWEST).log10().item(), 0.0, BINS + 1).double()
+_FIRST = torch.tensor(LOWEST, dtype=torch.float32).log10().item()
+_EDGES = torch.logspace(_FIRST, 0.0, BINS + 1, dtype=torch.float32).double()
 CENTERS = (_EDGES[:-1] * _EDGES[1:]).sqrt()
 """Singular values that ``histogram``'s numbers are of, (BINS,) float64."""
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from types import NoneType
 from typing import Any, get_args, get_type_hints
+
+from torch import Tensor
 
 from spectral_dist._errors import suggest
 
@@ -65,6 +68,7 @@ def number(
     """Declare a number in [low, below), low left out if ``above``; None if that is the default."""
 
     def problem(value: object) -> str | None:
+        value = plain(value)
         if value is None and default is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -91,7 +95,8 @@ def whole(
     def problem(value: object) -> str | None:
         if value is None and default is None:
             return None
-        if is_whole(value, least) and value <= most:  # type: ignore[operator]  # it is an int
+        number = plain(value)
+        if is_whole(number, least) and number <= most:
             return None
         ends = f"at least {least}" + f" and at most {most}" * math.isfinite(most)
         return f"it must be a whole number{f' of {unit}' * bool(unit)}, {ends}"
@@ -121,6 +126,18 @@ def choice(
         return f"unknown {what}{suggest(value, names)}"
 
     return option(default, doc, problem, str, **more)
+
+
+def plain(value: Any) -> Any:
+    """Return one number of numpy or torch as Python's own, and anything else as it is.
+
+    Waits for the device if the number is a tensor there.
+    """
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return value.item()
+    if type(value) in (int, float, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def is_whole(value: object, least: int) -> bool:
@@ -154,9 +171,9 @@ def _text_problem(value: object) -> str | None:
 
 def betas_problem(value: object) -> str | None:
     """Return what is wrong with a pair of decays, or None."""
-    pair = value if isinstance(value, tuple | list) else ()
-    numbers = [b for b in pair if isinstance(b, int | float) and not isinstance(b, bool)]
-    if len(pair) == len(numbers) == 2 and all(0 <= b < 1 for b in numbers):
+    pair = [plain(b) for b in value] if isinstance(value, tuple | list) else []
+    decays = [b for b in pair if isinstance(b, int | float) and not isinstance(b, bool)]
+    if len(pair) == len(decays) == 2 and all(0 <= b < 1 for b in decays):
         return None
     return "write two numbers in [0, 1), as in [0.9, 0.95]"
 

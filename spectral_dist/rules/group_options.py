@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from spectral_dist.rules.fields import specs_of
+from spectral_dist.rules.fields import plain, specs_of
 from spectral_dist.rules.options import BaseOptions
 from spectral_dist.rules.registry import nearest_option, option_names
 
@@ -18,6 +18,8 @@ FRAMEWORK_KEYS = {
     *("is_expert_parallel", "is_decoupled_lr", "default_config", "spectral_kind"),
 }
 """Keys that schedulers and frameworks keep in parameter groups for themselves."""
+RULE = "rule"
+"""Key of every group that says whose state it is; older checkpoints have none."""
 
 
 def group_options(group: Mapping[str, Any], base: BaseOptions) -> dict[str, Any]:
@@ -34,7 +36,7 @@ def group_options(group: Mapping[str, Any], base: BaseOptions) -> dict[str, Any]
     """
     kind = group["kind"]
     carried = base.group(kind)
-    own = {k: v for k, v in group.items() if k not in ("params", "kind", "routes")}
+    own = {k: v for k, v in group.items() if k not in ("params", "kind", "routes", RULE)}
     known = option_names() | type(base).names(kind)
     for name in own:
         if name in known and name not in carried:
@@ -53,9 +55,10 @@ def group_options(group: Mapping[str, Any], base: BaseOptions) -> dict[str, Any]
                 stacklevel=3,
             )
     names = type(base).names(kind)
-    values = {name: value for name, value in own.items() if name in names}
-    if isinstance(values.get("betas"), list):
-        values["betas"] = own["betas"] = tuple(values["betas"])
+    values = {name: plain(value) for name, value in own.items() if name in names}
+    if isinstance(values.get("betas"), list | tuple):
+        values["betas"] = tuple(map(plain, values["betas"]))
+    own.update(values)
     replace(base, **values).check("a parameter group")
     lr = own.pop("lr", None)
     if lr is not None:

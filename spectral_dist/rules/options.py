@@ -19,6 +19,7 @@ from spectral_dist.rules.fields import (
     flag,
     number,
     option,
+    plain,
     specs_of,
     whole,
 )
@@ -93,9 +94,9 @@ class BaseOptions:
                 raise ValueError(
                     f"{where}: unknown option {name!r}{suggest(name, {*known, *ROUTING})}"
                 )
-        options = cls(**given)
+        options = cls(**{name: plain(value) for name, value in given.items()})
         try:
-            object.__setattr__(options, "betas", tuple(options.betas))
+            object.__setattr__(options, "betas", tuple(map(plain, options.betas)))
         except TypeError:
             options.fail(where, "betas", "write two numbers, as in [0.9, 0.95]")
         options.check(where)

@@ -331,7 +331,7 @@ def _top(gram: Tensor, r: int, cutoff: float) -> tuple[Tensor, Tensor]:
 
 def _gaussian(rows: int, columns: int, seed: str) -> Tensor:
     generator = torch.Generator().manual_seed(_hash(seed))
-    return torch.randn(rows, columns, generator=generator)
+    return torch.randn(rows, columns, generator=generator, dtype=torch.float32)
 
 
 def _hash(text: str) -> int:

@@ -211,7 +211,8 @@ def blocks(layout: Layout) -> list[Layout]:
         whole = union([Box(t.row, t.col, t.rows, t.cols) for t in tiles])
         if whole is None:
             raise ValueError(_no_tiles(layout.matrix.name))
-        matrix = Matrix(f"{layout.matrix.name}@{number}", (whole.rows, whole.cols), ())
+        whole_matrix, shape = layout.matrix, (whole.rows, whole.cols)
+        matrix = Matrix(f"{whole_matrix.name}@{number}", shape, (), whole_matrix.transposed)
         moved = [replace(t, row=t.row - whole.row, col=t.col - whole.col) for t in tiles]
         result.append(Layout(matrix, tuple(moved)))
     return result

@@ -6,6 +6,7 @@ Every call is one of all the group's ranks, in the same order; a slab may be emp
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -38,6 +39,12 @@ class Reduction:
         self.mine = [k for k, owner in enumerate(batch.owners) if owner == self._rank]
         begin, end = batch.cut.ranges[self._rank]
         self.begin, self.length = begin, end - begin
+
+    def transposed(self) -> Reduction:
+        """Return the same of the matrices' transposes."""
+        turned = copy.copy(self)
+        turned.shape, turned.along = (self.shape[1], self.shape[0]), 1 - self.along
+        return turned
 
     def add(self, values: Tensor) -> Tensor:
         """Everyone's values added up, in place."""

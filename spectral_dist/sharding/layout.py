@@ -20,16 +20,23 @@ class Matrix:
 
     ``shape`` is (m, n), full and unsharded. ``blocks`` are the whole-row pieces it is made of, in
     order: (first element in the flattened parameter, number of rows). Most matrices have one.
+    ``transposed``: whether it is stored in x out, and a rule is to see its transpose.
     """
 
     name: str
     shape: tuple[int, int]
     blocks: tuple[tuple[int, int], ...]
+    transposed: bool = False
 
     @property
     def numel(self) -> int:
         """Elements of the whole matrix."""
         return self.shape[0] * self.shape[1]
+
+    @property
+    def read_shape(self) -> tuple[int, int]:
+        """(out, in), as rules read it."""
+        return (self.shape[1], self.shape[0]) if self.transposed else self.shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +179,8 @@ class Layout:
         tiles = [
             (t.row, t.col, t.rows, t.cols, t.offset, t.block, t.cut.describe()) for t in self.tiles
         ]
-        return f"{self.matrix.name} {self.matrix.shape} {tiles}"
+        how = " transposed" * self.matrix.transposed
+        return f"{self.matrix.name} {self.matrix.shape}{how} {tiles}"
 
 
 @lru_cache(maxsize=4096)

@@ -165,14 +165,15 @@ class Wholes:
 
 def batches_of(layouts: Sequence[Layout], mine: Sequence[int]) -> list[Batch]:
     """Whole matrices that can be computed at once."""
-    by_shape: dict[tuple[tuple[int, int], Tiles], list[int]] = {}
+    by_shape: dict[tuple[tuple[int, int], bool, Tiles], list[int]] = {}
     for i in mine:
         layout = layouts[i]
         tiles: Tiles = None
         if not layout.stacked():
             tiles = tuple((t.row, t.col, t.rows, t.cols) for t in layout.tiles)
-        by_shape.setdefault((layout.matrix.shape, tiles), []).append(i)
-    return [Batch(tuple(ids), shape, tiles) for (shape, tiles), ids in by_shape.items()]
+        key = (layout.matrix.shape, layout.matrix.transposed, tiles)
+        by_shape.setdefault(key, []).append(i)
+    return [Batch(tuple(ids), shape, tiles) for (shape, _, tiles), ids in by_shape.items()]
 
 
 def pieces_of(layout: Layout, index: int, rank: int) -> list[Piece]:

@@ -120,10 +120,11 @@ def slab_batches(
     layouts: Sequence[Layout], owners: dict[int, list[int]], rank: int, ranks: int
 ) -> list[SlabBatch]:
     """Of one replica's matrices, by owner; equal on all its ranks but for their own slab."""
-    by_cut: dict[tuple[tuple[int, int], Slabs], list[tuple[int, int]]] = {}
+    by_cut: dict[tuple[tuple[int, int], bool, Slabs], list[tuple[int, int]]] = {}
     for owner, matrices in sorted(owners.items()):
         for i in matrices:
-            key = (layouts[i].matrix.shape, slabs(layouts[i], ranks))
+            matrix = layouts[i].matrix
+            key = (matrix.shape, matrix.transposed, slabs(layouts[i], ranks))
             by_cut.setdefault(key, []).append((owner % ranks, i))
     return [
         SlabBatch(
@@ -133,7 +134,7 @@ def slab_batches(
             cut,
             cut.box(rank, shape),
         )
-        for (shape, cut), found in by_cut.items()
+        for (shape, _, cut), found in by_cut.items()
     ]
 
 

@@ -1,0 +1,206 @@
+"""What every optimizer here copies and loads: the part of ``ShardedOptimizer`` that does so."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import TensorWeakRef
+
+from spectral_dist.params.spec import Route
+from spectral_dist.placement.base import ParamGroup, Placement
+from spectral_dist.placement.dtensor import MeshPlacement
+from spectral_dist.rules.fields import plain
+from spectral_dist.rules.group_options import RULE, check_shaping_options
+from spectral_dist.rules.options import BaseOptions
+from spectral_dist.sharding import collectives
+
+
+class Loading(torch.optim.Optimizer):
+    """An optimizer that can be copied and pickled, and loads state dicts.
+
+    Attributes:
+        copied: attributes that a copy has as well; the others it begins anew.
+    """
+
+    options_type: ClassVar[type[BaseOptions]]
+    copied: ClassVar[tuple[str, ...]] = ("options", "_warned", "_agreement")
+    options: Any
+    placement: Placement
+    routes: list[list[Route]]
+
+    @abstractmethod
+    def begin(self, placement: Placement | None) -> None:
+        """Set all attributes that are not copied."""
+
+    @abstractmethod
+    def prepare_placement(self) -> None:
+        """Have the placement look at the groups as they are now."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy is made of: all but what was added from outside.
+
+        As torch leaves out hooks, observers, the monitor and ``after_load`` stay with the original.
+
+        Raises:
+            ValueError: the optimizer works together with other ranks.
+        """
+        self._check_alone()
+        routes = [
+            [replace(route, reference=None, replicas=None) for route in routes]
+            for routes in self.routes
+        ]
+        own = {name: self.__dict__[name] for name in self.copied}
+        return {**super().__getstate__(), **own, "routes": routes}
+
+    def _check_alone(self) -> None:
+        self.prepare_placement()
+        why = ""
+        if type(self.placement) is not MeshPlacement:
+            why = "a framework has its parameters"
+        elif any(collectives.size(group) > 1 for group in self.placement.world_groups()):
+            why = "it takes its steps together with other ranks"
+        if why:
+            raise ValueError(
+                f"this {type(self).__name__} cannot be copied or pickled, because {why}. Write"
+                " spectral_dist.checkpoint.save(folder, model, optimizer) on every rank, build a"
+                " second model and optimizer as the first were built, and load it there"
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what ``__getstate__`` has returned, or at the end of a load torch's part."""
+        if "options" in self.__dict__:
+            super().__setstate__(state)
+            return
+        if "options" not in state:
+            raise ValueError(
+                f"this {type(self).__name__} was pickled by a release that left most of it out;"
+                " build it anew and load its state_dict()"
+            )
+        super().__setstate__(state)
+        self.routes = [
+            [
+                replace(route, reference=TensorWeakRef(p))
+                for route, p in zip(routes, group["params"], strict=True)
+            ]
+            for routes, group in zip(state["routes"], self.param_groups, strict=True)
+        ]
+        self.begin(None)
+
+    @property
+    @abstractmethod
+    def rule_name(self) -> str:
+        """Return the name that checkpoints know the rule by."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load as torch does, but keep the dtype that states were saved in.
+
+        Under plain torch a collective call of the ranks that train the model together.
+
+        Raises:
+            ValueError: on every rank, if on any it is of another optimizer, does not fit this one
+                or is not finite; then nothing has changed.
+        """
+        error: Exception | None = None
+        try:
+            self.check_loaded(state_dict)
+        except (ValueError, TypeError) as raised:
+            error = raised
+        self.prepare_placement()
+        alone = type(self.placement) is not MeshPlacement  # a framework may load rank by rank
+        collectives.raise_together(error, () if alone else self.placement.world_groups())
+        before = [dict(group) for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, old in zip(self.param_groups, before, strict=True):
+            self.fill_in(group, old)
+        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        loaded = [p for group in self.param_groups for p in group["params"]]
+        for i, p in zip(saved, loaded, strict=True):
+            for name, value in state_dict["state"].get(i, {}).items():
+                kept = self.state[p].get(name)  # None if a hook has dropped it
+                if kept is not None and isinstance(value, Tensor) and value.dtype != kept.dtype:
+                    self.state[p][name] = value.to(p.device, copy=True)
+
+    def check_loaded(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise a ValueError if a state dict is not of this optimizer."""
+        groups = state_dict.get("param_groups") if isinstance(state_dict, Mapping) else None
+        if not isinstance(groups, list) or not isinstance(state_dict.get("state"), Mapping):
+            raise ValueError(
+                f"this is no optimizer's state dict, with 'state' and 'param_groups': "
+                f"{type(state_dict).__name__}"
+            )
+        for group in groups:
+            self.check_rule(group)
+        here, there = (
+            [f"{len(group['params'])} {group['kind']}" for group in some]
+            for some in (self.param_groups, groups)
+        )
+        if here != there:
+            raise ValueError(
+                f"this state dict's groups are of {there} parameters, and this optimizer's of"
+                f" {here}; build it as it was built when that was saved, with the same matrices,"
+                " scalars and groups"
+            )
+        check_shaping_options(self.options_type, self.param_groups, groups)
+        for group, saved in zip(self.param_groups, groups, strict=True):
+            routes = self.routes[group["id"]]
+            named = [route.name for route in routes] if len(routes) == len(group["params"]) else []
+            for k, (p, i) in enumerate(zip(group["params"], saved["params"], strict=True)):
+                name = named[k] if named else f"parameter {k} of a group of kind {group['kind']!r}"
+                self._check_state(name, group["kind"], p, state_dict["state"].get(i, {}))
+
+    def check_rule(self, group: Mapping[str, Any]) -> None:
+        """Raise a ValueError if a group was saved by another optimizer, as far as it says so."""
+        if not isinstance(group, Mapping) or "kind" not in group or "params" not in group:
+            raise ValueError(
+                f"this state dict was saved by another optimizer than {self.rule_name}: its groups"
+                " have no 'kind'. Leave it out, or make a checkpoint of torch.optim.Muon's or"
+                " dion's with spectral-dist convert"
+            )
+        if group.get(RULE, self.rule_name) != self.rule_name:
+            raise ValueError(
+                f"this state was saved by {group[RULE]}, and neither can take the other's: build"
+                f" spectral_dist.{group[RULE]}, or start {self.rule_name} without it"
+            )
+
+    def _check_state(self, name: str, kind: str, p: Tensor, state: Any) -> None:
+        """Raise a ValueError for a state that the next step could not go on from."""
+        if not isinstance(state, Mapping):
+            raise ValueError(f"{name}: its state is {state!r:.60}, and no dict")
+        step = plain(state.get("step", 0.0))
+        if isinstance(step, bool) or not isinstance(step, int | float) or not 0 <= step < math.inf:
+            raise ValueError(f"{name}: its step is {step!r:.60}, which is no number of steps")
+        for key in self.wanted_state(kind):
+            if key not in state:
+                if step:
+                    raise ValueError(
+                        f"{name} has taken {step:g} steps and has no {key}: this state dict is of"
+                        " another optimizer"
+                    )
+                continue
+            value = state[key]
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                what = value.dtype if isinstance(value, Tensor) else f"{value!r:.60}"
+                raise ValueError(f"{name}: its {key} is {what}, and no tensor of numbers")
+            if value.shape != p.shape:
+                raise ValueError(
+                    f"{name} is {tuple(p.shape)}, and its {key} {tuple(value.shape)}: this state"
+                    " dict is of another model"
+                )
+            if not bool(self.placement.local(value).isfinite().all()):
+                raise ValueError(f"{name}: its {key} is NaN or infinite")
+
+    def wanted_state(self, kind: str) -> tuple[str, ...]:
+        """Return the moments of a parameter of this kind that has been stepped."""
+        return ("exp_avg", "exp_avg_sq")
+
+    def fill_in(self, group: ParamGroup, before: ParamGroup) -> None:
+        """Give a group what it has not, as an older release has saved it; a load ends with it."""
+        self.check_rule({"params": (), **group})
+        for name, value in before.items():
+            group.setdefault(name, value)
