@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils.weak import TensorWeakRef
 
 from spectral_dist.params.heads import full_shape, output_heads
@@ -83,6 +84,10 @@ def _stored_transposed(module: nn.Module, leaf: str) -> bool:
     return False
 
 
+def _plain_class(module: nn.Module) -> str:
+    return str(type_before_parametrizations(module).__name__)
+
+
 def torch_reader(model: nn.Module) -> Reader:
     """Reads parameters of torch's own modules, and of those made of them."""
     heads = output_heads(model)
@@ -97,7 +102,7 @@ def torch_reader(model: nn.Module) -> Reader:
         kind, reason = _kind(module, name, shape)
         layer, weight = parametrized.get(id(module), (module, leaf))
         if layer is not module and len(shape) > 1:  # what is trained is not what multiplies
-            kind, reason = "scalar", f"parametrized {weight} of {type(layer).__name__}"
+            kind, reason = "scalar", f"parametrized {weight} of {_plain_class(layer)}"
         if id(parameter) in heads:
             kind, reason = "scalar", heads[id(parameter)]
         view: tuple[int, ...] = ()
