@@ -54,7 +54,7 @@ def uneven(how: str) -> tuple[str, dict[str, Tensor]]:
                 throw_on_early_termination=how == "throw",
                 enable=how != "off",
                 divide_by_initial_world_size=False,
-            )  # fmt: skip
+            )
         )
         try:
             with context:
