@@ -52,7 +52,7 @@ class Loading(torch.optim.Optimizer):
         """
         self._check_alone()
         routes = [
-            [replace(route, reference=None, replicas=None) for route in routes]
+            [replace(route, reference=None, replicas=None, wrapper=None) for route in routes]
             for routes in self.routes
         ]
         own = {name: self.__dict__[name] for name in self.copied}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils.weak import TensorWeakRef
 
 from spectral_dist.params.heads import full_shape, output_heads
@@ -83,6 +85,10 @@ def _stored_transposed(module: nn.Module, leaf: str) -> bool:
     return False
 
 
+def _plain_class(module: nn.Module) -> str:
+    return str(type_before_parametrizations(module).__name__)
+
+
 def torch_reader(model: nn.Module) -> Reader:
     """Reads parameters of torch's own modules, and of those made of them."""
     heads = output_heads(model)
@@ -97,7 +103,7 @@ def torch_reader(model: nn.Module) -> Reader:
         kind, reason = _kind(module, name, shape)
         layer, weight = parametrized.get(id(module), (module, leaf))
         if layer is not module and len(shape) > 1:  # what is trained is not what multiplies
-            kind, reason = "scalar", f"parametrized {weight} of {type(layer).__name__}"
+            kind, reason = "scalar", f"parametrized {weight} of {_plain_class(layer)}"
         if id(parameter) in heads:
             kind, reason = "scalar", heads[id(parameter)]
         view: tuple[int, ...] = ()
@@ -141,7 +147,7 @@ def classify(
         raise ValueError(
             f"model is {model!r:.60}; write the nn.Module itself, as in param_groups(model)"
         )
-    given_model = model
+    given_model, wrapper = model, _wrapper(model)
     model, replicas = unwrap(model)
     if not isinstance(split or {}, Mapping):
         raise ValueError(
@@ -171,7 +177,7 @@ def classify(
         if route.kind == "frozen" and _rotated(module) and layer is None:
             problem = "poet.convert has frozen it, and its rotations are trained"
             route = replace(route, later=None, problem=problem)
-        routes.append(replace(route, replicas=replicas, layer=layer))
+        routes.append(replace(route, replicas=replicas, wrapper=wrapper, layer=layer))
     names = [route.name for route in routes if route.kind != "frozen"]
     every = (*forced.values(), splits)
     here = [used for patterns in every for used in patterns.used.values()]
@@ -273,6 +279,15 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, Any]:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model, replicas
+
+
+def _wrapper(model: Any) -> weakref.ref[nn.parallel.DistributedDataParallel] | None:
+    """The DistributedDataParallel around a model, within torch.compile or not."""
+    while not isinstance(model, nn.parallel.DistributedDataParallel):
+        model = getattr(model, "_orig_mod", None)
+        if model is None:
+            return None
+    return weakref.ref(model)
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:

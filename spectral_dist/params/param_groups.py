@@ -90,7 +90,7 @@ def _route_of(item: Any, known: dict[int, Route]) -> Route:
         return route
     if route.later is None:  # it has been unfrozen since
         raise ValueError(f"{route.name} cannot be trained: {route.problem}")
-    return replace(route.later, replicas=route.replicas, layer=route.layer)
+    return replace(route.later, replicas=route.replicas, wrapper=route.wrapper, layer=route.layer)
 
 
 def grouped(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from spectral_dist.params.splits import Split
@@ -38,6 +40,8 @@ class Route:
     matrices: tuple[Matrix, ...] = ()
     replicas: Any = None
     """the process group of the DistributedDataParallel that it was found in"""
+    wrapper: weakref.ref[DistributedDataParallel] | None = None
+    """that DistributedDataParallel"""
     one_sided: bool = False
     """whether its polar factor is to be taken exactly, by the Gram matrix of its short side"""
     stacked: bool = False

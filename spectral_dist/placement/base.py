@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from spectral_dist.params.spec import Route
 from spectral_dist.sharding import collectives
@@ -123,9 +124,17 @@ class ReplicatedPlacement(Placement):
     def prepare(
         self, optimizer: torch.optim.Optimizer, routes: Sequence[Route], meter: Meter
     ) -> None:
-        """Find the group of the model's DDP wrapper."""
+        """Find the group of the model's DDP wrapper.
+
+        Raises:
+            ValueError: the wrapper is inside of torch's Join.
+        """
         if self.group is None and routes:
             self._ddp_group = routes[0].replicas
+            reference = routes[0].wrapper
+            wrapper = None if reference is None else reference()
+            if wrapper is not None and collectives.size(self._ddp_group) > 1:
+                _check_join(wrapper)
 
     @property
     def replicas(self) -> Group:
@@ -190,3 +199,15 @@ def check_contiguous(route: Route, local: Tensor) -> None:
         channels_last and local.is_contiguous(memory_format=channels_last)
     ):
         raise ValueError(f"{route.name} is not contiguous; call .contiguous() on it first")
+
+
+def _check_join(wrapper: DistributedDataParallel) -> None:
+    """Raise a ValueError if some ranks may run out of inputs, and take no further steps."""
+    config = getattr(wrapper, "_join_config", None)
+    if config is not None and config.enable and not config.throw_on_early_termination:
+        raise ValueError(
+            "the model is inside of torch's Join, where a rank without further inputs takes no"
+            " step, but every step of this optimizer is one of all ranks. Write Join([model],"
+            " throw_on_early_termination=True), which ends all ranks with the first; or build the"
+            " optimizer of param_groups(model.module), so that each rank takes all steps alone"
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -19,10 +20,18 @@ from spectral_dist.placement.dtensor import MeshPlacement
 from spectral_dist.poet.layer import Block, PoetLayer, PoetLinear, Settings
 from spectral_dist.poet.permutation import generator
 from spectral_dist.poet.rotation import Rotation, Span
+from spectral_dist.sharding import collectives
 
 SETTINGS = tuple(f.name for f in fields(Settings))
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 """What torch.compile and activation checkpointing put into names."""
+PRETRAINED = (
+    "spectral_dist: what save_pretrained (and transformers' Trainer) writes of this model resumes"
+    " as it is, but from_pretrained reads the frozen weights in it alone, without the rotations"
+    " since the last merge. For from_pretrained: model.save_pretrained(folder,"
+    " state_dict=spectral_dist.poet.export(model))\n"
+)
+"""Told once to those who convert a model of transformers."""
 
 
 def convert(
@@ -58,6 +67,8 @@ def convert(
         initialize(layer.weight, key, chosen, shapes[key])
         layer.__class__ = PoetLinear
         layer.rotate_by(key, made[key][:1], made[key][1:], chosen)
+    if hasattr(model, "save_pretrained") and collectives.is_first():
+        sys.stderr.write(PRETRAINED)
     return model
 
 

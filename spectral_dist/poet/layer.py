@@ -6,9 +6,11 @@ that nothing of W's size is made and no gradient of W is. The bias comes after R
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -97,6 +99,15 @@ class Settings:
         raise ValueError(f"{name} is {getattr(self, name)!r}; {what}")
 
 
+_copies: WeakKeyDictionary[PoetLayer, WeakSet[PoetLayer]] = WeakKeyDictionary()
+"""The copies of each layer that still exist."""
+
+
+def _version(weight: Tensor) -> int:
+    """How often somebody has written it in place; 0 where torch does not count."""
+    return 0 if weight.is_inference() else int(weight._version)
+
+
 class PoetLayer(nn.Module):
     """What every rotated layer is, whoever multiplies by W: see ``PoetLinear``.
 
@@ -117,6 +128,43 @@ class PoetLayer(nn.Module):
     settings: Settings
     merges: int
     group: Any = None
+    _left_at: int | None = None
+    """of a copy: the version of its W when the layer that it was copied of merged"""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return all that a copy has; versions of tensors are not among it."""
+        return {**self.__dict__, "_left_at": -1 if self._is_mixed() else None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what ``__getstate__`` has returned."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._since = _version(self.weight)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PoetLayer:
+        """Return a copy, and remember it: it may become an average of this layer."""
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        _copies.setdefault(self, WeakSet()).add(made)
+        return made
+
+    def averages(self) -> list[PoetLayer]:
+        """Return the copies whose W somebody has written that does not train or load them."""
+        return [c for c in _copies.get(self, ()) if _version(c.weight) != c._since]
+
+    def _is_mixed(self) -> bool:
+        """Return whether W may be made of what it was before and after a merge."""
+        return self._left_at is not None and _version(self.weight) != self._left_at
+
+    def _check_average(self) -> None:
+        """Raise a ValueError if this is an average over a merge."""
+        if self._is_mixed():
+            raise ValueError(
+                f"{self.key}: this copy has been written from a layer that has merged since, so its"
+                " W, its rotations and its permutations do not belong together: parameters of POET"
+                " cannot be averaged (AveragedModel, EMA). Average what spectral_dist.poet.export"
+                " returns: plain.load_state_dict(export(model)); average.update_parameters(plain)"
+            )
 
     def rotate_by(
         self, key: str, inner: Sequence[Rotation], outer: Sequence[Rotation], settings: Settings
@@ -181,14 +229,16 @@ class PoetLayer(nn.Module):
 
     def _index(self, side: Sequence[Rotation], device: torch.device) -> Tensor:
         at = (side[0].skew, device)
+        self._check_average()
         if at not in self._indices:
             found = [rotation.index(self.merges) for rotation in side]
             self._indices[at] = torch.cat(found).to(device, non_blocking=True)
         return self._indices[at]
 
     def forget(self) -> None:
-        """Drop the indices of blocks: ``merges`` or the rotations have changed."""
+        """Drop the indices of blocks: ``merges`` or the rotations have changed, and W is right."""
         self._indices: dict[tuple[str, torch.device], Tensor] = {}
+        self._since, self._left_at = _version(self.weight), None
 
     @torch.no_grad()
     def effective(self, weight: Tensor, skews: Mapping[str, Tensor]) -> Tensor:
@@ -216,6 +266,8 @@ class PoetLayer(nn.Module):
 
         ``weight``, ``skews``: the layer's own, wherever a framework has brought them together.
         """
+        for each in _copies.get(self, ()):
+            each._left_at = _version(each.weight) if each._left_at is None else each._left_at
         weight.copy_(self.effective(weight, skews))
         for skew in skews.values():
             skew.zero_()

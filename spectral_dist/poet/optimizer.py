@@ -151,6 +151,14 @@ class POET(ShardedOptimizer):
         return True
 
     def _merge(self) -> None:
+        if "copies" not in self._warned and any(layer.averages() for layer in self.layers):
+            self._warned.add("copies")
+            warnings.warn(
+                "POET merges now, and something averages the parameters of this model (torch's"
+                " AveragedModel, an EMA): from here on that average is refused. Average what"
+                " spectral_dist.poet.export(model) returns, loaded into a plain model",
+                stacklevel=4,
+            )
         is_watched = self.is_monitored or self.monitor is not None
         numbers, drifts = [], []
         for layer in self.layers:
