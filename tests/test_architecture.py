@@ -39,7 +39,10 @@ LOOSE = {
     "cli": "launch",
     "doctor": "launch",
     "doctor_readings": "launch",
+    "checkpoint_files": "checkpoint",
     "checkpoint_metadata": "checkpoint",
+    "checkpoint_plain": "checkpoint",
+    "checkpoint_runs": "checkpoint",
     "convert": "checkpoint",
     "state_dicts": "checkpoint",
     "monitor": "core",  # the public path of core/monitor.py
