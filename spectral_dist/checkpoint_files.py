@@ -209,13 +209,18 @@ def _manifest(path: Path) -> Files:
         files: Files = content["files"]
         if content["sha256"] != _digest(files):
             raise ValueError("its own sha256 is another one")
-        if METADATA not in files or any(Path(name).name != name for name in files):
+        if METADATA not in files or not all(map(is_name, files)):
             raise ValueError("it does not list the files of this folder")
         return files
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path}, the list of the checkpoint's files, is damaged: {error}"
         ) from error
+
+
+def is_name(text: str) -> bool:
+    """Return whether a text names a file of its folder, and cannot point out of it."""
+    return Path(text).name == text and text not in ("", "..")
 
 
 def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
@@ -253,7 +258,7 @@ class Reader(FileSystemReader):
             if not isinstance(read, Metadata):
                 raise ValueError("it is not the metadata of torch.distributed.checkpoint")
             for info in (read.storage_data or {}).values():
-                if Path(info.relative_path).name != info.relative_path:
+                if not is_name(info.relative_path):
                     raise ValueError(f"it names {info.relative_path}, out of its folder")
         read.storage_meta = read.storage_meta or StorageMeta()
         read.storage_meta.load_id = self.load_id

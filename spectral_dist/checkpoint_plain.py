@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +31,48 @@ CLASSES = {
     *((m, n) for m in ("pathlib", "pathlib._local") for n in ("PosixPath", "WindowsPath")),
 }
 """What metadata of torch.distributed.checkpoint is made of, beside dtypes."""
+
+
+class NotPlain(ValueError):
+    """A file with more than plain data in it."""
+
+
+def load_plain(path: Path, stand_ins: Mapping[str, Callable[..., Any]] | None = None) -> Any:
+    """Return what ``torch.save`` has written, without running any code in it.
+
+    Tensors stay in the file until they are read, where its format allows that.
+
+    Args:
+        path: the file.
+        stand_ins: what is made in place of classes whose names may be in it.
+
+    Raises:
+        NotPlain: there is more than plain data in it.
+        ValueError: it cannot be read. Both name the file.
+    """
+    named: list[Any] = [(kind, name) for name, kind in (stand_ins or {}).items()]
+    try:
+        mapped = zipfile.is_zipfile(path)
+        with torch.serialization.safe_globals(named):
+            return torch.load(path, "cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        if unsafe := sorted(set(_unsafe(path)) - {name for _, name in named}):
+            raise NotPlain(f"{path} {NOT_PLAIN}: {', '.join(unsafe)}") from None
+        raise ValueError(f"{path} is damaged, or no file of torch.save: {first(error)}") from None
+    except Exception as error:  # whatever junk makes of an unpickler
+        raise ValueError(f"{path} is damaged, or no file of torch.save: {first(error)}") from error
+
+
+def _unsafe(path: Path) -> list[str]:
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:
+        return []
+
+
+def first(error: Exception) -> str:
+    """Return the first line of an error, with its type."""
+    return f"{type(error).__name__}: {error}".partition(chr(10))[0]
 
 
 class Unpickler(pickle.Unpickler):
@@ -64,7 +108,7 @@ def check_plain(values: Mapping[str, Any], where: str) -> None:
     raise ValueError(
         f"{where}: {'.'.join(path)} is no plain data, which torch.load(weights_only=True) takes, so"
         " that it could not be loaded; make it numbers, strings, lists, dicts and tensors, or leave"
-        f" it out. {str(error).partition(chr(10))[0]}"
+        f" it out. {first(error)}"
     )
 
 
