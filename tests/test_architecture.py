@@ -38,6 +38,7 @@ FLOORS = {
 LOOSE = {
     "cli": "launch",
     "doctor": "launch",
+    "doctor_config": "launch",
     "doctor_readings": "launch",
     "checkpoint_files": "checkpoint",
     "checkpoint_metadata": "checkpoint",

@@ -20,8 +20,8 @@ RULES = {"Muon": {}, "SUMO": {"rank": 2}, "NorMuon": {}}
 WRONG = [
     (saved, rule, f"was saved with another optimizer: {saved}, and this one is {rule}")
     for saved, rule in (
-        ("SUMO", "Muon"), ("Muon", "SUMO"), ("Muon", "NorMuon"), ("NorMuon", "Muon"), ("SUMO", "NorMuon"),
-        ("NorMuon", "SUMO"),
+        ("SUMO", "Muon"), ("Muon", "SUMO"), ("Muon", "NorMuon"), ("NorMuon", "Muon"),
+        ("SUMO", "NorMuon"), ("NorMuon", "SUMO"),
     )
 ]  # fmt: skip
 """(whose checkpoint, who loads it, what is said)"""
