@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 
 from spectral_dist import checkpoint_files as files
 from spectral_dist.checkpoint_files import failing_together
+from spectral_dist.checkpoint_later import BACKGROUND
 from spectral_dist.checkpoint_metadata import (
     check_entries,
     check_groups,
@@ -181,6 +183,23 @@ def save(folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer, **ex
         RuntimeError: on every rank, if one could not write.
     """
     files.write(folder, _content(model, optimizer, extra))
+
+
+def async_save(
+    folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer, **extra: Any
+) -> Future[str]:
+    """Save as ``save`` does, while training goes on: with the numbers of this call.
+
+    A collective call, which copies everything to the host's memory and first waits for the one
+    before. Ranks write in a thread and a process group of their own.
+
+    Returns:
+        A future, done when the save is complete; its ``result()`` raises what ``save`` would.
+
+    Raises:
+        ValueError: as ``save`` does, at once.
+    """
+    return BACKGROUND.write(folder, _content(model, optimizer, extra))
 
 
 def _content(

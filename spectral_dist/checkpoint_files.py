@@ -38,6 +38,7 @@ from torch.futures import Future
 
 from spectral_dist.checkpoint_plain import NOT_PLAIN, Unpickler
 from spectral_dist.sharding import collectives
+from spectral_dist.sharding.collectives import Group
 
 MANIFEST = "spectral_dist.json"
 METADATA = ".metadata"
@@ -161,8 +162,18 @@ def write(folder: str | Path, content: Mapping[str, Any], *, alone: bool = False
     Raises:
         RuntimeError: on every rank, if one of them could not write: names the file.
     """
-    with _quietly(), _told(f"{folder} was not saved", RuntimeError):
-        saved = dcp_save(dict(content), storage_writer=Writer(folder), no_dist=alone)
+    with _quietly():
+        return write_in(None, folder, content, alone)
+
+
+def write_in(
+    group: Group, folder: str | Path, content: Mapping[str, Any], alone: bool = False
+) -> str:
+    """Write as ``write`` does, by ranks that talk in ``group``; None: in that of the job."""
+    with _told(f"{folder} was not saved", RuntimeError):
+        saved = dcp_save(
+            dict(content), storage_writer=Writer(folder), process_group=group, no_dist=alone
+        )
     return save_id(saved)
 
 

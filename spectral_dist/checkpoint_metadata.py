@@ -64,7 +64,7 @@ def check_entries(
                 )
     for name, tensor in model_state.items():
         there = saved.get(f"model.{name}")
-        if there is None:
+        if there is None and not any(key.startswith(f"model.{name}.") for key in saved):
             raise ValueError(f"{folder} has no {name}, which is here: it is of another model")
         size = getattr(there, "size", None)
         if isinstance(tensor, Tensor) and size != tensor.shape:
@@ -72,9 +72,11 @@ def check_entries(
                 f"{name} is {tuple(tensor.shape)} here, but {tuple(size or ())} in {folder}: it was"
                 " saved of another model"
             )
+    # torch.distributed.checkpoint takes dicts apart, as modules have for their extra state
+    nested = tuple(f"{name}." for name, v in model_state.items() if not isinstance(v, Tensor))
     prefix = "model."
     for name in (key[len(prefix) :] for key in saved if key.startswith(prefix)):
-        if name not in model_state:
+        if name not in model_state and not name.startswith(nested):
             raise ValueError(f"{folder} has {name}, which is not here: it is of another model")
     _check_states(folder, model, state, saved)
 

@@ -59,7 +59,7 @@ class Runs(torch.Tensor):
     ) -> Any:
         """Copy: what is to be saved while training goes on is copied first, here or to the host."""
         kwargs = kwargs or {}
-        if func is aten.copy_.default:
+        if func is aten.copy_.default and all(isinstance(each, cls) for each in args[:2]):
             target, source = args[:2]
             for at, values in target.parts.items():
                 values.copy_(source.parts[at])
@@ -67,7 +67,10 @@ class Runs(torch.Tensor):
         if func is aten.new_empty.default and list(args[1]) == list(args[0].shape):
             func, args = aten.empty_like.default, args[:1]
         if func not in COPIES:
-            raise NotImplementedError(f"{func} of what is spread over ranks, to be saved")
+            raise NotImplementedError(
+                f"{func} of what is spread over ranks, and only to be saved; write"
+                " spectral_dist.checkpoint.async_save, or dcp.async_save without a storage_writer"
+            )
         source = args[0]
         kwargs = {k: v for k, v in kwargs.items() if k != "memory_format"}
         parts = {at: func(values, *args[1:], **kwargs) for at, values in source.parts.items()}

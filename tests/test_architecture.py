@@ -41,6 +41,7 @@ LOOSE = {
     "doctor_config": "launch",
     "doctor_readings": "launch",
     "checkpoint_files": "checkpoint",
+    "checkpoint_later": "checkpoint",
     "checkpoint_metadata": "checkpoint",
     "checkpoint_plain": "checkpoint",
     "checkpoint_runs": "checkpoint",
