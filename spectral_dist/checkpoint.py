@@ -29,6 +29,7 @@ from spectral_dist.checkpoint_metadata import (
     rule_of,
     take_groups,
 )
+from spectral_dist.checkpoint_names import MATRICES, STATE, Names, names_in, names_of
 from spectral_dist.checkpoint_plain import check_plain
 from spectral_dist.checkpoint_runs import Runs, momentum_runs
 from spectral_dist.core.matrix_state import Part, check_saved
@@ -51,6 +52,10 @@ def state_dict(optimizer: ShardedOptimizer, *, saving: bool = True) -> dict[str,
     Also {"matrices": ``matrix_state``} if there is any. Its tensors are the optimizer's own. A
     collective call the first time.
     """
+    return _state_dict(optimizer, names_of(optimizer), saving)
+
+
+def _state_dict(optimizer: ShardedOptimizer, names: Names, saving: bool) -> dict[str, Any]:
     state: dict[str, dict[str, Any]] = {}
     groups = []
     for group in optimizer.param_groups:
@@ -60,16 +65,18 @@ def state_dict(optimizer: ShardedOptimizer, *, saving: bool = True) -> dict[str,
                 entry = dict(optimizer.state[group["params"][i]])
                 if isinstance(unit, MatrixUnit) and unit.momentum_at_owner:
                     entry["exp_avg"] = momentum_runs(unit, index, routes[i], entry["exp_avg"])
-                state[routes[i].name] = entry
+                state[names.of_parameters[routes[i].name]] = entry
         plain = {k: v for k, v in group.items() if k not in NOT_SAVED}
-        names = [route.name for route in routes]
-        groups.append({**plain, "rule": rule_of(optimizer), "names": names})
+        called = [names.of_parameters[route.name] for route in routes]
+        groups.append({**plain, "rule": rule_of(optimizer), "names": called})
     content: dict[str, Any] = {"state": state, "groups": json.dumps(groups, default=float)}
-    matrices = matrix_state(optimizer, saving)
+    matrices = matrix_state(optimizer, names, saving)
     return {**content, "matrices": matrices} if matrices else content
 
 
-def matrix_state(optimizer: ShardedOptimizer, saving: bool) -> dict[str, dict[str, Runs]]:
+def matrix_state(
+    optimizer: ShardedOptimizer, names: Names, saving: bool
+) -> dict[str, dict[str, Runs]]:
     """Return {matrix: {quantity: what this rank keeps of it}}, for DCP to save or load.
 
     What several ranks have is among what each of them loads, and what its owner saves.
@@ -79,7 +86,7 @@ def matrix_state(optimizer: ShardedOptimizer, saving: bool) -> dict[str, dict[st
         if part.is_primary or not saving:
             where = (part.offsets or (0,), tuple(part.values.shape) or (1,))  # DCP cuts no scalars
             whole = Runs(part.shape or (1,), part.values, [(where, part.values)])
-            content.setdefault(part.matrix, {})[part.name] = whole
+            content.setdefault(names.of_matrices[part.matrix], {})[part.name] = whole
     return content
 
 
@@ -95,7 +102,7 @@ def save_matrix_state(folder: str | Path, optimizer: ShardedOptimizer) -> str:
     Returns:
         The id of what was written, for ``load_matrix_state``.
     """
-    return files.write(folder, {"matrices": matrix_state(optimizer, True)})
+    return files.write(folder, {"matrices": matrix_state(optimizer, names_of(optimizer), True)})
 
 
 def load_matrix_state(
@@ -120,24 +127,28 @@ def load_matrix_state(
                 f"{folder} is of another save than the checkpoint that it is to be loaded with; put"
                 " the folder there that was saved with it"
             )
-        check_matrix_state(optimizer, metadata.state_dict_metadata, "matrices.")
-    content = {"matrices": matrix_state(optimizer, False)}
+        names = names_of(optimizer)
+        check_matrix_state(optimizer, names, metadata.state_dict_metadata, "matrices.")
+    content = {"matrices": matrix_state(optimizer, names, False)}
     if not checked:
         files.read(folder, content, rehearse=True)
     files.read(folder, content)
 
 
-def check_matrix_state(optimizer: ShardedOptimizer, saved: Mapping[str, Any], prefix: str) -> None:
+def check_matrix_state(
+    optimizer: ShardedOptimizer, names: Names, saved: Mapping[str, Any], prefix: str
+) -> None:
     """Raise if a checkpoint's metadata has other matrix state than this rank's.
 
     Raises:
         ValueError: names the matrix, and what must have been changed.
     """
     for part in _parts(optimizer):
-        entry = saved.get(f"{prefix}{part.matrix}.{part.name}")
+        entry = saved.get(f"{prefix}{names.of_matrices[part.matrix]}.{part.name}")
         shape = None if entry is None else tuple(entry.size)
         check_saved(part, () if shape == (1,) and not part.shape else shape)
-    kept = optimizer.kept_names() if isinstance(optimizer, SpectralOptimizer) else {}
+    own = optimizer.kept_names() if isinstance(optimizer, SpectralOptimizer) else {}
+    kept = {names.of_matrices[matrix]: quantities for matrix, quantities in own.items()}
     for key in saved:
         matrix, _, name = key.removeprefix(prefix).rpartition(".")
         if not key.startswith(prefix) or name in kept.get(matrix, ()):
@@ -164,8 +175,9 @@ def load_state_dict(optimizer: ShardedOptimizer, loaded: Mapping[str, Any]) -> N
     with failing_together():
         groups = json.loads(loaded["groups"])
         check_rule("the checkpoint", groups[0].get("rule") if groups else None, optimizer)
-        check_groups(optimizer, groups)
-    take_groups(optimizer, groups)
+        names = names_of(optimizer).of_parameters
+        check_groups(optimizer, names, groups)
+    take_groups(optimizer, names, groups)
     for call in optimizer.after_load:
         call()
 
@@ -207,7 +219,7 @@ def _content(
 ) -> dict[str, Any]:
     content: dict[str, Any] = {
         "model": get_model_state_dict(model),
-        "optimizer": state_dict(optimizer),
+        "optimizer": _state_dict(optimizer, names_of(optimizer, model), True),
     }
     with failing_together():
         others = {k: v for k, v in content["model"].items() if not isinstance(v, Tensor)}
@@ -230,55 +242,59 @@ def load(folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer) -> d
     """
     checked = files.verify(folder)
     model_state = get_model_state_dict(model)
-    ours = state_dict(optimizer, saving=False)
+    optimizer.locate()
     with failing_together():
         saved = files.read_metadata(folder).state_dict_metadata
+        names = names_in(names_of(optimizer, model), saved)
         layers = _rotated_layers(folder, model, saved)
     _check_settings(folder, layers, model_state)  # which says more than shapes do
     plain: dict[str, Any] = {"optimizer": {"groups": ""}, "extra": b""}
     files.read(folder, plain)
+    ours = _state_dict(optimizer, names, False)
     with failing_together():
         groups = json.loads(plain["optimizer"]["groups"])
         check_rule(str(folder), groups[0].get("rule") if groups else None, optimizer)
         check_entries(folder, model, model_state, ours["state"], saved)
-        former = _former_state(optimizer, saved)
+        former = _former_state(optimizer, names, saved)
         if former:
             ours.pop("matrices")
         else:
-            check_matrix_state(optimizer, saved, "optimizer.matrices.")
-        check_groups(optimizer, groups)
+            check_matrix_state(optimizer, names, saved, MATRICES)
+        check_groups(optimizer, names.of_parameters, groups)
         extra: dict[str, Any] = torch.load(io.BytesIO(plain["extra"]), weights_only=True)
     tensors = {k: v for k, v in ours.items() if k != "groups"}
     content: dict[str, Any] = {"model": model_state, "optimizer": tensors}
     for name, state in former.items():
-        content["optimizer"]["state"][name] |= state
+        content["optimizer"]["state"][names.of_parameters[name]] |= state
     if not checked:
         files.read(folder, content, rehearse=True)
     files.read(folder, content)
     if former and isinstance(optimizer, SpectralOptimizer):
         optimizer.load_former_state(former)
     set_model_state_dict(model, content["model"])
-    take_groups(optimizer, groups)
+    take_groups(optimizer, names.of_parameters, groups)
     for call in optimizer.after_load:
         call()
     return extra
 
 
 def _former_state(
-    optimizer: ShardedOptimizer, saved: Mapping[str, Any]
+    optimizer: ShardedOptimizer, names: Names, saved: Mapping[str, Any]
 ) -> dict[str, dict[str, Tensor]]:
     """Return whole tensors to load what is matrix state now, and was shard state when saved."""
     if not isinstance(optimizer, SpectralOptimizer):
         return {}
-    names = optimizer.former_state()
-    there = any(key.startswith("optimizer.matrices.") for key in saved)
-    if not names or there:
+    former = optimizer.former_state()
+    there = any(key.startswith(MATRICES) for key in saved)
+    if not former or there:
         return {}
     return {
-        route.name: {old: torch.empty(route.shape) for old in names.values()}
+        route.name: {old: torch.empty(route.shape) for old in former.values()}
         for route in optimizer.all_routes
         if route.kind == "matrix"
-        and all(f"optimizer.state.{route.name}.{old}" in saved for old in names.values())
+        and all(
+            f"{STATE}{names.of_parameters[route.name]}.{old}" in saved for old in former.values()
+        )
     }
 
 

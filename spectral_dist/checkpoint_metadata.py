@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from spectral_dist.checkpoint_names import STATE, named
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.core.sharded import ShardedOptimizer
-from spectral_dist.params.classify import unwrap
+from spectral_dist.poet.convert import plain_name
 from spectral_dist.rules import registry
 
 NOT_OPTIONS = ("rule", "names")
@@ -85,15 +86,14 @@ def _check_states(
     folder: str | Path, model: nn.Module, state: Mapping[str, Any], saved: Mapping[str, Any]
 ) -> None:
     """Raise a ValueError if parameters have states in the checkpoint that nothing here takes."""
-    prefix = "optimizer.state."
-    named = unwrap(model)[0].named_parameters(remove_duplicate=False)
+    parameters = named(model)
     # a state of what is frozen by now is of no use
-    parameters = {name.replace("_orig_mod.", ""): p for name, p in named}
     frozen = {name for name, p in parameters.items() if not p.requires_grad}
-    for key in (key[len(prefix) :] for key in saved if key.startswith(prefix)):
+    for key in (key[len(STATE) :] for key in saved if key.startswith(STATE)):
         name = key.rpartition(".")[0]
-        if name in state or name in frozen:
+        if name in state or plain_name(name) in frozen:
             continue
+        name = plain_name(name)
         if name not in parameters:
             raise ValueError(f"{folder} has {name}, which is not here: it is of another model")
         tied = [n for n, p in parameters.items() if p is parameters[name] and n in state]
@@ -108,37 +108,46 @@ def _check_states(
         )
 
 
-def check_groups(optimizer: ShardedOptimizer, saved: Sequence[Mapping[str, Any]]) -> None:
-    """Raise if parameters were in other groups than here; ``saved``: as ``state_dict`` has them.
+def check_groups(
+    optimizer: ShardedOptimizer, names: Mapping[str, str], saved: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raise if parameters were in other groups than here.
+
+    Args:
+        optimizer: whose groups are compared.
+        names: of its parameters in the checkpoint.
+        saved: groups, as ``state_dict`` has them.
 
     Raises:
         ValueError: a parameter that is of another kind now, or groups that were divided otherwise.
     """
     by_name = _by_name(saved)
     for group in optimizer.param_groups:
-        routes = optimizer.routes[group["id"]]
-        for route in routes:
-            old, first = by_name.get(route.name), by_name.get(routes[0].name)
+        called = [names[route.name] for route in optimizer.routes[group["id"]]]
+        for name in called:
+            old, first = by_name.get(name), by_name.get(called[0])
             if old is None or old["kind"] != group["kind"]:
                 was = "not in it" if old is None else f"of kind {old['kind']!r}"
                 raise ValueError(
-                    f"{route.name} is of kind {group['kind']!r} here, but {was} in the checkpoint;"
+                    f"{name} is of kind {group['kind']!r} here, but {was} in the checkpoint;"
                     " build the optimizer with the matrices, scalars and split it was saved with"
                 )
             if old != first:
                 raise ValueError(
-                    f"{route.name} and {routes[0].name} are in one parameter group here, but in two"
+                    f"{name} and {called[0]} are in one parameter group here, but in two"
                     " with different options in the checkpoint; build the groups as they were"
                 )
 
 
-def take_groups(optimizer: ShardedOptimizer, saved: Sequence[Mapping[str, Any]]) -> None:
+def take_groups(
+    optimizer: ShardedOptimizer, names: Mapping[str, str], saved: Sequence[Mapping[str, Any]]
+) -> None:
     """Take over the options of groups that ``check_groups`` has found right."""
     by_name = _by_name(saved)
     for group in optimizer.param_groups:
         routes = optimizer.routes[group["id"]]
         if routes:
-            old = by_name[routes[0].name]
+            old = by_name[names[routes[0].name]]
             options = {k: tuple(v) if k == "betas" else v for k, v in old.items()}
             optimizer.fill_in(options, group)
             group.update(options)

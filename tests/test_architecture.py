@@ -43,6 +43,7 @@ LOOSE = {
     "checkpoint_files": "checkpoint",
     "checkpoint_later": "checkpoint",
     "checkpoint_metadata": "checkpoint",
+    "checkpoint_names": "checkpoint",
     "checkpoint_plain": "checkpoint",
     "checkpoint_runs": "checkpoint",
     "convert": "checkpoint",

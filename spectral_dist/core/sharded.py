@@ -14,6 +14,7 @@ from spectral_dist.core import agreement as agreeing
 from spectral_dist.core.agreement import Agreement, Grads, Status
 from spectral_dist.core.matrix_ops import Observer
 from spectral_dist.core.monitor import Monitor, Watch, add_up
+from spectral_dist.core.unique_names import told_apart
 from spectral_dist.core.units import Unit
 from spectral_dist.params.param_groups import grouped
 from spectral_dist.params.spec import WRONG_KIND, Route
@@ -90,6 +91,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add parameters; a group of both kinds becomes two."""
         for group in grouped([param_group], options=self.options_type):
+            group = {**group, "routes": told_apart(group["routes"], self.all_routes)}
             if group["kind"] not in self.options_type.kinds():
                 raise ValueError(WRONG_KIND[group["kind"]])
             carried = self.complete(group_options(group, self.options), group["routes"])
