@@ -3,107 +3,59 @@
 Optimizer state is keyed by parameter name, with global offsets: DTensors where parameters are
 DTensors, whole tensors where every rank has them, ``Runs`` where momentum is at its owner alone;
 matrix state by matrix name, as ``Runs``. Of parameters, all ranks have the same keys, from before
-the first step.
+the first step. What the files are, and how they are checked, is in ``checkpoint_files``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from spectral_dist.checkpoint_metadata import check_entries
+from spectral_dist import checkpoint_files as files
+from spectral_dist.checkpoint_files import failing_together
+from spectral_dist.checkpoint_later import BACKGROUND
+from spectral_dist.checkpoint_metadata import (
+    check_entries,
+    check_groups,
+    check_rule,
+    rule_of,
+    take_groups,
+)
+from spectral_dist.checkpoint_names import MATRICES, STATE, Names, names_in, names_of
+from spectral_dist.checkpoint_plain import check_plain
+from spectral_dist.checkpoint_runs import Runs, momentum_runs
 from spectral_dist.core.matrix_state import Part, check_saved
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.core.units import MatrixUnit
 from spectral_dist.params.classify import unwrap
-from spectral_dist.params.spec import Route
 from spectral_dist.poet.convert import plain_name
 from spectral_dist.poet.layer import PoetLayer
 from spectral_dist.sharding import collectives
-from spectral_dist.sharding.layout import Layout, Tile
 
-Chunk = tuple[tuple[int, ...], tuple[int, ...]]
-"""(offsets, sizes) in the whole parameter."""
 NOT_SAVED = ("params", "id", "routes")
 SKEW = "skew_in"
 """What every layer of POET has, and no other."""
 
 
-class Runs(torch.Tensor):
-    """Boxes of a tensor, as torch.distributed.checkpoint reads and writes them: its protocol.
-
-    ``parts``: (offsets, sizes) in the whole tensor of shape ``shape``, and the values on this rank,
-    of that many elements; no part may overlap another one, here or on another rank.
-    """
-
-    parts: dict[torch.Size, Tensor]
-
-    @staticmethod
-    def __new__(
-        cls, shape: Sequence[int], like: Tensor, parts: Sequence[tuple[Chunk, Tensor]]
-    ) -> Runs:
-        """Of the dtype and device of ``like``."""
-        self: Runs = torch.Tensor._make_wrapper_subclass(
-            cls, torch.Size(shape), dtype=like.dtype, device=like.device
-        )
-        self.parts = {torch.Size(offsets): values.view(sizes) for (offsets, sizes), values in parts}
-        return self
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        """The boxes that are here."""
-        return f"Runs(of {tuple(self.shape)}, here {self.__create_chunk_list__()})"
-
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """No operation: it is not a tensor, only to be saved and loaded."""
-        raise NotImplementedError(f"{func} of momentum that is spread over its owners")
-
-    def __create_write_items__(self, fqn: str, object: object) -> list[WriteItem]:
-        properties = TensorProperties(dtype=self.dtype)
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk, properties, self.shape),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(at, values.shape) for at, values in self.parts.items()]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        assert index.offset is not None
-        return self.parts[index.offset]
-
-
 def state_dict(optimizer: ShardedOptimizer, *, saving: bool = True) -> dict[str, Any]:
-    """{"state": {parameter: {"step", "exp_avg", ...}}, "groups": JSON}, for DCP to save or load.
+    """Return {"state": {parameter: {"step", "exp_avg", ...}}, "groups": JSON}, for DCP.
 
     Also {"matrices": ``matrix_state``} if there is any. Its tensors are the optimizer's own. A
     collective call the first time.
     """
+    return _state_dict(optimizer, names_of(optimizer), saving)
+
+
+def _state_dict(optimizer: ShardedOptimizer, names: Names, saving: bool) -> dict[str, Any]:
     state: dict[str, dict[str, Any]] = {}
     groups = []
     for group in optimizer.param_groups:
@@ -112,27 +64,30 @@ def state_dict(optimizer: ShardedOptimizer, *, saving: bool = True) -> dict[str,
             for index, i in enumerate(unit.tensors):
                 entry = dict(optimizer.state[group["params"][i]])
                 if isinstance(unit, MatrixUnit) and unit.momentum_at_owner:
-                    entry["exp_avg"] = _runs(unit, index, routes[i], entry["exp_avg"])
-                state[routes[i].name] = entry
+                    entry["exp_avg"] = momentum_runs(unit, index, routes[i], entry["exp_avg"])
+                state[names.of_parameters[routes[i].name]] = entry
         plain = {k: v for k, v in group.items() if k not in NOT_SAVED}
-        groups.append({**plain, "names": [route.name for route in routes]})
-    found: dict[str, Any] = {"state": state, "groups": json.dumps(groups, default=float)}
-    matrices = matrix_state(optimizer, saving)
-    return {**found, "matrices": matrices} if matrices else found
+        called = [names.of_parameters[route.name] for route in routes]
+        groups.append({**plain, "rule": rule_of(optimizer), "names": called})
+    content: dict[str, Any] = {"state": state, "groups": json.dumps(groups, default=float)}
+    matrices = matrix_state(optimizer, names, saving)
+    return {**content, "matrices": matrices} if matrices else content
 
 
-def matrix_state(optimizer: ShardedOptimizer, saving: bool) -> dict[str, dict[str, Runs]]:
-    """{matrix: {quantity: what this rank keeps of it}}, for DCP to save or load.
+def matrix_state(
+    optimizer: ShardedOptimizer, names: Names, saving: bool
+) -> dict[str, dict[str, Runs]]:
+    """Return {matrix: {quantity: what this rank keeps of it}}, for DCP to save or load.
 
     What several ranks have is among what each of them loads, and what its owner saves.
     """
-    found: dict[str, dict[str, Runs]] = {}
+    content: dict[str, dict[str, Runs]] = {}
     for part in _parts(optimizer):
         if part.is_primary or not saving:
             where = (part.offsets or (0,), tuple(part.values.shape) or (1,))  # DCP cuts no scalars
             whole = Runs(part.shape or (1,), part.values, [(where, part.values)])
-            found.setdefault(part.matrix, {})[part.name] = whole
-    return found
+            content.setdefault(names.of_matrices[part.matrix], {})[part.name] = whole
+    return content
 
 
 def _parts(optimizer: ShardedOptimizer) -> Iterator[Part]:
@@ -141,43 +96,71 @@ def _parts(optimizer: ShardedOptimizer) -> Iterator[Part]:
         yield from optimizer.matrix_parts()
 
 
-def save_matrix_state(folder: str | Path, optimizer: ShardedOptimizer) -> None:
-    """Write the matrix state alone, for a framework that saves the rest. A collective call."""
-    with _alone_is_fine():
-        dcp_save({"matrices": matrix_state(optimizer, True)}, checkpoint_id=str(folder))
+def save_matrix_state(folder: str | Path, optimizer: ShardedOptimizer) -> str:
+    """Write the matrix state alone, for a framework that saves the rest. A collective call.
+
+    Returns:
+        The id of what was written, for ``load_matrix_state``.
+    """
+    return files.write(folder, {"matrices": matrix_state(optimizer, names_of(optimizer), True)})
 
 
-def load_matrix_state(folder: str | Path, optimizer: ShardedOptimizer) -> None:
+def load_matrix_state(
+    folder: str | Path, optimizer: ShardedOptimizer, saved_as: str | None = None
+) -> None:
     """Restore what ``save_matrix_state`` has written, on any number of ranks. A collective call.
 
+    Args:
+        folder: where it is.
+        optimizer: whose it is.
+        saved_as: the id that was returned, if it is known.
+
     Raises:
-        ValueError: it is of other matrices, or of another rank.
+        ValueError: before anything has changed; it is damaged, another save's, of other matrices,
+            or of another rank.
     """
-    with _failing_together():
-        saved = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
-        check_matrix_state(optimizer, saved, "matrices.")
-    with _alone_is_fine():
-        dcp_load({"matrices": matrix_state(optimizer, False)}, checkpoint_id=str(folder))
+    checked = files.verify(folder)
+    with failing_together():
+        metadata = files.read_metadata(folder)
+        if saved_as is not None and files.save_id(metadata) != saved_as:
+            raise ValueError(
+                f"{folder} is of another save than the checkpoint that it is to be loaded with; put"
+                " the folder there that was saved with it"
+            )
+        names = names_of(optimizer)
+        check_matrix_state(optimizer, names, metadata.state_dict_metadata, "matrices.")
+    content = {"matrices": matrix_state(optimizer, names, False)}
+    if not checked:
+        files.read(folder, content, rehearse=True)
+    files.read(folder, content)
 
 
-def check_matrix_state(optimizer: ShardedOptimizer, saved: Mapping[str, Any], prefix: str) -> None:
+def check_matrix_state(
+    optimizer: ShardedOptimizer, names: Names, saved: Mapping[str, Any], prefix: str
+) -> None:
     """Raise if a checkpoint's metadata has other matrix state than this rank's.
 
     Raises:
         ValueError: names the matrix, and what must have been changed.
     """
     for part in _parts(optimizer):
-        entry = saved.get(f"{prefix}{part.matrix}.{part.name}")
+        entry = saved.get(f"{prefix}{names.of_matrices[part.matrix]}.{part.name}")
         shape = None if entry is None else tuple(entry.size)
         check_saved(part, () if shape == (1,) and not part.shape else shape)
-    kept = optimizer.kept_names() if isinstance(optimizer, SpectralOptimizer) else {}
+    own = optimizer.kept_names() if isinstance(optimizer, SpectralOptimizer) else {}
+    kept = {names.of_matrices[matrix]: quantities for matrix, quantities in own.items()}
     for key in saved:
         matrix, _, name = key.removeprefix(prefix).rpartition(".")
-        if key.startswith(prefix) and name not in kept.get(matrix, {name}):
+        if not key.startswith(prefix) or name in kept.get(matrix, ()):
+            continue
+        if matrix not in kept:
             raise ValueError(
-                f"the checkpoint has {name} of {matrix}, which {type(optimizer).__name__} does not"
-                " keep: it was saved with another optimizer, or with another rank of this one"
+                f"the checkpoint has {name} of {matrix}, which is not here: it is of another model"
             )
+        raise ValueError(
+            f"the checkpoint has {name} of {matrix}, which {rule_of(optimizer)} does not keep: it"
+            " was saved with another optimizer, or with another rank of this one"
+        )
 
 
 def load_state_dict(optimizer: ShardedOptimizer, loaded: Mapping[str, Any]) -> None:
@@ -186,106 +169,132 @@ def load_state_dict(optimizer: ShardedOptimizer, loaded: Mapping[str, Any]) -> N
     Its tensors are the optimizer's own, so they are in place already.
 
     Raises:
-        ValueError: a parameter that is of another kind now, or groups that were divided otherwise.
+        ValueError: another rule's, a parameter that is of another kind now, or groups that were
+            divided otherwise.
     """
-    with _failing_together():
-        _take_groups(optimizer, json.loads(loaded["groups"]))
+    with failing_together():
+        groups = json.loads(loaded["groups"])
+        check_rule("the checkpoint", groups[0].get("rule") if groups else None, optimizer)
+        names = names_of(optimizer).of_parameters
+        check_groups(optimizer, names, groups)
+    take_groups(optimizer, names, groups)
     for call in optimizer.after_load:
         call()
-
-
-def _take_groups(optimizer: ShardedOptimizer, saved: list[dict[str, Any]]) -> None:
-    by_name = {name: group for group in saved for name in group.pop("names")}
-    for group in optimizer.param_groups:
-        routes = optimizer.routes[group["id"]]
-        for route in routes:
-            old, first = by_name.get(route.name), by_name.get(routes[0].name)
-            if old is None or old["kind"] != group["kind"]:
-                was = "not in it" if old is None else f"of kind {old['kind']!r}"
-                raise ValueError(
-                    f"{route.name} is of kind {group['kind']!r} here, but {was} in the checkpoint;"
-                    " build the optimizer with the matrices, scalars and split it was saved with"
-                )
-            if old != first:
-                raise ValueError(
-                    f"{route.name} and {routes[0].name} are in one parameter group here, but in two"
-                    " with different options in the checkpoint; build the groups as they were"
-                )
-            saved_group = {k: tuple(v) if k == "betas" else v for k, v in old.items()}
-            optimizer.fill_in(saved_group, group)
-            group.update(saved_group)
 
 
 def save(folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer, **extra: Any) -> None:
     """Write the model, the optimizer and what else is given (schedules, counters) into ``folder``.
 
     A collective call. Any layout can be loaded from it again: one process, DDP, FSDP2, HSDP, TP.
-    ``extra`` is that of rank 0, and may hold what ``torch.load(weights_only=True)`` accepts.
+    ``extra`` is that of rank 0, and may hold what ``torch.load(weights_only=True)`` accepts. The
+    save is complete when ``checkpoint_files.MANIFEST`` is in the folder, which is written last.
+
+    Raises:
+        ValueError: on every rank and before anything was written, if there is something in
+            ``extra``, or beside tensors in the model's state, that could not be loaded.
+        RuntimeError: on every rank, if one could not write.
     """
-    file = io.BytesIO()
-    torch.save(extra, file)
+    files.write(folder, _content(model, optimizer, extra))
+
+
+def async_save(
+    folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer, **extra: Any
+) -> Future[str]:
+    """Save as ``save`` does, while training goes on: with the numbers of this call.
+
+    A collective call, which copies everything to the host's memory and first waits for the one
+    before. Ranks write in a thread and a process group of their own.
+
+    Returns:
+        A future, done when the save is complete; its ``result()`` raises what ``save`` would.
+
+    Raises:
+        ValueError: as ``save`` does, at once.
+    """
+    return BACKGROUND.write(folder, _content(model, optimizer, extra))
+
+
+def _content(
+    model: nn.Module, optimizer: ShardedOptimizer, extra: Mapping[str, Any]
+) -> dict[str, Any]:
     content: dict[str, Any] = {
         "model": get_model_state_dict(model),
-        "optimizer": state_dict(optimizer),
+        "optimizer": _state_dict(optimizer, names_of(optimizer, model), True),
     }
-    if collectives.is_first():  # DCP would keep that of any rank
-        content["extra"] = file.getvalue()
-    with _alone_is_fine():
-        dcp_save(content, checkpoint_id=str(folder))
+    with failing_together():
+        others = {k: v for k, v in content["model"].items() if not isinstance(v, Tensor)}
+        check_plain(others, "the model's state")
+        if collectives.is_first():  # DCP would keep that of any rank
+            check_plain(extra, "what is saved beside model and optimizer")
+            file = io.BytesIO()
+            torch.save(dict(extra), file)
+            content["extra"] = file.getvalue()
+    return content
 
 
 def load(folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer) -> dict[str, Any]:
     """Restore what ``save`` has written, on any number of ranks; its ``extra``. A collective call.
 
     Raises:
-        ValueError: no checkpoint there, or one of other parameters or kinds, or rotated otherwise.
+        ValueError: on every rank and before anything has changed: no checkpoint there, one that is
+            damaged or not complete, or one of another optimizer, of other parameters or kinds, or
+            rotated otherwise.
     """
-    with _failing_together():
-        if not Path(folder, ".metadata").is_file():
-            raise ValueError(f"{folder} holds no checkpoint: there is no .metadata in it")
-    content: dict[str, Any] = {
-        "model": get_model_state_dict(model),
-        "optimizer": state_dict(optimizer, saving=False),
-        "extra": b"",
-    }
-    with _failing_together():
-        saved = FileSystemReader(str(folder)).read_metadata().state_dict_metadata
+    checked = files.verify(folder)
+    model_state = get_model_state_dict(model)
+    optimizer.locate()
+    with failing_together():
+        saved = files.read_metadata(folder).state_dict_metadata
+        names = names_in(names_of(optimizer, model), saved)
         layers = _rotated_layers(folder, model, saved)
-    _check_settings(folder, layers, content["model"])  # which says more than shapes do
-    with _failing_together():
-        check_entries(folder, content["model"], content["optimizer"]["state"], saved)
-        former = _former_state(optimizer, saved)
+    _check_settings(folder, layers, model_state)  # which says more than shapes do
+    plain: dict[str, Any] = {"optimizer": {"groups": ""}, "extra": b""}
+    files.read(folder, plain)
+    ours = _state_dict(optimizer, names, False)
+    with failing_together():
+        groups = json.loads(plain["optimizer"]["groups"])
+        check_rule(str(folder), groups[0].get("rule") if groups else None, optimizer)
+        check_entries(folder, model, model_state, ours["state"], saved)
+        former = _former_state(optimizer, names, saved)
         if former:
-            content["optimizer"].pop("matrices")
+            ours.pop("matrices")
         else:
-            check_matrix_state(optimizer, saved, "optimizer.matrices.")
-    with _alone_is_fine():
-        dcp_load(content, checkpoint_id=str(folder))
-        if former:
-            dcp_load({"optimizer": {"state": former}}, checkpoint_id=str(folder))
+            check_matrix_state(optimizer, names, saved, MATRICES)
+        check_groups(optimizer, names.of_parameters, groups)
+        extra: dict[str, Any] = torch.load(io.BytesIO(plain["extra"]), weights_only=True)
+    tensors = {k: v for k, v in ours.items() if k != "groups"}
+    content: dict[str, Any] = {"model": model_state, "optimizer": tensors}
+    for name, state in former.items():
+        content["optimizer"]["state"][names.of_parameters[name]] |= state
+    if not checked:
+        files.read(folder, content, rehearse=True)
+    files.read(folder, content)
     if former and isinstance(optimizer, SpectralOptimizer):
         optimizer.load_former_state(former)
     set_model_state_dict(model, content["model"])
-    load_state_dict(optimizer, content["optimizer"])
-    extra: dict[str, Any] = torch.load(io.BytesIO(content["extra"]), weights_only=True)
+    take_groups(optimizer, names.of_parameters, groups)
+    for call in optimizer.after_load:
+        call()
     return extra
 
 
 def _former_state(
-    optimizer: ShardedOptimizer, saved: Mapping[str, Any]
+    optimizer: ShardedOptimizer, names: Names, saved: Mapping[str, Any]
 ) -> dict[str, dict[str, Tensor]]:
     """Return whole tensors to load what is matrix state now, and was shard state when saved."""
     if not isinstance(optimizer, SpectralOptimizer):
         return {}
-    names = optimizer.former_state()
-    there = any(key.startswith("optimizer.matrices.") for key in saved)
-    if not names or there:
+    former = optimizer.former_state()
+    there = any(key.startswith(MATRICES) for key in saved)
+    if not former or there:
         return {}
     return {
-        route.name: {old: torch.empty(route.shape) for old in names.values()}
+        route.name: {old: torch.empty(route.shape) for old in former.values()}
         for route in optimizer.all_routes
         if route.kind == "matrix"
-        and all(f"optimizer.state.{route.name}.{old}" in saved for old in names.values())
+        and all(
+            f"{STATE}{names.of_parameters[route.name]}.{old}" in saved for old in former.values()
+        )
     }
 
 
@@ -327,62 +336,8 @@ def _check_settings(
     if not layers:
         return
     states = {name: here[name] for name in (f"{prefix}_extra_state" for prefix in layers)}
-    with _alone_is_fine():
-        dcp_load({"model": states}, checkpoint_id=str(folder))
-    with _failing_together():
-        for layer, state in zip(layers.values(), states.values(), strict=True):
+    content = {"model": states}
+    files.read(folder, content)
+    with failing_together():
+        for layer, state in zip(layers.values(), content["model"].values(), strict=True):
             layer.check_extra_state(state)
-
-
-@contextlib.contextmanager
-def _failing_together() -> Iterator[None]:
-    """Raise on every rank of the job what any of them raises inside, where none may wait."""
-    error: Exception | None = None
-    try:
-        yield
-    except Exception as raised:
-        error = raised
-    collectives.raise_together(error, [collectives.world()])
-
-
-@contextlib.contextmanager
-def _alone_is_fine() -> Iterator[None]:
-    """Without torch's warning that one process saves and loads by itself."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
-
-
-def _runs(unit: MatrixUnit, index: int, route: Route, momentum: Tensor) -> Runs:
-    """The momentum that this rank keeps of tensor ``index``, run by run."""
-    located = unit.located
-    rank = collectives.rank(located.group)
-    where: dict[tuple[int, int], Chunk] = {}
-    for layout in located.layouts:
-        for tile in layout.tiles:
-            begin, length = tile.run(rank)
-            if tile.tensor == index and length:
-                where[begin, length] = _chunk(layout, tile, rank, route)
-    views = unit.momentum_runs.packed_views(index, momentum)
-    parts = [(where[piece.start, piece.length], view) for piece, view in views.items()]
-    return Runs(route.shape, momentum, parts)
-
-
-def _chunk(layout: Layout, tile: Tile, rank: int, route: Route) -> Chunk:
-    """Which box of the parameter this rank's run of a tile is: some of its rows."""
-    width, shape = layout.matrix.shape[1], route.shape
-    rows_of_stack = route.stack // width
-    first, skipped = tile.row, 0
-    for start, rows in layout.matrix.blocks:
-        if skipped <= first < skipped + rows:
-            first += start // width - skipped
-            break
-        skipped += rows
-    begin = max(tile.offset, tile.cut.run(rank)[0]) - tile.offset
-    number, row = divmod(first + begin // tile.cols, rows_of_stack)
-    rows = tile.run(rank)[1] // tile.cols
-    if route.stacked:
-        return (number, row, tile.col), (1, rows, tile.cols)
-    if len(shape) == 2:
-        return (row, tile.col), (rows, tile.cols)
-    return (row, *(0 for _ in shape[1:])), (rows, *shape[1:])

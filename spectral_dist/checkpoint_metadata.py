@@ -1,21 +1,61 @@
-"""Whether a checkpoint is of this model, by what its metadata says is in it."""
+"""Whether a checkpoint is of this model and this optimizer, by what is said in it of both."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from spectral_dist.checkpoint_names import STATE, named
+from spectral_dist.core.optimizer import SpectralOptimizer
+from spectral_dist.core.sharded import ShardedOptimizer
+from spectral_dist.poet.convert import plain_name
+from spectral_dist.rules import registry
+
+NOT_OPTIONS = ("rule", "names")
+"""What is saved of a group beside its options."""
+
+
+def rule_of(optimizer: ShardedOptimizer) -> str:
+    """Return the optimizer's name, as "Muon", whatever class of a framework it is."""
+    if isinstance(optimizer, SpectralOptimizer):
+        return type(optimizer.rule).__name__
+    kinds = {entry.options: entry.title for entry in registry.entries() if entry.rule is None}
+    return kinds.get(optimizer.options_type, type(optimizer).__name__)
+
+
+def check_rule(where: str, saved: str | None, optimizer: ShardedOptimizer) -> None:
+    """Raise a ValueError if a checkpoint is another rule's; ``saved``: None if it does not say."""
+    here = rule_of(optimizer)
+    if saved is not None and saved != here:
+        raise ValueError(
+            f"{where} was saved with another optimizer: {saved}, and this one is {here}, which"
+            f" means other things by its states and options; load it with {saved}, or load only the"
+            f" weights of it and begin anew with {here}"
+        )
 
 
 def check_entries(
     folder: str | Path,
-    model: Mapping[str, Any],
+    model: nn.Module,
+    model_state: Mapping[str, Any],
     state: Mapping[str, Mapping[str, Any]],
     saved: Mapping[str, Any],
 ) -> None:
-    """Raise a ValueError if a checkpoint is of other parameters, or lacks a parameter's state."""
+    """Raise if a checkpoint has more, fewer or other entries than a model and its optimizer.
+
+    Args:
+        folder: of the checkpoint.
+        model: as the user has it.
+        model_state: its state, by name.
+        state: the optimizer's, by parameter.
+        saved: the checkpoint's metadata by key.
+
+    Raises:
+        ValueError: names the first entry.
+    """
     for name, entry in state.items():
         for key in entry:
             if f"optimizer.state.{name}.{key}" not in saved:
@@ -23,14 +63,100 @@ def check_entries(
                     f"{folder} has no {key} of {name}; it was saved of another model, or with that"
                     " parameter on the other of the rule and AdamW (matrices, scalars)"
                 )
-    for name, tensor in model.items():
-        there = getattr(saved.get(f"model.{name}"), "size", None)
-        if there is not None and isinstance(tensor, Tensor) and there != tensor.shape:
+    for name, tensor in model_state.items():
+        there = saved.get(f"model.{name}")
+        if there is None and not any(key.startswith(f"model.{name}.") for key in saved):
+            raise ValueError(f"{folder} has no {name}, which is here: it is of another model")
+        size = getattr(there, "size", None)
+        if isinstance(tensor, Tensor) and size != tensor.shape:
             raise ValueError(
-                f"{name} is {tuple(tensor.shape)} here, but {tuple(there)} in {folder}: it was"
+                f"{name} is {tuple(tensor.shape)} here, but {tuple(size or ())} in {folder}: it was"
                 " saved of another model"
             )
-    prefix = "optimizer.state."
-    for name in (k[len(prefix) :].rpartition(".")[0] for k in saved if k.startswith(prefix)):
-        if name not in state and name not in model:
+    # torch.distributed.checkpoint takes dicts apart, as modules have for their extra state
+    nested = tuple(f"{name}." for name, v in model_state.items() if not isinstance(v, Tensor))
+    prefix = "model."
+    for name in (key[len(prefix) :] for key in saved if key.startswith(prefix)):
+        if name not in model_state and not name.startswith(nested):
             raise ValueError(f"{folder} has {name}, which is not here: it is of another model")
+    _check_states(folder, model, state, saved)
+
+
+def _check_states(
+    folder: str | Path, model: nn.Module, state: Mapping[str, Any], saved: Mapping[str, Any]
+) -> None:
+    """Raise a ValueError if parameters have states in the checkpoint that nothing here takes."""
+    parameters = named(model)
+    # a state of what is frozen by now is of no use
+    frozen = {name for name, p in parameters.items() if not p.requires_grad}
+    for key in (key[len(STATE) :] for key in saved if key.startswith(STATE)):
+        name = key.rpartition(".")[0]
+        if name in state or plain_name(name) in frozen:
+            continue
+        name = plain_name(name)
+        if name not in parameters:
+            raise ValueError(f"{folder} has {name}, which is not here: it is of another model")
+        tied = [n for n, p in parameters.items() if p is parameters[name] and n in state]
+        if not tied:
+            raise ValueError(
+                f"{folder} has a state of {name}, which this optimizer does not train; build it"
+                " with all parameters that were trained, or freeze it"
+            )
+        raise ValueError(
+            f"{folder} has {name} and {tied[0]} apart, and here they are tied: it is of another"
+            " model; tie them as they were then"
+        )
+
+
+def check_groups(
+    optimizer: ShardedOptimizer, names: Mapping[str, str], saved: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raise if parameters were in other groups than here.
+
+    Args:
+        optimizer: whose groups are compared.
+        names: of its parameters in the checkpoint.
+        saved: groups, as ``state_dict`` has them.
+
+    Raises:
+        ValueError: a parameter that is of another kind now, or groups that were divided otherwise.
+    """
+    by_name = _by_name(saved)
+    for group in optimizer.param_groups:
+        called = [names[route.name] for route in optimizer.routes[group["id"]]]
+        for name in called:
+            old, first = by_name.get(name), by_name.get(called[0])
+            if old is None or old["kind"] != group["kind"]:
+                was = "not in it" if old is None else f"of kind {old['kind']!r}"
+                raise ValueError(
+                    f"{name} is of kind {group['kind']!r} here, but {was} in the checkpoint;"
+                    " build the optimizer with the matrices, scalars and split it was saved with"
+                )
+            if old != first:
+                raise ValueError(
+                    f"{name} and {called[0]} are in one parameter group here, but in two"
+                    " with different options in the checkpoint; build the groups as they were"
+                )
+
+
+def take_groups(
+    optimizer: ShardedOptimizer, names: Mapping[str, str], saved: Sequence[Mapping[str, Any]]
+) -> None:
+    """Take over the options of groups that ``check_groups`` has found right."""
+    by_name = _by_name(saved)
+    for group in optimizer.param_groups:
+        routes = optimizer.routes[group["id"]]
+        if routes:
+            old = by_name[names[routes[0].name]]
+            options = {k: tuple(v) if k == "betas" else v for k, v in old.items()}
+            optimizer.fill_in(options, group)
+            group.update(options)
+
+
+def _by_name(saved: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return the options of every parameter's group."""
+    by_name = {}
+    for group in saved:
+        options = {key: value for key, value in group.items() if key not in NOT_OPTIONS}
+        by_name.update(dict.fromkeys(group["names"], options))
+    return by_name

@@ -123,17 +123,16 @@ def convert(
 ) -> None:
     """Turn a checkpoint into another framework's; see spectral_dist.convert.
 
-    Convert only checkpoints that you trust: universal and dcp hold pickles of DeepSpeed and of
-    torch.distributed.checkpoint, and reading them runs whatever code is in there. torch and dion
-    are read as plain data.
+    All are read as plain data: code in a file is not run, and a file that needs it is refused.
     """
     from spectral_dist import convert as conversion
 
     try:
         run = conversion.convert(from_format, source, to_format, target)
     except ValueError as error:
-        Console(stderr=True).print(f"spectral-dist convert: {error}", style="red", markup=False)
-        raise typer.Exit(2) from None
+        text = " ".join(f"spectral-dist convert: {error}".split())
+        Console(stderr=True).print(text, style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
     counts = [len(run.names(kind)) for kind in ("matrix", "scalar")]
     note = f"{target}: {counts[0]} parameters of matrices and {counts[1]} of AdamW"
     Console().print(note, markup=False, highlight=False, soft_wrap=True)

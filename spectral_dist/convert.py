@@ -21,25 +21,23 @@ none of them: give ``param_groups`` the same ``split`` again.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
 import os
-import pickle
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from spectral_dist import checkpoint_files as files
+from spectral_dist.checkpoint_plain import first, load_plain
 from spectral_dist.state_dicts import Run, read_dion, read_torch, write_dion, write_torch
 
 ENGINE_KEYS = {
@@ -51,6 +49,24 @@ ENGINE_KEYS = {
 MODEL_FILE = "mp_rank_00_model_states.pt"
 BESIDE = "spectral_dist"
 """In DeepSpeed's files: that matrix state was saved beside them."""
+RULE = "spectral_rule"
+"""In DeepSpeed's files: the name of the rule."""
+
+
+class Ignored:
+    """What takes the place of an object of DeepSpeed that says nothing of a run."""
+
+    def __init__(self, *given: Any) -> None:
+        """Take and leave whatever it was made of."""
+
+
+STAND_INS: dict[str, Callable[..., Any]] = {
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler": Ignored,
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": Ignored,
+    "deepspeed.utils.tensor_fragment.fragment_address": Ignored,
+    "deepspeed.runtime.zero.config.ZeroStageEnum": int,
+}
+"""Classes that are named in the state of ZeRO's optimizers."""
 
 
 def convert(from_format: str, source: str | Path, to_format: str, target: str | Path) -> Run:
@@ -63,32 +79,50 @@ def convert(from_format: str, source: str | Path, to_format: str, target: str | 
     for name in (from_format, to_format):
         if name not in FORMATS:
             raise ValueError(f"{name!r} is no format; known: {', '.join(FORMATS)}")
-    if Path(target).exists():
-        raise ValueError(f"{target} exists already; give another name")
-    if not Path(source).exists():
-        raise ValueError(f"there is no {source}")
-    run = FORMATS[from_format][0](Path(source)).check(source)
-    FORMATS[to_format][1](Path(target), run)
+    source, target = Path(source), Path(target)
+    with _told(f"{source} is no checkpoint of the format {from_format}, or not a whole one"):
+        if os.path.lexists(target):
+            raise ValueError(f"{target} exists already; give another name")
+        if not source.exists():
+            raise ValueError(f"there is no {source}")
+        run = FORMATS[from_format][0](source).check(source)
+    try:
+        with _told(f"{target} was not written"):
+            FORMATS[to_format][1](target, run)
+    except BaseException:  # what is there of it is none, and would be in the way
+        if target.is_dir():
+            shutil.rmtree(target, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                target.unlink()
+        raise
     return run
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Raise a ValueError for whatever junk in a file, or the file system, makes of the code."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError(f"{what}: {first(error)}") from error
 
 
 # -- dcp
 
 
 def _read_dcp(folder: Path) -> Run:
-    if not Path(folder, ".metadata").is_file():
-        raise ValueError(f"{folder} holds no checkpoint: there is no .metadata in it")
-    metadata = FileSystemReader(str(folder)).read_metadata()
+    files.verify(folder, alone=True)
+    metadata = files.read_metadata(folder)
     content: dict[str, Any] = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
         if isinstance(entry, TensorStorageMetadata)
         else b""
         for key, entry in metadata.state_dict_metadata.items()
     }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is")
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        dcp_load(content, checkpoint_id=str(folder), planner=planner, no_dist=True)
+    files.read(folder, content, flat=False)
     run = Run()
     for key, path in (metadata.planner_data or {}).items():
         match path:
@@ -98,6 +132,8 @@ def _read_dcp(folder: Path) -> Run:
                 run.state.setdefault(name, {})[what] = content[key]
             case ("optimizer", "groups"):
                 run.groups = json.loads(content[key])
+                rules = [group.pop("rule", None) for group in run.groups]
+                run.rule = rules[0] if rules else None
             case ("optimizer", "matrices", *_):
                 raise ValueError(_no_place(folder))
             case ("extra",):
@@ -110,14 +146,13 @@ def _read_dcp(folder: Path) -> Run:
 def _write_dcp(folder: Path, run: Run) -> None:
     file = io.BytesIO()
     torch.save(run.extra, file)
+    groups = [{**group, "rule": run.rule} for group in run.groups]
     content = {
         "model": run.model,
-        "optimizer": {"state": run.state, "groups": json.dumps(run.groups)},
+        "optimizer": {"state": run.state, "groups": json.dumps(groups)},
         "extra": file.getvalue(),
     }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is")
-        dcp_save(content, checkpoint_id=str(folder), no_dist=True)
+    files.write(folder, content, alone=True)
 
 
 def _no_place(folder: Path) -> str:
@@ -140,11 +175,11 @@ def _engine_files(folder: Path) -> list[dict[str, Any]]:
     paths = sorted(folder.glob("mp_rank_*_model_states.pt"))
     if not paths:
         paths = sorted(folder.glob("zero_pp_rank_*_model_states.pt"), key=_numbers)
-    files = [torch.load(path, map_location="cpu", weights_only=False) for path in paths]
-    degrees = [d for f in files for d in f.get("checkpoint_parallel_dimensions", {}).values()]
-    if not files or max(degrees, default=1) > 1 or "module" not in files[0]:
+    content: list[dict[str, Any]] = [load_plain(path) for path in paths]
+    degrees = [d for f in content for d in f.get("checkpoint_parallel_dimensions", {}).values()]
+    if not content or max(degrees, default=1) > 1 or "module" not in content[0]:
         raise ValueError(f"{folder}: only checkpoints without tensor and pipeline parallelism")
-    return files
+    return content
 
 
 def _numbers(path: Path) -> list[int]:
@@ -152,20 +187,20 @@ def _numbers(path: Path) -> list[int]:
 
 
 def _read_universal(folder: Path) -> Run:
-    """Runs what pickles in the engine's files say: only of checkpoints that you trust."""
-    files = _engine_files(folder)
-    if BESIDE in files[0]:
+    engines = _engine_files(folder)
+    if BESIDE in engines[0]:
         raise ValueError(_no_place(folder))
-    common = torch.load(folder / "zero" / "optimizer_state.pt", "cpu", weights_only=False)
+    common = load_plain(folder / "zero" / "optimizer_state.pt", STAND_INS)
     if common.get("dynamic_loss_scale"):
         warnings.warn(f"{folder}: fp16's loss scale is left behind; it starts anew", stacklevel=4)
-    shapes: list[Mapping[str, torch.Size]] = files[0]["param_shapes"]
-    whole = {name: value for name, value in files[0]["module"].items() if value is not None}
-    for name, shape in (files[0].get("frozen_param_shapes") or {}).items():
+    shapes: list[Mapping[str, torch.Size]] = engines[0]["param_shapes"]
+    whole = {name: value for name, value in engines[0]["module"].items() if value is not None}
+    for name, shape in (engines[0].get("frozen_param_shapes") or {}).items():
         if whole[name].shape != shape:  # stage 3
-            parts = [file["frozen_param_fragments"][name].flatten() for file in files]
+            parts = [file["frozen_param_fragments"][name].flatten() for file in engines]
             whole[name] = torch.cat(parts)[: math.prod(shape)].view(shape)
-    run = Run(extra={k: v for k, v in files[0].items() if k not in ENGINE_KEYS and v is not None})
+    extra = {k: v for k, v in engines[0].items() if k not in ENGINE_KEYS and v is not None}
+    run = Run(rule=extra.pop(RULE, None), extra=extra)
     stage3 = common.get("optimizer_state_dict")
     groups = (stage3 or common)["param_groups"]
     parts_of = [group["params"] if stage3 else [i] for i, group in enumerate(groups)]
@@ -183,7 +218,7 @@ def _read_universal(folder: Path) -> Run:
                 run.state[name] = (
                     found if not stage3 else found | {"step": stage3["state"][i]["step"]}
                 )
-    for name, source in (files[0].get("shared_params") or {}).items():
+    for name, source in (engines[0].get("shared_params") or {}).items():
         whole[name] = whole[source]
     for path in Path(folder, "zero").iterdir():
         if path.is_dir() and path.name not in whole:
@@ -196,12 +231,7 @@ def _read_zero(folder: Path, shape: torch.Size, kind: str) -> dict[str, Tensor]:
     """A parameter's files; the second moment of a matrix, which is there as zeros, is none."""
     found = {}
     for path in sorted(folder.glob("*.pt")):
-        try:
-            value = torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            raise ValueError(
-                f"{path} holds more than a tensor, and is not loaded: {error}"
-            ) from None
+        value = load_plain(path)
         value = value["param"] if isinstance(value, dict) else torch.as_tensor(value)
         found[path.stem] = value if path.stem == "step" else value.reshape(shape)
     if "fp32" not in found:
@@ -212,7 +242,10 @@ def _read_zero(folder: Path, shape: torch.Size, kind: str) -> dict[str, Tensor]:
 
 
 def _write_universal(folder: Path, run: Run) -> None:
-    """For any stage. It holds frozen weights and buffers, too, though engines do not load them."""
+    """Write it for any stage.
+
+    It holds frozen weights and buffers, too, though engines do not load them.
+    """
     latest = _latest_universal(folder)
     for name in run.state:
         if any(t.dtype == torch.float64 for t in (run.model[name], *run.state[name].values())):
@@ -278,6 +311,7 @@ def _engine_state(run: Run, step: int) -> dict[str, Any]:
         "param_shapes": [{n: run.model[n].shape for n in g["names"]} for g in run.groups],
         **{"dp_world_size": 1, "mp_world_size": 1, "global_steps": step, "skipped_steps": 0},
         **run.extra,
+        **({RULE: run.rule} if run.rule else {}),
         "lr_scheduler": {**schedule, **given} if isinstance(given, dict) else schedule,
     }
 

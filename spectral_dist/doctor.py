@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from spectral_dist.core.first_step import describe_method, first_step, matrix_of
+from spectral_dist.doctor_config import AUTO, check_scheduler, check_values
 from spectral_dist.doctor_readings import (
     kept_norms,
     length,
@@ -69,6 +70,7 @@ def examine(config: dict[str, Any], model: Any) -> list[Row]:
             f'optimizer.type is "{kind}", which orthogonalizes no matrix, so none of what'
             f" doctor checks applies to it; it checks {', '.join(checked)}"
         )
+    check_values(config)
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -97,7 +99,7 @@ def adapted(
     per_rank = accumulation_of(config)
     result.pop("scheduler", None)
     params = result["optimizer"].setdefault("params", {})
-    if params.get("scalar_lr") and params.get("lr"):
+    if params.get("scalar_lr", AUTO) != AUTO and params.get("lr", AUTO) not in (AUTO, 0):
         params["scalar_lr"] *= lr / params["lr"]
     params["lr"] = lr
     chosen = accumulation or per_rank
@@ -132,6 +134,7 @@ def _rank(rank: int, port: int, config: dict[str, Any], model: dict[str, Any], o
         accelerator.set_device(rank)
     deepspeed.init_distributed(verbose=False)
     try:
+        check_scheduler(config)
         rows = Examination(config, model).run()
     except ValueError as raised:
         # the other rank may wait for this one in a collective: it is ended from outside

@@ -5,9 +5,7 @@ See ``spectral_dist.convert``, whose formats ``torch`` and ``dion`` these are.
 
 from __future__ import annotations
 
-import io
 import json
-import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spectral_dist.checkpoint_plain import check_plain, load_plain
 from spectral_dist.rules.group_options import FRAMEWORK_KEYS
 
 MOMENTS = {"matrix": ("exp_avg",), "scalar": ("exp_avg", "exp_avg_sq")}
@@ -27,13 +26,15 @@ class Run:
 
     ``state``: {parameter: {"step", "exp_avg", and of AdamW's "exp_avg_sq"}}. ``groups``: options in
     our words, with "kind" and "names"; an option that is not there is left to the optimizer.
-    ``extra``: plain data, as ``spectral_dist.checkpoint.save`` takes it.
+    ``extra``: plain data, as ``spectral_dist.checkpoint.save`` takes it. ``rule``: whose it is, as
+    "Muon"; None if that is not known.
     """
 
     model: dict[str, Tensor] = field(default_factory=dict)
     state: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     groups: list[dict[str, Any]] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
+    rule: str | None = None
 
     def check(self, where: object) -> Run:
         """Itself, if it is whole; groups become what JSON would make of them.
@@ -57,17 +58,7 @@ class Run:
                 self._check_state(where, name, MOMENTS[group["kind"]])
         for name in sorted(self.state.keys() - found):
             raise ValueError(f"{where}: {name} has a state, but is in no group")
-        for key, value in self.extra.items():
-            file = io.BytesIO()
-            torch.save(value, file)
-            file.seek(0)
-            try:
-                torch.load(file, weights_only=True)
-            except pickle.UnpicklingError as error:
-                raise ValueError(
-                    f"{where}: {key!r} is no plain data, which torch.load(weights_only=True) would"
-                    f" take; leave it out of the checkpoint. {error}"
-                ) from None
+        check_plain(self.extra, str(where))
         return self
 
     def _check_state(self, where: object, name: str, moments: tuple[str, ...]) -> None:
@@ -203,12 +194,20 @@ JORDAN_STEPS = 5
 
 
 def _load(path: Path, required: Sequence[str], allowed: Sequence[str] = ()) -> dict[str, Any]:
-    content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    content = load_plain(path)
+    if not isinstance(content, dict):
+        content = {}
     for key in sorted(set(required) - content.keys()):
         raise ValueError(f"{path} has no {key!r}: it must be {{{', '.join(map(repr, required))}}}")
     for key in sorted(content.keys() - {*required, *allowed}):
         raise ValueError(f"{path}: unknown key {key!r}; put what else there is under 'extra'")
     return content
+
+
+def _save(path: Path, content: Mapping[str, Any]) -> None:
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} for {path.name}; make it first")
+    torch.save(dict(content), path)
 
 
 def _groups(
@@ -252,7 +251,7 @@ def _muon_only(group: Mapping[str, Any], scales: Mapping[str, Any], where: str) 
 def read_torch(path: Path) -> Run:
     """{"model", "muon", "adamw", "extra"}; the last two may be missing."""
     content = _load(path, ("model", "muon"), ("adamw", "extra"))
-    run = Run(content["model"], extra=content.get("extra", {}))
+    run = Run(content["model"], extra=content.get("extra", {}), rule="Muon")
     for part, words in (("muon", TORCH_MUON), ("adamw", TORCH_ADAMW)):
         where = f"{path}: {part}"
         for group, names, states in _groups(content.get(part, {"param_groups": []}), where):
@@ -295,7 +294,7 @@ def write_torch(path: Path, run: Run) -> None:
                     back = {theirs: run.state[name][ours] for theirs, ours in words.state.items()}
                     optimizer.state[p] = back
             content[part] = optimizer.state_dict()
-    torch.save(content, path)
+    _save(path, content)
 
 
 def _torch_options(group: Mapping[str, Any], run: Run) -> dict[str, Any]:
@@ -321,7 +320,7 @@ def _torch_options(group: Mapping[str, Any], run: Run) -> dict[str, Any]:
 def read_dion(path: Path) -> Run:
     """{"model", "dion", "extra"}; the last may be missing."""
     content = _load(path, ("model", "dion"), ("extra",))
-    run = Run(content["model"], extra=content.get("extra", {}))
+    run = Run(content["model"], extra=content.get("extra", {}), rule="Muon")
     for group, names, states in _groups(content["dion"], f"{path}: dion"):
         words = {"muon": DION_MUON, "adamw": DION_ADAMW}.get(group["algorithm"])
         if words is None:
@@ -371,4 +370,4 @@ def write_dion(path: Path, run: Run) -> None:
             state["momentum"] = (momentum.double() * factor).to(momentum.dtype)
             states.append(state)
     dion = {"state": dict(enumerate(states)), "param_groups": groups}
-    torch.save({"model": run.model, "dion": dion, "extra": run.extra}, path)
+    _save(path, {"model": run.model, "dion": dion, "extra": run.extra})

@@ -27,6 +27,7 @@ from spectral_dist.integrations.deepspeed._compat import DeepSpeedEngine
 from spectral_dist.integrations.deepspeed.checkpoint import keep_checkpoints
 from spectral_dist.integrations.deepspeed.config import refuse, refuse_for_poet, refuse_type
 from spectral_dist.integrations.deepspeed.fp16 import scale_loss_at_stage0
+from spectral_dist.integrations.deepspeed.latest import keep_latest
 from spectral_dist.integrations.deepspeed.matrix_state import keep_matrix_state
 from spectral_dist.integrations.deepspeed.placement import ZeroPlacement
 from spectral_dist.integrations.deepspeed.poet_checkpoint import keep_poet, refuse_poet
@@ -170,6 +171,7 @@ def _configure(
     optimizer = engine.basic_optimizer
     optimizer.placement.start(optimizer)
     keep_checkpoints(optimizer)
+    keep_latest(engine)
     if isinstance(optimizer, SpectralOptimizer):
         keep_matrix_state(engine, optimizer)
     scale_loss_at_stage0(engine)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from spectral_dist.integrations.deepspeed import latest
 from spectral_dist.integrations.deepspeed._compat import argument
 
 Before: TypeAlias = Callable[[Path, Callable[[str], Any]], Mapping[str, Any]]
@@ -14,13 +15,21 @@ Before: TypeAlias = Callable[[Path, Callable[[str], Any]], Mapping[str, Any]]
 value: what to put into client_state."""
 After: TypeAlias = Callable[[str, dict[str, Any], bool], None]
 """Of the path that was loaded, its client_state, and whether optimizer states are wanted."""
+BeforeLoad: TypeAlias = Callable[[Path, bool], None]
+"""Of the tag's folder, and whether optimizer states are wanted."""
 
 
-def around_checkpoints(engine: Any, after_load: After, before_save: Before | None = None) -> None:
+def around_checkpoints(
+    engine: Any,
+    after_load: After,
+    before_save: Before | None = None,
+    before_load: BeforeLoad | None = None,
+) -> None:
     """Have this engine's ``save_checkpoint`` and ``load_checkpoint`` call these as well.
 
-    ``before_save`` comes first: DeepSpeed writes `latest` when it is done, and all of the
-    checkpoint must be there then. ``after_load`` is not called if nothing was found.
+    ``before_save`` comes first: when DeepSpeed is done `latest` is written, and all of the
+    checkpoint must be there then. ``before_load`` is not called if there is no tag to load, and
+    ``after_load`` if nothing was found.
     """
     save, load = engine.save_checkpoint, engine.load_checkpoint
 
@@ -40,13 +49,18 @@ def around_checkpoints(engine: Any, after_load: After, before_save: Before | Non
 
     @functools.wraps(load)
     def load_checkpoint(load_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if tag is None:
+            tag = latest.read(load_dir, engine.load_universal_checkpoint())
+        states, module_only = (
+            argument(load, name, (load_dir, tag, *args), kwargs)
+            for name in ("load_optimizer_states", "load_module_only")
+        )
+        wanted = states and not module_only
+        if before_load is not None and tag is not None:
+            before_load(Path(load_dir, str(tag)), wanted)
         path, client_state = load(load_dir, tag, *args, **kwargs)
         if path is not None:
-            states, module_only = (
-                argument(load, name, (load_dir, tag, *args), kwargs)
-                for name in ("load_optimizer_states", "load_module_only")
-            )
-            after_load(path, client_state, states and not module_only)
+            after_load(path, client_state, wanted)
         return path, client_state
 
     engine.load_checkpoint = load_checkpoint

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectral_dist.checkpoint_files import failing_together
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.integrations.deepspeed import _compat
 from spectral_dist.integrations.deepspeed.client_state import around_checkpoints
+from spectral_dist.integrations.deepspeed.files import read_model_files
 from spectral_dist.poet.optimizer import POET
 
 KEY = "spectral_poet"
@@ -78,25 +80,18 @@ def _load_layers(folder: Path, optimizer: POET) -> None:
 
     Of stages 0 to 2 one file has all of W, of stage 3 each rank's has a run of its elements.
     """
-    ending = f"*{_compat.MODEL_FILE_SUFFIX}"
-    files = sorted(folder.glob(_compat.ZERO_FILE_PREFIX + ending), key=_rank)
-    one = sorted(folder.glob(_compat.MODEL_FILE_PREFIX + ending))
-    saved = [torch.load(f, "cpu", weights_only=False, mmap=True) for f in files or one]
-    modules = [s["module"] for s in saved]
+    with failing_together():
+        saved = read_model_files(folder)
+    module = saved[0]["module"]
     for layer in optimizer.layers:
-        layer.set_extra_state(_of(modules[0], f"{layer.key}._extra_state", folder))
+        layer.set_extra_state(_of(module, f"{layer.key}._extra_state", folder))
         name = f"{layer.key}.weight"
         with optimizer.placement.gathered([layer.weight], write=True) as (weight,):
-            if files:
+            whole = _of(module, name, folder)
+            if whole.numel() != weight.numel():
                 parts = [_of(s[_compat.FROZEN_PARAM_FRAGMENTS] or {}, name, folder) for s in saved]
-                found = torch.cat([part.flatten() for part in parts])[: weight.numel()]
-            else:
-                found = _of(modules[0], name, folder)
-            weight.copy_(found.view_as(weight))
-
-
-def _rank(file: Path) -> int:
-    return int(file.name.removeprefix(_compat.ZERO_FILE_PREFIX).split("_")[0])
+                whole = torch.cat([part.flatten() for part in parts])[: weight.numel()]
+            weight.copy_(whole.view_as(weight))
 
 
 def _of(tensors: Mapping[str, Tensor], name: str, folder: Path) -> Tensor:

@@ -16,6 +16,7 @@ from spectral_dist.core.loading import Loading
 from spectral_dist.core.matrix_ops import Observer
 from spectral_dist.core.monitor import Monitor, Watch, add_up
 from spectral_dist.core.precision import without_autocast
+from spectral_dist.core.unique_names import told_apart
 from spectral_dist.core.units import Unit
 from spectral_dist.core.written_options import WrittenOptions
 from spectral_dist.params.param_groups import grouped
@@ -102,6 +103,7 @@ class ShardedOptimizer(Loading):
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add parameters; a group of both kinds becomes two."""
         for group in grouped([param_group], options=self.options_type):
+            group = {**group, "routes": told_apart(group["routes"], self.all_routes)}
             if group["kind"] not in self.options_type.kinds():
                 raise ValueError(WRONG_KIND[group["kind"]])
             carried = self.complete(group_options(group, self.options), group["routes"])

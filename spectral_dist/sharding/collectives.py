@@ -263,3 +263,9 @@ def world() -> Group:
 def job_rank() -> int:
     """Return this process's rank in the job."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def host_group() -> Group:
+    """Make another group of all ranks of the job, for tensors of the host. A collective call."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo")
+    return group

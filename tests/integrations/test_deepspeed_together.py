@@ -18,13 +18,12 @@ from tests.support import together
 
 RULES = {"Muon": {}, "SUMO": {"rank": 2}, "NorMuon": {}}
 WRONG = [
-    ("Muon", "SUMO", "rank is 2 here, and the checkpoint has none"),
-    ("SUMO", "Muon", "was saved with an optimizer that keeps state of whole matrices"),
-    ("Muon", "NorMuon", "has no matrix state"),
-    ("NorMuon", "Muon", "was saved with an optimizer that keeps state of whole matrices"),
-    ("SUMO", "NorMuon", "was saved with another optimizer"),
-    ("NorMuon", "SUMO", "rank is 2 here, and the checkpoint has none"),
-]
+    (saved, rule, f"was saved with another optimizer: {saved}, and this one is {rule}")
+    for saved, rule in (
+        ("SUMO", "Muon"), ("Muon", "SUMO"), ("Muon", "NorMuon"), ("NorMuon", "Muon"),
+        ("SUMO", "NorMuon"), ("NorMuon", "SUMO"),
+    )
+]  # fmt: skip
 """(whose checkpoint, who loads it, what is said)"""
 
 
@@ -53,9 +52,6 @@ def load(folders: list[str], right: str, stage: int, saved: str, rule: str, says
     running = build(stage, rule)
     with together.failing(says) as raised:
         running.load_checkpoint(folders[dist.get_rank()], tag=saved)
-    if stage == 3 and rule == "SUMO":  # an error inside of ZeRO-3's load leaves its groups swapped
-        running.destroy()
-        running = build(stage, rule)
     running.load_checkpoint(right, tag=rule)
     losses = engine.steps(running, 1, 2)
     running.destroy()

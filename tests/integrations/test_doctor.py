@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from spectral_dist import doctor
+from spectral_dist import doctor, doctor_config
 from spectral_dist.cli import app
 from tests import harness
 from tests.integrations import engine
@@ -160,6 +161,60 @@ def test_errors_by_text(changes: dict[str, Any], words: str, tmp_path: Path) -> 
     bad = CliRunner().invoke(app, command(tmp_path, config(1, **changes)), env=here)
     assert bad.exit_code == 2
     assert words in " ".join(bad.stderr.split())
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "lr": ({"options": {"lr": "x"}}, "lr is 'x'"),
+    "lr below 0": ({"options": {"lr": -1}}, "lr is -1"),
+    "scalar_lr": ({"options": {"scalar_lr": "x"}}, "scalar_lr is 'x'"),
+    "no params": ({"optimizer": {"type": "SpectralMuon", "params": 5}}, "optimizer.params is 5"),
+    "accumulation": ({"gradient_accumulation_steps": "x"}, "gradient_accumulation_steps is 'x'"),
+    "no accumulation": ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps is 0"),
+    "batch": ({"train_batch_size": 0}, "train_batch_size is 0"),
+    "micro-batch": ({"train_micro_batch_size_per_gpu": True}, "per_gpu is True"),
+    "no multiple": ({"train_batch_size": 11}, "no multiple of 6 rows"),
+    "steps_per_print": ({"steps_per_print": "x"}, "steps_per_print is 'x'"),
+    "clipping": ({"gradient_clipping": "x"}, "gradient_clipping is 'x'"),
+}
+"""name -> (changes, what is said): what doctor sets itself, too, must be right."""
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_bad_values_are_not_replaced(name: str, tmp_path: Path) -> None:
+    changes, words = WRONG[name]
+    bad = CliRunner().invoke(app, command(tmp_path, config(1, **changes)))
+    assert bad.exit_code == 2
+    assert words in " ".join(bad.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words"),
+    [
+        ([], "scheduler is []"),
+        ({"type": 5}, "scheduler is {'type': 5}"),
+        ({"type": "Nothing"}, "neither DeepSpeed nor torch knows"),
+        ({"type": "WarmupLR", "params": {"warmup_num_steps": "x"}}, 'scheduler "WarmupLR"'),
+        ({"type": "WarmupLR", "params": {"nothing": 1}}, "nothing"),
+    ],
+)
+def test_bad_schedulers_are_not_left_out(scheduler: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        doctor_config.check_scheduler({"scheduler": scheduler})
+
+
+def test_good_values_and_those_of_hugging_face() -> None:
+    from spectral_dist.launch.engines import read_deepspeed_config
+
+    shipped = sorted((Path(doctor.__file__).parent / "configs" / "deepspeed").glob("*.json"))
+    assert shipped
+    for path in shipped:
+        content = read_deepspeed_config(path)
+        if content["optimizer"]["type"] not in ("AdamW", "SpectralPOET"):
+            doctor_config.check_values(content)
+            doctor_config.check_scheduler(content)
+    auto = config(1, options={"lr": "auto"}, gradient_clipping="auto", train_batch_size="auto")
+    doctor_config.check_values(auto)
+    assert doctor.adapted(auto)["optimizer"]["params"]["lr"] == doctor.LR
 
 
 def faulty(rank: int, *args: Any) -> None:

@@ -1,0 +1,367 @@
+"""The files of a checkpoint: written with their hashes, checked and read as plain data.
+
+Beside the files of torch.distributed.checkpoint lies ``MANIFEST``, which is written last and at
+once: without it a save is not complete. It has the size and sha256 of every file. A rank hashes
+what it writes while it writes it, so that a save reads nothing back, and sends the hashes along
+with what the ranks gather anyway. A load first has every file hashed by one of its ranks, each its
+share, and only then reads it: the files are read twice, the second time mostly out of the page
+cache, while reading into tensors of its own would take the memory of the model and its states
+twice, on every rank. It is for a folder that all ranks see.
+
+Nothing here runs code that is in a file: see ``checkpoint_plain``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import warnings
+from collections.abc import Callable, Generator, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NoReturn, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem, SavePlan, SavePlanner
+from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from spectral_dist.checkpoint_plain import NOT_PLAIN, Unpickler
+from spectral_dist.sharding import collectives
+from spectral_dist.sharding.collectives import Group
+
+MANIFEST = "spectral_dist.json"
+METADATA = ".metadata"
+Files = dict[str, dict[str, Any]]
+"""{name: {"bytes": its size, "sha256": in hexadecimal}}"""
+
+
+# -- writing
+
+
+class _Hashed:
+    """A file that is written from its start to its end, and hashed on the way."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._hash = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, data: Any) -> int:
+        self._hash.update(data)
+        self._bytes += memoryview(data).nbytes
+        return self._stream.write(data)
+
+    def entry(self) -> dict[str, Any]:
+        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class _Disk(FileSystem):
+    """Files, with their hashes if they are written, and with their names in errors."""
+
+    def __init__(self) -> None:
+        self.files: Files = {}
+
+    @contextlib.contextmanager
+    def create_stream(
+        self, path: str | os.PathLike[str], mode: str
+    ) -> Generator[io.IOBase, None, None]:
+        try:
+            with Path(path).open(mode) as stream:
+                if "w" not in mode:
+                    yield cast(io.IOBase, stream)
+                    return
+                hashed = _Hashed(stream)
+                yield cast(io.IOBase, hashed)
+                self.files[Path(path).name] = hashed.entry()
+        except Exception as error:
+            what = "cannot be written" if "w" in mode else "cannot be read"
+            raise ValueError(f"{path} {what}: {type(error).__name__}: {error}") from error
+
+
+class Writer(FileSystemWriter):
+    """Writes a checkpoint's files, and the manifest when all ranks have written theirs."""
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(folder)
+        self.fs = self._disk = _Disk()
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Take away the manifest of what was in the folder, before any rank writes."""
+        if self.rank == 0 or self.rank is None:
+            Path(self.path, MANIFEST).unlink(missing_ok=True)
+        return super().prepare_local_plan(plan)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's files; the results end with one for the hash of each."""
+        written = super().write_data(plan, planner).value()
+        hashes = [
+            WriteResult(MetadataIndex(name), entry["bytes"], entry["sha256"])
+            for name, entry in self._disk.files.items()
+        ]
+        future: Future[list[WriteResult]] = Future()
+        future.set_result([*written, *hashes])
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Write the metadata, then the manifest. On one rank."""
+        metadata.manifest = MANIFEST  # type: ignore[attr-defined]
+        files: Files = {}
+        for result in (result for some in results for result in some):
+            if isinstance(result.storage_data, str):
+                files[result.index.fqn] = {
+                    "bytes": result.size_in_bytes,
+                    "sha256": result.storage_data,
+                }
+        plain = [[r for r in some if not isinstance(r.storage_data, str)] for some in results]
+        super().finish(metadata, plain)
+        files[METADATA] = self._disk.files.pop(f"{METADATA}.tmp")
+        content = {"files": files, "sha256": _digest(files)}
+        replace(Path(self.path, MANIFEST), json.dumps(content, indent=1))
+
+
+def _digest(files: Files) -> str:
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or as it was, whatever happens meanwhile."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write(folder: str | Path, content: Mapping[str, Any], *, alone: bool = False) -> str:
+    """Write a checkpoint; a collective call. Return its id, the same on every rank.
+
+    Args:
+        folder: where; what is in it is overwritten.
+        content: nested dicts of tensors and plain values.
+        alone: whether this process writes it by itself.
+
+    Raises:
+        RuntimeError: on every rank, if one of them could not write: names the file.
+    """
+    with _quietly():
+        return write_in(None, folder, content, alone)
+
+
+def write_in(
+    group: Group, folder: str | Path, content: Mapping[str, Any], alone: bool = False
+) -> str:
+    """Write as ``write`` does, by ranks that talk in ``group``; None: in that of the job."""
+    with _told(f"{folder} was not saved", RuntimeError):
+        saved = dcp_save(
+            dict(content), storage_writer=Writer(folder), process_group=group, no_dist=alone
+        )
+    return save_id(saved)
+
+
+def save_id(metadata: Metadata) -> str:
+    """Return what tells one save from every other one."""
+    return str(metadata.storage_meta.save_id if metadata.storage_meta else None)
+
+
+# -- checking
+
+
+def verify(folder: str | Path, *, alone: bool = False) -> bool:
+    """Raise if files are missing or are not what was written; a collective call.
+
+    Returns:
+        Whether there are hashes: those of older releases have none.
+
+    Raises:
+        ValueError: on every rank; names the file.
+    """
+    rank, ranks = (0, 1) if alone else (collectives.job_rank(), collectives.job_size())
+    with failing_together(alone):
+        if not Path(folder, METADATA).is_file():
+            raise ValueError(f"{folder} holds no checkpoint: there is no {METADATA} in it")
+        if not Path(folder, MANIFEST).is_file():
+            # only now, as it may be of another save
+            if hasattr(read_metadata(folder), "manifest"):
+                raise ValueError(
+                    f"{folder} is not complete: there is no {MANIFEST} in it, which is written"
+                    " last. Its save was interrupted, or it was copied in part: take another one"
+                )
+            return False
+        files = _manifest(Path(folder, MANIFEST))
+        # each rank what it is likely to read, if there are as many as have saved
+        names = sorted(files, key=lambda name: [(len(part), part) for part in name.split("_")])
+        for name in {METADATA, *names[rank::ranks]}:
+            _check_file(Path(folder, name), files[name])
+    return True
+
+
+def _manifest(path: Path) -> Files:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        files: Files = content["files"]
+        if content["sha256"] != _digest(files):
+            raise ValueError("its own sha256 is another one")
+        if METADATA not in files or not all(map(is_name, files)):
+            raise ValueError("it does not list the files of this folder")
+        return files
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path}, the list of the checkpoint's files, is damaged: {error}"
+        ) from error
+
+
+def is_name(text: str) -> bool:
+    """Return whether a text names a file of its folder, and cannot point out of it."""
+    return Path(text).name == text and text not in ("", "..")
+
+
+def _check_file(path: Path, entry: Mapping[str, Any]) -> None:
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != entry["bytes"]:
+                raise ValueError(f"{path} has {size} bytes in place of {entry['bytes']}{DAMAGED}")
+            if hashlib.file_digest(file, "sha256").hexdigest() != entry["sha256"]:
+                raise ValueError(
+                    f"{path} is not what was saved: its sha256 is another one{DAMAGED}"
+                )
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error}{DAMAGED}") from error
+
+
+DAMAGED = ". Nothing was loaded; take another checkpoint, or another copy of this one"
+
+
+# -- reading
+
+
+class Reader(FileSystemReader):
+    """Reads a checkpoint's files, without running any code in them."""
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__(folder)
+        self.fs = _Disk()
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return what is in the checkpoint, and where."""
+        path = Path(self.path, METADATA)
+        with self.fs.create_stream(path, "rb") as file:
+            read = Unpickler(file).load()
+            if not isinstance(read, Metadata):
+                raise ValueError("it is not the metadata of torch.distributed.checkpoint")
+            for info in (read.storage_data or {}).values():
+                if not is_name(info.relative_path):
+                    raise ValueError(f"it names {info.relative_path}, out of its folder")
+        read.storage_meta = read.storage_meta or StorageMeta()
+        read.storage_meta.load_id = self.load_id
+        return read
+
+
+def read_metadata(folder: str | Path) -> Metadata:
+    """Return the metadata of a checkpoint.
+
+    Raises:
+        ValueError: it cannot be read, or is none: names the file.
+    """
+    return Reader(folder).read_metadata()
+
+
+class _Planner(DefaultLoadPlanner):
+    """Puts what is read into the tensors that are given, and plain values into their place."""
+
+    def __init__(self, folder: str | Path, flat: bool, rehearsal: bool) -> None:
+        super().__init__(flatten_state_dict=flat, flatten_sharded_tensors=flat)
+        self.folder, self.rehearsal = folder, rehearsal
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Take a value that is no tensor."""
+        try:
+            torch.load(value, weights_only=True)
+        except pickle.UnpicklingError as error:
+            name = read_item.dest_index.fqn
+            raise ValueError(f"{name} in {self.folder} {NOT_PLAIN}: {error}") from None
+        value.seek(0)
+        if not self.rehearsal:
+            super().load_bytes(read_item, value)
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        """Return where the values go."""
+        target: Tensor = super().resolve_tensor(read_item)
+        return torch.empty_like(target, device="meta") if self.rehearsal else target
+
+
+def read(
+    folder: str | Path, content: dict[str, Any], *, flat: bool = True, rehearse: bool = False
+) -> None:
+    """Fill ``content`` from a checkpoint; a collective call, unless ``flat`` is False.
+
+    Args:
+        folder: of the checkpoint.
+        content: nested dicts with tensors, which are written in place, and other values, which are
+            replaced.
+        flat: False: ``content`` has the keys of the metadata, and this process reads by itself.
+        rehearse: read all, and change nothing.
+
+    Raises:
+        ValueError: on every rank, if one of them could not read what it needs: names the file.
+    """
+    planner: LoadPlanner = _Planner(folder, flat, rehearse)
+    with _quietly(), _told(f"{folder} was not loaded", ValueError):
+        dcp_load(content, storage_reader=Reader(folder), planner=planner, no_dist=not flat)
+
+
+# -- errors
+
+
+@contextlib.contextmanager
+def failing_together(alone: bool = False) -> Iterator[None]:
+    """Raise on every rank of the job what any of them raises inside, where none may wait."""
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    collectives.raise_together(error, [] if alone else [collectives.world()])
+
+
+@contextlib.contextmanager
+def _told(what: str, kind: Callable[[str], Exception]) -> Iterator[None]:
+    """Raise an error of ``kind`` for torch's, which is a BaseException full of tracebacks."""
+    try:
+        yield
+    except CheckpointException as raised:
+        _tell(what, kind, raised)
+
+
+def _tell(what: str, kind: Callable[[str], Exception], raised: CheckpointException) -> NoReturn:
+    rank, (error, _) = min(raised.failures.items())
+    here = f" (on rank {rank} of {collectives.job_size()})" if collectives.job_size() > 1 else ""
+    said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    raise kind(f"{what}: {said}{here}") from raised
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without torch's warning that one process saves and loads by itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is")
+        yield
