@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from spectral_dist import checkpoint_files as files
 from spectral_dist.checkpoint_plain import first, load_plain
-from spectral_dist.state_dicts import Run, read_dion, read_torch, write_dion, write_torch
+from spectral_dist.state_dicts import Run, rated, read_dion, read_torch, write_dion, write_torch
 
 ENGINE_KEYS = {
     *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "ds_version"),
@@ -262,7 +262,7 @@ def _write_universal(folder: Path, run: Run) -> None:
             state = run.state[name] | {"step": torch.tensor(step)}
             _write_zero(folder / "zero" / name, run.model[name], state)
     groups = []
-    for i, group in enumerate(run.groups):
+    for i, group in enumerate(rated([dict(group) for group in run.groups])):
         options = {k: tuple(v) if k == "betas" else v for k, v in group.items() if k != "names"}
         groups.append({**options, "params": [i], "id": i})  # by which the optimizer knows them
     first = scalar if run.names("scalar") else steps[0]

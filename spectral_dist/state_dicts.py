@@ -225,9 +225,14 @@ def _groups(
         yield group, names, dict(zip(names, states, strict=True))
 
 
-def _rated(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With the first group's lr in all of them, and their own as ratios to it."""
-    base = groups[0]["lr"] if groups else 0.0
+def rated(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """With the lr of the first that is not AdamW's in all of them, and their own as ratios to it.
+
+    Not those that have it so already.
+    """
+    if any(group.get("lr_ratio", 1.0) != 1.0 for group in groups):
+        return groups
+    base = min(groups, key=lambda g: g.get("kind") == "scalar")["lr"] if groups else 0.0
     for group in groups:
         group["lr_ratio"] = ratio = group["lr"] / base if base else 1.0
         if base:
@@ -263,7 +268,8 @@ def read_torch(path: Path) -> Run:
                 ours["polar_steps"] = steps if row == JORDAN else None
             run.groups.append({**ours, "names": names})
             words.add_states(run, states, 1.0)
-    _rated(run.groups)
+    for group in run.groups:
+        group["lr_ratio"] = 1.0
     taken = max((float(run.state[n]["step"]) for n in run.names("scalar")), default=0.0)
     for name in run.names("matrix"):
         run.state[name]["step"] = torch.tensor(taken if run.trained(name) else 0.0)
@@ -337,7 +343,8 @@ def read_dion(path: Path) -> Run:
         words.add_states(run, states, 1.0 - group["mu"] if words.kind == "matrix" else 1.0)
         for name in names:
             run.state[name]["step"] = torch.tensor(float(group["step"]))
-    _rated(run.groups)
+    for group in run.groups:
+        group["lr_ratio"] = 1.0
     return run
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import spectral_dist
+from spectral_dist.placement.dtensor import MeshPlacement
 from spectral_dist.polar import METHODS
 from tests.reference import polar as reference
 from tests.weights import (
@@ -135,10 +136,10 @@ def test_momentum_outlives_a_zero_gradient():
 # -- lr
 
 
-def test_scalar_lr_stays_a_ratio_under_a_scheduler():
-    """Schedulers (DeepSpeed's too) write one lr into every group."""
+def test_scalar_lr_stays_a_ratio_where_a_scheduler_knows_one_lr():
+    """DeepSpeed's write one lr into every group."""
     model, other = mixed_model(), mixed_model()
-    optimizer = muon(model, **OPTIONS)
+    optimizer = muon(model, placement=MeshPlacement(), **OPTIONS)
     biases = [other[1].bias, other[3].bias]
     adamw = torch.optim.AdamW(biases, lr=1.0, weight_decay=0.01, betas=(0.9, 0.95), eps=1e-8)
     weight = other[1].weight.detach().double()

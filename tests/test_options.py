@@ -6,6 +6,7 @@ a new rule's options are among them.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from types import NoneType, UnionType
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import spectral_dist
+from spectral_dist.placement.dtensor import MeshPlacement
 from spectral_dist.rules import registry
 from spectral_dist.rules.muon import MuonOptions
 from spectral_dist.rules.options import MatrixOptions, specs_of
@@ -404,15 +406,24 @@ def test_a_groups_exact_method_and_the_optimizers_steps():
         grouped({"polar": "cubic5"}, polar_steps=7)
 
 
-def test_lr_of_groups_is_a_ratio():
+def test_lr_of_groups_is_their_own():
     optimizer = grouped({"lr": 0.005}, 1, scalar_lr=0.001)
+    assert [g["lr"] for g in optimizer.param_groups] == [0.01, 0.005]  # it beats scalar_lr
+    assert [g["lr_ratio"] for g in optimizer.param_groups] == [1, 1]
+    assert grouped({}, lr=0, scalar_lr=0.1).param_groups[1]["lr"] == 0.1
+    assert grouped({}, lr=0.1, scalar_lr=0).param_groups[1]["lr"] == 0
+
+
+def test_lr_of_groups_is_a_ratio_where_a_framework_knows_one_lr():
+    optimizer = grouped({"lr": 0.005}, 1, scalar_lr=0.001, placement=MeshPlacement())
     matrix, scalar = optimizer.param_groups
     assert (matrix["lr"], scalar["lr"]) == (0.01, 0.01)
     assert matrix["lr_ratio"] == 1
-    assert scalar["lr_ratio"] == 0.5  # the group's own beats scalar_lr
+    assert scalar["lr_ratio"] == 0.5
 
 
 def test_lr_zero_has_no_ratio():
+    grouped = functools.partial(globals()["grouped"], placement=MeshPlacement())
     with pytest.raises(
         ValueError, match=r"scalar_lr is 0\.1, but it is kept as a ratio to lr, which is 0"
     ):

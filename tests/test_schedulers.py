@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -198,3 +199,100 @@ def test_resumed_in_mid_cycle(title: str, tmp_path: Path) -> None:
     resumed, later = run(title, "cycle", 5, folder=folder)
     assert same(whole, resumed)
     assert later == seen[5:]
+
+
+# -- each group's own learning rate, and one for all
+
+
+APART = {"lr": 0.02, "scalar_lr": 3e-4}
+
+
+def rates(optimizer: Any) -> list[float]:
+    """In the order matrices (rotations), the rest."""
+    by_kind = sorted(optimizer.param_groups, key=lambda group: group["kind"] == "scalar")
+    return [float(group["lr"]) for group in by_kind]
+
+
+@pytest.mark.parametrize("title", TITLES)
+def test_what_a_group_shows_is_used(title: str) -> None:
+    """The embedding moves by scalar_lr, and by what is written there, as by AdamW."""
+    for written in (None, 1e-3):
+        made, optimizer = build(title, **APART, weight_decay=0.0)
+        assert rates(optimizer) == [0.02, 3e-4]
+        if written:
+            next(g for g in optimizer.param_groups if g["kind"] == "scalar")["lr"] = written
+        before = made[0].weight.detach().clone()
+        give_gradients(made, 0)
+        optimizer.step()
+        change = (made[0].weight.detach() - before).abs().max()
+        assert float(change) == pytest.approx(written or 3e-4, rel=1e-3)  # AdamW's first step
+
+
+EACH: dict[str, Any] = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.5**step),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 8),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(
+        o, max_lr=[g["lr"] for g in o.param_groups], total_steps=STEPS, cycle_momentum=False
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EACH)
+@pytest.mark.parametrize("title", ["Muon", "POET"])
+def test_schedulers_of_each_groups_own(title: str, name: str) -> None:
+    """As of two optimizers of torch's."""
+    made, optimizer = build(title, **APART)
+    theirs = [torch.optim.SGD([torch.ones(1)], lr=lr) for lr in (0.02, 3e-4)]
+    schedules = [EACH[name](each) for each in (optimizer, *theirs)]
+    for _ in drive(made, optimizer, schedules[0]):
+        for each, schedule in zip(theirs, schedules[1:], strict=True):
+            each.step()
+            schedule.step()
+        assert rates(optimizer) == pytest.approx([each.param_groups[0]["lr"] for each in theirs])
+
+
+@pytest.mark.parametrize("title", ["Muon", "POET"])
+def test_one_number_for_all_groups_is_said_once(title: str) -> None:
+    made, optimizer = build(title, **APART)
+    for step, lr in enumerate((0.0, 0.01, 0.02)):  # a warmup from zero says nothing yet
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        give_gradients(made, step)
+        if step == 1:
+            with pytest.warns(UserWarning, match=r"every parameter group is 0\.01 now.*scalar_lr"):
+                optimizer.step()
+        else:
+            optimizer.step()
+    made, optimizer = build(title, lr=0.02)
+    cycle = lr_scheduler.OneCycleLR(optimizer, max_lr=0.05, total_steps=STEPS)
+    for _ in drive(made, optimizer, cycle):
+        pass  # they were never apart
+
+
+@pytest.mark.parametrize("title", ["Muon", "POET"])
+def test_groups_of_older_releases_keep_their_ratio(title: str, tmp_path: Path) -> None:
+    """And the schedulers that were saved with them: one lr, which the ratio multiplies."""
+    wanted, first = build(title, **APART)
+    schedule = EACH["LambdaLR"](first)
+    for _ in drive(wanted, first, schedule):
+        pass
+    saved = copy.deepcopy(first.state_dict())
+    for group in saved["param_groups"]:
+        ratio = 1.0 if group["kind"] != "scalar" else 3e-4 / 0.02
+        group.update(lr=group["lr"] / ratio, lr_ratio=ratio, initial_lr=0.02)
+        group.pop("rule")
+    kept = {**schedule.state_dict(), "base_lrs": [0.02, 0.02]}
+    made, optimizer = build(title, **APART)
+    again = EACH["LambdaLR"](optimizer)
+    made.load_state_dict(wanted.state_dict())
+    optimizer.load_state_dict(saved)
+    again.load_state_dict(kept)
+    for a, x, s in ((wanted, first, schedule), (made, optimizer, again)):
+        for step in range(5, 8):
+            give_gradients(a, step)
+            x.step()
+            s.step()
+    assert set(rates(optimizer)) == {rates(first)[0]}
+    for name, value in values(wanted).items():
+        torch.testing.assert_close(values(made)[name], value, rtol=1e-6, atol=1e-7)

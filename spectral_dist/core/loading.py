@@ -32,6 +32,7 @@ class Loading(torch.optim.Optimizer):
     copied: ClassVar[tuple[str, ...]] = ("options", "_warned", "_agreement")
     options: Any
     placement: Placement
+    _warned: set[str]
     routes: list[list[Route]]
 
     @abstractmethod

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from spectral_dist.core import agreement as agreeing
 from spectral_dist.core.agreement import Agreement, Grads, Status
-from spectral_dist.core.loading import Loading
 from spectral_dist.core.matrix_ops import Observer
 from spectral_dist.core.monitor import Monitor, Watch, add_up
 from spectral_dist.core.precision import without_autocast
+from spectral_dist.core.rates import Rates
 from spectral_dist.core.unique_names import told_apart
 from spectral_dist.core.units import Unit
 from spectral_dist.core.written_options import WrittenOptions
@@ -34,8 +34,13 @@ from spectral_dist.sharding.collectives import Group, Meter
 from spectral_dist.sharding.layout import Located
 
 
-class ShardedOptimizer(Loading):
+class ShardedOptimizer(Rates):
     """An optimizer with the same numbers under every layout of its parameters.
+
+    In plain torch each group's ``lr`` is what it is stepped with: ``scalar_lr`` is that of AdamW's
+    groups, and schedulers multiply or write each group's own. Under DeepSpeed and Megatron, whose
+    schedulers write one lr into all groups, it is multiplied by the group's ``lr_ratio``. So it is
+    in groups that older releases have saved in plain torch, which go on as they were.
 
     Args:
         params: ``spectral_dist.param_groups(model)``; or parameters, or groups of them, that
@@ -76,6 +81,8 @@ class ShardedOptimizer(Loading):
                 "process_group is given beside placement, which knows the groups; leave it out"
             )
         self.begin(placement or self._placement(process_group))
+        self._has_one_lr = placement is not None
+        self._built_rates = {}
         self.routes: list[list[Route]] = []
         self._warned: set[str] = set()
         self._agreement = Agreement()
@@ -88,6 +95,7 @@ class ShardedOptimizer(Loading):
     def begin(self, placement: Placement | None) -> None:
         """Set what an optimizer has that has taken no step and that nobody watches."""
         self.placement = placement or self._placement(None)
+        self._has_one_lr = False
         self.meter = Meter()
         self.observers: list[Observer] = []
         self.monitor: Monitor | None = None
@@ -106,10 +114,10 @@ class ShardedOptimizer(Loading):
             group = {**group, "routes": told_apart(group["routes"], self.all_routes)}
             if group["kind"] not in self.options_type.kinds():
                 raise ValueError(WRONG_KIND[group["kind"]])
-            carried = self.complete(group_options(group, self.options), group["routes"])
-            if isinstance(self.defaults["lr"], Tensor):
-                carried["lr"] = self.defaults["lr"]
+            given = group_options(group, self.options, self._has_one_lr)
+            carried = self.complete(given, group["routes"])
             carried["id"], carried[RULE] = len(self.routes), self.rule_name
+            self.rate(carried)
             self.routes.append(group["routes"])
             super().add_param_group({**carried, "params": group["params"]})
             for name in self.defaults.keys() - carried.keys():
@@ -158,6 +166,7 @@ class ShardedOptimizer(Loading):
                 "this optimizer has taken steps, or a checkpoint, where its parameters lived"
                 " before; build a new one"
             )
+        self.share_one_lr()
         self.placement = placement
 
     def steps_taken(self) -> int:
@@ -191,12 +200,11 @@ class ShardedOptimizer(Loading):
         with without_autocast(self.device):
             if not self._agree(work, grads):
                 return loss
-            for name in agreeing.without_gradient([unit for _, unit in work], grads):
-                if name not in self._warned:
-                    self._warned.add(name)
-                    warnings.warn(
-                        f"{name} has no gradient, so it is left as it is in this step", stacklevel=2
-                    )
+            absent = agreeing.without_gradient([unit for _, unit in work], grads)
+            for name in (name for name in absent if name not in self._warned):
+                self._warned.add(name)
+                what = f"{name} has no gradient, so it is left as it is in this step"
+                warnings.warn(what, stacklevel=2)
             self._take_step(list(zip(work, tensors, grads, strict=True)))
         return loss
 
@@ -254,10 +262,6 @@ class ShardedOptimizer(Loading):
         """Return what AdamW's step of a group depends on."""
         beta1, beta2 = map(plain, group["betas"])
         return AdamWOptions((beta1, beta2), plain(group["eps"]), plain(group["weight_decay"]))
-
-    def lr_of(self, group: ParamGroup) -> float:
-        """Return the learning rate of a group's parameters, as it is now."""
-        return float(plain(group["lr"]) * group["lr_ratio"])
 
     def check_group(self, group: ParamGroup) -> None:
         """Raise a ValueError for options that something has written into a group since."""
@@ -341,6 +345,8 @@ class ShardedOptimizer(Loading):
         groups, known = self.placement.world_groups(), self._agreement
         units = [unit for _, unit in work]
         error = self._first_error(units, grads)
+        if error is None:
+            self.warn_of_one_lr()
         status = agreeing.status_of(
             units, grads, self.monitor.every if self.monitor else 0, bool(self.observers)
         )

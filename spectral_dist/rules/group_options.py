@@ -22,7 +22,9 @@ RULE = "rule"
 """Key of every group that says whose state it is; older checkpoints have none."""
 
 
-def group_options(group: Mapping[str, Any], base: BaseOptions) -> dict[str, Any]:
+def group_options(
+    group: Mapping[str, Any], base: BaseOptions, one_lr: bool = True
+) -> dict[str, Any]:
     """Return what a group of one kind carries: the optimizer's options, changed by its own.
 
     Keys that are no option stay: frameworks keep their own there.
@@ -30,12 +32,13 @@ def group_options(group: Mapping[str, Any], base: BaseOptions) -> dict[str, Any]
     Args:
         group: with ``kind``, and options of its own.
         base: the optimizer's options.
+        one_lr: whether all groups have the optimizer's lr, and ratios to it.
 
     Raises:
         ValueError: an unknown option, one that this kind has not, or a bad value.
     """
     kind = group["kind"]
-    carried = base.group(kind)
+    carried = (base if one_lr else replace(base, scalar_lr=None)).group(kind)
     own = {k: v for k, v in group.items() if k not in ("params", "kind", "routes", RULE)}
     known = option_names() | type(base).names(kind)
     for name in own:
@@ -61,8 +64,12 @@ def group_options(group: Mapping[str, Any], base: BaseOptions) -> dict[str, Any]
     own.update(values)
     replace(base, **values).check("a parameter group")
     lr = own.pop("lr", None)
-    if lr is not None:
-        carried["lr_ratio"] = base.ratio(lr, "a group's lr")
+    if one_lr:
+        if lr is not None:
+            carried["lr_ratio"] = base.ratio(lr, "a group's lr")
+    else:
+        lr = base.scalar_lr if lr is None and kind == "scalar" else lr
+        carried["lr"] = base.lr if lr is None else lr
     carried.update(own)
     return carried
 

@@ -1,0 +1,69 @@
+"""Learning rates of parameter groups: each its own, or one for all where a scheduler knows one."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import Tensor
+
+from spectral_dist.core.loading import Loading
+from spectral_dist.placement.base import ParamGroup
+from spectral_dist.rules.fields import plain
+
+
+class Rates(Loading):
+    """The part of ``ShardedOptimizer`` that concerns learning rates.
+
+    ``group["lr"] * group["lr_ratio"]`` is what a step uses. In plain torch the ratio is 1.
+    """
+
+    copied = (*Loading.copied, "_built_rates")
+    _built_rates: dict[int, float]
+    _has_one_lr: bool
+
+    def lr_of(self, group: ParamGroup) -> float:
+        """Return the learning rate of a group's parameters, as it is now."""
+        return float(plain(group["lr"]) * group["lr_ratio"])
+
+    def rate(self, carried: ParamGroup) -> None:
+        """Remember what a new group begins with; one that takes the optimizer's shares its tensor.
+
+        As with torch's optimizers, whoever has that tensor may write into it.
+        """
+        given = self.defaults["lr"]
+        self._built_rates[carried["id"]] = self.lr_of(carried)
+        if isinstance(given, Tensor) and carried["lr"] == self.options.lr:
+            carried["lr"] = given
+
+    def share_one_lr(self) -> None:
+        """Write one lr into every group, and what it is to be multiplied by there.
+
+        For a framework whose schedulers know one. Not if rates were written since, or a scheduler
+        of torch has seen the groups: then each keeps its own.
+
+        Raises:
+            ValueError: it is zero, and another is not.
+        """
+        self._has_one_lr = True
+        for group in self.param_groups:
+            if "initial_lr" in group or self.lr_of(group) != self._built_rates[group["id"]]:
+                return
+        for group in self.param_groups:
+            ratio = self.options.ratio(self.lr_of(group), "a group's lr")
+            group["lr"], group["lr_ratio"] = self.options.lr, ratio
+
+    def warn_of_one_lr(self) -> None:
+        """Say once that groups which were built with different rates have the same one now."""
+        if "lr" in self._warned or len(set(self._built_rates.values())) < 2:
+            return
+        now = {self.lr_of(group) for group in self.param_groups}
+        if len(now) == 1 and now != {0.0}:
+            self._warned.add("lr")
+            built = ", ".join(f"{rate:g}" for rate in self._built_rates.values())
+            warnings.warn(
+                f"the lr of every parameter group is {now.pop():g} now, but they were built with"
+                f" {built}: each group's lr is its own here, so what writes one number into all of"
+                " them undoes scalar_lr. Give the scheduler a list (OneCycleLR(max_lr=[...])), or"
+                " write a multiple of each group's own",
+                stacklevel=5,
+            )
