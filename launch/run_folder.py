@@ -14,6 +14,7 @@ from spectral_dist.launch import checkpoints, files
 from spectral_dist.launch.checkpoints import Checkpoint
 
 LOCK = "run.lock"
+SUMMARY = "summary.json"
 PATIENCE = 5.0
 """Seconds to wait for a run that is ending, as one that is requeued elsewhere."""
 
@@ -54,10 +55,8 @@ class RunFolder:
                 f"cannot write to --out {self.out}: {error.strerror or error}; pass another --out"
             ) from None
         holds = (self.out / "metrics.jsonl").exists() or bool(checkpoints.steps(self.checkpoints))
-        if self.resume is Resume.never:
-            if holds:
-                raise ValueError(f"{self.out} holds a run: pass --resume or another --out")
-            return None, []
+        if self.resume is Resume.never and holds:
+            raise ValueError(f"{self.out} holds a run: pass --resume or another --out")
         checkpoint, notes = checkpoints.find(self.checkpoints)
         if checkpoint is None and self.resume is Resume.must:
             raise ValueError(
@@ -69,6 +68,7 @@ class RunFolder:
             notes = [*notes, f"goes on from {checkpoint.folder}"]
         elif holds:
             notes = [*notes, f"{self.out} holds a run that ended before its first checkpoint: anew"]
+        (self.out / SUMMARY).unlink(missing_ok=True)  # of a run that is done
         return checkpoint, notes
 
     def _take(self) -> None:

@@ -22,6 +22,7 @@ from spectral_dist.launch.engines import Engine
 from spectral_dist.launch.preemption import Preemption
 from spectral_dist.launch.ranks import Ranks
 from spectral_dist.launch.report import Log
+from spectral_dist.launch.run_folder import SUMMARY
 
 VALIDATION_SEED = 0  # all runs are measured on the same windows
 
@@ -114,7 +115,7 @@ class Trainer:
             "corpus": self.corpus.key,
             "steps": self.job.steps,
             "model": llama.identity(self.engine.llama),
-            "settings": self.engine.identity(),
+            **self.engine.identity(),
         }
 
     def run(self) -> dict[str, Any] | None:
@@ -316,4 +317,4 @@ class Trainer:
 
 def write_summary(out: Path, summary: dict[str, Any]) -> None:
     """Keep the summary as summary.json in `out`."""
-    files.replace(out / "summary.json", json.dumps(summary, indent=1) + "\n")
+    files.replace(out / SUMMARY, json.dumps(summary, indent=1) + "\n")

@@ -94,9 +94,9 @@ def test_a_checkpoint_of_another_optimizer_is_refused(folder: Path) -> None:
         ({"optimizer": {"type": "Muon", "lr": 0.02}}, "optimizer.lr was 0.01, now it is 0.02"),
         ({"optimizer": {"type": "Muon", "lr": 0.01, "scalar_weight_decay": 0.0}},
          "optimizer.scalar_weight_decay was 0.1, now it is 0.0"),
-        ({"clip": 0.5}, "settings.clip was 1.0, now it is 0.5"),
-        ({"dtype": "bfloat16"}, 'settings.dtype was "float32", now it is "bfloat16"'),
-        ({"warmup": 3}, "settings.warmup was 2, now it is 3"),
+        ({"clip": 0.5}, "clip was 1.0, now it is 0.5"),
+        ({"dtype": "bfloat16"}, 'dtype was "float32", now it is "bfloat16"'),
+        ({"warmup": 3}, "warmup was 2, now it is 3"),
     ):  # fmt: skip
         path = write(folder, **{"optimizer": OPTIMIZERS["Muon"], **changes})
         with pytest.raises(harness.RankError, match=said):

@@ -65,7 +65,7 @@ def train(
     """As the trainer does it, without its reports."""
     watched: list[int] = []
     engine.watch(lambda step, report: watched.append(step))
-    run = {"settings": engine.identity()}
+    run = engine.identity()
     if load is not None:
         checkpoint, notes = checkpoints.find(load)
         assert checkpoint is not None
