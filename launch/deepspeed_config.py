@@ -128,8 +128,8 @@ def named_errors(path: Path) -> Iterator[None]:
         yield
     except (ValueError, TypeError, AssertionError, AttributeError, KeyError) as error:
         what = " ".join(str(error).split()) or "it gives no reason"
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        raise ValueError(f"{path}: DeepSpeed does not take it: {kind}{what}") from error
+        kind = "" if type(error) is ValueError else f"DeepSpeed: {type(error).__name__}: "
+        raise ValueError(f"{path}: {kind}{what}") from error
 
 
 def _check(path: Path, config: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:

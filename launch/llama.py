@@ -57,8 +57,9 @@ def _wrong(name: str, value: Any) -> str | None:
         return "a whole number, at least 1"
     if name in NUMBERS and not ((whole or isinstance(value, float)) and 0 < value < math.inf):
         return "a number above 0"
-    several = value if isinstance(value, list) and name == "eos_token_id" else [value]
-    if name in TOKENS and not all(v is None or type(v) is int for v in several):
+    several = name == "eos_token_id" and isinstance(value, list) and value
+    tokens = value if several else [value]
+    if name in TOKENS and value is not None and not all(type(token) is int for token in tokens):
         return "a whole number, or null"
     if name == "hidden_act" and value not in list(ACT2FN):
         return f"one of {', '.join(ACT2FN)}"

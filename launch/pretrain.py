@@ -35,8 +35,8 @@ class Command(typer.core.TyperCommand):
         whole: list[str] = []
         for place, argument in enumerate(args):
             whole.append(argument)
-            following = args[place + 1] if place + 1 < len(args) else ""
-            if argument == "--resume" and following not in list(Resume):
+            alone = place + 1 == len(args) or args[place + 1].startswith("-")
+            if argument == "--resume" and alone:
                 whole.append(Resume.must.value)
         return super().parse_args(ctx, whole)
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import socket
+import time
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -14,7 +17,11 @@ import torch.distributed as dist
 from spectral_dist.integrations import mpi
 
 T = TypeVar("T")
+distributed: Any = dist
+"""For the names that torch exports without saying so."""
 LOOPBACK = "127.0.0.1"
+PATIENCE = 1800.0
+"""Seconds in which all ranks have to start."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +106,10 @@ def start() -> Ranks:
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
             # DeepSpeed wants them set; nobody connects
             os.environ.update(MASTER_ADDR=LOOPBACK, MASTER_PORT="0")
-            store = dist.HashStore()  # type: ignore[attr-defined]
+            store = distributed.HashStore()
             _use_loopback()
+    elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store = unused_store(*place())
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -110,27 +119,61 @@ def start() -> Ranks:
     if store is None:
         dist.init_process_group(backend)
     else:
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        rank, world, *_ = place()
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
 def _loopback_store() -> Any:
     """torch's store, which listens on all interfaces unless it is handed a socket."""
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    port = int(os.environ["MASTER_PORT"])
+    rank, world, _, port = place()
     _use_loopback()
     if rank != 0:
-        return dist.TCPStore(  # type: ignore[attr-defined]
-            LOOPBACK, port, world, is_master=False
-        )
+        return distributed.TCPStore(LOOPBACK, port, world, is_master=False)
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind((LOOPBACK, port))
     listener.listen(world)
-    return dist.TCPStore(  # type: ignore[attr-defined]
+    return distributed.TCPStore(
         LOOPBACK, port, world, is_master=True, master_listen_fd=listener.detach()
     )
+
+
+def place() -> tuple[int, int, str, int]:
+    """Rank, ranks, and the store's address and port, of the environment."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return rank, world, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def unused_store(rank: int, world: int, address: str, port: int) -> Any:
+    """torchrun's store, under a prefix that ranks before a restart have not written to.
+
+    torchrun keeps its store when it restarts ranks, and says nowhere which start this is that is
+    the same on all nodes: new ranks would find the addresses of those that are gone. So rank 0
+    draws the prefix, and hands it to each rank under a key that this rank has drawn.
+    """
+    tcp: Any = distributed.TCPStore(
+        address, port, world, is_master=False, timeout=timedelta(seconds=PATIENCE)
+    )
+    store = distributed.PrefixStore("spectral_dist", tcp)
+    drawn = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"key/{rank}", drawn)
+        prefix = store.get(drawn).decode()  # waits for it
+        store.set(f"{prefix}/{rank}", "")
+        return distributed.PrefixStore(prefix, store)
+    waiting = set(range(1, world))
+    until = time.monotonic() + PATIENCE
+    while waiting:
+        for other in sorted(waiting):
+            if store.check([f"key/{other}"]):  # perhaps one from before, and soon another
+                store.set(store.get(f"key/{other}").decode(), drawn)
+            if store.check([f"{drawn}/{other}"]):
+                waiting.discard(other)
+        if time.monotonic() > until:
+            raise TimeoutError(f"ranks {sorted(waiting)} have not started in {PATIENCE:g} seconds")
+        time.sleep(0.01)
+    return distributed.PrefixStore(drawn, store)
 
 
 def _use_loopback() -> None:
