@@ -12,15 +12,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from spectral_dist.launch import checkpoints, pretrain, torch_engine
 from spectral_dist.launch.engines import DeepSpeedEngine
 from spectral_dist.launch.trainer import Trainer
 
-PHASES = ("forward", "exchange", "save", "shard", "manifest", "latest", "after")
+PHASES = ("forward", "exchange", "save", "shard", "manifest", "latest", "evaluate", "nan")
 """Before a step's forward; before its optimizer step; before a save; before this rank's part of it
-is written; when all parts are; before `latest` names it; when it does."""
+is written; when all parts are; before `latest` names it; before an evaluation. And "nan", which is
+no signal: a gradient that is NaN, of a loss that is not."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +74,17 @@ def install(fault: Fault) -> None:
     before(FileSystemWriter, "write_data", "shard")
     before(checkpoints, "_hash", "manifest")
     before(checkpoints, "name_latest", "latest")
-    before(Trainer, "_validate", "after")
+    before(Trainer, "_validate", "evaluate")
+    if fault.phase == "nan":
+        losses = DeepSpeedEngine.losses
+
+        def bad(self: DeepSpeedEngine, rows: Tensor) -> Tensor:
+            result = losses(self, rows)
+            steps = current["step"] == fault.step
+            return result + (0.0 * result).abs().sqrt() if steps else result
+
+        DeepSpeedEngine.losses = bad  # type: ignore[method-assign]
+    assert fault.phase in PHASES
     if fault.phase == "shard" and os.environ.get("DS_ACCELERATOR"):
         from deepspeed.runtime.checkpoint_engine import torch_checkpoint_engine
 

@@ -89,6 +89,15 @@ def test_torchrun_restarts_by_itself(trial: Trial, engine: str, phase: str, step
 
 
 @pytest.mark.slow
+def test_a_step_that_deepspeed_skips_is_told(trial: Trial) -> None:
+    fault = {"phase": "nan", "step": 3, "ranks": [0]}
+    status, printed = trial.once("run", *trial.options("ds1"), fault=fault, ranks=1)
+    assert status == 0, printed
+    assert "step 3 was skipped: a gradient is NaN or infinite (1 skipped so far)" in printed
+    assert trial.summary("run")["skipped_steps"] == 1
+
+
+@pytest.mark.slow
 def test_a_kill_in_the_first_step_after_a_resume_keeps_the_metrics(trial: Trial) -> None:
     options = trial.options("ddp")
     trial.once("run", *options, "--stop-at", "3", ranks=1)

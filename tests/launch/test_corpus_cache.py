@@ -184,7 +184,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, data: Path) -> None:
         ("caf\xe9 au lait".encode("latin1"), r"new\.txt:1: b'\\xe9' is not UTF-8; convert"),
         (b"good\n" * 40000 + b"\xff\n", r"new\.txt:40001: b'\\xff' is not UTF-8"),
         (b"cut \xc3", r"new\.txt:1: b'\\xc3' is not UTF-8"),
-        (None, r"new\.txt links to .*nowhere, which is not there: remove it"),
+        (None, r"new\.txt is a link to .*nowhere, which is not there: remove it"),
     ],
 )
 def test_text_that_cannot_be_read_is_named(
