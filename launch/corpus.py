@@ -66,7 +66,7 @@ def prepare(paths: Sequence[Path], vocab_size: int, cache: Path | None = None) -
     """Have the tokens of the files under `paths` in the cache, whole; their key.
 
     The text is read and hashed each time: sizes and times of files say too little, and are others
-    on another machine. That is some 1 GB a second, once on each node.
+    on another machine. That is some 0.6 s of CPU time for a GB, once on each node.
 
     Raises:
         ValueError: nothing found, unreadable files or lines, too little text, a vocabulary below

@@ -30,6 +30,7 @@ class Preemption:
         self.grace = grace
         self.received: signal.Signals | None = None
         self._former: dict[signal.Signals, Any] = {}
+        os.register_at_fork(after_in_child=self._forget)
 
     @property
     def requested(self) -> bool:
@@ -57,10 +58,18 @@ class Preemption:
     ) -> None:
         for number, handler in self._former.items():
             signal.signal(number, handler)
+        self._former = {}
         signal.set_wakeup_fd(self._former_descriptor)
         self._writer.close()  # which ends the thread
         self._thread.join()
         self._reader.close()
+
+    def _forget(self) -> None:
+        """In a forked child, as some write checkpoints: what it is sent is for it alone."""
+        for number in self._former:
+            signal.signal(number, signal.SIG_DFL)
+        if self._former:
+            signal.set_wakeup_fd(-1)  # which is the parent's, too
 
     def _listen(self) -> None:
         deadline: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -15,6 +16,7 @@ from spectral_dist.launch.checkpoints import Checkpoint
 
 LOCK = "run.lock"
 SUMMARY = "summary.json"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 PATIENCE = 5.0
 """Seconds to wait for a run that is ending, as one that is requeued elsewhere."""
 
@@ -47,32 +49,38 @@ class RunFolder:
         """
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            self._take()
+            notes = self._take()
             for folder in (self.out, self.checkpoints):
                 files.remove_parts(folder)
         except OSError as error:
             raise ValueError(
                 f"cannot write to --out {self.out}: {error.strerror or error}; pass another --out"
             ) from None
-        holds = (self.out / "metrics.jsonl").exists() or bool(checkpoints.steps(self.checkpoints))
+        begun = (self.out / "metrics.jsonl", self.checkpoints / checkpoints.LATEST)
+        holds = any(p.exists() for p in begun) or bool(checkpoints.steps(self.checkpoints))
         if self.resume is Resume.never and holds:
             raise ValueError(f"{self.out} holds a run: pass --resume or another --out")
-        checkpoint, notes = checkpoints.find(self.checkpoints)
+        checkpoint, damage = checkpoints.find(self.checkpoints)
         if checkpoint is None and self.resume is Resume.must:
             raise ValueError(
                 f"no checkpoint to resume in {self.checkpoints}; --resume auto would start anew"
             )
         if checkpoint is not None:
-            if notes:  # so that `latest` is of a whole one again
+            if damage:  # so that `latest` is of a whole one again
                 checkpoints.name_latest(checkpoint.folder)
-            notes = [*notes, f"goes on from {checkpoint.folder}"]
+            notes += [*damage, f"goes on from {checkpoint.folder}"]
         elif holds:
-            notes = [*notes, f"{self.out} holds a run that ended before its first checkpoint: anew"]
+            notes += damage
+            notes.append(f"{self.out} holds a run that ended before its first checkpoint: anew")
         (self.out / SUMMARY).unlink(missing_ok=True)  # of a run that is done
         return checkpoint, notes
 
-    def _take(self) -> None:
-        """Lock a file in the folder, which is free again when this process is no more."""
+    def _take(self) -> list[str]:
+        """Lock a file in the folder, which is free again when this process is no more.
+
+        Returns:
+            What there is to say about it: a file system may have no locks.
+        """
         # One that was there is neither emptied, since it tells whose it is, nor followed if a link.
         descriptor = os.open(self.out / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         self._lock = os.fdopen(descriptor, "r+", encoding="utf-8")
@@ -89,10 +97,15 @@ class RunFolder:
                         " it to end, or pass another --out"
                     ) from None
                 time.sleep(0.1)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                return [f"{self.out} is where there are no locks: see that one run alone uses it"]
         self._lock.seek(0)
         self._lock.truncate()
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         self._lock.flush()
+        return []
 
     def close(self) -> None:
         """Let another run have the folder."""

@@ -109,13 +109,13 @@ class Trainer:
     def _identity(self) -> dict[str, Any]:
         """What numbers depend on, and the data's order: it may not change in a run; JSON."""
         return {
+            **self.engine.identity(),
             "seed": self.job.seed,
             "batch": self.engine.batch,
             "seq_len": self.job.seq_len,
             "corpus": self.corpus.key,
             "steps": self.job.steps,
             "model": llama.identity(self.engine.llama),
-            **self.engine.identity(),
         }
 
     def run(self) -> dict[str, Any] | None:

@@ -76,3 +76,17 @@ with module["Preemption"](60):
     assert status == 128 + signal.SIGTERM
     assert "SIGINT after SIGTERM: ended without a checkpoint" in said
     assert seconds < 20
+
+
+def test_what_a_forked_child_is_sent_is_for_it_alone() -> None:
+    status, said, _ = ended("""
+with module["Preemption"](60) as noticed:
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitpid(child, 0)[1] == signal.SIGTERM
+    time.sleep(0.3)
+    assert not noticed.requested
+""")
+    assert status == 0, said
