@@ -9,9 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import sysconfig
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,7 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-FORMAT = 1  # part of the cache key: raise it when the same input gives other tokens
+from spectral_dist.launch import corpus_cache, files
+
+FORMAT = 2  # part of the cache key: raise it when the same input gives other tokens
 END = "<|endoftext|>"
 SPLIT_PERMILLE = 20  # of the documents, for validation
 PIECE = 1 << 16  # characters: a text file is cut at line ends into documents of about this size
@@ -35,12 +35,11 @@ SUFFIXES = (".txt", ".jsonl")
 
 @dataclass(frozen=True)
 class Source:
-    """One file: `name` decides the split, `size` (bytes) and `stamp` tell whether it changed."""
+    """One file: `name` decides the split; `size` in bytes."""
 
     name: str
     path: Path
     size: int
-    stamp: int = 0
 
 
 @dataclass(frozen=True)
@@ -58,17 +57,45 @@ class Corpus:
 def load(paths: Sequence[Path], vocab_size: int, cache: Path | None = None) -> Corpus:
     """Tokens of the files under `paths` (none: the default corpus), built at first use.
 
-    Several processes may call this at once: each would build the same, the first rename stays.
-    ValueError: nothing found, unreadable lines, too little text, a vocabulary below 257.
+    ValueError: as of ``prepare``.
+    """
+    return read(prepare(paths, vocab_size, cache), cache)
+
+
+def prepare(paths: Sequence[Path], vocab_size: int, cache: Path | None = None) -> str:
+    """Have the tokens of the files under `paths` in the cache, whole; their key.
+
+    The text is read and hashed each time: sizes and times of files say too little, and are others
+    on another machine. That is some 0.6 s of CPU time for a GB, once on each node.
+
+    Raises:
+        ValueError: nothing found, unreadable files or lines, too little text, a vocabulary below
+            257, or no cache to write to.
     """
     if vocab_size < 257:
         raise ValueError(f"a byte-level vocabulary needs 257 entries or more, not {vocab_size}")
-    sources = text_sources(paths) if paths else python_sources()
-    key = cache_key(sources, vocab_size)
-    folder = (cache or cache_folder()) / key
-    if not folder.exists():
-        _build(sources, vocab_size, folder)
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    try:
+        sources = text_sources(paths) if paths else python_sources()
+        key = cache_key(sources, vocab_size)
+    except OSError as error:
+        raise ValueError(f"cannot read the text: {error}") from None
+
+    def build(folder: Path) -> dict[str, Any]:
+        return _build(sources, vocab_size, folder)
+
+    corpus_cache.ready(cache or cache_folder(), key, build)
+    return key
+
+
+def read(key: str, cache: Path | None = None) -> Corpus:
+    """Open what ``prepare`` has made ready. ValueError: it is not there any more, or not whole."""
+    folder = corpus_cache.place(cache or cache_folder(), key)
+    try:
+        manifest = corpus_cache.manifest(folder)
+    except ValueError as error:
+        raise ValueError(
+            f"{folder} has changed since it was checked: {error}; start again"
+        ) from None
     dtype = np.dtype(manifest["dtype"])
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     return Corpus(
@@ -87,8 +114,9 @@ def cache_folder() -> Path:
 
 
 def cache_key(sources: Sequence[Source], vocab_size: int) -> str:
-    """A hash of everything the tokens depend on."""
-    listed = [[source.name, source.size, source.stamp] for source in sources]
+    """A hash of everything the tokens depend on: the text itself too."""
+    digests = files.hashes(source.path for source in sources)
+    listed = [[source.name, digest] for source, digest in zip(sources, digests, strict=True)]
     text = json.dumps([FORMAT, vocab_size, listed])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
@@ -101,9 +129,9 @@ def python_sources() -> list[Source]:
     roots = {"python": Path(sysconfig.get_path("stdlib")), "torch": Path(spec.origin).parent}
     found = []
     for label, root in roots.items():
-        for folder, below, files in os.walk(root):
+        for folder, below, names in os.walk(root):
             below[:] = [name for name in below if name not in PYTHON_SKIPPED]
-            for path in (Path(folder, file) for file in files if file.endswith(".py")):
+            for path in (Path(folder, name) for name in names if name.endswith(".py")):
                 size = path.stat().st_size
                 if 0 < size <= PYTHON_FILE_BYTES:
                     name = f"{label}/{path.relative_to(root).as_posix()}"
@@ -122,17 +150,19 @@ def python_sources() -> list[Source]:
 
 
 def text_sources(paths: Sequence[Path]) -> list[Source]:
-    """The .txt and .jsonl files given, or anywhere below the directories given."""
+    """The .txt and .jsonl files given, or anywhere below the directories given.
+
+    Raises:
+        ValueError: there is none, or one is empty, or a link to nothing.
+    """
     sources = []
     for path in paths:
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
-            if not found:
+            inside = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and not p.is_dir())
+            if not inside:
                 raise ValueError(f"no .txt or .jsonl file below {path}")
-            sources += [_source(file.relative_to(path).as_posix(), file) for file in found]
-        elif not path.is_file():
-            raise ValueError(f"no such file or directory: {path}")
-        elif path.suffix not in SUFFIXES:
+            sources += [_source(file.relative_to(path).as_posix(), file) for file in inside]
+        elif path.suffix not in SUFFIXES and path.exists():
             raise ValueError(f"{path}: expected a .txt or .jsonl file, or a directory of them")
         else:
             sources.append(_source(path.name, path))
@@ -140,27 +170,57 @@ def text_sources(paths: Sequence[Path]) -> list[Source]:
 
 
 def _source(name: str, path: Path) -> Source:
-    status = path.stat()
-    return Source(name, path, status.st_size, status.st_mtime_ns)
+    if not path.exists():
+        if path.is_symlink():
+            raise ValueError(
+                f"{path} is a link to {path.readlink()}, which is not there: remove it"
+            )
+        raise ValueError(f"no such file or directory: {path}")
+    if not path.is_file():
+        raise ValueError(f"{path} is no regular file: remove it, or write its text to one")
+    size = path.stat().st_size
+    if size == 0:
+        raise ValueError(f"{path} is empty: remove it, or write its text again")
+    return Source(name, path, size)
 
 
 def documents(source: Source) -> Iterator[tuple[str, str]]:
     """Name and text of each document: a whole .py file, a line of .jsonl, a piece of .txt.
 
-    ValueError: a .jsonl line without a string under "text"; it names file and line.
+    ValueError: a .jsonl line without a string under "text", or one that is not UTF-8; it names
+    file and line.
     """
-    with source.path.open(encoding="utf-8", errors="replace", newline="") as file:
-        if source.path.suffix == ".py":
-            yield source.name, file.read()
-        elif source.path.suffix == ".jsonl":
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{source.name}:{number}", _text_field(line, f"{source.path}:{number}")
-        else:
-            number = 0
-            while lines := file.readlines(PIECE):
-                yield f"{source.name}#{number}", "".join(lines)
-                number += 1
+    if source.path.suffix == ".py":  # of Python itself, some to test other encodings
+        yield source.name, source.path.read_bytes().decode(errors="replace")
+        return
+    with source.path.open(encoding="utf-8", newline="") as file:
+        try:
+            if source.path.suffix == ".jsonl":
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        text = _text_field(line, f"{source.path}:{number}")
+                        yield f"{source.name}:{number}", text
+            else:
+                number = 0
+                while lines := file.readlines(PIECE):
+                    yield f"{source.name}#{number}", "".join(lines)
+                    number += 1
+        except UnicodeDecodeError:
+            raise _not_utf8(source.path) from None
+
+
+def _not_utf8(path: Path) -> ValueError:
+    """The error of the first line that cannot be read: no character holds a line's end."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return ValueError(
+                    f"{path}:{number}: {error.object[error.start : error.end]!r} is not UTF-8;"
+                    f" convert the file, as by iconv -f latin1 -t utf-8"
+                )
+    return ValueError(f"{path} is not UTF-8")
 
 
 def _text_field(line: str, where: str) -> str:
@@ -171,6 +231,10 @@ def _text_field(line: str, where: str) -> str:
     text = record.get("text") if isinstance(record, dict) else None
     if not isinstance(text, str):
         raise ValueError(f'{where}: expected an object with a string under "text"')
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {text[error.start]!r} is half a character") from None
     return text
 
 
@@ -205,26 +269,14 @@ def bits_per_byte(nats: float, tokens: int, size: int) -> float:
     return float(nats * tokens / (np.log(2) * size))
 
 
-def _build(sources: Sequence[Source], vocab_size: int, folder: Path) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
-    try:
-        names, sample = _survey(sources)
-        held_out = validation_names(names)
-        tokenizer = train_tokenizer(
-            [text for name, text in sample if name not in held_out], vocab_size
-        )
-        tokenizer.save(str(building / "tokenizer.json"))
-        manifest = _encode(sources, tokenizer, held_out, building)
-        manifest["vocab_size"] = vocab_size
-        (building / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        try:
-            building.rename(folder)
-        except OSError:
-            if not folder.exists():  # else another process was first, with the same content
-                raise
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+def _build(sources: Sequence[Source], vocab_size: int, folder: Path) -> dict[str, Any]:
+    """Write tokenizer and tokens; what the manifest is to say of them."""
+    names, sample = _survey(sources)
+    held_out = validation_names(names)
+    training = [text for name, text in sample if name not in held_out]
+    tokenizer = train_tokenizer(training, vocab_size)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return {**_encode(sources, tokenizer, held_out, folder), "vocab_size": vocab_size}
 
 
 def _survey(sources: Sequence[Source]) -> tuple[list[str], list[tuple[str, str]]]:

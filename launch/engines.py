@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -16,12 +15,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.functional import cross_entropy
 
 from spectral_dist.core.optimizer import SpectralOptimizer
-from spectral_dist.launch import llama
+from spectral_dist.launch import deepspeed_config, llama
 from spectral_dist.launch.ranks import Ranks
 from spectral_dist.monitor import Report
 from spectral_dist.poet.layer import PoetLayer
-
-State = dict[str, Any]
 
 
 class Engine(ABC):
@@ -31,6 +28,7 @@ class Engine(ABC):
     """
 
     kind: str
+    llama: Any  # the LlamaConfig that the model was built from
     model: Any  # what is called: DeepSpeed's engine, DDP, or the model itself
     optimizer: Any  # the innermost one: ours, or torch.optim.AdamW
     batch: int
@@ -65,12 +63,21 @@ class Engine(ABC):
         """The first group's learning rate, for the step to come."""
 
     @abstractmethod
-    def save(self, folder: Path, step: int, state: State) -> None:
-        """Checkpoint everything into `folder`; on all ranks."""
+    def write(self, target: Path) -> None:
+        """Checkpoint everything into the folder `target`, which is there; on all ranks."""
 
     @abstractmethod
-    def load(self, folder: Path) -> State:
-        """Restore the newest checkpoint in `folder`; the `state` it was saved with. ValueError."""
+    def read(self, source: Path) -> None:
+        """Restore what `write` has written; on all ranks. ValueError: it was another engine."""
+
+    @abstractmethod
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be gone on from; JSON."""
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps, since the run began, that a framework has left out; equal on all ranks."""
+        return 0
 
     def watch(self, write: Callable[[int, Report], None]) -> None:
         """Hand the optimizer's reports on matrices to `write`, if it makes any."""
@@ -126,20 +133,6 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(inner)
 
 
-def name_latest(checkpoint: Path) -> None:
-    """Make it the one that ``latest`` finds: last, so that it is never one that is not whole."""
-    new = checkpoint.with_name("latest.new")
-    new.write_text(checkpoint.name, encoding="utf-8")
-    new.replace(checkpoint.with_name("latest"))
-
-
-def latest(folder: Path) -> Path:
-    """The newest checkpoint in the folder. ValueError: none is named."""
-    if not (folder / "latest").is_file():
-        raise ValueError(f"no checkpoint to resume in {folder}")
-    return folder / (folder / "latest").read_text(encoding="utf-8").strip()
-
-
 def prepare_deepspeed() -> Any:
     """The deepspeed module, set up for this machine."""
     if not torch.accelerator.is_available():
@@ -157,23 +150,17 @@ def prepare_deepspeed() -> Any:
     return deepspeed
 
 
-def read_deepspeed_config(path: Path) -> dict[str, Any]:
-    """A DeepSpeed JSON file. ValueError: unreadable, or without an optimizer."""
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"cannot read the DeepSpeed configuration {path}: {error}") from None
-    if not isinstance(config, dict) or "type" not in config.get("optimizer", {}):
-        raise ValueError(f'{path}: expected an object with "optimizer": {{"type": ...}}')
-    return config
-
-
 class DeepSpeedEngine(Engine):
     """`deepspeed.initialize` with the user's JSON, as it is."""
 
     def __init__(self, config: Path, model: Any, seed: int, ranks: Ranks, zero_init: bool) -> None:
-        """`model` is a LlamaConfig. With `zero_init` the whole model never exists on one rank."""
-        fields = read_deepspeed_config(config)
+        """`model` is a LlamaConfig. With `zero_init` the whole model never exists on one rank.
+
+        Raises:
+            ValueError: a JSON that is wrong, or that DeepSpeed does not take.
+        """
+        fields = deepspeed_config.read(config)
+        self.fields, self.path, self.llama = fields, config, model
         self.kind = fields["optimizer"]["type"]
         stage = fields.get("zero_optimization", {}).get("stage", 0)
         if zero_init and stage != 3:
@@ -181,10 +168,17 @@ class DeepSpeedEngine(Engine):
         deepspeed = prepare_deepspeed()
         if self.kind.lower().startswith("spectral"):
             import spectral_dist.integrations.deepspeed  # noqa: F401  registers the name
-        under = deepspeed.zero.Init(config_dict_or_path=str(config)) if zero_init else None
+        with deepspeed_config.named_errors(config):
+            under = deepspeed.zero.Init(config_dict_or_path=str(config)) if zero_init else None
         built = llama.build(model, seed, under)
-        self.model, *_ = deepspeed.initialize(model=built, config=str(config))
+        with deepspeed_config.named_errors(config):
+            self.model, *_ = deepspeed.initialize(model=built, config=str(config))
         self.engine: Any = self.model
+        if self.engine.checkpoint_engine.is_decoupled():
+            raise ValueError(
+                f"{config}: checkpoint: its writer goes on after a save has returned, and a"
+                " checkpoint is named here when it is whole; leave it out"
+            )
         self.optimizer = self.engine.basic_optimizer
         self.batch = self.engine.train_batch_size()
         self.micro = self.engine.train_micro_batch_size_per_gpu()
@@ -208,13 +202,33 @@ class DeepSpeedEngine(Engine):
         """The first group's learning rate, for the step to come."""
         return float(self.engine.get_lr()[0])
 
-    def save(self, folder: Path, step: int, state: State) -> None:
-        """Checkpoint everything into `folder`; on all ranks."""
-        self.engine.save_checkpoint(str(folder), tag=f"step_{step:06d}", client_state=state)
+    def write(self, target: Path) -> None:
+        """Checkpoint everything into the folder `target`, which is there; on all ranks."""
+        # DeepSpeed's own `latest` comes before other ranks' files, and can be left empty.
+        self.engine.save_checkpoint(str(target.parent), tag=target.name, save_latest=False)
 
-    def load(self, folder: Path) -> State:
-        """Restore the newest checkpoint in `folder`; the `state` it was saved with. ValueError."""
-        path, state = self.engine.load_checkpoint(str(folder))
+    def read(self, source: Path) -> None:
+        """Restore what `write` has written; on all ranks. ValueError: it was another engine.
+
+        With "load_universal" in the JSON: what `latest_universal` beside it names, of that step.
+        """
+        universal = self.engine.load_universal_checkpoint()
+        path, _ = self.engine.load_checkpoint(
+            str(source.parent), tag=None if universal else source.name
+        )
         if path is None:
-            raise ValueError(f"no checkpoint to resume in {folder}")
-        return dict(state)
+            raise ValueError(f"{source} was not saved by --engine deepspeed")
+        if source.name != f"step_{self.engine.global_steps:06d}":
+            raise ValueError(
+                f"{path} is of step {self.engine.global_steps}, and the run goes on from {source};"
+                " convert that one to a universal checkpoint"
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be gone on from; JSON."""
+        return deepspeed_config.identity(self.path, self.fields)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that DeepSpeed has left out: a gradient was not finite."""
+        return int(self.engine.skipped_steps)

@@ -14,17 +14,75 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.activations import ACT2FN
+
+SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+    *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+)
+NUMBERS = ("rms_norm_eps", "initializer_range", "rope_theta")
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+NO_MATTER = ("_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache")
+"""Fields of a LlamaConfig that change nothing of what is trained here."""
 
 
 def load_config(path: Path) -> Any:
-    """The LlamaConfig in a JSON file. ValueError: unreadable, or of another model type."""
+    """The LlamaConfig in a JSON file. ValueError: unreadable, of another model type, or wrong."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read the model {path}: {error}") from None
     if not isinstance(fields, dict) or fields.get("model_type") != "llama":
         raise ValueError(f'{path}: expected a LlamaConfig, with "model_type": "llama"')
-    return LlamaConfig.from_dict(fields)
+    for name, value in fields.items():
+        wrong = _wrong(name, value)
+        if wrong:
+            raise ValueError(f"{path}: {name} is {value!r}; it must be {wrong}")
+    try:
+        config = LlamaConfig.from_dict(fields)
+        small = copy.deepcopy(config)
+        small.num_hidden_layers = 1
+        with torch.device("meta"):  # its layers say what it does not say of its fields
+            LlamaForCausalLM(small)(input_ids=torch.zeros(1, 2, dtype=torch.int64))
+    except Exception as error:  # transformers has its own kinds, and those of what it calls
+        what = " ".join(str(error).split())
+        raise ValueError(f"{path}: no Llama can be built from it: {what}") from error
+    return config
+
+
+def _wrong(name: str, value: Any) -> str | None:
+    """What a field of a LlamaConfig must be, if it is not."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if name in SIZES and not (whole and value >= 1):
+        return "a whole number, at least 1"
+    if name in NUMBERS and not ((whole or isinstance(value, float)) and 0 < value < math.inf):
+        return "a number above 0"
+    several = name == "eos_token_id" and isinstance(value, list) and value
+    tokens = value if several else [value]
+    if name in TOKENS and value is not None and not all(type(token) is int for token in tokens):
+        return "a whole number, or null"
+    if name == "hidden_act" and value not in list(ACT2FN):
+        return f"one of {', '.join(ACT2FN)}"
+    if name == "architectures" and value != ["LlamaForCausalLM"]:
+        return '["LlamaForCausalLM"]'
+    return None
+
+
+def identity(config: Any) -> dict[str, Any]:
+    """All that a LlamaConfig says of a model, as JSON; and by which release of transformers."""
+    values = json.loads(json.dumps(config.to_dict(), default=str))
+    return {name: value for name, value in values.items() if name not in NO_MATTER}
+
+
+def comparable(saved: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two identities without what only one release of transformers knows, if there are two."""
+    release = "transformers_version"
+    names = saved.keys() | now.keys()
+    if saved.get(release) != now.get(release):
+        names = saved.keys() & now.keys()
+    names -= {release}
+    saved, now = ({k: v for k, v in values.items() if k in names} for values in (saved, now))
+    return saved, now
 
 
 def build(config: Any, seed: int, under: AbstractContextManager[Any] | None = None) -> nn.Module:

@@ -78,8 +78,7 @@ case $ENGINE in
     MODEL=${MODEL:-$ROOT/configs/models/llama_$SIZE.json}
     CONFIG=${CONFIG:-$ROOT/configs/megatron/llama_$SIZE.yaml}
     script=("$ROOT/launch/pretrain.py" --engine "$ENGINE" --model "$MODEL" --config "$CONFIG")
-    script+=(--seq-len "${SEQ_LEN:-8192}" --out "$OUT")
-    [ ! -e "$OUT/checkpoints/latest" ] || script+=(--resume)
+    script+=(--seq-len "${SEQ_LEN:-8192}" --out "$OUT" --resume auto)
     ;;
 esac
 

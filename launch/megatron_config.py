@@ -38,8 +38,10 @@ class MegatronConfig(RunConfig):
 
     def identity(self) -> dict[str, Any]:
         """Also what decides which states there are."""
-        own = {name: getattr(self, name) for name in ("use_distributed_optimizer", "dtype")}
-        return {**super().identity(), **own}
+        return {
+            **super().identity(),
+            "use_distributed_optimizer": self.use_distributed_optimizer,
+        }
 
     def check_model(self, model: Any) -> None:
         """ValueError for a LlamaConfig that is not built here, or not cut evenly."""

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.distributed import (
     DistributedDataParallel,
@@ -23,7 +22,7 @@ from torch.nn.functional import pad
 
 from spectral_dist.integrations.megatron import get_spectral_megatron_optimizer, poet
 from spectral_dist.launch import megatron_model
-from spectral_dist.launch.engines import Engine, State, latest, name_latest
+from spectral_dist.launch.engines import Engine
 from spectral_dist.launch.megatron_config import ADAM, MegatronConfig
 from spectral_dist.launch.ranks import Ranks
 from spectral_dist.launch.yaml_config import ADAM_OPTIONS
@@ -39,7 +38,7 @@ class MegatronEngine(Engine):
 
     def __init__(self, config: MegatronConfig, model: Any, seed: int, ranks: Ranks) -> None:
         """`model` is a LlamaConfig. ValueError: a config that fits not the model or the ranks."""
-        self.config, self.ranks, self.kind = config, ranks, config.kind
+        self.config, self.llama, self.kind = config, model, config.kind
         self.device, self.batch = ranks.device, config.batch
         across = config.tensor_parallel
         if ranks.world % across:
@@ -141,30 +140,25 @@ class MegatronEngine(Engine):
         cut = getattr(parameter, "tensor_model_parallel", False)
         return parameter.numel() * (self.config.tensor_parallel if cut else 1)
 
-    def save(self, folder: Path, step: int, state: State) -> None:
-        """Checkpoint everything into `folder`; on all ranks."""
-        target = folder / f"step_{step:06d}"
-        if self.ranks.first:
-            target.mkdir(parents=True, exist_ok=True)
-        dist.barrier()
-        extra = {"state": state, "done": self.done, "config": self.config.identity()}
+    def write(self, target: Path) -> None:
+        """Checkpoint everything into the folder `target`, which is there; on all ranks."""
+        extra = {"done": self.done}
         dist_checkpointing.save({**self._content(loading=False), "extra": extra}, str(target))
-        if self.ranks.first:
-            name_latest(target)
 
-    def load(self, folder: Path) -> State:
-        """Restore the newest checkpoint in `folder`; the `state` it was saved with. ValueError."""
-        source = latest(folder)
+    def read(self, source: Path) -> None:
+        """Restore what `write` has written; on all ranks. ValueError: it was another engine."""
         if not dist_checkpointing.check_is_distributed_checkpoint(str(source)):
             raise ValueError(f"{source} was not saved by --engine megatron")
         extra = dist_checkpointing.load_common_state_dict(str(source))["extra"]
-        self.config.check_resumed(source, extra["config"])
         saved = dist_checkpointing.load(self._content(loading=True), str(source))
         self.gpt.load_state_dict(saved["model"])
         self.megatron.load_state_dict(saved["optimizer"])
         self.done = int(extra["done"])
         self._schedule()
-        return dict(extra["state"])
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be gone on from; JSON."""
+        return {"engine": "megatron", **self.config.identity()}
 
     def _content(self, *, loading: bool) -> dict[str, Any]:
         model = self.gpt.sharded_state_dict()

@@ -18,10 +18,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import BadParameter, Option
 
+from spectral_dist.launch.preemption import PREEMPTED, Preemption
+from spectral_dist.launch.run_folder import Resume, RunFolder
+
 if TYPE_CHECKING:
-    from spectral_dist.launch import trainer, yaml_config
+    from spectral_dist.launch import ranks, trainer, yaml_config
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+class Command(typer.core.TyperCommand):
+    """`--resume` may stand alone, which Typer has no option for: it is `--resume must` then."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Add the value that is left out."""
+        whole: list[str] = []
+        for place, argument in enumerate(args):
+            whole.append(argument)
+            alone = place + 1 == len(args) or args[place + 1].startswith("-")
+            if argument == "--resume" and alone:
+                whole.append(Resume.must.value)
+        return super().parse_args(ctx, whole)
 
 
 class EngineName(StrEnum):
@@ -33,7 +50,7 @@ class EngineName(StrEnum):
     megatron = "megatron"
 
 
-@app.command()
+@app.command(cls=Command)
 def main(
     model: Annotated[Path, Option(help="LlamaConfig as JSON (configs/models)")],
     config: Annotated[
@@ -66,18 +83,39 @@ def main(
         int | None,
         Option(min=0, help="steps; 0: at the end only; default: the YAML's save_every, or 0"),
     ] = None,
+    save_minutes: Annotated[
+        float, Option(min=0.0, help="save as well when so long has passed; 0: never")
+    ] = 30.0,
+    keep: Annotated[int, Option(min=0, help="the newest N checkpoints; 0: all")] = 0,
+    grace: Annotated[
+        float,
+        Option(
+            min=1.0,
+            help="seconds to save in after SIGTERM, SIGINT or SIGUSR1; torchrun waits for 30,"
+            " or TORCH_ELASTIC_SHUTDOWN_TIMEOUT",
+        ),
+    ] = 25.0,
     stop_at: Annotated[
         int, Option(min=0, help="save and end early at this step, for --resume to go on")
     ] = 0,
     out: Annotated[Path | None, Option(help="default: runs/MODEL-CONFIG")] = None,
-    resume: Annotated[bool, Option("--resume", help="go on from the checkpoint in --out")] = False,
+    resume: Annotated[
+        Resume,
+        Option(
+            help="go on from the newest whole checkpoint in --out; auto: or begin, if there is none"
+        ),
+    ] = Resume.never,
     prompt: Annotated[str, Option(help="what the sample at the end continues")] = "def ",
     zero_init: Annotated[
         bool, Option("--zero-init", help="ZeRO-3: build the model in shards")
     ] = False,
     local_rank: Annotated[int | None, Option("--local_rank", hidden=True)] = None,
 ) -> None:
-    """Pretrain a Llama, alone or under torchrun, deepspeed or mpirun."""
+    """Pretrain a Llama, alone or under torchrun, deepspeed or mpirun.
+
+    Exit status: 0, trained; 1, it failed; 2, something asked for is wrong; 75, ended by a signal
+    with all steps saved; 128 + a signal's number, ended by it without.
+    """
     # --local_rank is what the deepspeed launcher adds; the environment says the same.
     if (config is None) == (optimizer is None):
         wrong = "both are given" if config else "neither is given"
@@ -95,22 +133,32 @@ def main(
             if given:
                 raise BadParameter(f"{flag} belongs to --engine deepspeed; here {config} says all")
     options["out"] = out or Path("runs") / f"{model.stem}-{config.stem}"
-    if not resume and (options["out"] / "metrics.jsonl").exists():
-        raise BadParameter(f"{options['out']} holds a run: pass --resume or another --out")
+    folder = RunFolder(options["out"], resume)
+    try:
+        status = _run(_prepare_or_exit(options, folder), grace)
+    finally:
+        folder.close()
+    raise typer.Exit(status)
+
+
+def _prepare_or_exit(options: dict[str, Any], folder: RunFolder) -> trainer.Trainer:
+    """A run that is ready, or the error of what was asked for; later ones are bugs."""
+    engine, config, steps = options["engine"], options["config"], options["steps"]
     try:
         if engine is EngineName.deepspeed:
-            options["steps"] = steps or scheduled_steps(config)
-            options["save_every"] = save_every or 0
+            from spectral_dist.launch import deepspeed_config
+
+            options["steps"] = steps or deepspeed_config.scheduled_steps(config)
+            options["save_every"] = options["save_every"] or 0
         else:
             options["settings"] = settings = read_settings(engine, config)
             options["steps"] = settings.steps
-            if save_every is None:
+            if options["save_every"] is None:
                 options["save_every"] = settings.save_every
-        run = _prepare(options)
-    except ValueError as error:  # about what was asked for; later ones are bugs
+        return _prepare(options, folder)
+    except ValueError as error:
         typer.echo(f"pretrain: error: {error}", err=True)
         raise typer.Exit(2) from None
-    _run(run)
 
 
 def read_settings(engine: EngineName, config: Path) -> yaml_config.RunConfig:
@@ -128,21 +176,10 @@ def read_settings(engine: EngineName, config: Path) -> yaml_config.RunConfig:
     return found
 
 
-def scheduled_steps(config: Path) -> int:
-    """total_num_steps of a DeepSpeed JSON's scheduler. ValueError: it has none."""
-    from spectral_dist.launch.engines import read_deepspeed_config
-
-    params = read_deepspeed_config(config).get("scheduler", {}).get("params", {})
-    total = params.get("total_num_steps")
-    if not isinstance(total, int):
-        raise ValueError(f"--steps is needed: {config} has no total_num_steps")
-    return total
-
-
-def _prepare(options: dict[str, Any]) -> trainer.Trainer:
+def _prepare(options: dict[str, Any], folder: RunFolder) -> trainer.Trainer:
     import torch
 
-    from spectral_dist.launch import corpus, llama, ranks, trainer
+    from spectral_dist.launch import llama, ranks, trainer
 
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // _ranks_here()))
@@ -152,26 +189,56 @@ def _prepare(options: dict[str, Any]) -> trainer.Trainer:
     if asked > most:
         raise ValueError(f"--seq-len {asked}: the model's max_position_embeddings are {most}")
     here = ranks.start()
-    text = here.once_per_node(lambda: corpus.load(options["data"] or [], config.vocab_size))
+    checkpoint, notes = here.on_first(folder.open)
+    if here.first:
+        for note in notes:
+            typer.echo(f"pretrain: {note}", err=True)
+    text = _corpus(options["data"] or [], config.vocab_size, here)
     engine = _engine(options, config, here)
     job = trainer.Job(**{name: options[name] for name in trainer.Job.__dataclass_fields__})
     run = trainer.Trainer(job, engine, text, here)
-    if options["resume"]:
-        run.resume()
+    if checkpoint is not None:
+        run.resume(checkpoint)
     return run
 
 
-def _run(run: trainer.Trainer) -> None:
+def _corpus(data: list[Path], vocab_size: int, here: ranks.Ranks) -> Any:
+    """The text, tokenized by one rank of each node; the same text on all nodes."""
+    from spectral_dist.launch import corpus
+
+    keys = here.once_per_node(lambda: corpus.prepare(data, vocab_size))
+    if len(set(keys)) > 1:
+        raise ValueError(
+            "the nodes do not have the same text: give all of them the same --data, and without"
+            " --data the same releases of Python and torch"
+        )
+    texts: list[Any] = []
+    here.together(lambda: texts.append(corpus.read(keys[0])))
+    return texts[0]
+
+
+def _run(run: trainer.Trainer, grace: float) -> int:
+    """Train, and return the exit status."""
     from spectral_dist.launch import ranks, report, trainer
 
     out = run.job.out
     try:
-        summary = run.run()
-        if run.ranks.first:
-            trainer.write_summary(out, summary)
-            report.show([out], out / "loss.png")
+        with Preemption(grace) as run.preemption:
+            summary = run.run()
+            if summary is None:
+                if run.ranks.first:
+                    typer.echo(
+                        f"pretrain: stopped by a signal after step {run.done}, which is saved in"
+                        f" {out}; --resume goes on (exit status {PREEMPTED})",
+                        err=True,
+                    )
+                return PREEMPTED
+            if run.ranks.first:
+                trainer.write_summary(out, summary)
+                report.show([out], out / "loss.png")
     finally:
         ranks.stop()
+    return 0
 
 
 def _ranks_here() -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,36 +14,55 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from spectral_dist.launch import files
 from spectral_dist.monitor import Report, to_tensorboard
 
+METRICS = "metrics.jsonl"
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class Log:
-    """metrics.jsonl and TensorBoard of one run; what a resumed run repeats is dropped."""
+    """metrics.jsonl and TensorBoard of one run; what a resumed run repeats is dropped.
+
+    A kill at any moment leaves the lines that were there, and at most the last one cut.
+    """
 
     def __init__(self, out: Path, done: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         out.mkdir(parents=True, exist_ok=True)
-        path = out / "metrics.jsonl"
-        kept = [record for record in read_metrics(out) if record["step"] <= done] if done else []
-        self._file = path.open("w", encoding="utf-8")
-        for record in kept:
-            self._file.write(json.dumps(record) + "\n")
-        self._board = SummaryWriter(out / "tensorboard", purge_step=done + 1 if done else None)
+        path = out / METRICS
+        kept: list[dict[str, Any]] = []
+        if done and not path.is_file():
+            print(f"pretrain: {path} is missing: it begins anew after step {done}", flush=True)
+        elif done:
+            kept, wrong, _ = _read(path)
+            for number in wrong:
+                print(f"pretrain: {path}:{number}: no whole record, left out", flush=True)
+        lines = [json.dumps(record) + "\n" for record in kept if record["step"] <= done]
+        files.replace(path, "".join(lines))
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(out / "tensorboard", purge_step=done + 1)
+
+    def _write(self, part: str, step: int, values: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps({"part": part, "step": step, **values}) + "\n")
+        self._file.flush()
 
     def add(self, part: str, step: int, values: dict[str, float]) -> None:
         """One line, and one point per value."""
-        self._file.write(json.dumps({"part": part, "step": step, **values}) + "\n")
-        self._file.flush()
+        self._write(part, step, values)
         for name, value in values.items():
             self._board.add_scalar(f"{part}/{name}", value, step)
 
     def matrices(self, step: int, report: Report) -> None:
         """One line, {quantity: {matrix: value}}, and one point per value."""
-        self._file.write(json.dumps({"part": "matrices", "step": step, **report}) + "\n")
+        self._write("matrices", step, report)
         to_tensorboard(self._board)(step, report)
+
+    def sync(self) -> None:
+        """Have on disk what a checkpoint goes on after."""
+        os.fsync(self._file.fileno())
+        self._board.flush()
 
     def close(self) -> None:
         """Write what is buffered."""
@@ -50,11 +71,35 @@ class Log:
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The records of a run. ValueError: it has none."""
-    path = out / "metrics.jsonl"
+    """The records of a run; a last line that a kill has cut is left out, with a message.
+
+    Raises:
+        ValueError: it has none, or another line is no record.
+    """
+    path = out / METRICS
     if not path.is_file():
         raise ValueError(f"no run in {out}: {path} does not exist")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    records, wrong, lines = _read(path)
+    for number in wrong:
+        if number < lines:
+            raise ValueError(f"{path}:{number}: this line is no record of a run; delete it")
+        print(f"{path}:{number}: the last line is cut, and left out", flush=True)
+    return records
+
+
+def _read(path: Path) -> tuple[list[dict[str, Any]], list[int], int]:
+    """Records, the numbers of the lines that are none, and how many lines there are."""
+    records, wrong = [], []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            int(record["step"]), str(record["part"])
+        except (ValueError, KeyError, TypeError):
+            wrong.append(number)
+        else:
+            records.append(record)
+    return records, wrong, len(lines)
 
 
 def plot(runs: Sequence[Path], target: Path) -> None:
@@ -77,8 +122,10 @@ def plot(runs: Sequence[Path], target: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(target, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=120, format="png")
     pyplot.close(figure)
+    files.replace(target, picture.getvalue())
 
 
 def _share(part: str) -> Callable[[dict[str, Any]], str]:
@@ -91,7 +138,7 @@ def _share(part: str) -> Callable[[dict[str, Any]], str]:
 
 def _speed(s: dict[str, Any]) -> str:
     per_step = s["forward_backward_seconds"] + s["optimizer_seconds"]
-    return f"{s['tokens_since_start'] / per_step:,.0f}" if per_step else "-"
+    return f"{s['tokens'] / per_step:,.0f}" if per_step else "-"
 
 
 ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -104,6 +151,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "forward + backward": _share("forward_backward_seconds"),
     "optimizer step": _share("optimizer_seconds"),
     "tokens per second": _speed,
+    "steps that were skipped": lambda s: f"{s.get('skipped_steps', 0):,}",
     "matrices orthogonalized": lambda s: f"{s['matrices_orthogonalized']:,}",
     "bytes sent by the optimizer": lambda s: f"{s['optimizer_bytes_sent']:,}",
     "optimizer state, bytes per rank": lambda s: " ".join(

@@ -41,6 +41,10 @@ class TorchConfig(RunConfig):
     tensor_parallel: int = 1
     param_dtype: str | None = None
 
+    def identity(self) -> dict[str, Any]:
+        """Also the dtype that layers compute in."""
+        return {**super().identity(), "param_dtype": self.param_dtype}
+
     def check_engine(self, engine: str) -> None:
         """ValueError for a key that the engine would ignore."""
         for key in SHARDED:

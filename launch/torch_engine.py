@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
@@ -21,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 import spectral_dist
 from spectral_dist import checkpoint, poet
 from spectral_dist.launch import llama, torch_sharding
-from spectral_dist.launch.engines import Engine, State, latest, name_latest
+from spectral_dist.launch.engines import Engine
 from spectral_dist.launch.ranks import Ranks
 from spectral_dist.launch.torch_config import ADAMW, TorchConfig
 from spectral_dist.monitor import Monitor
@@ -38,7 +37,7 @@ class TorchEngine(Engine):
         ValueError: a config that does not fit the engine, the model or the ranks.
         """
         config.check_engine("fsdp" if sharded else "ddp")
-        self.config, self.ranks, self.kind = config, ranks, config.kind
+        self.config, self.llama, self.kind = config, model, config.kind
         self.device, self.batch = ranks.device, config.batch
         across = config.tensor_parallel
         mesh = torch_sharding.make_mesh(config, ranks) if sharded else None
@@ -97,32 +96,22 @@ class TorchEngine(Engine):
         """The first group's learning rate, for the step to come."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def save(self, folder: Path, step: int, state: State) -> None:
-        """Checkpoint everything into `folder`; on all ranks."""
-        target = folder / f"step_{step:06d}"
-        extra = {"state": state, "scheduler": self.scheduler.state_dict()}
-        extra["config"] = self.config.identity()
+    def write(self, target: Path) -> None:
+        """Checkpoint everything into the folder `target`, which is there; on all ranks."""
+        scheduler = self.scheduler.state_dict()
         if self.kind == ADAMW:
             file = io.BytesIO()
-            torch.save(extra, file)
+            torch.save({"scheduler": scheduler}, file)
             dcp_save({**self._adamw_state(), "extra": file.getvalue()}, checkpoint_id=str(target))
         else:
-            checkpoint.save(target, self.model, self.optimizer, **extra)
-        dist.barrier()
-        if self.ranks.first:
-            name_latest(target)
+            checkpoint.save(target, self.model, self.optimizer, scheduler=scheduler)
 
-    def load(self, folder: Path) -> State:
-        """Restore the newest checkpoint in `folder`; the `state` it was saved with. ValueError."""
-        source = latest(folder)
+    def read(self, source: Path) -> None:
+        """Restore what `write` has written; on all ranks. ValueError: it was another engine."""
         if not (source / ".metadata").is_file():
             raise ValueError(f"{source} was not saved by --engine ddp or fsdp")
-        content: dict[str, Any] = {"extra": b""}
-        dcp_load(content, checkpoint_id=str(source))
-        extra = torch.load(io.BytesIO(content["extra"]), weights_only=True)
-        self.config.check_resumed(source, extra["config"])
         if self.kind == ADAMW:
-            content = self._adamw_state()
+            content = {**self._adamw_state(), "extra": b""}
             dcp_load(content, checkpoint_id=str(source))
             set_state_dict(
                 self.model,
@@ -130,10 +119,14 @@ class TorchEngine(Engine):
                 model_state_dict=content["model"],
                 optim_state_dict=content["adamw"],
             )
+            extra = torch.load(io.BytesIO(content["extra"]), weights_only=True)
         else:
-            checkpoint.load(source, self.model, self.optimizer)
+            extra = checkpoint.load(source, self.model, self.optimizer)
         self.scheduler.load_state_dict(extra["scheduler"])
-        return dict(extra["state"])
+
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a checkpoint to be gone on from; JSON."""
+        return {"engine": "ddp or fsdp", **self.config.identity()}
 
     def _adamw_state(self) -> dict[str, Any]:
         model, optimizer = get_state_dict(self.model, self.optimizer)

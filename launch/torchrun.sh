@@ -3,13 +3,15 @@
 # On several nodes, run it on each:
 #   NODES=2 NODE_RANK=0 MASTER_ADDR=node0 RANKS_PER_NODE=8 launch/torchrun.sh    (on node0)
 #   NODES=2 NODE_RANK=1 MASTER_ADDR=node0 RANKS_PER_NODE=8 launch/torchrun.sh    (on node1)
-# Arguments go to launch/pretrain.py (--help lists them), e.g. --out runs/a --save-every 500.
+# Arguments go to launch/pretrain.py (--help lists them), e.g. --out runs/a --save-every 500. With
+# MAX_RESTARTS=3 and --resume auto a run whose rank has failed comes back by itself.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 NODES=${NODES:-1}                   # how many hosts
 NODE_RANK=${NODE_RANK:-0}           # this host's number, 0 to NODES - 1
 RANKS_PER_NODE=${RANKS_PER_NODE:-2} # one per GPU; too few GPUs: on the CPU
+MAX_RESTARTS=${MAX_RESTARTS:-0}     # of all ranks when one has failed
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} # node 0, as the others see it
 MASTER_PORT=${MASTER_PORT:-29500}   # free there, and open to the others
 MODEL=${MODEL:-$ROOT/configs/models/quickstart.json}
@@ -19,5 +21,6 @@ CONFIG=${CONFIG:-$(shipped_config "$ENGINE")}
 fit "$RANKS_PER_NODE"
 exec "$PYTHON" -m torch.distributed.run \
   --nnodes "$NODES" --node_rank "$NODE_RANK" --nproc_per_node "$RANKS_PER_NODE" \
+  --max_restarts "$MAX_RESTARTS" \
   --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
   "$ROOT/launch/pretrain.py" --engine "$ENGINE" --model "$MODEL" --config "$CONFIG" "$@"

@@ -94,27 +94,27 @@ class RunConfig:
         return 0.55 + 0.45 * math.cos(math.pi * progress)
 
     def identity(self) -> dict[str, Any]:
-        """The optimizer's part that a checkpoint brings with it, so that it cannot be changed."""
-        if type(self.options) is MatrixOptions:  # the framework's own Adam
-            own = {name: getattr(self.options, name) for name in ADAM_OPTIONS}
-        else:
-            first = self.options.group("skew" if self.rotates else "matrix")
-            scalar = self.options.scalar_group()
-            own = first | {f"scalar_{name}": value for name, value in scalar.items()}
-        if isinstance(self.options, POETOptions):
-            own |= {"clip_ramp": self.options.clip_ramp, **asdict(settings_of(self.rotation))}
-            del own["variant"]  # which changes no number
-        routing = {name: self.routing.get(name) or None for name in ROUTING}
-        return {"type": self.kind, "warmup": self.warmup, **own, **routing}
+        """What a checkpoint brings with it, so that it cannot be changed; JSON."""
+        optimizer = optimizer_identity(self.kind, self.options, self.routing, self.rotation)
+        kept = {name: getattr(self, name) for name in ("warmup", "clip", "dtype")}
+        return {"optimizer": optimizer, **kept}
 
-    def check_resumed(self, source: Path, saved: Mapping[str, Any]) -> None:
-        """ValueError if a checkpoint's identity is another one."""
-        for name, now in self.identity().items():
-            if saved.get(name) != now:
-                raise ValueError(
-                    f"cannot resume {source}: the optimizer's {name} was"
-                    f" {saved.get(name)}, now {self.path} says {now}"
-                )
+
+def optimizer_identity(
+    kind: str, options: BaseOptions, routing: Mapping[str, Any], rotation: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All of an optimizer that its numbers depend on, defaults too: what `read_optimizer` read."""
+    if type(options) is MatrixOptions:  # the framework's own Adam
+        own = {name: getattr(options, name) for name in ADAM_OPTIONS}
+    else:
+        rotates = isinstance(options, POETOptions)
+        scalar = options.scalar_group()
+        own = options.group("skew" if rotates else "matrix")
+        own = own | {f"scalar_{name}": value for name, value in scalar.items()}
+    if isinstance(options, POETOptions):
+        own |= {"clip_ramp": options.clip_ramp, **asdict(settings_of(rotation))}
+        del own["variant"]  # which changes no number
+    return {"type": kind, **own, **{name: routing.get(name) or None for name in ROUTING}}
 
 
 def whole(least: int) -> Rule:
@@ -125,7 +125,8 @@ def whole(least: int) -> Rule:
     )
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether it is a number, and not true or false."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -136,7 +137,7 @@ RULES: dict[str, Rule] = {
     "steps": whole(1),
     "micro_batch": whole(1),
     "warmup": whole(0),
-    "clip": (lambda v: _is_number(v) and 0 <= v < math.inf, "a number, at least 0 (0: off)"),
+    "clip": (lambda v: is_number(v) and 0 <= v < math.inf, "a number, at least 0 (0: off)"),
     "dtype": DTYPE,
     "monitor_every": whole(0),
     "save_every": whole(0),
@@ -176,7 +177,7 @@ def read(
     for key, value in values.items():
         if key in rules:
             check(f"{path}: {key}", value, rules[key])
-    kind, options, routing, rotation = _optimizer(path, loaded["optimizer"], optimizers, adam)
+    kind, options, routing, rotation = read_optimizer(path, loaded["optimizer"], optimizers, adam)
     values.setdefault("warmup", values["steps"] // 10)
     if values.get("monitor_every") and kind == adam:
         raise ValueError(
@@ -206,10 +207,20 @@ def _load(path: Path, example: str) -> dict[Any, Any]:
     return loaded
 
 
-def _optimizer(
+def read_optimizer(
     path: Path, given: Any, optimizers: Mapping[str, type[BaseOptions]], adam: str
 ) -> tuple[str, BaseOptions, dict[str, Any], dict[str, Any]]:
-    """Type, options, routing and rotation."""
+    """Return type, options, routing and rotation.
+
+    Args:
+        path: of the file, for errors.
+        given: what it says under `optimizer`: the type, and the options beside it.
+        optimizers: options by type.
+        adam: the type beside them that is not ours; "": there is none.
+
+    Raises:
+        ValueError: names the file and the option.
+    """
     where = f"{path}: optimizer"
     if not isinstance(given, dict) or "type" not in given:
         first = next(iter(optimizers))

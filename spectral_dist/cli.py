@@ -26,11 +26,11 @@ def doctor(
 ) -> None:
     """Take a few steps on your own config, on 2 ranks here, and check each silent failure."""
     from spectral_dist import doctor as checks
-    from spectral_dist.launch import engines, llama
+    from spectral_dist.launch import deepspeed_config, llama
 
     console = Console()
     try:
-        fields = engines.read_deepspeed_config(config)
+        fields = deepspeed_config.load(config)
         small, note = llama.shrink(llama.load_config(model), full)
         rows = checks.examine(fields, small)
     except ValueError as error:

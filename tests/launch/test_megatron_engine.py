@@ -105,12 +105,10 @@ def test_the_shipped_configuration_resumes_on_any_ranks(tmp_path: Path) -> None:
     (path := tmp_path / "lr.yaml").write_text(
         yaml.safe_dump({**said, "use_distributed_optimizer": False})
     )
-    for chosen, text in (
-        ({"load": at}, "use_distributed_optimizer was True, now .* says False"),
-        ({"load": tmp_path}, "no checkpoint to resume"),
+    with pytest.raises(
+        harness.RankError, match="use_distributed_optimizer was true, now it is false"
     ):
-        with pytest.raises(harness.RankError, match=text):
-            run(4, path, model=model, steps=(4, 8), **chosen)
+        run(4, path, model=model, steps=(4, 8), load=at)
 
 
 def test_half_precision_resumes_too(folder: Path) -> None:

@@ -21,7 +21,7 @@ ADAMW = {
 MUON = {"type": "SpectralMuon", "params": {"lr": 0.01, "weight_decay": 0.1}}
 MATRICES = 2 * 7  # of the model in jobs.py: layers times the attention's four and the MLP's three
 SUMMARY = (  # numbers that the table shows
-    *("parameters", "ranks", "step", "tokens", "tokens_since_start", "validation_loss", "seconds"),
+    *("parameters", "ranks", "step", "tokens", "validation_loss", "seconds"),
     *("optimizer_bytes_sent", "matrices_orthogonalized"),
 )
 IN_MATRICES = 2 * (4 * 32 * 32 + 3 * 32 * 48)

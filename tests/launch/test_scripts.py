@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -71,6 +72,44 @@ def test_command_lines_of_the_engines(name: str, engine: str) -> None:
     assert f"launch/pretrain.py --engine {engine or 'deepspeed'} --model " in line
     assert f"configs/models/quickstart.json --config {ROOT}/configs/{config} " in line
     assert line.rstrip().endswith(" --seed 7")
+    assert ("--resume auto --grace 120 " in line) == (name == "slurm.sbatch")
+
+
+RUN = """#!/usr/bin/env bash
+trap 'echo saved; [ "$1" = whole ] && touch "$OUT/summary.json"; exit 1' TERM
+echo begun
+for i in $(seq 100); do sleep 0.1; done
+"""
+
+
+@pytest.mark.parametrize("end", ["part", "whole"])
+def test_slurm_saves_and_requeues_before_its_time_is_over(tmp_path: Path, end: str) -> None:
+    """With stand-ins for Slurm's commands and for the run, which ends when it is asked to."""
+    stubs = {
+        "srun": f'exec "{tmp_path}/run" {end}',
+        "scontrol": f'[ "$1" = requeue ] && echo "$@" >>"{tmp_path}/log" || echo node0',
+        "scancel": f'echo "$@" >>"{tmp_path}/log"; kill -TERM "$(cat "{tmp_path}/pid")"',
+    }
+    for name, body in stubs.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+    pid = 'echo $$ >"$OUT/pid"\n'
+    (tmp_path / "run").write_text(RUN.replace("echo begun\n", f"{pid}echo begun\n"))
+    for name in (*stubs, "run"):
+        (tmp_path / name).chmod(0o755)
+    env = {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": "true", "OUT": str(tmp_path),
+        "SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "node0", "SLURM_SUBMIT_DIR": str(ROOT),
+    }  # fmt: skip
+    command = ["bash", str(ROOT / "launch/slurm.sbatch")]
+    job = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    assert job.stdout is not None
+    assert job.stdout.readline() == "begun\n"
+    job.send_signal(signal.SIGUSR1)
+    assert job.stdout.read() == "saved\n"
+    assert job.wait(timeout=30) == 1
+    job.stdout.close()
+    asked = (tmp_path / "log").read_text().splitlines()
+    assert asked == ["--signal=TERM 17", *(["requeue 17"] if end == "part" else [])]
 
 
 def test_other_releases_have_their_tests() -> None:

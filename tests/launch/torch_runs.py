@@ -8,7 +8,7 @@ import torch.distributed as dist
 import yaml
 from transformers import LlamaConfig
 
-from spectral_dist.launch import torch_config
+from spectral_dist.launch import checkpoints, torch_config
 from spectral_dist.launch.batches import share
 from spectral_dist.launch.engines import Engine
 from spectral_dist.launch.ranks import Ranks
@@ -65,8 +65,12 @@ def train(
     """As the trainer does it, without its reports."""
     watched: list[int] = []
     engine.watch(lambda step, report: watched.append(step))
+    run = engine.identity()
     if load is not None:
-        assert engine.load(load) == {"step": steps[0]}
+        checkpoint, notes = checkpoints.find(load)
+        assert checkpoint is not None
+        assert (checkpoint.run["step"], notes) == (steps[0], [])
+        checkpoints.load(engine, here, checkpoint, run)
     found = []
     for step in range(*steps):
         parts = share(rows_of(step), engine.micro, engine.data_rank, engine.data_ranks)
@@ -74,7 +78,7 @@ def train(
         engine.step()
         found.append(here.total([float(sum(mine))])[0] / (len(mine) * here.world))
     if save is not None:
-        engine.save(save, steps[1], {"step": steps[1]})
+        checkpoints.save(engine, here, save, {"step": steps[1], **run})
     kept = {"bytes": engine.state_bytes(), "calls": engine.polar_calls(), "lr": engine.lr}
     kept |= {"watched": watched, "parameters": engine.parameters}
     return found, {**kept, "dtypes": {str(p.dtype) for p in engine.model.parameters()}}

@@ -1,0 +1,158 @@
+"""The JSON of --engine deepspeed: what of it is read here or trained by, checked in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from spectral_dist.launch import yaml_config
+from spectral_dist.launch.yaml_config import FLAG, Rule, is_number, whole
+from spectral_dist.rules import registry
+
+EXAMPLE = "configs/deepspeed/zero2.json"
+_OBJECT: Rule = (lambda v: isinstance(v, dict), f"an object, as in {EXAMPLE}")
+_TEXT: Rule = (lambda v: isinstance(v, str) and v != "", "a name in quotes")
+_SIZE: Rule = (lambda v: is_number(v) and 0 <= v < math.inf, "a number, at least 0")
+_BETAS: Rule = (
+    lambda v: isinstance(v, list) and len(v) == 2 and all(is_number(b) and 0 <= b < 1 for b in v),
+    "two numbers from 0 to below 1, as [0.9, 0.95]",
+)
+_STAGES: Rule = (lambda v: v in (0, 1, 2, 3) and not isinstance(v, bool), "0, 1, 2 or 3")
+RULES: dict[str, Rule] = {
+    "train_batch_size": whole(1),
+    "train_micro_batch_size_per_gpu": whole(1),
+    "gradient_accumulation_steps": whole(1),
+    "gradient_clipping": _SIZE,
+    "steps_per_print": whole(1),
+    "bf16": _OBJECT,
+    "bf16.enabled": FLAG,
+    "fp16": _OBJECT,
+    "fp16.enabled": FLAG,
+    "zero_optimization": _OBJECT,
+    "zero_optimization.stage": _STAGES,
+    "scheduler": _OBJECT,
+    "scheduler.type": _TEXT,
+    "scheduler.params": _OBJECT,
+    "scheduler.params.total_num_steps": whole(1),
+    "scheduler.params.warmup_num_steps": whole(0),
+    "scheduler.params.warmup_type": (lambda v: v in ("linear", "log"), '"linear" or "log"'),
+    "scheduler.params.warmup_min_ratio": _SIZE,
+    "scheduler.params.cos_min_ratio": _SIZE,
+    "scheduler.params.warmup_min_lr": _SIZE,
+    "scheduler.params.warmup_max_lr": _SIZE,
+}
+"""By path in the JSON; a folder comes before what is in it."""
+OPTIMIZER_RULES: dict[str, Rule] = {
+    "optimizer": _OBJECT,
+    "optimizer.type": _TEXT,
+    "optimizer.params": _OBJECT,
+}
+FOREIGN_RULES: dict[str, Rule] = {
+    "optimizer.params.lr": _SIZE,
+    "optimizer.params.betas": _BETAS,
+    "optimizer.params.eps": _SIZE,
+    "optimizer.params.weight_decay": _SIZE,
+    "optimizer.params.momentum": _SIZE,
+    "optimizer.params.torch_adam": FLAG,
+    "optimizer.params.adam_w_mode": FLAG,
+    "optimizer.params.amsgrad": FLAG,
+}
+"""Of optimizers that are not ours; ours know their options."""
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A DeepSpeed JSON file as it is. ValueError: unreadable, or without an optimizer's type."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"cannot read the DeepSpeed configuration {path}: {error}") from None
+    if not isinstance(config, dict) or "optimizer" not in config:
+        raise ValueError(f'{path}: expected an object with "optimizer": {{"type": ...}}')
+    _check(path, config, OPTIMIZER_RULES)
+    if "type" not in config["optimizer"]:
+        raise ValueError(f'{path}: optimizer has no "type"; write one, as in {EXAMPLE}')
+    return config
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A DeepSpeed JSON file that can be trained with.
+
+    Raises:
+        ValueError: in one line: as of ``load``, or a value of another type.
+    """
+    config = load(path)
+    _check(path, config, RULES)
+    if _is_ours(config):
+        _read_ours(path, config)
+    else:
+        _check(path, config, FOREIGN_RULES)
+    return config
+
+
+def scheduled_steps(path: Path) -> int:
+    """total_num_steps of a DeepSpeed JSON's scheduler. ValueError: it has none."""
+    total = read(path).get("scheduler", {}).get("params", {}).get("total_num_steps")
+    if total is None:
+        raise ValueError(f"--steps is needed: {path} has no total_num_steps")
+    return int(total)
+
+
+def identity(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint brings with it, so that it cannot be changed; JSON."""
+    optimizer = config["optimizer"]
+    own = {"type": optimizer["type"], **optimizer.get("params", {})}
+    if _is_ours(config):
+        own = yaml_config.optimizer_identity(*_read_ours(path, config))
+    halves = {name: config.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")}
+    return {
+        "engine": "deepspeed",
+        "optimizer": own,
+        "scheduler": config.get("scheduler"),
+        "gradient_clipping": float(config.get("gradient_clipping", 0.0)),
+        **halves,
+    }
+
+
+@contextlib.contextmanager
+def named_errors(path: Path) -> Iterator[None]:
+    """Say in one line, with the file, what DeepSpeed or torch does not take of a configuration.
+
+    Raises:
+        ValueError: instead of what they raise for a wrong setting.
+    """
+    try:
+        yield
+    except (ValueError, TypeError, AssertionError, AttributeError, KeyError) as error:
+        what = " ".join(str(error).split()) or "it gives no reason"
+        kind = "" if type(error) is ValueError else f"DeepSpeed: {type(error).__name__}: "
+        raise ValueError(f"{path}: {kind}{what}") from error
+
+
+def _check(path: Path, config: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
+    for name, rule in rules.items():
+        *folders, last = name.split(".")
+        inner: Any = config
+        for folder in folders:
+            inner = inner.get(folder, {})
+        if last in inner:
+            yaml_config.check(f"{path}: {name}", inner[last], rule)
+
+
+def _is_ours(config: Mapping[str, Any]) -> bool:
+    return str(config["optimizer"]["type"]) in _ours()
+
+
+def _ours() -> dict[str, Any]:
+    return {entry.deepspeed_type: entry.options for entry in registry.entries()}
+
+
+def _read_ours(path: Path, config: Mapping[str, Any]) -> tuple[str, Any, Any, Any]:
+    optimizer = config["optimizer"]
+    params = optimizer.get("params", {})
+    if "type" in params:
+        raise ValueError(f'{path}: optimizer.params has a "type"; it stands beside "params"')
+    return yaml_config.read_optimizer(path, {**params, "type": optimizer["type"]}, _ours(), "")
