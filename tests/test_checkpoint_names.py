@@ -128,8 +128,14 @@ def saved_together(folder: str, kind: str, name: str, source: str) -> None:
     through(folder, TOGETHER, kind, source)
 
 
-@pytest.mark.parametrize("name", ALONE)
-@pytest.mark.parametrize("kind", OPTIONS)
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        pytest.param(kind, name, marks=[pytest.mark.slow] * (name not in ("plain", "activation")))
+        for kind in OPTIONS
+        for name in ALONE
+    ],
+)
 def test_in_one_process(kind: str, name: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     with quiet():
@@ -145,8 +151,8 @@ def test_in_one_process(kind: str, name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
-        pytest.param(kind, name, marks=[pytest.mark.slow] * (name not in FAST))
-        for FAST in [("ddp activation", "fsdp")]
+        pytest.param(kind, name, marks=[pytest.mark.slow] * ((kind, name) not in FAST))
+        for FAST in [(("Muon", "ddp activation"), ("SUMO", "fsdp"))]
         for kind in OPTIONS
         for name in TOGETHER
     ],

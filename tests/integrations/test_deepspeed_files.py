@@ -81,7 +81,9 @@ def late(folder: str, stage: int) -> list[str]:
     return seen
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    "stage", [2, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3))]
+)
 def test_latest_names_a_complete_checkpoint(stage: int, tmp_path: Path) -> None:
     quick, slow = harness.run(2, late, str(tmp_path), stage)
     assert quick == ["first", "second", "second", "second", "global_step1"]
