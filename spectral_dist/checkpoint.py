@@ -26,7 +26,6 @@ from spectral_dist.checkpoint_metadata import (
     check_entries,
     check_groups,
     check_rule,
-    rule_of,
     take_groups,
 )
 from spectral_dist.checkpoint_names import MATRICES, STATE, Names, names_in, names_of
@@ -68,7 +67,7 @@ def _state_dict(optimizer: ShardedOptimizer, names: Names, saving: bool) -> dict
                 state[names.of_parameters[routes[i].name]] = entry
         plain = {k: v for k, v in group.items() if k not in NOT_SAVED}
         called = [names.of_parameters[route.name] for route in routes]
-        groups.append({**plain, "rule": rule_of(optimizer), "names": called})
+        groups.append({**plain, "names": called})
     content: dict[str, Any] = {"state": state, "groups": json.dumps(groups, default=float)}
     matrices = matrix_state(optimizer, names, saving)
     return {**content, "matrices": matrices} if matrices else content
@@ -158,7 +157,7 @@ def check_matrix_state(
                 f"the checkpoint has {name} of {matrix}, which is not here: it is of another model"
             )
         raise ValueError(
-            f"the checkpoint has {name} of {matrix}, which {rule_of(optimizer)} does not keep: it"
+            f"the checkpoint has {name} of {matrix}, which {optimizer.rule_name} does not keep: it"
             " was saved with another optimizer, or with another rank of this one"
         )
 

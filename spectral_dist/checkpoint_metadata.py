@@ -9,26 +9,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from spectral_dist.checkpoint_names import STATE, named
-from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.poet.convert import plain_name
-from spectral_dist.rules import registry
 
 NOT_OPTIONS = ("rule", "names")
 """What is saved of a group beside its options."""
 
 
-def rule_of(optimizer: ShardedOptimizer) -> str:
-    """Return the optimizer's name, as "Muon", whatever class of a framework it is."""
-    if isinstance(optimizer, SpectralOptimizer):
-        return type(optimizer.rule).__name__
-    kinds = {entry.options: entry.title for entry in registry.entries() if entry.rule is None}
-    return kinds.get(optimizer.options_type, type(optimizer).__name__)
-
-
 def check_rule(where: str, saved: str | None, optimizer: ShardedOptimizer) -> None:
     """Raise a ValueError if a checkpoint is another rule's; ``saved``: None if it does not say."""
-    here = rule_of(optimizer)
+    here = optimizer.rule_name
     if saved is not None and saved != here:
         raise ValueError(
             f"{where} was saved with another optimizer: {saved}, and this one is {here}, which"

@@ -13,7 +13,7 @@ from typing import Any
 
 from spectral_dist import checkpoint
 from spectral_dist.checkpoint_files import METADATA, failing_together
-from spectral_dist.checkpoint_metadata import check_rule, rule_of
+from spectral_dist.checkpoint_metadata import check_rule
 from spectral_dist.checkpoint_plain import NotPlain
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.integrations.deepspeed.client_state import around_checkpoints
@@ -35,7 +35,7 @@ def keep_matrix_state(engine: Any, optimizer: SpectralOptimizer) -> None:
     keeps_state = optimizer.keeps_matrix_state
 
     def before_save(folder: Path, *given: Any) -> dict[str, Any]:
-        rule = {RULE: rule_of(optimizer)}
+        rule = {RULE: optimizer.rule_name}
         if not keeps_state:
             return rule
         optimizer.locate()
@@ -66,7 +66,7 @@ def keep_matrix_state(engine: Any, optimizer: SpectralOptimizer) -> None:
                 source = _find(path, written, engine.load_universal_checkpoint())
             elif written is not None:
                 raise ValueError(
-                    f"{path} was saved with another optimizer than {rule_of(optimizer)}, one that"
+                    f"{path} was saved with another optimizer than {optimizer.rule_name}, one that"
                     " keeps state of whole matrices; load it with that one, or with"
                     " load_optimizer_states=False"
                 )
