@@ -225,6 +225,12 @@ def _groups(
         yield group, names, dict(zip(names, states, strict=True))
 
 
+def _own_rates(groups: list[dict[str, Any]]) -> None:
+    """Take each group's lr as it is; KeyError or TypeError if it is none."""
+    for group in groups:
+        group["lr"], group["lr_ratio"] = group["lr"] * 1.0, 1.0
+
+
 def rated(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """With the lr of the first that is not AdamW's in all of them, and their own as ratios to it.
 
@@ -268,8 +274,7 @@ def read_torch(path: Path) -> Run:
                 ours["polar_steps"] = steps if row == JORDAN else None
             run.groups.append({**ours, "names": names})
             words.add_states(run, states, 1.0)
-    for group in run.groups:
-        group["lr_ratio"] = 1.0
+    _own_rates(run.groups)
     taken = max((float(run.state[n]["step"]) for n in run.names("scalar")), default=0.0)
     for name in run.names("matrix"):
         run.state[name]["step"] = torch.tensor(taken if run.trained(name) else 0.0)
@@ -343,8 +348,7 @@ def read_dion(path: Path) -> Run:
         words.add_states(run, states, 1.0 - group["mu"] if words.kind == "matrix" else 1.0)
         for name in names:
             run.state[name]["step"] = torch.tensor(float(group["step"]))
-    for group in run.groups:
-        group["lr_ratio"] = 1.0
+    _own_rates(run.groups)
     return run
 
 

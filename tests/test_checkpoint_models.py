@@ -97,19 +97,21 @@ def test_a_checkpoint_that_does_not_say_its_rule_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As older releases have written them."""
-    original = checkpoint.state_dict
+    original = checkpoint._state_dict
 
-    def old(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        content = original(*args, **kwargs)
+    def old(*args: Any) -> dict[str, Any]:
+        content = original(*args)
         groups = json.loads(content["groups"])
-        return {**content, "groups": json.dumps([{**g, "rule": None} for g in groups])}
+        assert all(group.pop("rule") == "Muon" for group in groups)
+        return {**content, "groups": json.dumps(groups)}
 
-    monkeypatch.setattr(checkpoint, "state_dict", old)
-    saved(tmp_path, Net(1))
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "_state_dict", old)
+        saved(tmp_path, Net(1))
     without_manifest(tmp_path)
     model, optimizer = trained(Net(1))
     checkpoint.load(tmp_path, model, optimizer)
-    assert "rule" not in optimizer.param_groups[0]
+    assert optimizer.param_groups[0]["rule"] == "Muon"
 
 
 # -- parameters

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -207,6 +208,28 @@ def flag_of(
     if check_finite and grads:
         flag |= (~torch.isfinite(torch.stack(extremes(grads))).all()).to(device)
     return flag
+
+
+def go_on_alone(error: Exception | None, status: Status, agreed: Status, warned: set[str]) -> None:
+    """Look at this rank alone, by what was agreed in the first step, as with check_finite=False.
+
+    Args:
+        error: of this rank, which is raised.
+        status: of this rank.
+        agreed: that of the first step.
+        warned: what has been warned of, which is brought up to date.
+    """
+    if error is not None:
+        raise error
+    watched, before = ((s.monitor_every, s.is_observed) for s in (status, agreed))
+    if watched != before and "monitor" not in warned:  # an error would be this rank's alone
+        warned.add("monitor")
+        warnings.warn(
+            "a monitor or an observer was set or removed after the first step, which has no"
+            " effect: with check_finite=False ranks agree on them in the first step only; set"
+            " it before, or leave check_finite on",
+            stacklevel=6,
+        )
 
 
 def agree(

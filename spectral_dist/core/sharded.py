@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spectral_dist.core import agreement as agreeing
-from spectral_dist.core.agreement import Agreement, Grads, Status
+from spectral_dist.core.agreement import Agreement, Grads
 from spectral_dist.core.matrix_ops import Observer
 from spectral_dist.core.monitor import Monitor, Watch, add_up
 from spectral_dist.core.precision import without_autocast
@@ -351,8 +351,9 @@ class ShardedOptimizer(Rates):
             units, grads, self.monitor.every if self.monitor else 0, bool(self.observers)
         )
         check = self.options.check_finite
-        if not check and known.is_made:  # by what was agreed in the first step
-            return self._go_on_alone(error, status)
+        if not check and known.is_made:
+            agreeing.go_on_alone(error, status, known.status, self._warned)
+            return True
         dense = check and error is None  # or else they may be sparse
         present = [g for some in grads for g in some if g is not None and g.numel()] * dense
         device = work[0][1].located.device if work else self.device
@@ -381,24 +382,6 @@ class ShardedOptimizer(Rates):
             for group in self.param_groups
             if self.routes[group["id"]]
         ]
-
-    def _go_on_alone(self, error: Exception | None, status: Status) -> bool:
-        """Take a step without asking other ranks, as with check_finite=False; always True."""
-        if error is not None:
-            raise error
-        agreed = self._agreement.status
-        changed = (status.monitor_every, status.is_observed) != (
-            agreed.monitor_every, agreed.is_observed
-        )  # fmt: skip
-        if changed and "monitor" not in self._warned:  # an error would be this rank's alone
-            self._warned.add("monitor")
-            warnings.warn(
-                "a monitor or an observer was set or removed after the first step, which has no"
-                " effect: with check_finite=False ranks agree on them in the first step only; set"
-                " it before, or leave check_finite on",
-                stacklevel=5,
-            )
-        return True
 
     def _first_error(self, units: Sequence[Unit], grads: Sequence[Grads]) -> Exception | None:
         """Return what this rank alone may find wrong before a step."""
