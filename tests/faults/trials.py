@@ -59,7 +59,11 @@ class Trial(Job):
 
     def finish(self, process: subprocess.Popen[str]) -> tuple[int, str]:
         """Wait for a run: its exit status, and what it printed."""
-        printed, _ = process.communicate(timeout=240)
+        try:
+            printed, _ = process.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            kill_all(process)
+            raise
         return process.returncode, printed
 
     def once(self, out: str, *options: str, **keys: Any) -> tuple[int, str]:
