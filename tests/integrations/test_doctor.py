@@ -203,12 +203,12 @@ def test_bad_schedulers_are_not_left_out(scheduler: Any, words: str) -> None:
 
 
 def test_good_values_and_those_of_hugging_face() -> None:
-    from spectral_dist.launch.engines import read_deepspeed_config
+    from spectral_dist.launch.deepspeed_config import read
 
     shipped = sorted((Path(doctor.__file__).parent / "configs" / "deepspeed").glob("*.json"))
     assert shipped
     for path in shipped:
-        content = read_deepspeed_config(path)
+        content = read(path)
         if content["optimizer"]["type"] not in ("AdamW", "SpectralPOET"):
             doctor_config.check_values(content)
             doctor_config.check_scheduler(content)
