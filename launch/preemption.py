@@ -30,7 +30,9 @@ class Preemption:
         self.grace = grace
         self.received: signal.Signals | None = None
         self._former: dict[signal.Signals, Any] = {}
-        os.register_at_fork(after_in_child=self._forget)
+        os.register_at_fork(
+            before=self._hold, after_in_parent=self._release, after_in_child=self._forget
+        )
 
     @property
     def requested(self) -> bool:
@@ -64,12 +66,20 @@ class Preemption:
         self._thread.join()
         self._reader.close()
 
+    def _hold(self) -> None:
+        """Let signals wait while a child is forked, until it is known whose they are."""
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._former)
+
+    def _release(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+
     def _forget(self) -> None:
         """In a forked child, as some write checkpoints: what it is sent is for it alone."""
         for number in self._former:
             signal.signal(number, signal.SIG_DFL)
         if self._former:
             signal.set_wakeup_fd(-1)  # which is the parent's, too
+        self._release()
 
     def _listen(self) -> None:
         deadline: float | None = None
