@@ -36,7 +36,7 @@ def keep_latest(engine: Any) -> None:
         path = Path(given["save_dir"] or ".", LATEST)
         named = False
         with failing_together():
-            if collectives.is_first() and path.is_file() and path.read_text().strip() == tag:
+            if collectives.is_first() and path.is_file() and _text(path) == tag:
                 path.unlink()
                 named = True
         wanted, given["save_latest"] = given["save_latest"], False
@@ -61,7 +61,7 @@ def read(folder: str, universal: bool) -> str | None:
     tag = None
     with failing_together():
         if path.is_file():
-            tag = path.read_text(encoding="utf-8", errors="replace").strip()
+            tag = _text(path)
             inside = Path(tag).parts and not Path(tag).is_absolute() and ".." not in Path(tag).parts
             if not inside or not Path(folder, tag).is_dir():
                 raise ValueError(
@@ -69,3 +69,7 @@ def read(folder: str, universal: bool) -> str | None:
                     " name of one that is complete into it, or give load_checkpoint its tag"
                 )
     return tag
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace").strip()
