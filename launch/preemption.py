@@ -47,7 +47,7 @@ class Preemption:
         )
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, or after &
-                self._former[number] = signal.signal(number, lambda *_: None)
+                self._former[number] = signal.signal(number, self._handle)
         self._thread = threading.Thread(target=self._listen, name="preemption", daemon=True)
         self._thread.start()
         return self
@@ -65,6 +65,10 @@ class Preemption:
         self._writer.close()  # which ends the thread
         self._thread.join()
         self._reader.close()
+
+    def _handle(self, number: int, frame: object) -> None:
+        """In the main thread, which sees it before its next step of Python."""
+        self.received = self.received or signal.Signals(number)
 
     def _hold(self) -> None:
         """Let signals wait while a child is forked, until it is known whose they are."""
@@ -100,7 +104,7 @@ class Preemption:
         """Note a signal; return when its time is over."""
         now = time.monotonic()
         if deadline is None:
-            self.received = received
+            self.received = self.received or received
             return now + self.grace
         if now - (deadline - self.grace) >= AGAIN:
             self._end(f"{received.name} after")
