@@ -36,7 +36,7 @@ from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.core.units import MatrixUnit
 from spectral_dist.params.classify import unwrap
-from spectral_dist.poet.convert import plain_name
+from spectral_dist.params.spec import plain_name
 from spectral_dist.poet.layer import PoetLayer
 from spectral_dist.sharding import collectives
 

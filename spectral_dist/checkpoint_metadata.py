@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from spectral_dist.checkpoint_names import STATE, named
 from spectral_dist.core.sharded import ShardedOptimizer
-from spectral_dist.poet.convert import plain_name
+from spectral_dist.params.spec import plain_name
 
 NOT_OPTIONS = ("rule", "names")
 """What is saved of a group beside its options."""

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from spectral_dist.core.sharded import ShardedOptimizer
-from spectral_dist.poet.convert import WRAPPERS, plain_name
+from spectral_dist.params.spec import WRAPPERS, plain_name
 
 STATE, MATRICES = "optimizer.state.", "optimizer.matrices."
 WRAPPED = tuple(wrapper.removesuffix(".") for wrapper in WRAPPERS)

@@ -92,6 +92,20 @@ def trained(wrap: Any, kind: str, steps: int, seed: int = 0) -> tuple[nn.Module,
     return model, optimizer
 
 
+@pytest.mark.parametrize("wrap", sorted(ALONE))
+def test_wrappers_change_no_name_that_patterns_and_seeds_see(wrap: str) -> None:
+    """SUMO draws its bases by names."""
+    pattern = r"^layers\.\d+\.1\.weight$"
+    with quiet():
+        groups = spectral_dist.param_groups(ALONE[wrap](Net(0)), matrices=[pattern])
+    names = {route.name for group in groups for route in group["routes"]}
+    assert names == {name for name, _ in Net(0).named_parameters()}
+    plain, _ = trained(ALONE["plain"], "SUMO", 3)
+    wrapped, _ = trained(ALONE[wrap], "SUMO", 3)
+    for p, q in zip(plain.parameters(), wrapped.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def contents(folder: Path) -> dict[str, Any]:
     """All of a checkpoint, whole, by key."""
     content: dict[str, Any] = {

@@ -36,6 +36,7 @@ from spectral_dist.params.param_groups import grouped
 from spectral_dist.params.table import show
 from spectral_dist.poet.optimizer import POET
 from spectral_dist.rules import registry
+from spectral_dist.rules.group_options import RULE
 from spectral_dist.rules.options import ROUTING
 
 _building: ContextVar[DeepSpeedEngine | None] = ContextVar("engine being built", default=None)
@@ -119,23 +120,55 @@ def _name(entry: registry.Entry) -> None:
 
 
 def _refuse_second(module: nn.Module) -> None:
-    """One engine a model: a second would flatten parameters already flattened."""
-    other = _engines.get(module)
-    if isinstance(module, DeepSpeedEngine) or (other is not None and other() is not None):
+    """Raise a ValueError for a model that is an engine, or that one has partitioned or rotated."""
+    former = _former(module)
+    is_whole = former is None or not (
+        former.zero_optimization_partition_weights() or isinstance(former.basic_optimizer, POET)
+    )
+    if isinstance(module, DeepSpeedEngine) or not is_whole:
         raise ValueError(
             "this model is already wrapped by a DeepSpeed engine; use that engine, or build the"
             " model anew before a second deepspeed.initialize"
         )
 
 
+def _former(module: nn.Module) -> DeepSpeedEngine | None:
+    """Return the engine that trains a model already, if there is one."""
+    reference = _engines.get(module)
+    return None if reference is None else reference()
+
+
+def _refuse_former(*given: Any, **options: Any) -> NoReturn:
+    raise ValueError(
+        "a later deepspeed.initialize has taken this engine's model over, which this one cannot"
+        " train any more; use the engine that it has returned"
+    )
+
+
 def _claim(engine: DeepSpeedEngine, client: ShardedOptimizer | None) -> None:
-    """One engine a model and an optimizer."""
+    """Give the model to this engine: one that had it, as before a smaller batch, has no more."""
     _refuse_second(engine.module)
+    former = _former(engine.module)
+    if former is not None:
+        former.backward = former.step = _refuse_former
+        if hasattr(former.optimizer, "destroy"):  # its hooks would reduce the gradients, too
+            former.optimizer.destroy()
     if client is not None and isinstance(client.placement, ZeroPlacement):
         raise ValueError(
             "this optimizer already belongs to a DeepSpeed engine; build a new one for a second"
         )
     _engines[engine.module] = weakref.ref(engine)
+
+
+def _refuse_replaced(client: Any) -> None:
+    """Raise a ValueError for another optimizer that was made of the groups of one of ours."""
+    for group in getattr(client, "param_groups", ()):
+        if RULE in group:
+            raise ValueError(
+                f"spectral_dist's {group[RULE]} has been replaced by {type(client).__name__}, which"
+                " has got its parameter groups: accelerate does so where the DeepSpeed JSON has"
+                ' offload_optimizer. Write "zero_force_ds_cpu_optimizer": false into that JSON'
+            )
 
 
 def _configure(
@@ -146,6 +179,7 @@ def _configure(
     if not isinstance(client, ShardedOptimizer) and (
         client is not None or engine.optimizer_name() not in TYPES
     ):
+        _refuse_replaced(client)
         original(engine, client, parameters)
         return
     refuse(engine)

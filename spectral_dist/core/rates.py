@@ -56,6 +56,8 @@ class Rates(Loading):
         """Say once that groups which were built with different rates have the same one now."""
         if "lr" in self._warned or len(set(self._built_rates.values())) < 2:
             return
+        if len(self.param_groups) < len(self._built_rates):
+            return  # DeepSpeed's stages 1 and 2 step on one group at a time
         now = {self.lr_of(group) for group in self.param_groups}
         if len(now) == 1 and now != {0.0}:
             self._warned.add("lr")

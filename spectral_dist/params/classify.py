@@ -15,7 +15,7 @@ from torch.utils.weak import TensorWeakRef
 
 from spectral_dist.params.heads import full_shape, output_heads
 from spectral_dist.params.patterns import Patterns
-from spectral_dist.params.spec import Reader, Reading, Route
+from spectral_dist.params.spec import Reader, Reading, Route, plain_name
 from spectral_dist.params.splits import Split, matrices_of
 from spectral_dist.params.table import table
 from spectral_dist.sharding.layout import Matrix
@@ -297,7 +297,7 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
             if id(parameter) not in seen:
                 seen.add(id(parameter))
                 name = f"{prefix}.{leaf}" if prefix else leaf
-                yield name.replace("_orig_mod.", ""), parameter, module
+                yield plain_name(name), parameter, module
 
 
 def _check_usable(name: str, parameter: nn.Parameter) -> None:

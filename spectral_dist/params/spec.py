@@ -17,6 +17,8 @@ from spectral_dist.sharding.layout import Matrix
 
 TAGS = WeakTensorKeyDictionary()
 """The routes of tagged parameters. Not on the parameters, with which they would be pickled."""
+WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+"""What torch.compile and activation checkpointing put into names."""
 WRONG_KIND = {
     "skew": "the model has been converted by spectral_dist.poet.convert, so its weights are"
     " frozen, and only spectral_dist.POET (SpectralPOET, spectral_poet) trains their"
@@ -95,3 +97,10 @@ class Reading:
 
 Reader: TypeAlias = Callable[[str, nn.Parameter, nn.Module], Reading]
 """Called with a parameter's name, itself and the module that has it."""
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's or module's name without what wrappers have put into it."""
+    for wrapper in WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name

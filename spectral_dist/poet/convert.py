@@ -15,7 +15,7 @@ from spectral_dist import polar
 from spectral_dist._errors import suggest
 from spectral_dist.params import classify as classifying
 from spectral_dist.params.patterns import Patterns
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import Route, plain_name
 from spectral_dist.placement.dtensor import MeshPlacement
 from spectral_dist.poet.layer import Block, PoetLayer, PoetLinear, Settings
 from spectral_dist.poet.permutation import generator
@@ -23,8 +23,6 @@ from spectral_dist.poet.rotation import Rotation, Span
 from spectral_dist.sharding import collectives
 
 SETTINGS = tuple(f.name for f in fields(Settings))
-WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-"""What torch.compile and activation checkpointing put into names."""
 PRETRAINED = (
     "spectral_dist: what save_pretrained (and transformers' Trainer) writes of this model resumes"
     " as it is, but from_pretrained reads the frozen weights in it alone, without the rotations"
@@ -259,10 +257,3 @@ def export(model: nn.Module, optimizer: Any = None) -> dict[str, Tensor]:
                 found[name] = tensor.detach().cpu().clone()
     assert all(f"{name}.weight" in found for name in layers)
     return found
-
-
-def plain_name(name: str) -> str:
-    """As the user's model has it."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -46,6 +47,19 @@ def rates(how: str) -> list[list[float]]:
         for schedule in schedules:
             schedule.step()
     return seen
+
+
+def warned(stage: int) -> list[str]:
+    """What is said of learning rates in steps with scalar_lr."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        engine.steps(engine.engine_for(engine.config(stage, 1)), 0, 2)
+    return [text for each in told if "lr" in (text := str(each.message)).split()]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_nothing_is_said_of_rates_that_nobody_writes(stage: int) -> None:
+    assert harness.run(1, warned, stage) == [[]]
 
 
 def test_its_own_schedulers_keep_the_ratio() -> None:

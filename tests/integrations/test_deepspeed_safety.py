@@ -171,7 +171,7 @@ def error_of(configuration: dict[str, Any], trouble: str = "") -> str:
     if trouble == "use_muon":
         next(model.parameters()).use_muon = True  # type: ignore[attr-defined]
     if trouble == "second engine":
-        first = engine.engine_for(engine.config(1, 2), model=model)
+        first = engine.engine_for(configuration, model=model)
         assert first is not None
     if trouble == "engine in an engine":
         model = engine.engine_for(engine.config(1, 2), model=model)
@@ -180,6 +180,11 @@ def error_of(configuration: dict[str, Any], trouble: str = "") -> str:
         kept = spectral_dist.Muon(spectral_dist.param_groups(other), lr=0.02)
         first = engine.engine_for(engine.config(0, 2), model=other, optimizer=lambda m: kept)
         optimizer = lambda m: kept  # noqa: E731
+    if trouble == "replaced":  # what accelerate does with DeepSpeedCPUAdam
+        del configuration["optimizer"]
+        optimizer = lambda m: torch.optim.AdamW(  # noqa: E731
+            spectral_dist.Muon(spectral_dist.param_groups(m)).param_groups
+        )
     try:
         engine.engine_for(configuration, model=model, optimizer=optimizer)
     except ValueError as error:
@@ -187,6 +192,7 @@ def error_of(configuration: dict[str, Any], trouble: str = "") -> str:
     return "no error"
 
 
+POET = {"type": "SpectralPOET", "params": {"lr": 0.01, "block": 0.5, "form": "fully_stochastic"}}
 BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "type": ({"optimizer": {"type": "SpectralMoun"}}, "", "did you mean 'SpectralMuon'"),
     "type's case": ({"optimizer": {"type": "spectralmuon"}}, "", "did you mean 'SpectralMuon'"),
@@ -195,7 +201,9 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "pattern": ({"options": {"matrices": ["nothing_like_it"]}}, "", "matches no trainable"),
     "frozen": ({}, "all frozen", "requires_grad is False"),
     "use_muon": ({}, "use_muon", "use_muon"),
-    "engine twice": ({}, "second engine", "already wrapped"),
+    "engine twice": ({"zero": {"stage": 3}}, "second engine", "already wrapped"),
+    "engine twice, rotated": ({"optimizer": POET}, "second engine", "already wrapped"),
+    "replaced": ({}, "replaced", '"zero_force_ds_cpu_optimizer": false'),
     "engine in an engine": ({}, "engine in an engine", "already wrapped"),
     "optimizer twice": ({}, "second use of an optimizer", "already belongs"),
     "hpZ": ({"zero": {"stage": 3, "zero_hpz_partition_size": 2}}, "", "zero_hpz_partition_size"),
@@ -236,6 +244,34 @@ def second_try() -> list[str]:
 
 def test_a_refused_config_leaves_the_model_usable() -> None:
     assert harness.run(2, second_try) == [["did you mean", "built"]] * 2
+
+
+def smaller_batch(stage: int, begun: str) -> tuple[dict[str, torch.Tensor], str]:
+    """The parameters after two steps of a second engine of one model, and what the first says."""
+    model = models.build(odd=False)
+    first = engine.engine_for(engine.config(stage, 2, accumulation=2), model=model)
+    if begun == "backward":  # where memory was short
+        first.backward(first(engine.micro_batches(0, 2, False)[0]))
+        first.zero_grad()
+    second = engine.engine_for(engine.config(stage, 2), model=model)
+    engine.steps(second, 0, 2)
+    trained = engine.full_parameters(second)
+    try:
+        engine.steps(first, 0, 1)
+    except ValueError as error:
+        return trained, str(error)
+    return trained, "no error"
+
+
+@pytest.mark.parametrize("begun", ["not at all", "backward"])
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_later_engine_takes_the_model_over(stage: int, begun: str) -> None:
+    """As transformers' auto_find_batch_size makes one when memory was short."""
+    (whole,) = harness.run(1, engine.train, engine.config(stage, 1), count=2, odd=False)
+    for parameters, said in harness.run(2, smaller_batch, stage, begun):
+        assert "a later deepspeed.initialize has taken this engine's model over" in said
+        for name, value in whole["parameters"].items():
+            torch.testing.assert_close(parameters[name], value, rtol=0, atol=2e-6)
 
 
 def after_autocast(dtype: str) -> str:
