@@ -93,8 +93,9 @@ class TorchEngine(Engine):
 
     @property
     def lr(self) -> float:
-        """The first group's learning rate, for the step to come."""
-        return float(self.optimizer.param_groups[0]["lr"])
+        """The learning rate for the step to come: that of the first group that is not AdamW's."""
+        groups = self.optimizer.param_groups
+        return float(min(groups, key=lambda group: group.get("kind") == "scalar")["lr"])
 
     def write(self, target: Path) -> None:
         """Checkpoint everything into the folder `target`, which is there; on all ranks."""
