@@ -11,14 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
-from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import spectral_dist
-from spectral_dist import checkpoint, poet
+from spectral_dist import checkpoint, checkpoint_files, poet
 from spectral_dist.launch import llama, torch_sharding
 from spectral_dist.launch.engines import Engine
 from spectral_dist.launch.ranks import Ranks
@@ -103,7 +101,7 @@ class TorchEngine(Engine):
         if self.kind == ADAMW:
             file = io.BytesIO()
             torch.save({"scheduler": scheduler}, file)
-            dcp_save({**self._adamw_state(), "extra": file.getvalue()}, checkpoint_id=str(target))
+            checkpoint_files.write(target, {**self._adamw_state(), "extra": file.getvalue()})
         else:
             checkpoint.save(target, self.model, self.optimizer, scheduler=scheduler)
 
@@ -113,7 +111,7 @@ class TorchEngine(Engine):
             raise ValueError(f"{source} was not saved by --engine ddp or fsdp")
         if self.kind == ADAMW:
             content = {**self._adamw_state(), "extra": b""}
-            dcp_load(content, checkpoint_id=str(source))
+            checkpoint_files.read(source, content)
             set_state_dict(
                 self.model,
                 self.optimizer,
