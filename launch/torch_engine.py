@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import spectral_dist
-from spectral_dist import checkpoint, checkpoint_files, poet
+from spectral_dist import checkpoint, poet
+from spectral_dist.checkpoint import files as checkpoint_files
 from spectral_dist.launch import llama, torch_sharding
 from spectral_dist.launch.engines import Engine
 from spectral_dist.launch.ranks import Ranks

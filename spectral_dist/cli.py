@@ -121,11 +121,11 @@ def convert(
     to_format: Annotated[str, typer.Argument(help="dcp, universal, torch or dion.")],
     target: Annotated[Path, typer.Argument(help="What to write; it must not exist.")],
 ) -> None:
-    """Turn a checkpoint into another framework's; see spectral_dist.convert.
+    """Turn a checkpoint into another framework's; see spectral_dist.checkpoint.convert.
 
     All are read as plain data: code in a file is not run, and a file that needs it is refused.
     """
-    from spectral_dist import convert as conversion
+    from spectral_dist.checkpoint import convert as conversion
 
     try:
         run = conversion.convert(from_format, source, to_format, target)

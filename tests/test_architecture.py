@@ -40,14 +40,6 @@ LOOSE = {
     "doctor": "launch",
     "doctor_config": "launch",
     "doctor_readings": "launch",
-    "checkpoint_files": "checkpoint",
-    "checkpoint_later": "checkpoint",
-    "checkpoint_metadata": "checkpoint",
-    "checkpoint_names": "checkpoint",
-    "checkpoint_plain": "checkpoint",
-    "checkpoint_runs": "checkpoint",
-    "convert": "checkpoint",
-    "state_dicts": "checkpoint",
     "monitor": "core",  # the public path of core/monitor.py
     "wrappers": "params",
 }

@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 
 import spectral_dist
-from spectral_dist import checkpoint, checkpoint_files, poet
+from spectral_dist import checkpoint, poet
+from spectral_dist.checkpoint import files as checkpoint_files
 from spectral_dist.rules import registry
 from tests import harness
 from tests.support import together

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 import spectral_dist
-from spectral_dist import checkpoint, checkpoint_files
+from spectral_dist import checkpoint
+from spectral_dist.checkpoint import dcp
+from spectral_dist.checkpoint import files as checkpoint_files
 from tests import harness
 from tests.support import together
 from tests.support.together import LAYOUTS, Trial, quiet
@@ -196,7 +198,7 @@ def test_an_interrupted_save_is_no_checkpoint(
     }[when]
     model, optimizer = made("Muon", 4)
     state = checkpoint.state_dict(optimizer)
-    monkeypatch.setattr(checkpoint, "_content", lambda *_: {"optimizer": state, "extra": b""})
+    monkeypatch.setattr(dcp, "_content", lambda *_: {"optimizer": state, "extra": b""})
     with monkeypatch.context() as patched, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         patched.setattr(*target, full)

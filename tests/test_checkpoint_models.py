@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import spectral_dist
-from spectral_dist import checkpoint, checkpoint_files, poet
+from spectral_dist import checkpoint, poet
+from spectral_dist.checkpoint import dcp
+from spectral_dist.checkpoint import files as checkpoint_files
 from spectral_dist.rules import registry
 from tests.test_checkpoint_files import everything, refused, unchanged, without_manifest
 
@@ -97,7 +99,7 @@ def test_a_checkpoint_that_does_not_say_its_rule_loads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As older releases have written them."""
-    original = checkpoint._state_dict
+    original = dcp._state_dict
 
     def old(*args: Any) -> dict[str, Any]:
         content = original(*args)
@@ -106,7 +108,7 @@ def test_a_checkpoint_that_does_not_say_its_rule_loads(
         return {**content, "groups": json.dumps(groups)}
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, "_state_dict", old)
+        patched.setattr(dcp, "_state_dict", old)
         saved(tmp_path, Net(1))
     without_manifest(tmp_path)
     model, optimizer = trained(Net(1))

@@ -18,8 +18,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import weight_norm
 
 import spectral_dist
-from spectral_dist import checkpoint, checkpoint_files
-from spectral_dist.checkpoint_names import Names
+from spectral_dist import checkpoint
+from spectral_dist.checkpoint import dcp
+from spectral_dist.checkpoint import files as checkpoint_files
+from spectral_dist.checkpoint.names import Names
 from tests import harness
 from tests.support.together import quiet
 from tests.test_checkpoint_files import refused
@@ -201,7 +203,7 @@ def test_names_that_an_older_release_has_written(
         model, optimizer = trained(ALONE["plain"], kind, 2)
         checkpoint.save(tmp_path / "new", model, optimizer, step=2)
         with monkeypatch.context() as patched:
-            patched.setattr(checkpoint, "names_of", old)
+            patched.setattr(dcp, "names_of", old)
             checkpoint.save(tmp_path / "old", model, optimizer, step=2)
         assert any(prefix in key for key in contents(tmp_path / "old"))
         model, optimizer = trained(ALONE[name], kind, 1, seed=1)
@@ -306,7 +308,7 @@ def test_a_checkpoint_that_has_lost_one_models_state(tmp_path: Path) -> None:
     """As older releases have saved two models: one state by the one name."""
     actor, critic, optimizer = two("Muon", 0)
     alone = spectral_dist.Muon(spectral_dist.param_groups(actor))
-    content = checkpoint._content(pair(actor, critic), optimizer, {})
+    content = dcp._content(pair(actor, critic), optimizer, {})
     content["optimizer"] = checkpoint.state_dict(alone)
     checkpoint_files.write(tmp_path, content)
     assert "critic.weight" in refused_pair(tmp_path, two("Muon", 1))
@@ -326,7 +328,7 @@ def test_groups_of_a_part_of_what_is_saved(tmp_path: Path) -> None:
     optimizer.step()
     checkpoint.save(tmp_path / "new", model, optimizer)
     assert "optimizer.state.part.weight.step" in contents(tmp_path / "new")
-    content = checkpoint._content(model, optimizer, {})
+    content = dcp._content(model, optimizer, {})
     content["optimizer"] = checkpoint.state_dict(optimizer)
     checkpoint_files.write(tmp_path / "old", content)
     for folder in (tmp_path / "new", tmp_path / "old"):

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import spectral_dist
-from spectral_dist import checkpoint, convert
+from spectral_dist import checkpoint
+from spectral_dist.checkpoint import convert
+from spectral_dist.checkpoint.run import Run
 from spectral_dist.cli import app
-from spectral_dist.state_dicts import Run
 from tests import harness, models
 from tests.integrations import engine
 from tests.integrations import torch_layouts as layouts

@@ -13,7 +13,8 @@ import torch
 from typer.testing import CliRunner
 
 import spectral_dist
-from spectral_dist import checkpoint, convert
+from spectral_dist import checkpoint
+from spectral_dist.checkpoint import convert
 from spectral_dist.cli import app
 from tests import models
 from tests.integrations.test_torch_equality import quiet

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from spectral_dist.checkpoint_plain import load_plain
+from spectral_dist.checkpoint.plain import load_plain
 from spectral_dist.integrations.deepspeed import _compat
 
 

@@ -10,7 +10,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-from spectral_dist.checkpoint_files import failing_together, replace
+from spectral_dist.checkpoint.files import failing_together, replace
 from spectral_dist.sharding import collectives
 
 LATEST = "latest"

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from spectral_dist import checkpoint
-from spectral_dist.checkpoint_files import METADATA, failing_together
-from spectral_dist.checkpoint_metadata import check_rule
-from spectral_dist.checkpoint_plain import NotPlain
+from spectral_dist.checkpoint.checks import check_rule
+from spectral_dist.checkpoint.files import METADATA, failing_together
+from spectral_dist.checkpoint.plain import NotPlain
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.integrations.deepspeed.client_state import around_checkpoints
 from spectral_dist.integrations.deepspeed.files import read_model_files

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_dist.checkpoint_files import failing_together
+from spectral_dist.checkpoint.files import failing_together
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.integrations.deepspeed import _compat
 from spectral_dist.integrations.deepspeed.client_state import around_checkpoints

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from spectral_dist.checkpoint_names import STATE, named
+from spectral_dist.checkpoint.names import STATE, named
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.params.spec import plain_name
 

@@ -1,6 +1,6 @@
 """A run's checkpoint in no framework's form, from and to the state_dicts of other optimizers.
 
-See ``spectral_dist.convert``, whose formats ``torch`` and ``dion`` these are.
+See ``spectral_dist.checkpoint.convert``, whose formats ``torch`` and ``dion`` these are.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spectral_dist.checkpoint_plain import check_plain, load_plain
+from spectral_dist.checkpoint.plain import check_plain, load_plain
 from spectral_dist.rules.group_options import FRAMEWORK_KEYS
 
 MOMENTS = {"matrix": ("exp_avg",), "scalar": ("exp_avg", "exp_avg_sq")}

@@ -19,18 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-from spectral_dist import checkpoint_files as files
-from spectral_dist.checkpoint_files import failing_together
-from spectral_dist.checkpoint_later import BACKGROUND
-from spectral_dist.checkpoint_metadata import (
-    check_entries,
-    check_groups,
-    check_rule,
-    take_groups,
-)
-from spectral_dist.checkpoint_names import MATRICES, STATE, Names, names_in, names_of
-from spectral_dist.checkpoint_plain import check_plain
-from spectral_dist.checkpoint_runs import Runs, momentum_runs
+from spectral_dist.checkpoint import files
+from spectral_dist.checkpoint.background import BACKGROUND
+from spectral_dist.checkpoint.checks import check_entries, check_groups, check_rule, take_groups
+from spectral_dist.checkpoint.chunked_tensor import Runs, momentum_runs
+from spectral_dist.checkpoint.files import failing_together
+from spectral_dist.checkpoint.names import MATRICES, STATE, Names, names_in, names_of
+from spectral_dist.checkpoint.plain import check_plain
 from spectral_dist.core.matrix_state import Part, check_saved
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.core.sharded import ShardedOptimizer

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from spectral_dist.checkpoint_plain import NOT_PLAIN, Unpickler
+from spectral_dist.checkpoint.plain import NOT_PLAIN, Unpickler
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group
 

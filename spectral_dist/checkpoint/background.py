@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from spectral_dist import checkpoint_files as files
+from spectral_dist.checkpoint import files
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group
 

@@ -36,9 +36,9 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from spectral_dist import checkpoint_files as files
-from spectral_dist.checkpoint_plain import first, load_plain
-from spectral_dist.state_dicts import Run, rated, read_dion, read_torch, write_dion, write_torch
+from spectral_dist.checkpoint import files
+from spectral_dist.checkpoint.plain import first, load_plain
+from spectral_dist.checkpoint.run import Run, rated, read_dion, read_torch, write_dion, write_torch
 
 ENGINE_KEYS = {
     *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "ds_version"),
