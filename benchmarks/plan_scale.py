@@ -24,10 +24,10 @@ from itertools import product
 from multiprocessing import get_context
 
 from spectral_dist.sharding.boxes import blocks
+from spectral_dist.sharding.bucket_routes import route_to_owners
 from spectral_dist.sharding.cost import Job, Machine, cheaper_in_slabs
 from spectral_dist.sharding.layout import Boxes, Cut, Layout, Matrix, Tile, lay, lay_boxes
 from spectral_dist.sharding.plan import make_plan
-from spectral_dist.sharding.routes import route_to_owners
 from spectral_dist.sharding.slabs import route_to_slabs
 
 LAYERS, WIDTH, INNER, HEADS = 80, 8192, 28672, 1024

@@ -24,7 +24,7 @@ from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.integrations.deepspeed import _compat
 from spectral_dist.integrations.deepspeed import poet as rotated
 from spectral_dist.integrations.deepspeed._compat import DeepSpeedEngine
-from spectral_dist.integrations.deepspeed.checkpoint import keep_checkpoints
+from spectral_dist.integrations.deepspeed.adam_moments import keep_checkpoints
 from spectral_dist.integrations.deepspeed.config import refuse, refuse_for_poet, refuse_type
 from spectral_dist.integrations.deepspeed.fp16 import scale_loss_at_stage0
 from spectral_dist.integrations.deepspeed.latest import keep_latest

@@ -16,7 +16,7 @@ from spectral_dist.checkpoint.checks import check_rule
 from spectral_dist.checkpoint.files import METADATA, failing_together
 from spectral_dist.checkpoint.plain import NotPlain
 from spectral_dist.core.optimizer import SpectralOptimizer
-from spectral_dist.integrations.deepspeed.client_state import around_checkpoints
+from spectral_dist.integrations.deepspeed.checkpoint_io import around_checkpoints
 from spectral_dist.integrations.deepspeed.files import read_model_files
 from spectral_dist.sharding import collectives
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.integrations.deepspeed import _compat
-from spectral_dist.integrations.deepspeed.checkpoint import drop_moments
+from spectral_dist.integrations.deepspeed.adam_moments import drop_moments
 from spectral_dist.params.spec import Route
 from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement
 from spectral_dist.sharding.collectives import Meter

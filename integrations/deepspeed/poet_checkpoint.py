@@ -17,7 +17,7 @@ from torch import Tensor
 from spectral_dist.checkpoint.files import failing_together
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.integrations.deepspeed import _compat
-from spectral_dist.integrations.deepspeed.client_state import around_checkpoints
+from spectral_dist.integrations.deepspeed.checkpoint_io import around_checkpoints
 from spectral_dist.integrations.deepspeed.files import read_model_files
 from spectral_dist.poet.optimizer import POET
 

@@ -21,7 +21,7 @@ from spectral_dist.integrations.megatron import _compat, _compat_hooks
 from spectral_dist.integrations.megatron.arguments import add_spectral_args, parsed, restore
 from spectral_dist.integrations.megatron.build import build
 from spectral_dist.integrations.megatron.foreign import group_objects, refuse_foreign
-from spectral_dist.integrations.megatron.inner import TYPES
+from spectral_dist.integrations.megatron.optimizer import TYPES
 from spectral_dist.rules import registry
 
 __all__ = ["TYPES", "add_spectral_args", "get_spectral_megatron_optimizer"]

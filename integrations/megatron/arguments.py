@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from spectral_dist.integrations.megatron.config import OWN
-from spectral_dist.integrations.megatron.inner import TYPES
+from spectral_dist.integrations.megatron.optimizer import TYPES
 from spectral_dist.rules.fields import OptionSpec, parse_value, specs_of
 from spectral_dist.rules.options import ROUTING
 

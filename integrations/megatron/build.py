@@ -22,10 +22,10 @@ from spectral_dist.integrations.megatron.config import (
     refuse_overrides,
     spectral_options,
 )
-from spectral_dist.integrations.megatron.inner import TYPES, InsideMegatron, SpectralPOET
-from spectral_dist.integrations.megatron.merging import keep_merging
 from spectral_dist.integrations.megatron.names import copies, global_names, unwrap
+from spectral_dist.integrations.megatron.optimizer import TYPES, InsideMegatron, SpectralPOET
 from spectral_dist.integrations.megatron.placement import FlatRange, MegatronPlacement
+from spectral_dist.integrations.megatron.poet_merge import keep_merging
 from spectral_dist.integrations.megatron.ranks import Ranks, alone
 from spectral_dist.integrations.megatron.reader import MegatronReader
 from spectral_dist.params.classify import classify

@@ -13,7 +13,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.integrations.megatron import _compat, matrix_checkpoint
 from spectral_dist.integrations.megatron.foreign import refuse_foreign
-from spectral_dist.integrations.megatron.inner import InsideMegatron
+from spectral_dist.integrations.megatron.optimizer import InsideMegatron
 from spectral_dist.sharding import collectives
 
 FORMAT = "distrib_optim_sharding_type"

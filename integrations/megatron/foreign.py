@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from spectral_dist.integrations.megatron.inner import STATE, TYPES
+from spectral_dist.integrations.megatron.optimizer import STATE, TYPES
 
 ADAM = "Megatron's own optimizer"
 UNNAMED = "a spectral optimizer"

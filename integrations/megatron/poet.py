@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from spectral_dist.integrations.megatron import _compat
 from spectral_dist.integrations.megatron.build import on_any_stage, ranks_of
-from spectral_dist.integrations.megatron.merging import gather_parameters
 from spectral_dist.integrations.megatron.names import global_names, unwrap
+from spectral_dist.integrations.megatron.poet_merge import gather_parameters
 from spectral_dist.integrations.megatron.ranks import alone
 from spectral_dist.integrations.megatron.reader import GATE_AND_UP, MegatronReader, fused
 from spectral_dist.params.classify import classify

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from spectral_dist.sharding import collectives
+from spectral_dist.sharding.bucket_routes import Piece, Route, pack, route_to_owners
 from spectral_dist.sharding.collectives import Group, Meter, Pending
 from spectral_dist.sharding.gram import Reduction
 from spectral_dist.sharding.layout import Layout
 from spectral_dist.sharding.plan import Plan
-from spectral_dist.sharding.routes import Piece, Route, pack, route_to_owners
 from spectral_dist.sharding.slabs import route_to_slabs
 
 __all__ = ["Exchange", "MatrixTask", "Piece", "Pieces"]

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from spectral_dist.sharding.boxes import Box, Slabs, meet, parts_in, slabs
+from spectral_dist.sharding.bucket_routes import Route, pack, pieces_of
 from spectral_dist.sharding.layout import Layout, Tile
 from spectral_dist.sharding.plan import Bucket
-from spectral_dist.sharding.routes import Route, pack, pieces_of
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from spectral_dist.integrations.megatron import _compat
-from spectral_dist.integrations.megatron.inner import SpectralPOET
+from spectral_dist.integrations.megatron.optimizer import SpectralPOET
 
 
 def keep_merging(built: Any, config: Any, chunks: Sequence[nn.Module]) -> None:
