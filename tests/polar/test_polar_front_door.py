@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-import spectral_dist.polar as door
 from spectral_dist.polar import METHODS, check, newton_schulz, polar, resolve_dtype
+from spectral_dist.polar import api as door
 from spectral_dist.polar.scaling import unit_frobenius
 from spectral_dist.polar.schedules import rows
 from tests.reference import polar as reference
