@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Template: pretraining with mpirun (Open MPI, MPICH, Intel MPI). MPI only starts the ranks and
-# tells them about each other (integrations/mpi.py, mpi4py); NCCL or gloo moves the data.
+# tells them about each other (integrations/torch/mpi.py, mpi4py); NCCL or gloo moves the data.
 # As it stands it runs 2 ranks on this host. On several: RANKS=16 HOSTFILE=hosts launch/mpirun.sh
 # Needs: pip install 'spectral-dist[deepspeed,train,mpi]' and an MPI, the cluster's own or
 # `pip install mpich` (one MPI per environment; mpi4py has to load the one that mpirun belongs to).

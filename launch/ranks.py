@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from spectral_dist.integrations import mpi
+from spectral_dist.integrations.torch import mpi
 
 T = TypeVar("T")
 distributed: Any = dist

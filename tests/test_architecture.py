@@ -36,12 +36,7 @@ FLOORS = {
 }
 # modules outside the folder of their room
 LOOSE = {
-    "cli": "launch",
-    "doctor": "launch",
-    "doctor_config": "launch",
-    "doctor_readings": "launch",
     "monitor": "core",  # the public path of core/monitor.py
-    "wrappers": "params",
 }
 FRAMEWORKS = {"integrations", "launch"}
 """rooms that may import more than torch, the standard library and ALLOWED"""
@@ -167,8 +162,8 @@ checkpoint: from torch.distributed.checkpoint import load
 checkpoint: from spectral_dist.sharding import collectives
 integrations: import deepspeed, torch.distributed
 integrations: from spectral_dist.optimizers import Muon
-launch: from spectral_dist.integrations import mpi
-launch: from spectral_dist import doctor, Muon
+launch: from spectral_dist.integrations.torch import mpi
+launch: from spectral_dist import poet, Muon
 launch: import typer
 """
 MAY_NOT = """

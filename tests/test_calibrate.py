@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from spectral_dist import calibrate
 from spectral_dist.calibrate import FALLBACK, PUBLISHED, Calibration, Recorder
-from spectral_dist.cli import app
+from spectral_dist.launch.cli import app
 from spectral_dist.polar import fit, newton_schulz
 from tests.reference import polar as reference
 

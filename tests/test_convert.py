@@ -15,7 +15,7 @@ import spectral_dist
 from spectral_dist import checkpoint
 from spectral_dist.checkpoint import convert
 from spectral_dist.checkpoint.run import Run
-from spectral_dist.cli import app
+from spectral_dist.launch.cli import app
 from tests import harness, models
 from tests.integrations import engine
 from tests.integrations import torch_layouts as layouts

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import spectral_dist
 from spectral_dist import checkpoint
 from spectral_dist.checkpoint import convert
-from spectral_dist.cli import app
+from spectral_dist.launch.cli import app
 from tests import models
 from tests.integrations.test_torch_equality import quiet
 from tests.test_convert import loaded, refused, saved

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import spectral_dist
-from spectral_dist.integrations.ddp import project_gradients
+from spectral_dist.integrations.torch.sumo_ddp_hook import project_gradients
 from spectral_dist.rules import registry
 from tests import harness
 from tests.support.together import Trial, expect, expect_failure

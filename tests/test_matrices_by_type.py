@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils import weight_norm as old_weight_norm
 
 import spectral_dist
-from spectral_dist.integrations.ddp import project_gradients
+from spectral_dist.integrations.torch.sumo_ddp_hook import project_gradients
 from spectral_dist.params.classify import classify
 from spectral_dist.params.table import table
 from spectral_dist.rules import registry

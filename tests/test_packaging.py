@@ -28,7 +28,8 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import json
 import spectral_dist, spectral_dist.integrations, spectral_dist.launch, spectral_dist.configs
-import spectral_dist.integrations.apex, spectral_dist.integrations.mpi, spectral_dist.launch.corpus
+import spectral_dist.integrations.apex, spectral_dist.integrations.torch.mpi
+import spectral_dist.launch.corpus
 from importlib.metadata import Distribution
 files = {name: module.__file__ for name, module in sys.modules.items()
          if name.partition(".")[0] == "spectral_dist"}

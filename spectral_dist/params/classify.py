@@ -18,8 +18,8 @@ from spectral_dist.params.patterns import Patterns
 from spectral_dist.params.spec import Reader, Reading, Route, plain_name
 from spectral_dist.params.splits import Split, matrices_of
 from spectral_dist.params.table import table
+from spectral_dist.params.wrappers import check as check_wrappers
 from spectral_dist.sharding.layout import Matrix
-from spectral_dist.wrappers import check as check_wrappers
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

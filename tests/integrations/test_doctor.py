@@ -15,8 +15,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from spectral_dist import doctor, doctor_config
-from spectral_dist.cli import app
+import spectral_dist
+from spectral_dist.launch import doctor, doctor_config
+from spectral_dist.launch.cli import app
 from tests import harness
 from tests.integrations import engine
 
@@ -39,8 +40,8 @@ def rule(stage: int, kind: str, options: Any = None, **changes: Any) -> dict[str
 
 def rows(configuration: dict[str, Any], fault: str) -> dict[str, bool]:
     """The table on this rank, with a fault built in."""
-    from spectral_dist import doctor
     from spectral_dist.core import matrix_ops as handles
+    from spectral_dist.launch import doctor
     from spectral_dist.launch.engines import prepare_deepspeed
 
     accelerator = prepare_deepspeed().get_accelerator()
@@ -131,7 +132,7 @@ def command(folder: Path, configuration: dict[str, Any]) -> list[str]:
 
 def test_command_prints_a_table_and_its_exit_status_says_it(tmp_path: Path) -> None:
     good = subprocess.run(
-        [sys.executable, "-m", "spectral_dist.cli", *command(tmp_path, config(2))],
+        [sys.executable, "-m", "spectral_dist.launch.cli", *command(tmp_path, config(2))],
         capture_output=True, text=True,
     )  # fmt: skip
     assert good.returncode == 0, good.stderr[-2000:]
@@ -205,7 +206,7 @@ def test_bad_schedulers_are_not_left_out(scheduler: Any, words: str) -> None:
 def test_good_values_and_those_of_hugging_face() -> None:
     from spectral_dist.launch.deepspeed_config import read
 
-    shipped = sorted((Path(doctor.__file__).parent / "configs" / "deepspeed").glob("*.json"))
+    shipped = sorted((Path(spectral_dist.__file__).parent / "configs/deepspeed").glob("*.json"))
     assert shipped
     for path in shipped:
         content = read(path)

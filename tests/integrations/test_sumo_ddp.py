@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import spectral_dist
-from spectral_dist.integrations.ddp import project_gradients
+from spectral_dist.integrations.torch.sumo_ddp_hook import project_gradients
 from tests import harness
 from tests.integrations import torch_layouts as layouts
 from tests.integrations.test_sumo_torch import OPTIONS, STEPS

@@ -1,4 +1,4 @@
-"""integrations/mpi.py under a real mpiexec, and what it says when something is missing."""
+"""integrations/torch/mpi.py under a real mpiexec, and what it says when something is missing."""
 
 import json
 import os
@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from spectral_dist.integrations import mpi
+from spectral_dist.integrations.torch import mpi
 from tests.launch.jobs import ROOT
 from tests.launch.test_scripts import mpi_or_skip
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PROGRAM = f"""
 import json, os, torch, torch.distributed as dist
-from spectral_dist.integrations import mpi
+from spectral_dist.integrations.torch import mpi
 assert mpi.launched()
 mpi.bootstrap()
 dist.init_process_group("gloo")

@@ -21,8 +21,8 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from spectral_dist.core.first_step import describe_method, first_step, matrix_of
-from spectral_dist.doctor_config import AUTO, check_scheduler, check_values
-from spectral_dist.doctor_readings import (
+from spectral_dist.launch.doctor_config import AUTO, check_scheduler, check_values
+from spectral_dist.launch.doctor_readings import (
     kept_norms,
     length,
     matrices_of,

@@ -25,8 +25,8 @@ def doctor(
     full: Annotated[bool, typer.Option("--full", help="Do not shrink the model.")] = False,
 ) -> None:
     """Take a few steps on your own config, on 2 ranks here, and check each silent failure."""
-    from spectral_dist import doctor as checks
     from spectral_dist.launch import deepspeed_config, llama
+    from spectral_dist.launch import doctor as checks
 
     console = Console()
     try:
