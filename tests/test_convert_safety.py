@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import spectral_dist
 from spectral_dist import checkpoint
-from spectral_dist.checkpoint import convert
+from spectral_dist.checkpoint import convert, universal
 from spectral_dist.launch.cli import app
 from tests import models
 from tests.integrations.test_torch_equality import quiet
@@ -53,7 +53,7 @@ def test_code_in_the_place_of_a_tensor_is_not_run(
     assert "run" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["zero/optimizer_state.pt", convert.MODEL_FILE])
+@pytest.mark.parametrize("name", ["zero/optimizer_state.pt", universal.MODEL_FILE])
 def test_code_in_engines_files_is_not_run(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

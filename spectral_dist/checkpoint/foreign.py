@@ -1,0 +1,292 @@
+"""State_dicts of torch.optim.Muon and AdamW, and of dion's Muon: see ``convert``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectral_dist.checkpoint.plain import load_plain
+from spectral_dist.checkpoint.run import MOMENTS, Run
+from spectral_dist.rules.group_options import FRAMEWORK_KEYS
+
+
+@dataclass(frozen=True)
+class Words:
+    """How another optimizer writes its groups and states of one kind.
+
+    ``options``, ``state``: theirs -> ours. ``fixed``: what an option must be, for there is nothing
+    like it here. ``dropped``: what is said where an optimizer is built, or said otherwise here.
+    """
+
+    kind: str
+    options: Mapping[str, str]
+    state: Mapping[str, str]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+
+    def group(self, theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Its options in our words.
+
+        Raises:
+            ValueError: an option that has no place here.
+        """
+        ours: dict[str, Any] = {"kind": self.kind}
+        for key, value in theirs.items():
+            if key in self.fixed and value != self.fixed[key]:
+                raise ValueError(
+                    f"{where}: {key} is {value!r}; ours knows {self.fixed[key]!r} only"
+                )
+            if key in self.options or (key in FRAMEWORK_KEYS and key != "param_names"):
+                ours[self.options.get(key, key)] = value
+            elif key not in (*self.fixed, *self.dropped, "params", "param_names"):
+                raise ValueError(f"{where}: unknown option {key!r}")
+        return ours
+
+    def group_back(self, ours: Mapping[str, Any]) -> dict[str, Any]:
+        """The options it knows of our group, its own learning rate among them."""
+        back = {ours_: theirs for theirs, ours_ in self.options.items()}
+        found = {back.get(k, k): v for k, v in ours.items() if k in back or k in FRAMEWORK_KEYS}
+        for key in found.keys() & {"lr", "initial_lr"}:
+            found[key] *= ours.get("lr_ratio", 1.0)
+        if "betas" in found:
+            found["betas"] = tuple(found["betas"])
+        return found
+
+    def add_states(self, run: Run, states: Mapping[str, Mapping[str, Any]], factor: float) -> None:
+        """Put them into ``run``: zeros where a parameter has none. ``factor``: of exp_avg."""
+        for name, theirs in states.items():
+            if name not in run.model:
+                raise ValueError(f"{name} has an optimizer state, but is not in the model")
+            state = {self.state.get(key, f"({key})"): value for key, value in theirs.items()}
+            for key, value in state.items():
+                value = torch.as_tensor(value)
+                wide = torch.promote_types(value.dtype, torch.float32)
+                scaled = value.double() * factor if key == "exp_avg" and factor != 1.0 else value
+                state[key] = scaled.to(wide)
+            if not state:
+                wide = torch.promote_types(run.model[name].dtype, torch.float32)
+                zeros = torch.zeros_like(run.model[name], dtype=wide)
+                state = {key: zeros.clone() for key in MOMENTS[self.kind]}
+                state["step"] = torch.zeros(())
+            run.state[name] = state
+
+
+TORCH_MUON = Words(
+    "matrix",
+    {k: k for k in ("lr", "weight_decay", "momentum", "nesterov")} | {"adjust_lr_fn": "scale"},
+    {"momentum_buffer": "exp_avg"},
+    dropped=("eps", "ns_coefficients", "ns_steps"),
+)
+
+
+TORCH_ADAMW = Words(
+    "scalar",
+    {k: k for k in ("lr", "weight_decay", "betas", "eps")},
+    {k: k for k in ("step", "exp_avg", "exp_avg_sq")},
+    {"amsgrad": False, "maximize": False, "decoupled_weight_decay": True},
+    ("foreach", "capturable", "differentiable", "fused"),
+)
+
+
+DION_MUON = Words(
+    "matrix",
+    {"lr": "lr", "weight_decay": "weight_decay", "mu": "momentum", "nesterov": "nesterov"}
+    | {"adjust_lr": "scale"},
+    {"momentum": "exp_avg"},
+    {"cautious_wd": False, "num_heads": None},
+    ("step", "algorithm", "epsilon", "flatten", "beta1", "beta2"),
+)
+
+
+DION_ADAMW = Words(
+    "scalar",
+    {"lr": "lr", "weight_decay": "weight_decay", "epsilon": "eps"},
+    {"momentum": "exp_avg", "variance": "exp_avg_sq"},
+    {"cautious_wd": False},
+    ("step", "algorithm", "mu", "nesterov", "adjust_lr", "flatten", "num_heads", "beta1", "beta2"),
+)
+
+
+TORCH_SCALES = {"original": "original", "match_rms_adamw": "match_rms_adamw"}
+
+
+DION_SCALES = {"spectral": "spectral_norm", "match_rms_adamw": "rms_norm", "none": None}
+
+
+JORDAN = (3.4445, -4.7750, 2.0315)
+
+
+JORDAN_STEPS = 5
+
+
+def _load(path: Path, required: Sequence[str], allowed: Sequence[str] = ()) -> dict[str, Any]:
+    content = load_plain(path)
+    if not isinstance(content, dict):
+        content = {}
+    for key in sorted(set(required) - content.keys()):
+        raise ValueError(f"{path} has no {key!r}: it must be {{{', '.join(map(repr, required))}}}")
+    for key in sorted(content.keys() - {*required, *allowed}):
+        raise ValueError(f"{path}: unknown key {key!r}; put what else there is under 'extra'")
+    return content
+
+
+def _save(path: Path, content: Mapping[str, Any]) -> None:
+    if not path.parent.is_dir():
+        raise ValueError(f"there is no folder {path.parent} for {path.name}; make it first")
+    torch.save(dict(content), path)
+
+
+def _groups(
+    state_dict: Mapping[str, Any], where: str
+) -> Iterator[tuple[dict[str, Any], list[str], dict[str, dict[str, Any]]]]:
+    """(group, names of its parameters, their states)."""
+    for group in state_dict["param_groups"]:
+        names = group.get("param_names")
+        if names is None:
+            raise ValueError(
+                f"{where} does not know its parameters' names; build that optimizer from named"
+                " parameters, [(name, parameter), ...], load this into it, and save it again"
+            )
+        states = [state_dict["state"].get(i, {}) for i in group["params"]]
+        yield group, names, dict(zip(names, states, strict=True))
+
+
+def _own_rates(groups: list[dict[str, Any]]) -> None:
+    """Take each group's lr as it is; KeyError or TypeError if it is none."""
+    for group in groups:
+        group["lr"], group["lr_ratio"] = group["lr"] * 1.0, 1.0
+
+
+def _muon_only(group: Mapping[str, Any], scales: Mapping[str, Any], where: str) -> None:
+    """ValueError for matrices that Muon does not train."""
+    if "scale" not in group or "quantile" in group:
+        raise ValueError(f"{where} has Muon only, and the run is another rule's: {dict(group)}")
+    if group["scale"] not in scales:
+        raise ValueError(f"{where} has no scale {group['scale']!r}, but {', '.join(scales)}")
+
+
+def read_torch(path: Path) -> Run:
+    """{"model", "muon", "adamw", "extra"}; the last two may be missing."""
+    content = _load(path, ("model", "muon"), ("adamw", "extra"))
+    run = Run(content["model"], extra=content.get("extra", {}), rule="Muon")
+    for part, words in (("muon", TORCH_MUON), ("adamw", TORCH_ADAMW)):
+        where = f"{path}: {part}"
+        for group, names, states in _groups(content.get(part, {"param_groups": []}), where):
+            ours = words.group(group, where)
+            if part == "muon":
+                ours["scale"] = ours["scale"] or "original"
+                row, steps = tuple(group["ns_coefficients"]), group["ns_steps"]
+                ours["polar"] = "jordan" if row == JORDAN else [list(row)] * steps
+                ours["polar_steps"] = steps if row == JORDAN else None
+            run.groups.append({**ours, "names": names})
+            words.add_states(run, states, 1.0)
+    _own_rates(run.groups)
+    taken = max((float(run.state[n]["step"]) for n in run.names("scalar")), default=0.0)
+    for name in run.names("matrix"):
+        run.state[name]["step"] = torch.tensor(taken if run.trained(name) else 0.0)
+    return run
+
+
+def write_torch(path: Path, run: Run) -> None:
+    """Built by torch's own optimizers, so that nothing of theirs is missing."""
+    content: dict[str, Any] = {"model": run.model, "extra": run.extra}
+    optimizers: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "muon": torch.optim.Muon,
+        "adamw": torch.optim.AdamW,
+    }
+    for (part, make), words in zip(optimizers.items(), (TORCH_MUON, TORCH_ADAMW), strict=True):
+        groups = []
+        parameters = {n: nn.Parameter(run.model[n].detach()) for n in run.names(words.kind)}
+        for group in run.groups:
+            if group["kind"] == words.kind:
+                theirs = words.group_back(group)
+                if part == "muon":
+                    theirs |= _torch_options(group, run)
+                named = [(name, parameters[name]) for name in group["names"]]
+                groups.append({**theirs, "params": named})
+        if groups:
+            optimizer = make(groups)
+            for name, p in parameters.items():
+                if run.trained(name) or run.state[name]["step"]:
+                    back = {theirs: run.state[name][ours] for theirs, ours in words.state.items()}
+                    optimizer.state[p] = back
+            content[part] = optimizer.state_dict()
+    _save(path, content)
+
+
+def _torch_options(group: Mapping[str, Any], run: Run) -> dict[str, Any]:
+    _muon_only(group, TORCH_SCALES, "torch.optim.Muon")
+    for name in group["names"]:
+        if run.model[name].ndim != 2:
+            raise ValueError(
+                f"torch.optim.Muon takes 2-D parameters, and {name} is"
+                f" {tuple(run.model[name].shape)}"
+            )
+    polar, steps = group.get("polar", "jordan"), group.get("polar_steps")
+    rows = [list(JORDAN)] * JORDAN_STEPS if polar == "jordan" else polar
+    if isinstance(rows, str) or any(row != rows[0] for row in rows):
+        raise ValueError(
+            f"torch.optim.Muon has one (a, b, c) for every step, and no polar {polar!r}"
+        )
+    return {"ns_coefficients": tuple(rows[0]), "ns_steps": len(rows) if steps is None else steps}
+
+
+def read_dion(path: Path) -> Run:
+    """{"model", "dion", "extra"}; the last may be missing."""
+    content = _load(path, ("model", "dion"), ("extra",))
+    run = Run(content["model"], extra=content.get("extra", {}), rule="Muon")
+    for group, names, states in _groups(content["dion"], f"{path}: dion"):
+        words = {"muon": DION_MUON, "adamw": DION_ADAMW}.get(group["algorithm"])
+        if words is None:
+            raise ValueError(
+                f"{path}: {names[0]} is trained by {group['algorithm']!r}, not by Muon"
+            )
+        ours = words.group(group, f"{path}: dion")
+        if words.kind == "matrix":
+            scales = {theirs: ours for ours, theirs in DION_SCALES.items()}
+            ours["scale"] = scales[ours["scale"]]
+        else:
+            ours["betas"] = [group["beta1"], group["beta2"]]
+        run.groups.append({**ours, "names": names})
+        words.add_states(run, states, 1.0 - group["mu"] if words.kind == "matrix" else 1.0)
+        for name in names:
+            run.state[name]["step"] = torch.tensor(float(group["step"]))
+    _own_rates(run.groups)
+    return run
+
+
+def write_dion(path: Path, run: Run) -> None:
+    """As dion's Muon would write it; it makes the moments the parameters' dtype on loading."""
+    groups: list[dict[str, Any]] = []
+    states: list[dict[str, Tensor]] = []
+    betas = next((g["betas"] for g in run.groups if g["kind"] == "scalar"), (0.9, 0.95))
+    for group in run.groups:
+        words = DION_MUON if group["kind"] == "matrix" else DION_ADAMW
+        theirs: dict[str, Any] = {
+            **{"mu": 0.95, "beta1": betas[0], "beta2": betas[1], "weight_decay": 0.01},
+            **{"cautious_wd": False, "algorithm": "muon", "epsilon": 1e-8, "nesterov": False},
+            **{"flatten": any(run.model[name].ndim > 3 for name in group["names"])},
+            **{"adjust_lr": None, **words.group_back(group)},
+            "step": int(run.steps(group["kind"], group["names"], "dion")),
+        }
+        factor = 1.0
+        if words.kind == "matrix":
+            _muon_only(group, DION_SCALES, "dion")
+            theirs["adjust_lr"] = DION_SCALES[group["scale"]]
+            factor = 1.0 / (1.0 - theirs["mu"])
+        else:
+            theirs |= {"algorithm": "adamw", "beta1": group["betas"][0], "beta2": group["betas"][1]}
+        theirs["params"] = list(range(len(states), len(states) + len(group["names"])))
+        groups.append({**theirs, "param_names": list(group["names"])})
+        for name in group["names"]:
+            state = {back: run.state[name][ours] for back, ours in words.state.items()}
+            momentum = state["momentum"]
+            state["momentum"] = (momentum.double() * factor).to(momentum.dtype)
+            states.append(state)
+    dion = {"state": dict(enumerate(states)), "param_groups": groups}
+    _save(path, {"model": run.model, "dion": dion, "extra": run.extra})
