@@ -23,10 +23,10 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from multiprocessing import get_context
 
-from spectral_dist.sharding.boxes import blocks
+from spectral_dist.sharding.boxes import tiles_alone
 from spectral_dist.sharding.bucket_routes import route_to_owners
-from spectral_dist.sharding.cost import Job, Machine, cheaper_in_slabs
-from spectral_dist.sharding.layout import Boxes, Cut, Layout, Matrix, Tile, lay, lay_boxes
+from spectral_dist.sharding.cost import CostContext, Machine, cheaper_in_slabs
+from spectral_dist.sharding.layout import Boxes, Cut, Layout, Matrix, Tile, flat_layout, grid_layout
 from spectral_dist.sharding.plan import make_plan
 from spectral_dist.sharding.slabs import route_to_slabs
 
@@ -57,7 +57,7 @@ def zero(ranks: int) -> Callable[[], list[Layout]]:
         cut = Cut.even(-(-sum(m * n for m, n in SHAPES) // ranks), ranks)
         laid, offset = [], 0
         for matrix in matrices():
-            laid.append(lay(matrix, cut, offset=offset))
+            laid.append(flat_layout(matrix, cut, offset=offset))
             offset += matrix.numel
         return laid
 
@@ -74,7 +74,7 @@ def fsdp(ranks: int) -> Callable[[], list[Layout]]:
 
     def layouts() -> list[Layout]:
         return [
-            lay_boxes(matrix, matrix.numel, boxes[matrix.shape], ranks // 32, i)
+            grid_layout(matrix, matrix.numel, boxes[matrix.shape], ranks // 32, i)
             for i, matrix in enumerate(matrices())
         ]
 
@@ -117,11 +117,11 @@ def set_up(layouts: Sequence[Layout], strategy: str, ranks: int) -> tuple[float,
     begin = time.process_time()
     gram = [strategy == "gram"] * len(layouts)
     if strategy == "auto":
-        job = Job(ranks, 1, 5, 2, True, 4)
+        job = CostContext(ranks, 1, 5, 2, True, 4)
         gram = cheaper_in_slabs(layouts, [True] * len(layouts), job, Machine())
     plan = make_plan(layouts, ranks, BUCKET, gram=gram)
     if strategy == "block":
-        layouts = [block for layout in layouts for block in blocks(layout)]
+        layouts = [block for layout in layouts for block in tiles_alone(layout)]
         plan = make_plan(layouts, ranks, BUCKET, homes=[0] * len(layouts))
     lines = [layout.describe() for layout in layouts] + [str(bucket) for bucket in plan.buckets]
     hashlib.sha256("\n".join(lines).encode()).digest()  # what ranks compare

@@ -40,7 +40,7 @@ from spectral_dist.rules.fields import specs_of
 from spectral_dist.rules.options import BaseOptions
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group
-from spectral_dist.sharding.layout import Cut, Located, lay
+from spectral_dist.sharding.layout import Cut, Located, flat_layout
 
 __all__ = ["LAYOUTS", "FlatPlacement", "check_placement", "check_rule"]
 
@@ -97,7 +97,7 @@ class FlatPlacement(ReplicatedPlacement):
         layouts, spans = [], []
         for i, route in enumerate(routes):
             cut = self.cut(math.prod(route.shape))
-            layouts += [lay(matrix, cut, tensor=i) for matrix in route.matrices]
+            layouts += [flat_layout(matrix, cut, tensor=i) for matrix in route.matrices]
             spans.append((route.name, i, 0, tensors[i].numel()))
         indices = tuple(range(len(tensors)))
         device = tensors[0].device

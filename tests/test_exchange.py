@@ -11,7 +11,7 @@ import torch.distributed as dist
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Meter
 from spectral_dist.sharding.exchange import Exchange, MatrixTask
-from spectral_dist.sharding.layout import Cut, Layout, Matrix, Tile, lay
+from spectral_dist.sharding.layout import Cut, Layout, Matrix, Tile, flat_layout
 from spectral_dist.sharding.plan import make_plan
 from tests import harness
 from tests.reference.layouts import UNTOUCHED, World, random_world
@@ -54,7 +54,7 @@ def make(layouts, numel=1 << 30, wire=torch.float32, group="everyone", replicas=
         group=group,
         replicas=replicas,
         device=CPU,
-        home=torch.empty(0, dtype=HOME),
+        like=torch.empty(0, dtype=HOME),
         wire_dtype=wire,
         meter=meter,
     )
@@ -88,12 +88,12 @@ class Checked(MatrixTask):
         self.rank, self.replica, self.ranks = here
         self.inputs = self.packed(world.mine)
         self.outputs = [torch.full_like(t, UNTOUCHED, dtype=HOME) for t in world.mine]
-        self.targets = exchange.stored.views(self.outputs)
+        self.targets = exchange.local_runs.views(self.outputs)
         self.owned, self.asked, self.settled = [], [], []
 
     def packed(self, tensors):
         """The given runs out of tensors that hold nothing else, as an owner's momentum does."""
-        views, given = self.exchange.stored.views(tensors), self.exchange.given
+        views, given = self.exchange.local_runs.views(tensors), self.exchange.owned_runs
         found = {}
         for index, tensor in enumerate(tensors):
             mine = [views[piece] for piece in given.pieces if piece.tensor == index]
@@ -134,7 +134,7 @@ class Checked(MatrixTask):
         """After the exchange."""
         mine = self.replica * self.ranks + self.rank
         assert sorted(self.owned) == [i for i, o in enumerate(self.plan.owners) if o == mine]
-        stored, given = self.exchange.stored.pieces, self.exchange.given.pieces
+        stored, given = self.exchange.local_runs.pieces, self.exchange.owned_runs.pieces
         assert sorted(self.settled, key=repr) == sorted(stored, key=repr)
         assert sorted(self.asked, key=repr) == sorted(given, key=repr)
         assert given == [piece for piece in stored if self.owner_is_here(piece)]
@@ -263,7 +263,7 @@ def test_alone_nothing_is_sent():
 
 def test_rounds_to_the_wire_even_if_nothing_is_sent():
     matrix = Matrix("w", (2, 2), ((0, 2),))
-    exchange, _, _ = make([lay(matrix, Cut((0, 4)))], wire=torch.bfloat16)
+    exchange, _, _ = make([flat_layout(matrix, Cut((0, 4)))], wire=torch.bfloat16)
     seen = []
 
     def whole(matrices):
@@ -284,7 +284,7 @@ def test_rounds_to_the_wire_even_if_nothing_is_sent():
 def exchange_once(layouts, sizes, numel=1 << 30, **where):
     """Owners, calls and bytes of one exchange of tensors that are all ones."""
     exchange, plan, meter = make(layouts, numel, **where)
-    views = exchange.stored.views([torch.ones(size) for size in sizes])
+    views = exchange.local_runs.views([torch.ones(size) for size in sizes])
     exchange.run(
         Recorder(lambda pieces: [views[p] for p in pieces], lambda whole: whole, lambda *_: None)
     )
@@ -295,7 +295,7 @@ def straddling():
     # one buffer of 20 in two halves: a (2 x 3) on rank 0, b (3 x 4) straddles as 4 + 8, c on rank 1
     cut = Cut.even(10, 2)
     shapes = (("a", 2, 3, 0), ("b", 3, 4, 6), ("c", 1, 2, 18))
-    layouts = [lay(Matrix(x, (m, n), ((0, m),)), cut, offset=o) for x, m, n, o in shapes]
+    layouts = [flat_layout(Matrix(x, (m, n), ((0, m),)), cut, offset=o) for x, m, n, o in shapes]
     return exchange_once(layouts, [10])
 
 
@@ -308,7 +308,7 @@ def test_bytes_of_a_straddling_matrix():
 
 def fully_sharded():
     # a: 4 x 4 as 6 + 6 + 4; the owner of the only matrix is the rank with the most of it, rank 0
-    layouts = [lay(Matrix("a", (4, 4), ((0, 4),)), Cut((0, 3, 10, 16)))]
+    layouts = [flat_layout(Matrix("a", (4, 4), ((0, 4),)), Cut((0, 3, 10, 16)))]
     rank = dist.get_rank()
     return exchange_once(layouts, [(3, 7, 6)[rank]])
 
@@ -326,7 +326,7 @@ def test_bytes_of_a_matrix_sharded_over_all_ranks():
 def replicas(numel):
     shapes = ((2, 3), (2, 3), (2, 2))
     layouts = [
-        lay(Matrix(f"m{i}", (m, n), ((0, m),)), Cut((0, m * n)), tensor=i)
+        flat_layout(Matrix(f"m{i}", (m, n), ((0, m),)), Cut((0, m * n)), tensor=i)
         for i, (m, n) in enumerate(shapes)
     ]
     return exchange_once(layouts, [6, 6, 4], numel, group=None, replicas=dist.group.WORLD)
@@ -352,7 +352,7 @@ def tp2_by_dp2():
     flat = [whole[:, :4].flatten(), whole[:, 4:].flatten()][rank % 2]
     mine = [flat[:5], flat[:4], flat[5:], flat[4:]][rank]
     exchange, plan, _ = make([layout])
-    (view,) = exchange.stored.views([mine]).values()
+    (view,) = exchange.local_runs.views([mine]).values()
     seen, back = [], []
 
     def apply(pieces, directions):
@@ -393,7 +393,7 @@ def disagreement(kind):
         odd = differs and i == 1
         m, n = (4, 3) if odd and kind == "shape" else (2, 6)
         layouts.append(
-            lay(
+            flat_layout(
                 Matrix(name, (m, n), ((0, m),)),
                 Cut((0, *range(11, 12 * ranks, 12), 12 * ranks)) if odd and kind == "cut" else cut,
                 offset=7 if odd and kind == "offset" else 6,
@@ -431,7 +431,7 @@ def disagreement_of_a_replica():
     """2 replicas x 2 ranks; the last rank has another matrix."""
     group, copies = grid(2, 2, False)
     m, n = (4, 3) if dist.get_rank() == 3 else (2, 6)
-    layouts = [lay(Matrix("b", (m, n), ((0, m),)), Cut.even(6, 2))]
+    layouts = [flat_layout(Matrix("b", (m, n), ((0, m),)), Cut.even(6, 2))]
     try:
         make(layouts, group=group, replicas=copies)
     except RuntimeError as error:
@@ -446,7 +446,7 @@ def test_replicas_that_disagree_say_so_everywhere(monkeypatch):
 
 
 def agreement():
-    exchange, _, meter = make([lay(Matrix("a", (2, 6), ((0, 2),)), Cut.even(12, 2))])
+    exchange, _, meter = make([flat_layout(Matrix("a", (2, 6), ((0, 2),)), Cut.even(12, 2))])
     return len(exchange.routes), meter.calls
 
 
@@ -459,9 +459,9 @@ def sharded_and_replicated():
     group, copies = grid(2, 2, False)
     rank = collectives.rank(group)
     layouts = [
-        lay(Matrix("halves", (4, 4), ((0, 4),)), Cut.even(8, 2), tensor=0),
-        lay(Matrix("second", (2, 3), ((0, 2),)), Cut((0, 0, 6)), tensor=1),
-        lay(Matrix("third", (2, 2), ((0, 2),)), Cut((0, 0, 4)), tensor=2),
+        flat_layout(Matrix("halves", (4, 4), ((0, 4),)), Cut.even(8, 2), tensor=0),
+        flat_layout(Matrix("second", (2, 3), ((0, 2),)), Cut((0, 0, 6)), tensor=1),
+        flat_layout(Matrix("third", (2, 2), ((0, 2),)), Cut((0, 0, 4)), tensor=2),
     ]
     return exchange_once(layouts, [8, *((0, 0), (6, 4))[rank]], group=group, replicas=copies)
 

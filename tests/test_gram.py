@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from spectral_dist.polar import of_gram, polar, reductions
 from spectral_dist.sharding import collectives
-from spectral_dist.sharding.boxes import Box, Slabs, meet, slabs
+from spectral_dist.sharding.boxes import Box, Slabs, intersect, slabs
 from spectral_dist.sharding.collectives import Meter
 from spectral_dist.sharding.exchange import Exchange, MatrixTask
 from spectral_dist.sharding.gram import Reduction, fold, unfold
@@ -36,9 +36,9 @@ class Task(MatrixTask):
 
     def __init__(self, world, exchange, ranks, rank):
         self.world, self.ranks, self.rank = world, ranks, rank
-        self.inputs = exchange.stored.views(world.mine)
+        self.inputs = exchange.local_runs.views(world.mine)
         self.outputs = [torch.full_like(t, UNTOUCHED) for t in world.mine]
-        self.targets = exchange.stored.views(self.outputs)
+        self.targets = exchange.local_runs.views(self.outputs)
         self.seen = 0
 
     def update_input(self, pieces):
@@ -74,7 +74,7 @@ def there_and_back(ranks, replicas, seed):
         assert plan.strategies == tuple("gram" if c else "local" for c in cut)
         exchange = Exchange(
             world.layouts, plan, group=group, replicas=copies, device=torch.device("cpu"),
-            home=torch.empty(0), wire_dtype=torch.float32, meter=Meter(),
+            like=torch.empty(0), wire_dtype=torch.float32, meter=Meter(),
         )  # fmt: skip
         task = Task(world, exchange, ranks, rank)
         exchange.run(task)
@@ -101,7 +101,7 @@ def test_a_run_of_a_tile_meets_a_box_in_at_most_three(rows, cols, data):
                 0)  # fmt: skip
     begin, end = sorted(data.draw(st.integers(0, rows * cols)) for _ in range(2))
     box = Box(*(data.draw(st.integers(0, 6)) for _ in range(4)))
-    found = list(meet(tile, begin, end, box))
+    found = list(intersect(tile, begin, end, box))
     assert len(found) <= 3
     cells = [(b.row + i, b.col + j) for b in found for i in range(b.rows) for j in range(b.cols)]
     run = [(tile.row + e // cols, tile.col + e % cols) for e in range(begin, end)]

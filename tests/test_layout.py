@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectral_dist.sharding.layout import Cut, Layout, Matrix, Tile, lay, lay_boxes
+from spectral_dist.sharding.layout import Cut, Layout, Matrix, Tile, flat_layout, grid_layout
 
 quick = settings(max_examples=150, deadline=None, derandomize=True)
 
@@ -119,7 +119,7 @@ def test_an_even_cut_is_the_uneven_one_of_equal_lengths(chunk, ranks, data):
 def test_an_even_cut_costs_no_memory_per_rank():
     assert isinstance(Cut.even(10**9, 10**6).bounds, range)
     assert len(Layout(Matrix("w", (4, 4), ((0, 4),)), ()).describe()) < 100
-    layout = lay(Matrix("w", (4, 4), ((0, 4),)), Cut.even(16, 10**6))
+    layout = flat_layout(Matrix("w", (4, 4), ((0, 4),)), Cut.even(16, 10**6))
     assert len(layout.describe()) < 200
 
 
@@ -132,7 +132,7 @@ def test_lay_places_every_block_where_it_lies():
     for name, rows in wanted.items():
         matrix = Matrix(name, tuple(rows.shape), blocks[name])
         assert matrix.numel == rows.numel()
-        layout = lay(matrix, cut, offset=10, base=5, tensor=3)
+        layout = flat_layout(matrix, cut, offset=10, base=5, tensor=3)
         found = []
         for tile in layout.tiles:
             assert (tile.col, tile.cols, tile.base, tile.tensor) == (0, 3, 5, 3)
@@ -177,7 +177,7 @@ def test_description_tells_layouts_apart():
     def line(**changes):
         o = {**base, **changes}
         matrix = Matrix(o["name"], o["shape"], o["blocks"])
-        return lay(matrix, o["cut"], offset=o["offset"]).describe()
+        return flat_layout(matrix, o["cut"], offset=o["offset"]).describe()
 
     lines = [
         line(),
@@ -195,7 +195,7 @@ def test_description_tells_layouts_apart():
     assert line() == line()
     # where a run lies in a rank's own tensor is that rank's business
     matrix = Matrix("w", (4, 6), ((0, 4),))
-    assert lay(matrix, cut, base=7, tensor=2).describe() == line()
+    assert flat_layout(matrix, cut, base=7, tensor=2).describe() == line()
 
 
 @quick
@@ -291,7 +291,7 @@ def test_boxes_put_every_element_where_the_slices_say(drawn, halves):
         whole = torch.full((len(rows), n), -1)
         lines, holders = set(), set()
         for rank in range(len(ranks)):
-            layout = lay_boxes(matrix, m * n, tuple(boxes), rank, tensor=2)
+            layout = grid_layout(matrix, m * n, tuple(boxes), rank, tensor=2)
             lines.add(layout.describe())
             for tile in layout.tiles:
                 assert tile.tensor == 2
@@ -320,9 +320,9 @@ def test_rows_alone_are_as_a_cut(members):
     for i, rank in enumerate(order):
         boxes[rank] = ((0, 1), (edges[i], edges[i + 1]), (0, 5))
     matrix = Matrix("w", (6, 5), ((0, 6),))
-    cut = lay(matrix, Cut(tuple(e * 5 for e in edges), members))
+    cut = flat_layout(matrix, Cut(tuple(e * 5 for e in edges), members))
     for rank in range(4):
-        box = lay_boxes(matrix, 30, tuple(boxes), rank)
+        box = grid_layout(matrix, 30, tuple(boxes), rank)
         for r in range(4):
             assert box.tiles[0].run(r)[1] == cut.tiles[0].run(r)[1]
         assert box.tiles[0].run(rank) == cut.tiles[0].run(rank) or not cut.tiles[0].run(rank)[1]
@@ -340,7 +340,7 @@ def test_boxes_of_thousands_of_ranks_are_laid_in_reasonable_time():
     begin = time.perf_counter()
     for i in range(300):
         matrix = Matrix(f"w{i}", (4096, 4096), ((0, 4096),))
-        layout = lay_boxes(matrix, 4096 * 4096, boxes, 77, i)
+        layout = grid_layout(matrix, 4096 * 4096, boxes, 77, i)
         assert len(layout.describe()) < 100 * columns
     assert time.perf_counter() - begin < 10
     assert len(layout.holders()) == rows * columns

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from spectral_dist.sharding.layout import Cut, Matrix, lay
+from spectral_dist.sharding.layout import Cut, Matrix, flat_layout
 from spectral_dist.sharding.plan import make_plan
 
 quick = settings(max_examples=150, deadline=None, derandomize=True)
@@ -26,7 +26,7 @@ def price(shape):
 
 
 def layout(i, shape, cut, offset=0):
-    return lay(Matrix(f"w{i}", shape, ((0, shape[0]),)), cut, offset=offset)
+    return flat_layout(Matrix(f"w{i}", shape, ((0, shape[0]),)), cut, offset=offset)
 
 
 def whole(shapes):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from spectral_dist.sharding import boxes, slabs
 from spectral_dist.sharding.boxes import Ranges
-from spectral_dist.sharding.layout import Boxes, Cut, Matrix, holders_of, lay, lay_boxes
+from spectral_dist.sharding.layout import Boxes, Cut, Matrix, flat_layout, grid_layout, holders_of
 from spectral_dist.sharding.plan import make_plan
 
 RANKS = 16384
@@ -25,7 +25,7 @@ def by_rows(layers, ranks, shapes=SHAPES):
         chunk = -(-m // ranks)
         edges = [min(m, r * chunk) for r in range(ranks + 1)]
         cuts = Boxes(((0, 1), (edges[r], edges[r + 1]), (0, n)) for r in range(ranks))
-        layouts.append(lay_boxes(Matrix(f"w{i}", (m, n), ((0, m),)), m * n, cuts, 5, i))
+        layouts.append(grid_layout(Matrix(f"w{i}", (m, n), ((0, m),)), m * n, cuts, 5, i))
     return layouts
 
 
@@ -34,7 +34,7 @@ def flat(layers, ranks):
     numel = sum(m * n for m, n in SHAPES * layers)
     cut, offset, layouts = Cut.even(-(-numel // ranks), ranks), 0, []
     for i, (m, n) in enumerate(SHAPES * layers):
-        layouts.append(lay(Matrix(f"w{i}", (m, n), ((0, m),)), cut, offset=offset))
+        layouts.append(flat_layout(Matrix(f"w{i}", (m, n), ((0, m),)), cut, offset=offset))
         offset += m * n
     return layouts
 
@@ -126,7 +126,7 @@ def test_ranges_are_what_a_list_of_them_would_be(drawn, data):
         for rank, (first, last) in enumerate(wanted)
         if max(begin, first) < min(end, last)
     }
-    given_ranges = list(compact.meeting(begin, end))
+    given_ranges = list(compact.overlapping(begin, end))
     assert set(given_ranges) == meeting
     assert given_ranges == sorted(given_ranges, key=lambda one: one[1])
 
@@ -151,7 +151,7 @@ def test_owners_of_given_replicas_are_the_least_loaded_that_may(data):
         numel = shape[0] * shape[1]
         inner = sorted(data.draw(st.integers(0, numel)) for _ in range(ranks - 1))
         matrix = Matrix(f"w{i}", shape, ((0, shape[0]),))
-        layouts.append(lay(matrix, Cut((0, *inner, numel))))
+        layouts.append(flat_layout(matrix, Cut((0, *inner, numel))))
         homes.append(data.draw(st.integers(0, replicas - 1)))
     plan = make_plan(layouts, ranks, 1 << 30, replicas, homes=homes, load=lambda shape: shape[0])
     loads = [0] * (ranks * replicas)
@@ -179,5 +179,5 @@ def test_boxes_are_hashed_once_and_as_a_tuple():
     assert hash(cuts) == hash(tuple(cuts))
     Counted.hashed = 0
     for i in range(3):
-        lay_boxes(Matrix("w", (4, 4), ((0, 4),)), 16, cuts, 0, i)
+        grid_layout(Matrix("w", (4, 4), ((0, 4),)), 16, cuts, 0, i)
     assert Counted.hashed == 1  # as the columns of a strip, when the strips are found

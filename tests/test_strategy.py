@@ -17,17 +17,17 @@ from spectral_dist.rules.polargrad import PolarGrad, PolarGradOptions
 from spectral_dist.rules.root import ROOT, ROOTOptions
 from spectral_dist.rules.sumo import SUMO, SUMOOptions
 from spectral_dist.sharding.cost import (
-    Job,
+    CostContext,
     cheaper_in_slabs,
     gram_seconds,
     owner_seconds,
     subspace_seconds,
 )
-from spectral_dist.sharding.plan import make_plan, share
+from spectral_dist.sharding.plan import gram_bucket_elements, make_plan
 from tests import harness, laid
 
 HUGE = (2048, 131072)
-JOB = Job(ranks=8, replicas=1, steps=5, itemsize=2, half=True, gram_itemsize=4)
+JOB = CostContext(ranks=8, replicas=1, steps=5, itemsize=2, half=True, gram_itemsize=4)
 
 
 def tiled(count, shape, ranks=8, along=1, named=True):
@@ -63,7 +63,7 @@ def test_auto_leaves_what_does_not_lie_in_slabs_or_is_not_able():
 
 def test_seconds_by_hand():
     machine = Machine(bandwidth=10.0, latency=1.0, flops=100.0, flops_wide=50.0)
-    job = Job(ranks=2, replicas=1, steps=3, itemsize=2, half=True, gram_itemsize=4)
+    job = CostContext(ranks=2, replicas=1, steps=3, itemsize=2, half=True, gram_itemsize=4)
     # s = 2, l = 10: two of three at one owner; 3 steps of 4 (20 + 2); 20 elements in and out
     assert owner_seconds((2, 10), 3, job, machine) == pytest.approx(2 * (3 * 88 / 100 + 8) + 2)
     products, polynomials = 3 * 2 * 4 * 10 / 2, 2 * 3 * 32
@@ -219,7 +219,7 @@ def test_buckets_of_slabs_respect_the_bound():
         plan = make_plan(layouts, 2, numel, gram=[True] * 11)
         for bucket in plan.buckets:
             inside = [i for found in bucket.matrices.values() for i in found]
-            size = sum(share(layouts[i].matrix.shape, 2) for i in inside)
+            size = sum(gram_bucket_elements(layouts[i].matrix.shape, 2) for i in inside)
             assert size <= numel or len(inside) == 1
         seen = [i for b in plan.buckets for found in b.matrices.values() for i in found]
         assert sorted(seen) == list(range(11))

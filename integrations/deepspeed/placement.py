@@ -18,7 +18,7 @@ from spectral_dist.integrations.deepspeed.adam_moments import drop_moments
 from spectral_dist.params.spec import Route
 from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement
 from spectral_dist.sharding.collectives import Meter
-from spectral_dist.sharding.layout import Cut, Located, lay
+from spectral_dist.sharding.layout import Cut, Located, flat_layout
 
 
 class ZeroPlacement(ReplicatedPlacement):
@@ -126,7 +126,7 @@ def _place_flat(
                 f"{route.name} is no view of its ZeRO group's flat buffer of {ranks} x"
                 f" {flat.numel()} elements, so where it lives is not known; was its .data replaced?"
             )
-        layouts += [lay(matrix, cut, offset=offset) for matrix in route.matrices]
+        layouts += [flat_layout(matrix, cut, offset=offset) for matrix in route.matrices]
         begin, end = max(offset, cut.bounds[rank]), min(offset + numel, cut.bounds[rank + 1])
         if begin < end:
             spans.append((route.name, 0, begin - cut.bounds[rank], end - begin))
@@ -143,7 +143,7 @@ def _place_stage3(
         group, run, numel = _compat.run_of(route.parameter)
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         cut = Cut.even(run, ranks)
-        layouts += [lay(matrix, cut, base=base) for matrix in route.matrices]
+        layouts += [flat_layout(matrix, cut, base=base) for matrix in route.matrices]
         spans.append((route.name, 0, base, max(0, min(run, numel - rank * run))))
         base += run
     if base != flat.numel():

@@ -125,7 +125,7 @@ class InsideMegatron(ShardedOptimizer):
         kept: dict[Piece, Tensor] = {}
         for index, p in enumerate(tensors):
             kept |= unit.momentum_runs.packed_views(index, self.state[p]["exp_avg"])
-        from_owners(unit.exchange, kept, unit.exchange.stored.views(whole))
+        from_owners(unit.exchange, kept, unit.exchange.local_runs.views(whole))
         return dict(zip(tensors, whole, strict=True))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -55,7 +55,7 @@ class MatrixState:
             self._tensors[which] = {
                 name: torch.zeros(
                     _stacked(spec, len(which), reduction),
-                    dtype=spec.dtype or exchange.home_dtype,
+                    dtype=spec.dtype or exchange.state_dtype,
                     # what the host asks for in every step must not wait for the device
                     device="cpu" if spec.dtype == torch.int64 else exchange.device,
                 )

@@ -41,20 +41,20 @@ class MatrixStep(MatrixTask):
         self.rule, self.options = context.rule, context.options
         self.present = [grad is not None for grad in grads]
         self.absent = self._matrices_without_gradient()
-        self.state_place: Any = (exchange.home_device, exchange.home_dtype)
+        self.state_place: Any = (exchange.state_device, exchange.state_dtype)
         gradients = [
             torch.zeros_like(w) if g is None else g.contiguous()
             for w, g in zip(weights, grads, strict=True)
         ]
-        self.grad_of = exchange.stored.views(gradients)
-        self.weight_of = exchange.stored.views(weights)
+        self.grad_of = exchange.local_runs.views(gradients)
+        self.weight_of = exchange.local_runs.views(weights)
         self.has_momentum = bool(momenta)
         self.momentum_of: dict[Piece, Tensor] = {}
         if unit.momentum_at_owner:
             for index, momentum in enumerate(momenta):
                 self.momentum_of |= unit.momentum_runs.packed_views(index, momentum)
         elif self.has_momentum:
-            self.momentum_of = exchange.stored.views(momenta)
+            self.momentum_of = exchange.local_runs.views(momenta)
 
     def update_input(self, pieces: list[Piece]) -> list[Tensor]:
         """Accumulate, and return what must be orthogonalized."""
@@ -131,7 +131,11 @@ class MatrixStep(MatrixTask):
 
     def apply(self, pieces: list[Piece], directions: list[Tensor]) -> None:
         """Update the weights, and momentum of others' matrices where every replica keeps it."""
-        if self.unit.exchange.copies > 1 and not self.unit.momentum_at_owner and self.has_momentum:
+        if (
+            self.unit.exchange.num_replicas > 1
+            and not self.unit.momentum_at_owner
+            and self.has_momentum
+        ):
             self._accumulate([p for p in pieces if p not in self.unit.owned_runs])
         present = [i for i, p in enumerate(pieces) if self.present[p.tensor]]
         if not present:

@@ -220,7 +220,7 @@ class SpectralOptimizer(MatrixCheckpoints):
             group=located.group,
             replicas=located.replicas,
             device=located.device,
-            home=torch.empty(0, dtype=torch.promote_types(dtype, torch.float32), device=device),
+            like=torch.empty(0, dtype=torch.promote_types(dtype, torch.float32), device=device),
             wire_dtype=wire,
             meter=self.meter,
         )

@@ -15,9 +15,9 @@ from spectral_dist.polar import of_gram, resolve_dtype
 from spectral_dist.rules.base import PolarSpec, Shape
 from spectral_dist.rules.options import MatrixOptions
 from spectral_dist.sharding import collectives
-from spectral_dist.sharding.boxes import blocks, slabs
+from spectral_dist.sharding.boxes import slabs, tiles_alone
 from spectral_dist.sharding.cost import (
-    Job,
+    CostContext,
     cheaper_in_slabs,
     in_slabs_if_cheaper,
     subspace_seconds,
@@ -55,7 +55,7 @@ def select_gram(
         )
     if ranks == 1 or not (asked or (options.strategy == "auto" and not needs_whole)):
         return [False] * len(layouts)
-    job = Job(ranks, collectives.size(located.replicas), 0, wire.itemsize, False, 8)
+    job = CostContext(ranks, collectives.size(located.replicas), 0, wire.itemsize, False, 8)
     if any(spec is not None and spec.rank is not None for spec in specs.values()):
         return _subspaces(options, specs, layouts, job, asked)
     dtypes: dict[Shape, torch.dtype | None] = {}
@@ -75,12 +75,12 @@ def select_gram(
 
 
 def _job_of(
-    job: Job,
+    job: CostContext,
     specs: Mapping[Shape, PolarSpec | None],
     dtypes: Mapping[Shape, torch.dtype | None],
     wire: torch.dtype,
     device: torch.device,
-) -> Job:
+) -> CostContext:
     """Return the job with what the polar factors cost; the first shape's stand for all."""
     spec = next(spec for shape, spec in specs.items() if dtypes[shape] is not None)
     assert spec is not None, "a Gram's dtype is a method's"
@@ -114,7 +114,7 @@ def _subspaces(
     options: MatrixOptions,
     specs: Mapping[Shape, PolarSpec | None],
     layouts: Sequence[Layout],
-    job: Job,
+    job: CostContext,
     asked: bool,
 ) -> list[bool]:
     """Do ``select_gram`` of rules in a subspace, which of a square matrix is one of the rows."""
@@ -161,17 +161,17 @@ def add_blocks(unit: MatrixUnit, options: MatrixOptions, numel: int) -> MatrixUn
             "strategy is 'block', but the rule keeps state of whole matrices, which blocks have"
             " not; write strategy='owner' or 'gram'"
         )
-    by_matrix = [blocks(layout) for layout in located.layouts]
+    by_matrix = [tiles_alone(layout) for layout in located.layouts]
     layouts = tuple(block for matrix in by_matrix for block in matrix)
     homes = [owner // ranks for owner, m in zip(plan.owners, by_matrix, strict=True) for _ in m]
-    block_plan = make_plan(layouts, ranks, numel, exchange.copies, homes=homes)
+    block_plan = make_plan(layouts, ranks, numel, exchange.num_replicas, homes=homes)
     block_exchange = Exchange(
         layouts,
         block_plan,
         group=located.group,
         replicas=located.replicas,
         device=located.device,
-        home=torch.empty(0, dtype=exchange.home_dtype, device=exchange.home_device),
+        like=torch.empty(0, dtype=exchange.state_dtype, device=exchange.state_device),
         wire_dtype=exchange.wire_dtype,
         meter=exchange.meter,
     )

@@ -66,7 +66,7 @@ class MatrixUnit(Unit):
     @cached_property
     def momentum_at_owner(self) -> bool:
         """Return whether momentum is kept by the owner's replica alone."""
-        copies = self.exchange.copies > 1 and not self.located.replicate_momentum
+        copies = self.exchange.num_replicas > 1 and not self.located.replicate_momentum
         return self.has_momentum and copies
 
     @property
@@ -83,12 +83,12 @@ class MatrixUnit(Unit):
     @cached_property
     def momentum_runs(self) -> Pieces:
         """Return this rank's runs of matrices whose momentum it keeps."""
-        return self.exchange.given if self.momentum_at_owner else self.exchange.stored
+        return self.exchange.owned_runs if self.momentum_at_owner else self.exchange.local_runs
 
     @cached_property
     def owned_runs(self) -> frozenset[object]:
         """Return this rank's runs of the matrices that its replica owns."""
-        return frozenset(self.exchange.given.pieces)
+        return frozenset(self.exchange.owned_runs.pieces)
 
     def new_momentum(self, index: int, weight: Tensor, local: Tensor) -> Tensor:
         """Return zeros for tensor ``index``, in float32 or wider.

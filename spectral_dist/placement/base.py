@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from spectral_dist.params.spec import Route
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group, Meter
-from spectral_dist.sharding.layout import Cut, Located, lay
+from spectral_dist.sharding.layout import Cut, Located, flat_layout
 
 ParamGroup = dict[str, Any]
 """A parameter group of torch's: schedulers and frameworks write into it."""
@@ -172,7 +172,7 @@ class ReplicatedPlacement(Placement):
         layouts, spans = [], []
         for index, (route, tensor) in enumerate(zip(routes, tensors, strict=True)):
             cut = Cut((0, tensor.numel()))
-            layouts += [lay(m, cut, tensor=index) for m in route.matrices]
+            layouts += [flat_layout(m, cut, tensor=index) for m in route.matrices]
             spans.append((route.name, index, 0, tensor.numel()))
         located = Located(
             tuple(layouts),

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from spectral_dist.params.spec import Route
 from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement, check_contiguous
 from spectral_dist.sharding.collectives import Group, Meter, all_equal, sum_ranks
-from spectral_dist.sharding.layout import Box, Boxes, Located, lay_boxes
+from spectral_dist.sharding.layout import Box, Boxes, Located, grid_layout
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class MeshPlacement(ReplicatedPlacement):
                     f" {tuple(tensor.shape)} should be {numel} elements here, but there are"
                     f" {local.numel()}: its layout is not one that this release knows"
                 )
-            layouts += [lay_boxes(m, route.stack, boxes, rank, i) for m in route.matrices]
+            layouts += [grid_layout(m, route.stack, boxes, rank, i) for m in route.matrices]
         # a DTensor's momentum is one as well, for torch's own checkpoints: on every copy
         replicas, everywhere = self._group(mesh, copied), True
         outer = self.replicas

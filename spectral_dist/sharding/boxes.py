@@ -32,7 +32,7 @@ def union(boxes: Sequence[Box]) -> Box | None:
     return whole if whole.numel == sum(b.numel for b in boxes) else None
 
 
-def held(tile: Tile, rank: int) -> Box | None:
+def stored_rows(tile: Tile, rank: int) -> Box | None:
     """What the rank stores of a tile, if that is some whole rows of it."""
     return _rows(tile, *tile.part(rank))
 
@@ -45,7 +45,7 @@ def _rows(tile: Tile, begin: int, end: int) -> Box | None:
     return Box(tile.row + first, tile.col, last - first, tile.cols)
 
 
-def holdings(storage: Sequence[Tile]) -> dict[int, Box] | None:
+def stored_boxes(storage: Sequence[Tile]) -> dict[int, Box] | None:
     """The box that each holder stores of a matrix of these tiles, if all store boxes."""
     stored: dict[int, list[Box]] = {}
     for tile in storage:
@@ -84,7 +84,7 @@ class Ranges:
     def __iter__(self) -> Iterator[tuple[int, int]]:
         return map(self.__getitem__, range(self.ranks))
 
-    def meeting(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+    def overlapping(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
         """Yield (rank, begin, end) of what each rank has of [begin, end), if it has anything."""
         for rank, first, last in self.cut.runs(begin * self.unit, end * self.unit):
             if first // self.unit < last // self.unit:
@@ -112,7 +112,7 @@ class Slabs:
         """The rank's slab."""
         return self._box(*self.ranges[rank], shape)
 
-    def meeting(
+    def overlapping(
         self, tile: Tile, begin: int, end: int, shape: tuple[int, int]
     ) -> Iterator[tuple[int, Box]]:
         """Yield each rank whose slab may have some of elements [begin, end) of a tile, and it.
@@ -125,7 +125,7 @@ class Slabs:
             left = tile.col + begin % tile.cols
             one_row = last - first == 1
             span = (left, left + end - begin) if one_row else (tile.col, tile.col + tile.cols)
-        for rank, start, stop in self.ranges.meeting(*span) if begin < end else ():
+        for rank, start, stop in self.ranges.overlapping(*span) if begin < end else ():
             yield rank, self._box(start, stop, shape)
 
     def _box(self, begin: int, end: int, shape: tuple[int, int]) -> Box:
@@ -145,7 +145,7 @@ def slabs(layout: Layout, ranks: int) -> Slabs:
 
 @lru_cache(maxsize=4096)
 def _slabs(shape: tuple[int, int], storage: tuple[Tile, ...], ranks: int) -> Slabs:
-    boxes = holdings(storage)
+    boxes = stored_boxes(storage)
     for along in (0, 1):
         if boxes is None or shape[along] < shape[1 - along]:
             continue
@@ -157,7 +157,7 @@ def _slabs(shape: tuple[int, int], storage: tuple[Tile, ...], ranks: int) -> Sla
     return Slabs(int(shape[1] > shape[0]), Ranges.even(max(shape), ranks), False)
 
 
-def meet(tile: Tile, begin: int, end: int, box: Box) -> Iterator[Box]:
+def intersect(tile: Tile, begin: int, end: int, box: Box) -> Iterator[Box]:
     """Elements [begin, end) of a row-major tile that are in ``box``: up to three boxes, in order.
 
     The rest of a first row, whole rows, and the start of a last one.
@@ -188,7 +188,7 @@ def parts_in(tile: Tile, box: Box) -> Iterator[tuple[int, int, int]]:
         yield from tile.parts((top - tile.row) * tile.cols, (bottom - tile.row) * tile.cols)
 
 
-def blocks(layout: Layout) -> list[Layout]:
+def tiles_alone(layout: Layout) -> list[Layout]:
     """The layouts of the matrix's blocks, each a matrix of its own, named NAME@BLOCK.
 
     Blocks are as the tiles say; where they say nothing, what each rank holds. They have no
@@ -201,7 +201,7 @@ def blocks(layout: Layout) -> list[Layout]:
     for tile in layout.tiles:
         found.setdefault(tile.block, []).append(tile)
     if len(found) == 1 and len(layout.holders()) > 1:
-        if holdings(layout.tiles) is None:
+        if stored_boxes(layout.tiles) is None:
             raise ValueError(_no_tiles(layout.matrix.name))
         found = {rank: _rows_of(layout, rank) for rank in layout.holders()}
     if len(found) == 1:
@@ -222,7 +222,7 @@ def _rows_of(layout: Layout, rank: int) -> list[Tile]:
     """Tiles of what the rank holds, which is whole rows of the layout's."""
     tiles = []
     for tile in layout.tiles:
-        box = held(tile, rank)
+        box = stored_rows(tile, rank)
         if box is not None and box.rows:
             skipped = (box.row - tile.row) * tile.cols
             tiles.append(replace(tile, row=box.row, rows=box.rows, offset=tile.offset + skipped))

@@ -68,65 +68,67 @@ class Batch:
         return torch.cat(parts)
 
 
-class Parcels(Protocol):
-    """Between runs in the order of ``Route.gives`` and batches of matrices, on both sides."""
+class Packing(Protocol):
+    """Between runs in the order of ``Route.send_runs`` and batches of matrices, on both sides."""
 
-    def send(self, given: Tensor) -> Tensor:
+    def pack_to_send(self, runs: Tensor) -> Tensor:
         """Flat runs in the order in which they are sent."""
 
-    def land(self, received: Tensor) -> list[Tensor]:
+    def unpack_matrices(self, received: Tensor) -> list[Tensor]:
         """Batches (k, rows, columns), of what has arrived."""
 
-    def lift(self, directions: list[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The inverse of ``land``, flat, of this dtype and on this device."""
+    def pack_directions(
+        self, directions: list[Tensor], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """The inverse of ``unpack_matrices``, flat, of this dtype and on this device."""
 
-    def keep(self, returned: Tensor) -> Tensor:
-        """The inverse of ``send``."""
+    def unpack_directions(self, runs: Tensor) -> Tensor:
+        """The inverse of ``pack_to_send``."""
 
 
 @dataclass(slots=True)
-class Route:
+class BucketRoute:
     """What this rank does for one bucket."""
 
     moves: bool
-    parcels: Parcels
+    packing: Packing
     batches: list[tuple[int, ...]]
     """the matrices of each batch that this rank computes"""
-    gives: list[Piece] = field(default_factory=list)
+    send_runs: list[Piece] = field(default_factory=list)
     """its runs of the matrices that its replica owns, by owner (``gram``: batch), then matrix, then
     tile; directions of the same runs come back"""
-    gives_sizes: Sequence[int] = ()
+    send_counts: Sequence[int] = ()
     """elements sent to each rank"""
-    takes_sizes: Sequence[int] = ()
+    recv_counts: Sequence[int] = ()
     """elements received from each rank"""
-    returns: list[Piece] = field(default_factory=list)
+    result_runs: list[Piece] = field(default_factory=list)
     """its runs of all the bucket's matrices, replica by replica: those of which it gets the
     direction"""
-    given: list[int] = field(default_factory=list)
+    counts_per_replica: list[int] = field(default_factory=list)
     """elements of them that each replica gives"""
 
-    def take(self, replica: int, order: Sequence[tuple[int, list[Piece]]]) -> None:
+    def assign_runs(self, replica: int, order: Sequence[tuple[int, list[Piece]]]) -> None:
         """Note this rank's runs: (the replica that owns their matrix, runs), in order."""
-        by_replica: list[list[Piece]] = [[] for _ in self.given]
+        by_replica: list[list[Piece]] = [[] for _ in self.counts_per_replica]
         for k, pieces in order:
             by_replica[k] += pieces
-        self.gives = by_replica[replica]
-        self.returns = [piece for pieces in by_replica for piece in pieces]
-        self.given = [sum(piece.length for piece in pieces) for pieces in by_replica]
+        self.send_runs = by_replica[replica]
+        self.result_runs = [piece for pieces in by_replica for piece in pieces]
+        self.counts_per_replica = [sum(piece.length for piece in pieces) for pieces in by_replica]
 
 
-class Wholes:
+class WholePacking:
     """Parcels of whole matrices at their owners."""
 
     def __init__(self, layouts: Sequence[Layout], batches: list[Batch], ranks: int) -> None:
         self.batches = batches
-        self.takes_sizes = [0] * ranks
+        self.recv_counts = [0] * ranks
         placed: list[tuple[int, int, int]] = []  # (rank, running number, length)
         for i in (i for batch in batches for i in batch.matrices):
             for tile in layouts[i].tiles:
                 for holder, begin, end in tile.parts():
                     placed.append((holder, len(placed), end - begin))
-                    self.takes_sizes[holder] += end - begin
+                    self.recv_counts[holder] += end - begin
         arriving = sorted(placed)
         # lengths of the runs received, in the order of arrival: by rank, then matrix, then tile
         self._arrivals = [length for _, _, length in arriving]
@@ -136,11 +138,11 @@ class Wholes:
         for arrival, number in enumerate(self._returning):
             self._placing[number] = arrival
 
-    def send(self, given: Tensor) -> Tensor:
+    def pack_to_send(self, runs: Tensor) -> Tensor:
         """They are in that order."""
-        return given
+        return runs
 
-    def land(self, received: Tensor) -> list[Tensor]:
+    def unpack_matrices(self, received: Tensor) -> list[Tensor]:
         """The owned matrices, (k, m, n) of each batch."""
         if not self.batches:
             return []
@@ -149,7 +151,9 @@ class Wholes:
         parts = torch.split(flat, [batch.numel for batch in self.batches])
         return [batch.join(part) for batch, part in zip(self.batches, parts, strict=True)]
 
-    def lift(self, directions: list[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def pack_directions(
+        self, directions: list[Tensor], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
         """In the order of arrival."""
         cut = [batch.cut(d) for batch, d in zip(self.batches, directions, strict=True)]
         flat = pack(cut, dtype, device)
@@ -158,9 +162,9 @@ class Wholes:
         parts = torch.split(flat, [self._arrivals[i] for i in self._placing])
         return torch.cat([parts[i] for i in self._returning])
 
-    def keep(self, returned: Tensor) -> Tensor:
+    def unpack_directions(self, runs: Tensor) -> Tensor:
         """They are in that order."""
-        return returned
+        return runs
 
 
 def batches_of(layouts: Sequence[Layout], mine: Sequence[int]) -> list[Batch]:
@@ -190,15 +194,20 @@ def route_to_owners(
     replica: int,
     replicas: int,
     together: bool = True,
-) -> Route:
+) -> BucketRoute:
     """Of a bucket whose matrices are to be whole at their owners; equal shapes ``together``."""
     batches = batches_of(layouts, bucket.matrices.get(replica * ranks + rank, ()))
     if not together:
         batches = [replace(batch, matrices=(i,)) for batch in batches for i in batch.matrices]
-    wholes = Wholes(layouts, batches, ranks)
-    route = Route(bucket.moves, wholes, [batch.matrices for batch in batches], given=[0] * replicas)
-    gives_sizes = [0] * ranks
-    route.takes_sizes, route.gives_sizes = wholes.takes_sizes, gives_sizes
+    packing = WholePacking(layouts, batches, ranks)
+    route = BucketRoute(
+        bucket.moves,
+        packing,
+        [batch.matrices for batch in batches],
+        counts_per_replica=[0] * replicas,
+    )
+    send_counts = [0] * ranks
+    route.recv_counts, route.send_counts = packing.recv_counts, send_counts
     order = []
     for owner, matrices in bucket.matrices.items():
         # by shape, as the owner will batch them
@@ -206,8 +215,8 @@ def route_to_owners(
             pieces = pieces_of(layouts[i], i, rank)
             order.append((owner // ranks, pieces))
             if owner // ranks == replica:
-                gives_sizes[owner % ranks] += sum(piece.length for piece in pieces)
-    route.take(replica, order)
+                send_counts[owner % ranks] += sum(piece.length for piece in pieces)
+    route.assign_runs(replica, order)
     return route
 
 

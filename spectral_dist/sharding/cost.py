@@ -12,7 +12,7 @@ from spectral_dist.sharding.plan import cost, polynomial_cost
 
 
 @dataclass(frozen=True)
-class Job:
+class CostContext:
     """What the cost of a matrix depends on beside its shape.
 
     ranks: of one replica. steps: of the iteration. itemsize: bytes of an element on the wire.
@@ -27,7 +27,7 @@ class Job:
     gram_itemsize: int
 
 
-def owner_seconds(shape: tuple[int, int], count: int, job: Job, machine: Machine) -> float:
+def owner_seconds(shape: tuple[int, int], count: int, job: CostContext, machine: Machine) -> float:
     """Of ``count`` matrices of one shape that are spread over owners.
 
     The busiest owner has ceil(count / ranks) of them: it computes their steps, and takes in and
@@ -40,7 +40,7 @@ def owner_seconds(shape: tuple[int, int], count: int, job: Job, machine: Machine
 
 
 def gram_seconds(
-    shape: tuple[int, int], count: int, still: bool, job: Job, machine: Machine
+    shape: tuple[int, int], count: int, still: bool, job: CostContext, machine: Machine
 ) -> float:
     """Of ``count`` matrices of one shape that stay in slabs.
 
@@ -61,7 +61,7 @@ def gram_seconds(
 
 
 def subspace_seconds(
-    shape: tuple[int, int], rank: int, count: int, job: Job, machine: Machine
+    shape: tuple[int, int], rank: int, count: int, job: CostContext, machine: Machine
 ) -> tuple[float, float]:
     """Of ``count`` matrices whose rule works in a subspace of this rank: (at owners, in slabs).
 
@@ -78,7 +78,7 @@ def subspace_seconds(
 
 
 def cheaper_in_slabs(
-    layouts: Sequence[Layout], able: Sequence[bool], job: Job, machine: Machine
+    layouts: Sequence[Layout], able: Sequence[bool], job: CostContext, machine: Machine
 ) -> list[bool]:
     """Of each matrix, whether ``auto`` does it in slabs.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spectral_dist.sharding import collectives
-from spectral_dist.sharding.bucket_routes import Piece, Route, pack, route_to_owners
+from spectral_dist.sharding.bucket_routes import BucketRoute, Piece, pack, route_to_owners
 from spectral_dist.sharding.collectives import Group, Meter, Pending
 from spectral_dist.sharding.gram import Reduction
 from spectral_dist.sharding.layout import Layout
@@ -93,7 +93,7 @@ class Exchange:
         group: the ranks that share the matrices; None for this process alone.
         replicas: the ranks that store the same shards as this one.
         device: where matrices are computed and collectives run.
-        home: a tensor with the dtype and device in which directions are wanted back.
+        like: a tensor with the dtype and device in which directions are wanted back.
         wire_dtype: of the elements sent; also rounded to when nothing is sent, so that the
             numbers do not depend on the layout.
         meter: counts calls and bytes.
@@ -106,16 +106,16 @@ class Exchange:
         *,
         group: Group,
         device: torch.device,
-        home: Tensor,
+        like: Tensor,
         wire_dtype: torch.dtype,
         meter: Meter,
         replicas: Group = None,
     ) -> None:
-        self.home_device, self.home_dtype = home.device, home.dtype
+        self.state_device, self.state_dtype = like.device, like.dtype
         self.group, self.replicas, self.device = group, replicas, device
         self.wire_dtype, self.meter = wire_dtype, meter
         rank, ranks = collectives.rank(group), collectives.size(group)
-        replica, self.copies = collectives.rank(replicas), collectives.size(replicas)
+        replica, self.num_replicas = collectives.rank(replicas), collectives.size(replicas)
         groups = (group, replicas)
         collectives.assert_same([layout.describe() for layout in layouts], groups, device)
         where = zip(layouts, plan.owners, plan.strategies, strict=True)
@@ -123,21 +123,21 @@ class Exchange:
         lines += [f"bucket {bucket}" for bucket in plan.buckets] + [f"wire {wire_dtype}"]
         collectives.assert_same(lines, groups, device)
         # a product on CPUs rounds by its operands' alignment, and by what it is batched with
-        self._alone = device.type == "cpu"
-        self.routes: list[Route] = []
+        self._one_by_one = device.type == "cpu"
+        self.routes: list[BucketRoute] = []
         self._reductions: dict[tuple[int, ...], Reduction] = {}
         for bucket in plan.buckets:
-            here = (bucket, layouts, rank, ranks, replica, self.copies)
+            here = (bucket, layouts, rank, ranks, replica, self.num_replicas)
             if not bucket.gram:
-                self.routes.append(route_to_owners(*here, not self._alone))
+                self.routes.append(route_to_owners(*here, not self._one_by_one))
                 continue
             route, batches = route_to_slabs(*here)
             self.routes.append(route)
             for batch in batches:
                 self._reductions[batch.matrices] = Reduction(batch, group, meter)
-        self.stored = Pieces([piece for route in self.routes for piece in route.returns])
+        self.local_runs = Pieces([piece for route in self.routes for piece in route.result_runs])
         """this rank's runs of all matrices"""
-        self.given = Pieces([piece for route in self.routes for piece in route.gives])
+        self.owned_runs = Pieces([piece for route in self.routes for piece in route.send_runs])
         """this rank's runs of the matrices that its replica owns"""
 
     def batches(self) -> Iterator[tuple[tuple[int, ...], Reduction | None]]:
@@ -153,41 +153,41 @@ class Exchange:
         next bucket's exchange is in flight while this one is computed, and this one's return while
         the next is. Three buckets are in memory, four where shards have replicas.
         """
-        waiting = [self._way(route, task) for route in self.routes][::-1]
+        waiting = [self._run_bucket(route, task) for route in self.routes][::-1]
         under_way: list[Iterator[None]] = []
         while waiting or under_way:
             if waiting:
                 under_way.insert(0, waiting.pop())
             under_way = [way for way in under_way if next(way, way) is not way]  # way: it ended
 
-    def _way(self, route: Route, task: MatrixTask) -> Iterator[None]:
+    def _run_bucket(self, route: BucketRoute, task: MatrixTask) -> Iterator[None]:
         """One bucket's way from shards to owners and back, with a pause at each collective."""
         collecting = self._collect(route, task)
         yield
-        directions = self._compute(route, task, route.parcels.land(collecting.wait()))
+        directions = self._compute(route, task, route.packing.unpack_matrices(collecting.wait()))
         returning = self._deliver(route, directions)
         del directions
         yield
-        flat = route.parcels.keep(returning.wait())
-        if self.copies > 1:
-            spreading = self._spread(route, flat)
+        flat = route.packing.unpack_directions(returning.wait())
+        if self.num_replicas > 1:
+            spreading = self._exchange_replicas(route, flat)
             yield
-            parts = spreading.wait().view(self.copies, max(route.given))
-            flat = torch.cat([p[:n] for p, n in zip(parts, route.given, strict=True)])
-        task.apply(route.returns, self._directions(flat, route.returns))
+            parts = spreading.wait().view(self.num_replicas, max(route.counts_per_replica))
+            flat = torch.cat([p[:n] for p, n in zip(parts, route.counts_per_replica, strict=True)])
+        task.apply(route.result_runs, self._directions(flat, route.result_runs))
 
-    def _collect(self, route: Route, task: MatrixTask) -> Pending:
+    def _collect(self, route: BucketRoute, task: MatrixTask) -> Pending:
         """Begin bringing a bucket's matrices to their owners, or slabs to their ranks."""
-        inputs = task.update_input(route.gives) if route.gives else []
-        given = pack(inputs, self.wire_dtype, self.device)
-        sent = route.parcels.send(given)
+        inputs = task.update_input(route.send_runs) if route.send_runs else []
+        packed = pack(inputs, self.wire_dtype, self.device)
+        sent = route.packing.pack_to_send(packed)
         if not route.moves:
             return Pending(sent)
         return collectives.all_to_all(
-            sent, route.gives_sizes, route.takes_sizes, self.group, self.meter
+            sent, route.send_counts, route.recv_counts, self.group, self.meter
         )
 
-    def _compute(self, route: Route, task: MatrixTask, batches: list[Tensor]) -> list[Tensor]:
+    def _compute(self, route: BucketRoute, task: MatrixTask, batches: list[Tensor]) -> list[Tensor]:
         """Return the directions of each batch."""
         directions = []
         for x, which in zip(batches, route.batches, strict=True):
@@ -195,24 +195,24 @@ class Exchange:
             if reduction:
                 directions.append(task.slab_direction(x, reduction))
             else:
-                directions.append(task.direction(x.clone() if self._alone else x, which))
+                directions.append(task.direction(x.clone() if self._one_by_one else x, which))
         return directions
 
-    def _deliver(self, route: Route, directions: list[Tensor]) -> Pending:
+    def _deliver(self, route: BucketRoute, directions: list[Tensor]) -> Pending:
         """Begin returning the batches' directions to the shards of this replica."""
-        flat = route.parcels.lift(directions, self.wire_dtype, self.device)
+        flat = route.packing.pack_directions(directions, self.wire_dtype, self.device)
         if not route.moves:
             return Pending(flat)
         return collectives.all_to_all(
-            flat, route.takes_sizes, route.gives_sizes, self.group, self.meter
+            flat, route.recv_counts, route.send_counts, self.group, self.meter
         )
 
-    def _spread(self, route: Route, flat: Tensor) -> Pending:
+    def _exchange_replicas(self, route: BucketRoute, flat: Tensor) -> Pending:
         """Begin exchanging what each replica was given for its own matrices."""
-        padding = flat.new_zeros(max(route.given) - flat.numel())
+        padding = flat.new_zeros(max(route.counts_per_replica) - flat.numel())
         return collectives.all_gather(torch.cat([flat, padding]), self.replicas, self.meter)
 
     def _directions(self, flat: Tensor, pieces: list[Piece]) -> list[Tensor]:
-        """The directions of ``pieces``, run by run, at home."""
-        home = flat.to(device=self.home_device, dtype=self.home_dtype)
-        return list(torch.split(home, [piece.length for piece in pieces]))
+        """The directions of ``pieces``, run by run, where states are."""
+        state = flat.to(device=self.state_device, dtype=self.state_dtype)
+        return list(torch.split(state, [piece.length for piece in pieces]))

@@ -19,15 +19,15 @@ def from_owners(
     A collective call of the replicas; a bucket at a time.
     """
     for route in exchange.routes:
-        mine = [kept[piece].reshape(-1) for piece in route.gives]
-        values = [*mine, torch.zeros(0, dtype=exchange.home_dtype, device=exchange.home_device)]
+        mine = [kept[piece].reshape(-1) for piece in route.send_runs]
+        values = [*mine, torch.zeros(0, dtype=exchange.state_dtype, device=exchange.state_device)]
         flat = torch.cat(values).to(exchange.device)
-        most = max(route.given)
+        most = max(route.counts_per_replica)
         padded = torch.nn.functional.pad(flat, (0, most - flat.numel()))
-        if exchange.copies > 1:
+        if exchange.num_replicas > 1:
             padded = collectives.all_gather(padded, exchange.replicas, exchange.meter).wait()
-        parts = padded.view(exchange.copies, most)
-        whole = torch.cat([p[:n] for p, n in zip(parts, route.given, strict=True)])
-        runs = torch.split(whole, [piece.length for piece in route.returns])
-        for piece, run in zip(route.returns, runs, strict=True):
+        parts = padded.view(exchange.num_replicas, most)
+        whole = torch.cat([p[:n] for p, n in zip(parts, route.counts_per_replica, strict=True)])
+        runs = torch.split(whole, [piece.length for piece in route.result_runs])
+        for piece, run in zip(route.result_runs, runs, strict=True):
             into[piece].copy_(run)

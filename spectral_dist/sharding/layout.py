@@ -218,7 +218,9 @@ class Located:
     tensors: tuple[int, ...] = ()
 
 
-def lay(matrix: Matrix, cut: Cut, *, offset: int = 0, base: int = 0, tensor: int = 0) -> Layout:
+def flat_layout(
+    matrix: Matrix, cut: Cut, *, offset: int = 0, base: int = 0, tensor: int = 0
+) -> Layout:
     """The layout of a matrix whose whole parameter begins at ``offset`` of the cut's sequence."""
     tiles, row = [], 0
     for start, rows in matrix.blocks:
@@ -242,7 +244,7 @@ class Boxes(tuple[Box, ...]):
         return self._hash
 
 
-def lay_boxes(
+def grid_layout(
     matrix: Matrix, stack: int, boxes: tuple[Box, ...], rank: int, tensor: int = 0
 ) -> Layout:
     """The layout of a matrix whose parameter each rank stores one box of.

@@ -54,7 +54,7 @@ def polynomial_cost(shape: tuple[int, int]) -> float:
     return 4.0 * min(shape) ** 3
 
 
-def share(shape: tuple[int, int], ranks: int) -> int:
+def gram_bucket_elements(shape: tuple[int, int], ranks: int) -> int:
     """Elements that a rank keeps in a bucket of one matrix of ``gram``: its slab and the Gram.
 
     The Gram twice, as a square and as halves, of numbers twice as wide as the wire's.
@@ -129,7 +129,7 @@ def _least_loaded(heap: list[tuple[float, int, int]], loads: Sequence[float]) ->
     return heap[0][2]
 
 
-def chunks(
+def owner_buckets(
     layouts: Sequence[Layout], indices: list[int], owners: Sequence[int], numel: int
 ) -> Iterator[dict[int, list[int]]]:
     """Cut each owner's matrices into runs of at most ``numel`` elements; the k-th runs together.
@@ -153,17 +153,17 @@ def chunks(
         yield {owner: runs[k] for owner, runs in sorted(queues.items()) if k < len(runs)}
 
 
-def slab_chunks(
+def gram_buckets(
     layouts: Sequence[Layout], indices: list[int], owners: Sequence[int], numel: int, ranks: int
 ) -> Iterator[dict[int, list[int]]]:
-    """``chunks`` of ``gram``: each replica's matrices in runs of which no rank has too much.
+    """``owner_buckets`` of ``gram``: each replica's matrices in runs of which no rank has too much.
 
     In the order in which owners were chosen, so that the polynomials of a run are spread.
     """
     queues: dict[int, list[list[int]]] = {}
     filled: dict[int, int] = {}
     for i in sorted(indices, key=lambda i: (-polynomial_cost(layouts[i].matrix.shape), i)):
-        replica, more = owners[i] // ranks, share(layouts[i].matrix.shape, ranks)
+        replica, more = owners[i] // ranks, gram_bucket_elements(layouts[i].matrix.shape, ranks)
         runs = queues.setdefault(replica, [])
         if not runs or filled[replica] + more > numel:
             runs.append([])
@@ -199,10 +199,10 @@ def make_plan(
     # every replica gets the directions of all of them: share the bound among replicas
     limit = max(1, bucket_numel // replicas)
     at_rest, in_motion = (
-        [Bucket(c, moving) for c in chunks(layouts, found, owners, limit)]
-        + [Bucket(c, moving, True) for c in slab_chunks(layouts, slabbed, owners, limit, ranks)]
+        [Bucket(c, moving) for c in owner_buckets(layouts, found, owners, limit)]
+        + [Bucket(c, moving, True) for c in gram_buckets(layouts, slabbed, owners, limit, ranks)]
         for moving in (False, True)
-        for found, slabbed in [_sorted_out(moves, moving, gram)]
+        for found, slabbed in [_split_by_strategy(moves, moving, gram)]
     )
     buckets = (*at_rest[:1], *in_motion, *at_rest[1:])
     strategies = tuple(
@@ -211,7 +211,7 @@ def make_plan(
     return Plan(tuple(owners), buckets, tuple(loads), strategies)
 
 
-def _sorted_out(
+def _split_by_strategy(
     moves: Sequence[bool], moving: bool, gram: Sequence[bool]
 ) -> tuple[list[int], list[int]]:
     """Indices of the matrices that move, or of those that do not: whole, and in slabs."""

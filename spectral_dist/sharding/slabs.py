@@ -14,8 +14,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from spectral_dist.sharding.boxes import Box, Slabs, meet, parts_in, slabs
-from spectral_dist.sharding.bucket_routes import Route, pack, pieces_of
+from spectral_dist.sharding.boxes import Box, Slabs, intersect, parts_in, slabs
+from spectral_dist.sharding.bucket_routes import BucketRoute, pack, pieces_of
 from spectral_dist.sharding.layout import Layout, Tile
 from spectral_dist.sharding.plan import Bucket
 
@@ -88,17 +88,17 @@ class Rectangles:
             at += rows * width
 
 
-class SlabParcels:
-    """Parcels of slabs; ``Parcels``."""
+class SlabPacking:
+    """Parcels of slabs; ``Packing``."""
 
     def __init__(self, batches: list[SlabBatch], leaving: Rectangles, landing: Rectangles) -> None:
         self.batches, self._leaving, self._landing = batches, leaving, landing
 
-    def send(self, given: Tensor) -> Tensor:
+    def pack_to_send(self, runs: Tensor) -> Tensor:
         """By rank, then batch, matrix, tile, rectangle."""
-        return self._leaving.gather(given)
+        return self._leaving.gather(runs)
 
-    def land(self, received: Tensor) -> list[Tensor]:
+    def unpack_matrices(self, received: Tensor) -> list[Tensor]:
         """This rank's slabs, (k, rows, columns) of each batch; rows or columns may be 0."""
         flat = self._landing.scatter(received)
         parts = torch.split(flat, [batch.numel for batch in self.batches])
@@ -107,13 +107,15 @@ class SlabParcels:
             for batch, part in zip(self.batches, parts, strict=True)
         ]
 
-    def lift(self, directions: list[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    def pack_directions(
+        self, directions: list[Tensor], dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
         """In the order of arrival."""
         return self._landing.gather(pack(directions, dtype, device))
 
-    def keep(self, returned: Tensor) -> Tensor:
+    def unpack_directions(self, runs: Tensor) -> Tensor:
         """In the order of the runs."""
-        return self._leaving.scatter(returned)
+        return self._leaving.scatter(runs)
 
 
 def slab_batches(
@@ -140,7 +142,7 @@ def slab_batches(
 
 def route_to_slabs(
     bucket: Bucket, layouts: Sequence[Layout], rank: int, ranks: int, replica: int, replicas: int
-) -> tuple[Route, list[SlabBatch]]:
+) -> tuple[BucketRoute, list[SlabBatch]]:
     """Of a bucket of ``gram``, and this replica's batches of it."""
     order = []
     batches: list[SlabBatch] = []
@@ -154,16 +156,16 @@ def route_to_slabs(
         (batch.shape, batch.cut, tuple(layouts[i].storage() for i in batch.matrices))
         for batch in batches
     )
-    leaving, gives_sizes, landing, takes_sizes = _ends(cuts, rank, ranks)
-    route = Route(
+    leaving, send_counts, landing, recv_counts = _ends(cuts, rank, ranks)
+    route = BucketRoute(
         bucket.moves,
-        SlabParcels(batches, leaving, landing),
+        SlabPacking(batches, leaving, landing),
         [batch.matrices for batch in batches],
-        gives_sizes=gives_sizes,
-        takes_sizes=takes_sizes,
-        given=[0] * replicas,
+        send_counts=send_counts,
+        recv_counts=recv_counts,
+        counts_per_replica=[0] * replicas,
     )
-    route.take(replica, order)
+    route.assign_runs(replica, order)
     return route, batches
 
 
@@ -186,11 +188,13 @@ def _ends(
         for storage in storages:
             for tile in storage:
                 begin, end = tile.part(rank)
-                for other, box in cut.meeting(tile, begin, end, shape):
-                    leaving.add(other, meet(tile, begin, end, box), tile, leaving.numel - begin)
+                for other, box in cut.overlapping(tile, begin, end, shape):
+                    leaving.add(
+                        other, intersect(tile, begin, end, box), tile, leaving.numel - begin
+                    )
                 leaving.numel += end - begin
                 for other, first, last in parts_in(tile, slab):
-                    landing.add(other, meet(tile, first, last, slab), slab, landing.numel)
+                    landing.add(other, intersect(tile, first, last, slab), slab, landing.numel)
             landing.numel += slab.numel
     return *leaving.packed(ranks), *landing.packed(ranks)
 

@@ -137,7 +137,7 @@ def inspect(model, wholes, group=None, **options):
                 check_runs(layout, rank, tensors, truths[layout.matrix.name], covered)
             assert all((c == 1).all() for c in covered)
             outputs = [torch.zeros_like(t) for t in tensors]
-            views = unit.exchange.stored.views
+            views = unit.exchange.local_runs.views
             task = Doubling(views(tensors), views(outputs), layouts, truths)
             unit.exchange.run(task)
             for out, tensor in zip(outputs, tensors, strict=True):

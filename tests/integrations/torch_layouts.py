@@ -369,7 +369,7 @@ def build(layout: str, make: Callable[..., nn.Module] = conditioned, **model_opt
 
     Where each element went is read off a copy whose elements are their own indices.
     """
-    lay = LAYOUTS[layout][0]
+    flat_layout = LAYOUTS[layout][0]
     if make is conditioned:
         model_options = options_for(layout, **model_options)
     indices = make(**model_options)
@@ -377,8 +377,8 @@ def build(layout: str, make: Callable[..., nn.Module] = conditioned, **model_opt
         for p in indices.parameters():
             p.copy_(torch.arange(p.numel()).view(p.shape))
     if layout.endswith("_bf16"):  # which has not the digits
-        lay = LAYOUTS[layout.removesuffix("_bf16")][0]
-    numbered = lay(indices)
+        flat_layout = LAYOUTS[layout.removesuffix("_bf16")][0]
+    numbered = flat_layout(indices)
     laid = LAYOUTS[layout][0](make(**model_options))
     for name, p in numbered.named.items():
         local = p.to_local() if isinstance(p, DTensor) else p

@@ -14,7 +14,7 @@ from itertools import pairwise, product
 import torch
 from torch import Tensor
 
-from spectral_dist.sharding.layout import Box, Cut, Layout, Matrix, Tile, lay, lay_boxes
+from spectral_dist.sharding.layout import Box, Cut, Layout, Matrix, Tile, flat_layout, grid_layout
 
 UNTOUCHED = -7.0
 
@@ -243,7 +243,7 @@ class Builder:
         for k, part in ((k, p) for k in range(layers) for p in self.parts(m, n)):
             blocks = tuple((k * m * n + first * n, count) for first, count in part)
             matrix = self.add_truth(values[k], holders[k], out[k], part, blocks)
-            self.layouts.append(lay_boxes(matrix, m * n, boxes, self.rank, tensor))
+            self.layouts.append(grid_layout(matrix, m * n, boxes, self.rank, tensor))
 
     def add_local(
         self, values: Tensor, out: Tensor, bounds: list[int], before: int
@@ -270,7 +270,7 @@ class Builder:
         for part in self.parts(m, n):
             blocks = tuple((first * n, count) for first, count in part)
             matrix = self.add_truth(value, holder, target, part, blocks)
-            self.layouts.append(lay(matrix, cut, offset=offset, base=base, tensor=tensor))
+            self.layouts.append(flat_layout(matrix, cut, offset=offset, base=base, tensor=tensor))
 
     def add_truth(
         self,

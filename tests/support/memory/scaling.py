@@ -330,9 +330,9 @@ def plans(optimizer: Any) -> tuple[dict[str, int], dict[str, int]]:
             owners |= dict(zip(unit.names, unit.plan.owners, strict=True))
             for route in unit.exchange.routes:
                 found = {
-                    "gives": sum(piece.length for piece in route.gives),
-                    "takes": sum(route.takes_sizes),
-                    "returns": sum(piece.length for piece in route.returns),
+                    "gives": sum(piece.length for piece in route.send_runs),
+                    "takes": sum(route.recv_counts),
+                    "returns": sum(piece.length for piece in route.result_runs),
                     "moves": int(route.moves),
                 }
                 most = {key: max(most[key], found[key]) for key in most}
