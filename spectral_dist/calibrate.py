@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spectral_dist.polar.coefficients import Shape, check_row, choose, key, parse_shape, read
+from spectral_dist.polar.coefficients import Shape, check_row, key, parse_shape, read, row_of_shape
 from spectral_dist.polar.fit import FALLBACK, PUBLISHED, fit, random_spectrum, relative_error
 from spectral_dist.polar.schedules import Row
 from spectral_dist.polar.spectra import singular_values
@@ -33,10 +33,10 @@ __all__ = [
     "Calibration",
     "Recorder",
     "calibrate",
-    "choose",
     "key",
     "parse_shape",
     "read",
+    "row_of_shape",
     "singular_values",
 ]
 

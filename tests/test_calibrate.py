@@ -109,12 +109,12 @@ def test_unstable_rows_are_not_written(tmp_path):
 def test_choose():
     table = {(16, 32): SOUND}
     for shape in ((16, 32), (32, 16), torch.Size([32, 16])):
-        assert calibrate.choose(shape, table) == SOUND
+        assert calibrate.row_of_shape(shape, table) == SOUND
     for shape in ((16, 31), (16, 16)):
-        assert calibrate.choose(shape, table) == FALLBACK
-    assert calibrate.choose((4, 4), {}) == calibrate.choose((4, 4)) == FALLBACK
+        assert calibrate.row_of_shape(shape, table) == FALLBACK
+    assert calibrate.row_of_shape((4, 4), {}) == calibrate.row_of_shape((4, 4)) == FALLBACK
     assert FALLBACK == (3.4445, -4.7750, 2.0315)
-    assert calibrate.choose((8192, 2048), PUBLISHED) == (2.9794, -3.6674, 1.6207)
+    assert calibrate.row_of_shape((8192, 2048), PUBLISHED) == (2.9794, -3.6674, 1.6207)
 
 
 # fitting

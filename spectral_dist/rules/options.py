@@ -227,7 +227,7 @@ class PolarOptions(ComputedOptions):
             polar.check(self.polar, self.polar_steps, self.polar_dtype)
             if self.strategy == "gram":
                 dtype = DTYPES.get(self.polar_dtype, torch.float32)
-                of_gram.dtype_of(self.polar, self.polar_steps, dtype)
+                of_gram.gram_dtype(self.polar, self.polar_steps, dtype)
         except ValueError as error:
             text = f"{'polar_' * str(error).startswith('steps')}{error}"
             text = text if "polar" in text else f"polar: {text}"

@@ -152,7 +152,7 @@ def table_of(source: str, shapes: list[Shape], steps: int) -> dict[str, list[flo
                 f"coefficients: {source} has none for {name}; run `spectral-dist calibrate` with"
                 f" --shape {name}, or with the model's --model"
             )
-        row = coefficients.choose(shape, table)
+        row = coefficients.row_of_shape(shape, table)
         try:
             stability.check_fixed(row)
         except ValueError as error:
