@@ -30,9 +30,9 @@ class POETOptions(BaseOptions):
         """Add what concerns the merge, and decay."""
         super().check(where)
         if self.clip_ramp > self.merge_every:
-            self.fail(where, "clip_ramp", f"it must be at most merge_every, {self.merge_every}")
+            self.invalid(where, "clip_ramp", f"it must be at most merge_every, {self.merge_every}")
         if self.scalar_weight_decay is not None:
-            self.fail(where, "scalar_weight_decay", "write weight_decay: the skew has none")
+            self.invalid(where, "scalar_weight_decay", "write weight_decay: the skew has none")
 
     @classmethod
     def kinds(cls) -> tuple[str, ...]:
@@ -46,9 +46,9 @@ class POETOptions(BaseOptions):
             return frozenset({"lr", "betas", "eps", "merge_every"})
         return super().names(kind)
 
-    def group(self, kind: str) -> dict[str, Any]:
+    def group_fields(self, kind: str) -> dict[str, Any]:
         """Return what a parameter group carries; rotations have no decay."""
-        carried = super().group(kind)
+        carried = super().group_fields(kind)
         return {**carried, "weight_decay": 0.0} if kind == "skew" else carried
 
 
