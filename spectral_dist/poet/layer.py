@@ -174,7 +174,7 @@ class PoetLayer(nn.Module):
     def rotate_by(
         self, key: str, inner: Sequence[Rotation], outer: Sequence[Rotation], settings: Settings
     ) -> None:
-        """Freeze W and add the skew parameters, all zero: the layer stays the same function.
+        """Add the skew parameters, all zero, and freeze W: the layer stays the same function.
 
         Args:
             key: the layer's name in the whole model.

@@ -26,7 +26,7 @@ PUBLISHED: dict[tuple[int, int], Row] = {
 """ROOT's own rows by (shorter, longer) side, as printed. That of 2048 x 2048 is unstable."""
 
 FALLBACK: Row = SCHEDULES["jordan"].rows[0]
-"""For shapes that nobody has calibrated: jordan's."""
+"""The row for shapes that nobody has calibrated: jordan's."""
 
 MARGIN = 0.01
 """The relative distance that a fitted p keeps between its maximum and its unstable fixed point.

@@ -55,7 +55,7 @@ class Zolotarev:
         weights: one for each pole.
         gain: f(1) before it is divided by it.
         condition: condition number of X X^T + poles[0] I, the worst of the r inverses.
-        reached: f maps [lower, 1] to [reached, 1].
+        lower_image: f maps [lower, 1] to [lower_image, 1].
     """
 
     poles: tuple[float, ...]
