@@ -55,18 +55,18 @@ def convert(
         ValueError: unknown or bad settings; blocks that do not fit (all layers where they do not
             are named); tied weights; a model that is sharded or converted already.
     """
-    checked = settings_of(settings)
+    poet_settings = settings_of(settings)
     routes = _linears(model, matrices, scalars)
     shapes = {route.name.removesuffix(".weight"): route.shape for route in routes}
     sides = {
         key: (("in", ((0, n),), 0, 1), ("out", ((0, m),), 0, 1)) for key, (m, n) in shapes.items()
     }
-    rotations_by_layer = rotations(checked, sides)
+    rotations_by_layer = rotations(poet_settings, sides)
     for key, (inner, *outer) in rotations_by_layer.items():
         layer: Any = model.get_submodule(key)
-        initialize(layer.weight, key, checked, shapes[key])
+        initialize(layer.weight, key, poet_settings, shapes[key])
         layer.__class__ = PoetLinear
-        layer.rotate_by(key, [inner], outer, checked)
+        layer.rotate_by(key, [inner], outer, poet_settings)
     if hasattr(model, "save_pretrained") and collectives.is_first():
         sys.stderr.write(PRETRAINED)
     return model

@@ -93,11 +93,11 @@ def check_shaping_options(
     for group, saved_group in zip(groups, saved, strict=False):
         for name, spec in specs_of(options).items():
             value, saved_value = group.get(name), saved_group.get(name)
-            same_kind = group["kind"] == saved_group.get("kind")
-            if spec.shapes_state and same_kind and value != saved_value:
-                what = (
-                    f"but {saved_value} in the checkpoint; write the {name} that it was saved with"
-                )
-                if name not in saved_group:
-                    what = "and the checkpoint has none: it was saved with another optimizer"
+            if not spec.shapes_state or group["kind"] != saved_group.get("kind"):
+                continue
+            if value != saved_value:
+                what = "and the checkpoint has none: it was saved with another optimizer"
+                if name in saved_group:
+                    hint = f"write the {name} that it was saved with"
+                    what = f"but {saved_value} in the checkpoint; {hint}"
                 raise ValueError(f"{name} is {value} here, {what}")

@@ -131,9 +131,8 @@ class SUMO(Rule[SUMOOptions]):
         m, n = ops.shape
         g = matrices if m >= n else matrices.mT  # (k, slab of m, n)
         g = g.to(ops.state["moment"].dtype)
-        d = (self._subspace_direction if "basis" in ops.state else self._full_direction)(
-            options, g, ops
-        )
+        has_basis = "basis" in ops.state
+        d = (self._subspace_direction if has_basis else self._full_direction)(options, g, ops)
         if options.limiter:
             d = _limited(d, options.limiter, ops)
         ops.state["step"].add_(1)
@@ -211,8 +210,8 @@ def rank_of(options: SUMOOptions, shape: tuple[int, int]) -> int:
 def scale_of(options: SUMOOptions, shape: tuple[int, int]) -> float:
     """Return s for a matrix of this shape.
 
-    It is Muon's, but ``match_rms_adamw`` takes into account that r of min(m, n) singular values are
-    1.
+    It is Muon's, but ``match_rms_adamw`` takes into account that only r of min(m, n) singular
+    values are 1.
     """
     m, n = shape
     if options.scale == "match_rms_adamw":
