@@ -25,7 +25,7 @@ POWER_STEPS = 20
 def packed_size(block: int) -> int:
     """Return the count of numbers that determine a skew-symmetric (block, block).
 
-    They are its strict upper triangle.
+    The numbers are its strict upper triangle.
     """
     return block * (block - 1) // 2
 

@@ -39,7 +39,7 @@ def clip_ramp_factor(since: int, ramp: int, merged: bool) -> float:
 
 
 class POET(ShardedOptimizer):
-    """Trains the rotations of a model that ``spectral_dist.poet.convert`` has converted.
+    """The optimizer of the rotations of a model that ``spectral_dist.poet.convert`` has converted.
 
     Every parameter is stepped elementwise where it lies, with moments in float32. Every
     ``merge_every`` steps (arXiv 2506.08001, algorithm 1) the rotations are multiplied into the
@@ -78,7 +78,7 @@ class POET(ShardedOptimizer):
     def steps_taken(self) -> int:
         """Return the steps taken, those before the last merge included.
 
-        It is right if ``merge_every`` never changed.
+        The count is right if ``merge_every`` has never changed.
         """
         return self.layers[0].merges * self._merge_every() + self.steps_since_merge()
 
@@ -98,10 +98,10 @@ class POET(ShardedOptimizer):
         return merged and (not totals or max(totals) > self.steps_since_merge())
 
     def complete(self, carried: ParamGroup, routes: Sequence[Route]) -> ParamGroup:
-        """Return the fields of a group unchanged; refuse a group of rotations that asks for decay.
+        """Return the fields of a group unchanged.
 
         Raises:
-            ValueError: it does.
+            ValueError: the group is of rotations and asks for weight decay.
         """
         if carried["kind"] == "skew" and carried["weight_decay"]:
             raise ValueError(
@@ -124,7 +124,7 @@ class POET(ShardedOptimizer):
     def clip_factor(self) -> float:
         """Return the factor of the limit of gradient clipping in the coming step.
 
-        It is 1, but grows from 0.1 to 1 over the ``clip_ramp`` steps after a merge. Frameworks that
+        The factor is 1, but grows from 0.1 to 1 over the ``clip_ramp`` steps after a merge. Frameworks that
         clip by themselves use it already; in a loop of your own write ``clip_grad_norm_(parameters,
         limit * optimizer.clip_factor())``.
         """

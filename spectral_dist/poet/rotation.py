@@ -123,7 +123,7 @@ def rotate(x: Tensor, index: Tensor, deltas: Sequence[Tensor], covers_all: bool)
         x: rows (t, d).
         index: of all deltas' blocks, one after the other.
         deltas: R - I of blocks, (k, b, b) each.
-        whole: whether ``index`` has all of d.
+        covers_all: whether ``index`` has all of d.
     """
     return scatter_columns(x, index, rotate_blocks(x.index_select(1, index), deltas), covers_all)
 
@@ -134,8 +134,8 @@ def scatter_columns(x: Tensor, index: Tensor, rotated: Tensor, covers_all: bool)
     Args:
         x: rows (t, d).
         index: (w,).
-        turned: (t, w).
-        whole: whether ``index`` has all of d.
+        rotated: (t, w).
+        covers_all: whether ``index`` has all of d.
     """
     result = torch.empty_like(x) if covers_all else x.clone()
     return result.index_copy_(1, index, rotated)

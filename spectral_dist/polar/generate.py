@@ -45,8 +45,8 @@ def optimal(
         steps: number of steps.
         degree: 5, or 3 (c = 0: one product less).
         cushion: no interval's lower end is taken below this part of its upper end.
-        safety: X must start from ||X||_F * safety. All rows but the last are widened to p(x /
-            safety), so that singular values up to ``safety`` do not diverge.
+        safety: X must start from ||X||_F * safety. All rows but the last are those of
+            p(x / safety), so that singular values up to ``safety`` do not diverge.
 
     Raises:
         ValueError: lower not in (0, 1], steps < 1, another degree, cushion not in [0, 1) or

@@ -30,7 +30,8 @@ class Schedule:
         default_steps: number of steps if a user asks for none.
         past_end: what follows the last row: the last row again, the first row, or an error.
         safety: X starts from ||X||_F * safety, so singular values up to ``safety`` do not diverge.
-        half: whether singular values stay bounded under the rounding of float16 and bfloat16, too.
+        stable_in_half: whether singular values stay bounded under the rounding of float16 and
+            bfloat16, too.
     """
 
     name: str
@@ -70,7 +71,7 @@ SCHEDULES: dict[str, Schedule] = {
     for schedule in (
         # Keller Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024
         Schedule("jordan", (_JORDAN,), default_steps=5),
-        # found by Jiacheng You
+        # source: You (the author's name)
         Schedule(
             "quintic",
             (

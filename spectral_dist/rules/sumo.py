@@ -210,7 +210,7 @@ def rank_of(options: SUMOOptions, shape: tuple[int, int]) -> int:
 def scale_of(options: SUMOOptions, shape: tuple[int, int]) -> float:
     """Return s for a matrix of this shape.
 
-    It is Muon's, but ``match_rms_adamw`` takes into account that only r of min(m, n) singular
+    The factor is Muon's, but ``match_rms_adamw`` takes into account that only r of min(m, n) singular
     values are 1.
     """
     m, n = shape
@@ -227,7 +227,7 @@ def cutoff_of(shape: tuple[int, int], dtype: torch.dtype) -> float:
 def is_refresh_step(options: SUMOOptions, name: str, step: int) -> bool:
     """Return whether a matrix gets a new basis in this step, whatever its gradient.
 
-    It does in the first step that has a gradient that is not zero, then every ``period`` steps, at
+    A matrix gets one in the first step whose gradient is not zero, then every ``period`` steps, at
     a phase that depends on its name: few matrices at a time.
 
     Args:
@@ -329,7 +329,7 @@ BASES: dict[str, Callable[[SUMOOptions, Tensor, MatrixOps, Sequence[int]], Tenso
 def _orthonormal(y: Tensor, ops: MatrixOps, due: Sequence[int]) -> Tensor:
     """Return orthonormal columns with the span of Y's columns, in float64: the polar factor of Y.
 
-    It is computed from Gram matrices, twice: the first time leaves errors of eps64 kappa(Y)^2.
+    Gram matrices are used, twice: the first time leaves errors of eps64 kappa(Y)^2.
     Columns that are zero stay zero.
     """
     y = y.double()
