@@ -124,9 +124,9 @@ class POET(ShardedOptimizer):
     def clip_factor(self) -> float:
         """Return the factor of the limit of gradient clipping in the coming step.
 
-        The factor is 1, but grows from 0.1 to 1 over the ``clip_ramp`` steps after a merge. Frameworks that
-        clip by themselves use it already; in a loop of your own write ``clip_grad_norm_(parameters,
-        limit * optimizer.clip_factor())``.
+        The factor is 1, but grows from 0.1 to 1 over the ``clip_ramp`` steps after a merge.
+        Frameworks that clip by themselves are told; in a loop of your own write
+        ``clip_grad_norm_(parameters, limit * optimizer.clip_factor())``.
         """
         self._ramp_asked = True
         ramp = self.options.clip_ramp

@@ -210,8 +210,8 @@ def rank_of(options: SUMOOptions, shape: tuple[int, int]) -> int:
 def scale_of(options: SUMOOptions, shape: tuple[int, int]) -> float:
     """Return s for a matrix of this shape.
 
-    The factor is Muon's, but ``match_rms_adamw`` takes into account that only r of min(m, n) singular
-    values are 1.
+    The factor is Muon's, but ``match_rms_adamw`` takes into account that only r of min(m, n)
+    singular values are 1.
     """
     m, n = shape
     if options.scale == "match_rms_adamw":
