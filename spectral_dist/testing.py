@@ -89,7 +89,7 @@ class FlatPlacement(ReplicatedPlacement):
     def cut(self, numel: int) -> Cut:
         """Return how a parameter is cut."""
         return Cut.even(
-            -(-numel // collectives.size(self.shard_group)), collectives.size(self.shards)
+            -(-numel // collectives.size(self.shard_group)), collectives.size(self.shard_group)
         )
 
     def locate(

@@ -67,9 +67,8 @@ def polar(
     """Return U V^T of every matrix of x = U S V^T, or an approximation of it.
 
     The result does not depend on the scale of x, and zero gives zero. On CPUs the result is bitwise
-    that of each matrix alone. Nothing is raised for what the values are: a matrix that contains NaN
-    or infinity, and one whose SVD or eigh does not converge, comes out as NaN in every element, and
-    does not affect the others of the batch.
+    that of each matrix alone. Nothing is raised for what the values are: a matrix that has NaN or
+    infinity, and one whose SVD or eigh does not converge, comes out as NaN; others are unaffected.
 
     Without full rank (behind a LayerNorm gradients lack one) rounding leaves singular values that
     mean nothing. svd and eigh take for zero what is at most the cutoff times the largest: max(m, n)
@@ -78,12 +77,11 @@ def polar(
     result is a partial isometry then. qdwh and zolo take what is at most a tenth of the cutoff to 0
     and what is at least 2.3 times the cutoff to 1; what is in between comes out in [0, 1]. Measured
     on float32 gradients of 57 x 40 and rank 18: all four give 18 ones and 22 zeros (below 2e-7). A
-    schedule maps null directions as it does others: up to a_1 ... a_n times as long, which is 485
-    for ``jordan``.
+    schedule maps null directions as others: up to a_1 ... a_n times as long (485 for ``jordan``).
 
     Muon: Keller Jordan 2024, kellerjordan.github.io/posts/muon; CANS: arXiv 2506.10935; Polar
-    Express: arXiv 2505.16932; Gram form: tridao.me/blog/2026/gram-newton-schulz; the sources of
-    qdwh and zolo stand at ``polar_by_qdwh`` and ``polar_by_zolo``.
+    Express: arXiv 2505.16932; Gram form: tridao.me/blog/2026/gram-newton-schulz; qdwh and
+    zolo: see ``polar_by_qdwh`` and ``polar_by_zolo``.
 
     Args:
         x: (..., m, n), any floating dtype and device; it is not changed.
