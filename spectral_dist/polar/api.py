@@ -91,8 +91,7 @@ def polar(
             as wide); ``qdwh`` or ``zolo`` (rational iterations that converge); ``svd`` or ``eigh``;
             or rows [[a, b, c], ...] of X <- a X + (b A + c A^2) X, A = X X^T, from ||X||_F = 1,
             which must be stable.
-        steps: number of steps of a schedule; None is the schedule's default. Past the end of rows
-            that a user wrote, their last row repeats.
+        steps: of a schedule; None is its default. The last of rows [[a, b, c], ...] repeats.
         compute_dtype: see ``resolve_dtype``.
 
     Returns:
