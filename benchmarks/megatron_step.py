@@ -128,7 +128,7 @@ class Contender:
             elif self.mode == "gram":
                 from spectral_dist.polar import of_gram
 
-                wide = of_gram.dtype_of("quintic", STEPS, getattr(torch, s.dtype))
+                wide = of_gram.gram_dtype("quintic", STEPS, getattr(torch, s.dtype))
                 moved = (m, n)[dim] < (m, n)[1 - dim] or m == 2 * s.ffn  # no slabs of the long side
                 found += w * min(m, n) * (min(m, n) + 1) * wide.itemsize + moved * owner
             elif self.mode == "duplicated":

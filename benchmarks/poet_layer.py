@@ -39,7 +39,7 @@ def contenders(n: int, m: int, b: int, dtype: torch.dtype) -> dict[str, Callable
     fast = rotated(n, m, dtype, block=b)
 
     def turns(x: Tensor) -> Tensor:
-        return fast.turn(linear(fast.turn(x, fast.inner), fast.weight), fast.outer)  # type: ignore[no-any-return]
+        return fast.rotate_rows(linear(fast.rotate_rows(x, fast.inner), fast.weight), fast.outer)  # type: ignore[no-any-return]
 
     return {
         "nn.Linear": nn.Linear(n, m, bias=False, dtype=dtype),

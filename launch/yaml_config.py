@@ -109,7 +109,7 @@ def optimizer_identity(
     else:
         rotates = isinstance(options, POETOptions)
         scalar = options.scalar_group()
-        own = options.group("skew" if rotates else "matrix")
+        own = options.group_fields("skew" if rotates else "matrix")
         own = own | {f"scalar_{name}": value for name, value in scalar.items()}
     if isinstance(options, POETOptions):
         own |= {"clip_ramp": options.clip_ramp, **asdict(settings_of(rotation))}

@@ -7,7 +7,7 @@ from typing import Any
 from spectral_dist.core.named import class_of
 from spectral_dist.rules import registry
 
-__all__ = [entry.title for entry in registry.own_entries()]
+__all__ = [entry.title for entry in registry.builtin_entries()]
 
 
 def __getattr__(name: str) -> Any:

@@ -4,7 +4,7 @@
     check_rule(MyRule, {"temperature": 2.0})
 
 ``check_rule`` starts processes on this machine (gloo, CPU), so call it below
-``if __name__ == "__main__"`` or in a test. ``check_placement`` is called on every rank of yours.
+``if __name__ == "__main__"`` or in a test. Call ``check_placement`` on every rank of your job.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from spectral_dist.sharding.layout import Cut, Located, flat_layout
 __all__ = ["LAYOUTS", "FlatPlacement", "check_placement", "check_rule"]
 
 LAYOUTS = ("ddp", "fsdp", "tp_rows", "tp_columns", "flat")
-"""How ``check_rule`` shards a model: replicas, FSDP2, tiles of rows and of columns, and runs that
-begin in the middle of rows, as ZeRO has them."""
+"""The ways in which ``check_rule`` shards a model: replicas, FSDP2, tiles of rows and of columns,
+and runs that begin in the middle of rows, as ZeRO has them."""
 SHAPES = {"wide": (8, 20), "tall": (24, 8), "square": (12, 12), "other": (8, 20)}
 STEPS, SAVED_AFTER = 4, 2
 
 
 class Weights(nn.Module):
-    """Matrices of several shapes, and a vector: what ``check_rule`` trains."""
+    """The model that ``check_rule`` trains: matrices of several shapes, and a vector."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class Weights(nn.Module):
 
 
 def _values(name: str, step: int, shape: Sequence[int]) -> Tensor:
-    """Return numbers that depend on name and step alone."""
+    """Return float32 numbers that depend on name and step alone."""
     generator = torch.Generator().manual_seed(1000 * (step + 2) + sum(map(ord, name)))
     return torch.randn(*shape, generator=generator, dtype=torch.float64).float()
 
@@ -77,18 +77,20 @@ class FlatPlacement(ReplicatedPlacement):
 
     def __init__(self, group: Group) -> None:
         super().__init__(None)
-        self.shards = group
+        self.shard_group = group
 
     def world_groups(self) -> list[Group]:
         """Return the group."""
-        return [self.shards]
+        return [self.shard_group]
 
     def check(self, routes: Sequence[Route], tensors: Sequence[Tensor]) -> None:
         """Do nothing: runs are contiguous."""
 
     def cut(self, numel: int) -> Cut:
         """Return how a parameter is cut."""
-        return Cut.even(-(-numel // collectives.size(self.shards)), collectives.size(self.shards))
+        return Cut.even(
+            -(-numel // collectives.size(self.shard_group)), collectives.size(self.shard_group)
+        )
 
     def locate(
         self, group: ParamGroup, routes: Sequence[Route], tensors: Sequence[Tensor]
@@ -101,11 +103,11 @@ class FlatPlacement(ReplicatedPlacement):
             spans.append((route.name, i, 0, tensors[i].numel()))
         indices = tuple(range(len(tensors)))
         device = tensors[0].device
-        return [Located(tuple(layouts), self.shards, device, tuple(spans), tensors=indices)]
+        return [Located(tuple(layouts), self.shard_group, device, tuple(spans), tensors=indices)]
 
 
 class Trial:
-    """A model under one layout, its optimizer, and steps on gradients that are given."""
+    """A model under one layout with its optimizer, which takes steps on prescribed gradients."""
 
     def __init__(
         self, cls: type[SpectralOptimizer], options: Mapping[str, Any], layout: str, dtype: str
@@ -131,45 +133,46 @@ class Trial:
         self.optimizer = cls(groups, placement=placement, **options)
 
     def _tile(self, dimension: int) -> None:
-        """Make every matrix a DTensor that the ranks hold in tiles, and the rest replicas."""
+        """Make every matrix a DTensor that the ranks hold in tiles, and all else replicas."""
         mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
         for module in self.model.modules():
             for name, p in list(module.named_parameters(recurse=False)):
-                where = Shard(dimension) if p.ndim == 2 else Replicate()
-                setattr(module, name, nn.Parameter(distribute_tensor(p.data, mesh, [where])))
+                layout = Shard(dimension) if p.ndim == 2 else Replicate()
+                setattr(module, name, nn.Parameter(distribute_tensor(p.data, mesh, [layout])))
 
     def step(self, number: int, scale: float = 1.0) -> None:
-        """Take a step on gradients of this number, times ``scale``."""
+        """Take a step on the gradients of this step number, times ``scale``."""
         shapes = {name: p.shape for name, p in Weights().named_parameters()}
         for name, p in self.model.named_parameters():
-            plain = name.removeprefix("module.")
-            gradient = (_values(plain, number, shapes[plain]) * scale).to(p.dtype)
+            bare_name = name.removeprefix("module.")  # DDP adds the prefix
+            gradient = (_values(bare_name, number, shapes[bare_name]) * scale).to(p.dtype)
             p.grad = self._sharded(gradient, p)
         self.optimizer.step()
 
-    def _sharded(self, whole: Tensor, like: Tensor) -> Tensor:
-        if isinstance(like, DTensor):
-            return distribute_tensor(whole, like.device_mesh, like.placements)
+    def _sharded(self, gradient: Tensor, parameter: Tensor) -> Tensor:
+        """Return this rank's part of a whole gradient, as its parameter is sharded."""
+        if isinstance(parameter, DTensor):
+            return distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
         if self.placement is not None:
-            begin, end = self.placement.cut(whole.numel()).run(dist.get_rank())
-            return whole.flatten()[begin : min(end, whole.numel())].clone()
-        return whole
+            begin, end = self.placement.cut(gradient.numel()).run(dist.get_rank())
+            return gradient.flatten()[begin : min(end, gradient.numel())].clone()
+        return gradient
 
     def weights(self) -> dict[str, Tensor]:
-        """Return all weights, whole, on every rank."""
-        whole = {}
+        """Return all weights, unsharded, on every rank."""
+        weights = {}
         for name, p in self.model.named_parameters():
             tensor = p.detach()
             if isinstance(tensor, DTensor):
                 tensor = tensor.full_tensor()
-            plain = name.removeprefix("module.")
+            bare_name = name.removeprefix("module.")
             if self.placement is not None:
-                shape = dict(Weights().named_parameters())[plain].shape
-                parts: list[Any] = [None] * dist.get_world_size()
-                dist.all_gather_object(parts, tensor)
-                tensor = torch.cat(parts).view(shape)
-            whole[plain] = tensor.clone()
-        return whole
+                shape = dict(Weights().named_parameters())[bare_name].shape
+                runs: list[Any] = [None] * dist.get_world_size()
+                dist.all_gather_object(runs, tensor)
+                tensor = torch.cat(runs).view(shape)
+            weights[bare_name] = tensor.clone()
+        return weights
 
 
 def _train(
@@ -179,6 +182,7 @@ def _train(
     dtype: str = "float32",
     scale: float = 1.0,
 ) -> dict[str, Tensor]:
+    """Return the weights after ``STEPS`` steps under a layout."""
     trial = Trial(cls, options, layout, dtype)
     for number in range(STEPS):
         trial.step(number, scale)
@@ -186,7 +190,7 @@ def _train(
 
 
 def _rank(rank: int, world: int, port: int, job: dict[str, Any], folder: str) -> None:
-    """Run every layout on one of the ranks, and leave rank 0's answers in ``folder``."""
+    """Run every layout on one of the ranks, and save the weights of rank 0 in ``folder``."""
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world)
     )
@@ -211,6 +215,11 @@ def _rank(rank: int, world: int, port: int, job: dict[str, Any], folder: str) ->
 
 
 def _entry(rule: type[Rule[Any]]) -> registry.Entry:
+    """Return the registered optimizer of a rule.
+
+    Raises:
+        ValueError: there is none.
+    """
     for entry in registry.entries():
         if entry.rule is rule:
             return entry
@@ -231,58 +240,59 @@ def check_rule(
 
     One process gives the same weights as ``ranks`` processes under every layout, and under 'gram'
     if the rule names a polar factor that allows it; zero gradients move nothing; bfloat16 weights
-    follow; state is saved and goes on under another layout; every option refuses what it is not.
+    follow; saved state continues under another layout; every option refuses a value that is none.
 
     Args:
         rule: importable by its module and name, as processes of this machine import it.
         options: to check it with, beside its defaults.
-        ranks: processes, 2 to 4.
-        layouts: of ``LAYOUTS``.
-        tolerance: of the largest difference in a weight, over the largest change of one.
+        ranks: number of processes, 2 to 4.
+        layouts: names out of ``LAYOUTS``.
+        tolerance: the largest difference in a weight, over the largest change of one.
 
     Raises:
-        AssertionError: says what does not hold.
+        AssertionError: the contract is broken; says how.
         ValueError: the rule is not registered, or its options are bad.
     """
     entry = _entry(rule)
-    given = {"lr": 0.02, **(options or {})}
-    _check_options(entry, given)
+    values = {"lr": 0.02, **(options or {})}
+    _check_options(entry, values)
     cls = class_of(entry)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         start = {name: p.detach().clone() for name, p in Weights().named_parameters()}
-        alone = _train(cls, given, "one process")
-        size = max(float((alone[name] - start[name]).abs().max()) for name in alone)
-        if not size > 0:
+        expected = _train(cls, values, "one process")
+        change = max(float((expected[name] - start[name]).abs().max()) for name in expected)
+        if not change > 0:
             raise AssertionError(f"{entry.title} does not move any weight")
-        _check_zero(cls, given, start)
-        _check_half(cls, given, alone, size)
+        _check_zero(cls, values, start)
+        _check_half(cls, values, expected, change)
         with tempfile.TemporaryDirectory() as folder:
-            strategies = ["owner", "gram"] if _works_on_grams(entry, given) else ["owner"]
-            job = {"rule": rule, "options": given, "layouts": layouts, "strategies": strategies}
+            strategies = ["owner", "gram"] if _works_on_grams(entry, values) else ["owner"]
+            job = {"rule": rule, "options": values, "layouts": layouts, "strategies": strategies}
             with socket.socket() as s:
                 s.bind(("127.0.0.1", 0))
                 port = s.getsockname()[1]
             mp.spawn(_rank, (ranks, port, job, folder), nprocs=ranks)  # type: ignore[attr-defined,no-untyped-call]
-            for where, weights in torch.load(Path(folder, "answers.pt")).items():
-                _assert_near(f"under {where} on {ranks} ranks", weights, alone, tolerance * size)
+            bound = tolerance * change
+            for setup, weights in torch.load(Path(folder, "answers.pt")).items():
+                _assert_near(f"under {setup} on {ranks} ranks", weights, expected, bound)
             for layout in ("ddp", "fsdp"):
                 if layout in layouts:
-                    resumed = _resume(cls, given, Path(folder, layout))
-                    said = f"saved under {layout} and resumed in one process"
-                    _assert_near(said, resumed, alone, tolerance * size)
+                    resumed = _resume(cls, values, Path(folder, layout))
+                    where = f"saved under {layout} and resumed in one process"
+                    _assert_near(where, resumed, expected, bound)
 
 
-def _works_on_grams(entry: registry.Entry, given: Mapping[str, Any]) -> bool:
+def _works_on_grams(entry: registry.Entry, values: Mapping[str, Any]) -> bool:
     """Return whether the rule names polar factors, and takes strategy 'gram'."""
     assert entry.rule is not None
-    options: Any = entry.options.from_user(given, entry.title)
+    options: Any = entry.options.from_user(values, entry.title)
     rule = entry.rule()
     prepared = rule.prepare(options, SHAPES)
     if any(rule.polar(prepared, shape) is None for shape in SHAPES.values()):
         return False
     try:
-        entry.options.from_user({**given, "strategy": "gram"}, entry.title)
+        entry.options.from_user({**values, "strategy": "gram"}, entry.title)
     except ValueError:
         return False
     return True
@@ -291,6 +301,7 @@ def _works_on_grams(entry: registry.Entry, given: Mapping[str, Any]) -> bool:
 def _resume(
     cls: type[SpectralOptimizer], options: Mapping[str, Any], folder: Path
 ) -> dict[str, Tensor]:
+    """Return the weights of one process that loads a checkpoint and takes the other steps."""
     trial = Trial(cls, options, "one process", "float32")
     checkpoint.load(folder, trial.model, trial.optimizer)
     for number in range(SAVED_AFTER, STEPS):
@@ -301,8 +312,9 @@ def _resume(
 def _check_zero(
     cls: type[SpectralOptimizer], options: Mapping[str, Any], start: Mapping[str, Tensor]
 ) -> None:
-    still = _train(cls, {**options, "weight_decay": 0.0}, "one process", scale=0.0)
-    for name, weight in still.items():
+    """Check that zero gradients without decay move nothing."""
+    trained = _train(cls, {**options, "weight_decay": 0.0}, "one process", scale=0.0)
+    for name, weight in trained.items():
         if not torch.equal(weight, start[name]):
             raise AssertionError(f"zero gradients move {name}, or make it NaN")
 
@@ -310,18 +322,19 @@ def _check_zero(
 def _check_half(
     cls: type[SpectralOptimizer],
     options: Mapping[str, Any],
-    alone: Mapping[str, Tensor],
-    size: float,
+    expected: Mapping[str, Tensor],
+    change: float,
 ) -> None:
-    half = _train(cls, options, "one process", "bfloat16")
-    for name, weight in half.items():
-        error = float((weight.float() - alone[name]).abs().max())
-        rounding = STEPS * 2.0**-8 * max(1.0, float(alone[name].abs().max()))
-        if not error < size / 4 + rounding:
+    """Check that weights in bfloat16 follow those in float32, within their rounding."""
+    trained = _train(cls, options, "one process", "bfloat16")
+    for name, weight in trained.items():
+        error = float((weight.float() - expected[name]).abs().max())
+        rounding = STEPS * 2.0**-8 * max(1.0, float(expected[name].abs().max()))
+        if not error < change / 4 + rounding:
             raise AssertionError(f"in bfloat16 {name} is {error:.1e} from what it is in float32")
 
 
-def _check_options(entry: registry.Entry, given: Mapping[str, Any]) -> None:
+def _check_options(entry: registry.Entry, values: Mapping[str, Any]) -> None:
     """Check that every option of the rule's own is documented and refuses what is no value."""
     shared = {each.name for each in fields(BaseOptions)}
     for name, spec in specs_of(entry.options).items():
@@ -333,7 +346,7 @@ def _check_options(entry: registry.Entry, given: Mapping[str, Any]) -> None:
                 " spectral_dist.rules.options.number, whole, flag, choice or option"
             )
         try:
-            entry.options.from_user({**given, name: object()}, entry.title)
+            entry.options.from_user({**values, name: object()}, entry.title)
         except ValueError as error:
             if name not in str(error):
                 raise AssertionError(f"a bad {name} is refused without its name: {error}") from None
@@ -342,10 +355,11 @@ def _check_options(entry: registry.Entry, given: Mapping[str, Any]) -> None:
 
 
 def _assert_near(
-    where: str, weights: Mapping[str, Tensor], alone: Mapping[str, Tensor], bound: float
+    where: str, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], bound: float
 ) -> None:
+    """Check that weights differ from those of one process by at most ``bound``."""
     for name, weight in weights.items():
-        error = float((weight - alone[name]).abs().max())
+        error = float((weight - expected[name]).abs().max())
         if not error <= bound:
             raise AssertionError(
                 f"{where}, {name} differs from one process by {error:.1e}; allowed is {bound:.1e}"

@@ -109,12 +109,12 @@ def test_unstable_rows_are_not_written(tmp_path):
 def test_choose():
     table = {(16, 32): SOUND}
     for shape in ((16, 32), (32, 16), torch.Size([32, 16])):
-        assert calibrate.choose(shape, table) == SOUND
+        assert calibrate.row_of_shape(shape, table) == SOUND
     for shape in ((16, 31), (16, 16)):
-        assert calibrate.choose(shape, table) == FALLBACK
-    assert calibrate.choose((4, 4), {}) == calibrate.choose((4, 4)) == FALLBACK
+        assert calibrate.row_of_shape(shape, table) == FALLBACK
+    assert calibrate.row_of_shape((4, 4), {}) == calibrate.row_of_shape((4, 4)) == FALLBACK
     assert FALLBACK == (3.4445, -4.7750, 2.0315)
-    assert calibrate.choose((8192, 2048), PUBLISHED) == (2.9794, -3.6674, 1.6207)
+    assert calibrate.row_of_shape((8192, 2048), PUBLISHED) == (2.9794, -3.6674, 1.6207)
 
 
 # fitting
@@ -122,15 +122,15 @@ def test_choose():
 
 def test_captured_spectra_weigh_a_quarter():
     spectra = calibrate.singular_values(torch.stack([decaying(16, 24, seed) for seed in range(3)]))
-    sigmas, weights = calibrate.mixed((24, 16), spectra)
+    sigmas, weights = calibrate.fit_data((24, 16), spectra)
     assert len(sigmas) == len(weights) == 3 * 16 + 512
     assert weights.sum().item() == pytest.approx(1.0)
     assert weights[:48].sum().item() == pytest.approx(0.25)
     many = spectra.repeat(200, 1)
-    sigmas, weights = calibrate.mixed((24, 16), many)
+    sigmas, weights = calibrate.fit_data((24, 16), many)
     assert weights[: len(weights) - 512].sum().item() == pytest.approx(0.25)
     assert sigmas[:-512].sum() / (len(sigmas) - 512) == pytest.approx(spectra.mean().item(), 1e-3)
-    sigmas, weights = calibrate.mixed((24, 16), None)
+    sigmas, weights = calibrate.fit_data((24, 16), None)
     assert torch.equal(sigmas, fit.random_spectrum((16, 24)))
 
 

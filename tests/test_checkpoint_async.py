@@ -27,7 +27,7 @@ from tests.support import together
 from tests.support.together import Trial, quiet
 from tests.test_checkpoint_files import everything, made, unchanged
 
-TITLES = [*(entry.title for entry in registry.own_entries()), "POET"]
+TITLES = [*(entry.title for entry in registry.builtin_entries()), "POET"]
 OPTIONS: dict[str, dict[str, Any]] = {"SUMO": {"rank": 2}, "POET": {"merge_every": 3}}
 
 

@@ -19,7 +19,7 @@ from spectral_dist.checkpoint import files as checkpoint_files
 from spectral_dist.rules import registry
 from tests.test_checkpoint_files import everything, refused, unchanged, without_manifest
 
-TITLES = [entry.title for entry in registry.own_entries()]
+TITLES = [entry.title for entry in registry.builtin_entries()]
 
 
 class Net(nn.Module):

@@ -307,7 +307,7 @@ def errors(spectrum, name, dtype):
     meter = Meter()
     batch = alone_batch(tuple(x.shape), 2, dist.get_rank())
     mine = slab_of(wire, batch)
-    wide = of_gram.dtype_of(name, 5, dtype)
+    wide = of_gram.gram_dtype(name, 5, dtype)
     found = Reduction(batch, group, meter).multiply(
         mine[None], wide, lambda r: of_gram.multiplier(r, name, 5)
     )[0]
@@ -335,7 +335,7 @@ def missing_rank():
     batch = alone_batch((40, 200), 2, dist.get_rank())
     for name, steps, dtype in (("deepseekv4", 10, "bfloat16"), ("jordan", 12, "float32"),
                                ("qdwh", None, "float32")):  # fmt: skip
-        wide = of_gram.dtype_of(name, steps, getattr(torch, dtype))
+        wide = of_gram.gram_dtype(name, steps, getattr(torch, dtype))
         u = Reduction(batch, group, Meter()).multiply(
             slab_of(x, batch)[None], wide, lambda r, n=name, s=steps: of_gram.multiplier(r, n, s)
         )[0]
@@ -358,12 +358,12 @@ def test_methods_that_need_the_matrix():
         with pytest.raises(
             ValueError, match=f"polar is '{method}'.*needs the matrix.*polar='qdwh'"
         ):
-            of_gram.dtype_of(method, None, dtype)
+            of_gram.gram_dtype(method, None, dtype)
     with pytest.raises(ValueError, match=r"jordan' of 20 steps.*fewer polar_steps"):
-        of_gram.dtype_of("jordan", 20, torch.float32)
-    assert of_gram.dtype_of("jordan", 5, torch.bfloat16) == torch.float32
-    assert of_gram.dtype_of("deepseekv4", None, torch.bfloat16) == torch.float64
-    assert of_gram.dtype_of("jordan", 5, torch.float32) == torch.float64
+        of_gram.gram_dtype("jordan", 20, torch.float32)
+    assert of_gram.gram_dtype("jordan", 5, torch.bfloat16) == torch.float32
+    assert of_gram.gram_dtype("deepseekv4", None, torch.bfloat16) == torch.float64
+    assert of_gram.gram_dtype("jordan", 5, torch.float32) == torch.float64
 
 
 def bad_values(value):

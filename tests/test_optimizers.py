@@ -13,7 +13,7 @@ from spectral_dist.core import named
 from spectral_dist.rules import registry
 from spectral_dist.rules.fields import specs_of
 
-OWN = registry.own_entries()
+OWN = registry.builtin_entries()
 
 
 def test_the_stub_is_that_of_the_registry() -> None:

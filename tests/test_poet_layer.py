@@ -85,7 +85,7 @@ def test_forward_and_every_gradient(settings, variant):
     for bias, merges, batch in ((True, 0, ROWS), (False, 3, (4,))):
         layer = rotated(bias=bias, variant=variant, **settings)
         layer.merges = merges
-        layer.forget()
+        layer.drop_indices()
         x, upstream = rows(*batch, N), rows(*batch, M, seed=4)
         y, grads = gradients(layer, x, upstream)
         leaves = [getattr(layer, r.skew).detach().clone().requires_grad_() for r in layer.rotations]
@@ -206,7 +206,7 @@ def test_a_merge_changes_no_output(settings, scale):
 def test_effective_is_in_float32_and_changes_nothing():
     layer = rotated(dtype=torch.bfloat16)
     before = copy.deepcopy(layer.state_dict())
-    found = layer.effective(layer.weight, layer.skews)
+    found = layer.rotated_weight(layer.weight, layer.skews)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), weight_of(layer), rtol=0, atol=1e-6)
     assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())

@@ -32,7 +32,7 @@ def install() -> None:
     """Make every optimizer known to DeepSpeed, now and when a rule is registered later."""
     _compat.repair_on_cpu()
     _compat.wrap_engine(configure, distribute, functools.partial(refuse_type, ours=TYPES))
-    registry.each(make_known)
+    registry.add_listener(make_known)
 
 
 install()

@@ -117,7 +117,9 @@ def _guarded(inner: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _original = _compat.replace_builders(_taking_ours, _guarded)
-registry.each(lambda entry: _compat.register(entry.megatron_name, TYPES[entry.megatron_name]))
+registry.add_listener(
+    lambda entry: _compat.register(entry.megatron_name, TYPES[entry.megatron_name])
+)
 _compat_hooks.extend_parser(add_spectral_args)
 _compat_hooks.extend_checkpoint_args(restore)
 _compat_hooks.guard_loading(refuse_foreign, group_objects)

@@ -283,4 +283,4 @@ def _name(entry: registry.Entry) -> None:
     TYPES[entry.megatron_name] = kind
 
 
-registry.each(_name)
+registry.add_listener(_name)

@@ -47,7 +47,7 @@ class PoetParallelLinear(PoetLayer):
     bias: Any
     tp_group: Any
 
-    def assembled(self, weight: Tensor) -> Tensor:
+    def full_weight(self, weight: Tensor) -> Tensor:
         """The whole matrix, of fused ones rank by rank. A collective call of the tensor ranks."""
         if self.group is None:
             return weight
@@ -81,9 +81,9 @@ class PoetParallelLinear(PoetLayer):
             )
         super().set_extra_state(state)
 
-    def _fixed(self) -> dict[str, int]:
+    def _fixed_settings(self) -> dict[str, int]:
         blocks = {f"the block of {r.skew}": r.block for r in self.rotations}
-        return {**super()._fixed(), **blocks}
+        return {**super()._fixed_settings(), **blocks}
 
 
 class PoetColumnParallelLinear(PoetParallelLinear, ColumnParallelLinear):  # type: ignore[misc]
@@ -100,7 +100,7 @@ class PoetColumnParallelLinear(PoetParallelLinear, ColumnParallelLinear):  # typ
         """As Megatron's: (output, the bias if it is left to others)."""
         if weight is not None:
             raise ValueError(f"{self.key}: a rotated layer multiplies by its own weight only")
-        found, bias = self.maybe_again(self._rotated, input_), self.bias
+        found, bias = self.maybe_recompute(self._rotated, input_), self.bias
         if self.adds_bias:
             found, bias = found + bias, None
         if self.gather_output if runtime_gather_output is None else runtime_gather_output:
@@ -108,9 +108,9 @@ class PoetColumnParallelLinear(PoetParallelLinear, ColumnParallelLinear):  # typ
         return found, bias
 
     def _rotated(self, x: Tensor) -> Tensor:
-        turned = self.turn(x, self.inner)
+        turned = self.rotate_rows(x, self.inner)
         product, _ = super().forward(turned, runtime_gather_output=False)
-        return self.turn(product, self.outer)
+        return self.rotate_rows(product, self.outer)
 
 
 class PoetRowParallelLinear(PoetParallelLinear, RowParallelLinear):  # type: ignore[misc]
@@ -120,12 +120,12 @@ class PoetRowParallelLinear(PoetParallelLinear, RowParallelLinear):  # type: ign
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         """As Megatron's: (output, the bias if it is left to others)."""
-        found = self.maybe_again(self._rotated, input_)
+        found = self.maybe_recompute(self._rotated, input_)
         return (found + self.bias, None) if self.adds_bias else (found, self.bias)
 
     def _rotated(self, x: Tensor) -> Tensor:
-        product, _ = super().forward(self.turn(x, self.inner))
-        return self.turn(product, self.outer)
+        product, _ = super().forward(self.rotate_rows(x, self.inner))
+        return self.rotate_rows(product, self.outer)
 
 
 KINDS: dict[type[nn.Module], type[PoetParallelLinear]] = {
@@ -208,7 +208,7 @@ def export(model: nn.Module) -> dict[str, Any]:
         if layer is not None and (leaf in layer.skews or leaf == "_extra_state"):
             continue
         if layer is not None and leaf == "weight":
-            value = layer.effective(value, layer.skews).to(value.dtype)
+            value = layer.rotated_weight(value, layer.skews).to(value.dtype)
         found[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else value
     return found
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.core.units import MatrixUnit
 from spectral_dist.params.spec import Route
-from spectral_dist.rules.sumo import SUMOOptions, rank_of, refreshes
+from spectral_dist.rules.sumo import SUMOOptions, is_refresh_step, rank_of
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Meter
 from spectral_dist.sharding.layout import Matrix
@@ -58,7 +58,11 @@ class Projected:
     def due(self) -> bool:
         """Whether the coming step needs the whole gradient."""
         whole = rank_of(self.options, self.matrix.shape) == min(self.matrix.shape)
-        return whole or self.basis is None or refreshes(self.options, self.matrix.name, self.step)
+        return (
+            whole
+            or self.basis is None
+            or is_refresh_step(self.options, self.matrix.name, self.step)
+        )
 
     def rows(self, gradient: Tensor) -> list[Tensor]:
         """Views of its blocks of rows in its parameter's gradient."""

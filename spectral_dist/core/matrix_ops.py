@@ -143,7 +143,7 @@ class SlabMatrixOps:
         """Return slabs of their polar factors."""
         spec = spec or spec_of(self.context, self.shape)
         computed = resolve_dtype(spec.method, spec.dtype, matrices.dtype, matrices.device)
-        dtype = of_gram.dtype_of(spec.method, spec.steps, computed)
+        dtype = of_gram.gram_dtype(spec.method, spec.steps, computed)
         cutoff = null_cutoff(self.shape, matrices.dtype)
         evaluate = partial(of_gram.multiplier, method=spec.method, steps=spec.steps, cutoff=cutoff)
         factors = self._reduction.multiply(matrices, dtype, evaluate)

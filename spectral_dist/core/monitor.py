@@ -30,7 +30,7 @@ QUANTITIES = {
     "stable_rank": "||X||_F^2 / ||X||_2^2 of what was orthogonalized (power iteration, about 1%)",
     "nuclear_norm": "<X, U>",
 }
-for entry in registry.own_entries():  # 0 for other rules
+for entry in registry.builtin_entries():  # 0 for other rules
     QUANTITIES |= entry.rule.quantities if entry.rule else {}
 _COLUMNS = ("update_squares", "weight_squares", *list(QUANTITIES)[2:])
 POWER_STEPS = 20

@@ -49,7 +49,7 @@ class Rates(Loading):
             if "initial_lr" in group or self.lr_of(group) != self._built_rates[group["id"]]:
                 return
         for group in self.param_groups:
-            ratio = self.options.ratio(self.lr_of(group), "a group's lr")
+            ratio = self.options.lr_ratio_of(self.lr_of(group), "a group's lr")
             group["lr"], group["lr_ratio"] = self.options.lr, ratio
 
     def warn_of_one_lr(self) -> None:

@@ -88,7 +88,7 @@ def _job_of(
     widest = max(dtype.itemsize for dtype in dtypes.values() if dtype is not None)
     return replace(
         job,
-        steps=of_gram.steps_of(spec.method, spec.steps),
+        steps=of_gram.equivalent_steps(spec.method, spec.steps),
         half=computed in (torch.float16, torch.bfloat16),
         gram_itemsize=widest,
     )
@@ -107,7 +107,7 @@ def _gram_dtype(spec: PolarSpec | None, wire: torch.dtype, device: torch.device)
     if spec is None:
         raise ValueError("this rule needs whole matrices: it names no polar factor")
     computed = resolve_dtype(spec.method, spec.dtype, wire, device)
-    return of_gram.dtype_of(spec.method, spec.steps, computed)
+    return of_gram.gram_dtype(spec.method, spec.steps, computed)
 
 
 def _subspaces(

@@ -1,7 +1,7 @@
 """POET: train rotations of frozen weights (arXiv 2506.08001, 2603.05500).
 
-poet.convert(model) before a framework gets it, then ``spectral_dist.POET``; ``poet.export`` at the
-end.
+Call ``poet.convert(model)`` before a framework gets the model, train it with
+``spectral_dist.POET``, and call ``poet.export`` at the end.
 """
 
 from spectral_dist.poet.convert import convert, export

@@ -1,4 +1,4 @@
-"""A model's nn.Linears to rotated ones, as the same function; and back to plain weights."""
+"""Conversion of a model's nn.Linears to rotated ones, as the same function; and back."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PRETRAINED = (
     " since the last merge. For from_pretrained: model.save_pretrained(folder,"
     " state_dict=spectral_dist.poet.export(model))\n"
 )
-"""Told once to those who convert a model of transformers."""
+"""Written to stderr when a model of transformers is converted."""
 
 
 def convert(
@@ -39,12 +39,14 @@ def convert(
     scalars: Iterable[str] = (),
     **settings: Any,
 ) -> nn.Module:
-    """Rotate every nn.Linear but the output head, in place, as the same function; the model.
+    """Convert every nn.Linear but the output head to a rotated one, in place, and return the model.
 
-    Their weights are frozen, and keep their names; each gets two skew parameters. Do it before the
-    model is sharded, wrapped or given to a framework, on every rank.
+    The model stays the same function. The layers' weights are frozen, and keep their names; each
+    layer gets two skew parameters. Convert the model before it is sharded, wrapped or given to a
+    framework, on every rank.
 
     Args:
+        model: unsharded and not wrapped.
         matrices, scalars: regular expressions of weights' names to rotate as well, or not to.
         settings: see ``spectral_dist.poet.Settings``: block, blocks, segments, order, form,
             variant, init, seed.
@@ -53,30 +55,34 @@ def convert(
         ValueError: unknown or bad settings; blocks that do not fit (all layers where they do not
             are named); tied weights; a model that is sharded or converted already.
     """
-    chosen = settings_of(settings)
+    poet_settings = settings_of(settings)
     routes = _linears(model, matrices, scalars)
     shapes = {route.name.removesuffix(".weight"): route.shape for route in routes}
     sides = {
         key: (("in", ((0, n),), 0, 1), ("out", ((0, m),), 0, 1)) for key, (m, n) in shapes.items()
     }
-    made = rotations(chosen, sides)
-    for key in shapes:
+    rotations_by_layer = rotations(poet_settings, sides)
+    for key, (inner, *outer) in rotations_by_layer.items():
         layer: Any = model.get_submodule(key)
-        initialize(layer.weight, key, chosen, shapes[key])
+        initialize(layer.weight, key, poet_settings, shapes[key])
         layer.__class__ = PoetLinear
-        layer.rotate_by(key, made[key][:1], made[key][1:], chosen)
+        layer.rotate_by(key, [inner], outer, poet_settings)
     if hasattr(model, "save_pretrained") and collectives.is_first():
         sys.stderr.write(PRETRAINED)
     return model
 
 
-def settings_of(given: Mapping[str, Any]) -> Settings:
-    """Settings from keywords or JSON. ValueError: an unknown name, a bad value."""
-    for name in given:
+def settings_of(values: Mapping[str, Any]) -> Settings:
+    """Build settings from keywords or JSON.
+
+    Raises:
+        ValueError: an unknown name or a bad value.
+    """
+    for name in values:
         if name not in SETTINGS:
             raise ValueError(f"poet.convert: unknown setting {name!r}{suggest(name, SETTINGS)}")
     try:
-        return Settings(**given)
+        return Settings(**values)
     except ValueError as error:
         raise ValueError(f"poet.convert: {error}") from None
 
@@ -84,50 +90,57 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
 def rotations(
     settings: Settings,
     layers: Mapping[str, Sequence[tuple[str, tuple[Span, ...], int, int]]],
-    anywhere: Callable[[list[bool]], list[bool]] = list,
+    any_stage: Callable[[list[bool]], list[bool]] = list,
 ) -> dict[str, list[Rotation]]:
-    """Of each layer, those of its sides: (side, spans, rank, ranks), 'in' first.
+    """Build the rotations of the sides of every layer.
 
-    A side 'out_k' is that of part k of a fused weight; ``blocks`` may name it as the layer's name
-    and '.k'. ``anywhere``: as in ``groups.classify``.
+    Args:
+        settings: of the model.
+        layers: of each layer the sides (side, spans, rank, ranks), 'in' first, as ``Rotation``
+            takes them. A side 'out_k' is that of part k of a fused weight; ``blocks`` may name it
+            as the layer's name and '.k'.
+        any_stage: from flags that are set on this pipeline stage, those that are set on any.
+
+    Returns:
+        The rotations of each layer's sides, in the order of ``layers``.
 
     Raises:
         ValueError: names every layer whose blocks do not fit, and patterns that match none.
     """
     patterns = Patterns("blocks", settings.blocks)
-    made: dict[str, list[Rotation]] = {}
-    wrong = []
+    rotations_by_layer: dict[str, list[Rotation]] = {}
+    errors = []
     for key, sides in layers.items():
-        made[key] = []
+        rotations_by_layer[key] = []
         for side, spans, rank, ranks in sides:
             try:
                 block = _block(settings, patterns, key, side)
                 if isinstance(block, float):
                     block = round(block * ranks * sum(count for _, count in spans))
-                made[key].append(
+                rotations_by_layer[key].append(
                     Rotation(
                         f"{key}/{side}", f"skew_{side}", spans, block, settings.segments,
                         settings.seed, settings.fully, rank, ranks,
                     )
                 )  # fmt: skip
             except ValueError as error:
-                wrong.append(str(error))
-    found = anywhere(list(patterns.used.values()))
-    patterns.used = dict(zip(patterns.used, found, strict=True))
-    if wrong:
-        raise ValueError(_by_kind(wrong))
+                errors.append(str(error))
+    used = any_stage(list(patterns.used.values()))
+    patterns.used = dict(zip(patterns.used, used, strict=True))
+    if errors:
+        raise ValueError(_join_similar(errors))
     patterns.check(list(layers))
-    return made
+    return rotations_by_layer
 
 
-def _by_kind(problems: Iterable[str]) -> str:
-    """A line for each problem, those of layers that differ in their number alone together."""
-    alike: dict[str, list[str]] = {}
+def _join_similar(problems: Iterable[str]) -> str:
+    """Return a line for each problem; layers whose names differ in numbers only share one."""
+    similar: dict[str, list[str]] = {}
     for text in problems:
         name, _, what = text.partition(": ")
-        alike.setdefault(re.sub(r"\d+", "*", name) + what, []).append(text)
+        similar.setdefault(re.sub(r"\d+", "*", name) + what, []).append(text)
     lines = []
-    for first, *others in alike.values():
+    for first, *others in similar.values():
         name, _, what = first.partition(": ")
         more = f" and {len(others)} like it" * bool(others)
         lines.append(f"{name}{more}: {what}")
@@ -135,7 +148,11 @@ def _by_kind(problems: Iterable[str]) -> str:
 
 
 def _block(settings: Settings, patterns: Patterns, key: str, side: str) -> Block:
-    """The size of one side's blocks. ValueError: two sizes for a part, which has one side."""
+    """Return the size of one side's blocks.
+
+    Raises:
+        ValueError: two sizes for a part of a fused weight, which has one side.
+    """
     part = side.partition("_")[2]
     pattern = patterns.find(f"{key}.{part}" if part else key, alone=True)
     size = settings.block if pattern is None else settings.blocks[pattern]
@@ -150,43 +167,43 @@ def _block(settings: Settings, patterns: Patterns, key: str, side: str) -> Block
 
 
 def _linears(model: nn.Module, matrices: Iterable[str], scalars: Iterable[str]) -> list[Route]:
-    """The weights to rotate: matrices that are a plain nn.Linear's.
+    """Return the weights to rotate: those matrices that are a plain nn.Linear's.
 
     Raises:
         ValueError: the model is not as ``convert`` needs it.
     """
-    inside, _ = classifying.unwrap(model)
-    if inside is not model:
+    unwrapped, _ = classifying.unwrap(model)
+    if unwrapped is not model:
         raise ValueError("poet.convert: convert the model before it is wrapped or compiled")
     if any(isinstance(module, PoetLayer) for module in model.modules()):
         raise ValueError("poet.convert: this model has been converted already")
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "placements"):  # also of a Linear that fully_shard has subclassed
+        if hasattr(parameter, "placements"):  # a DTensor
             raise ValueError(f"poet.convert: {name} is sharded already; convert the model first")
-    found = []
+    linears = []
     for route in classifying.classify(model, matrices=matrices, scalars=scalars):
         if route.kind != "matrix":
             continue
         key, _, leaf = route.name.rpartition(".")
-        # a subclass may never call forward, as that of nn.MultiheadAttention
-        plain = leaf == "weight" and type(model.get_submodule(key)) is nn.Linear
-        if not plain and route.reason.startswith("matrices:"):
+        # a subclass may never call forward: that of nn.MultiheadAttention does not
+        is_plain = leaf == "weight" and type(model.get_submodule(key)) is nn.Linear
+        if not is_plain and route.reason.startswith("matrices:"):
             raise ValueError(f"poet.convert: {route.reason} matches {route.name}, no nn.Linear")
-        if not plain:
+        if not is_plain:
             continue
-        found.append(route)
+        linears.append(route)
     owners: dict[int, str] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         other = owners.setdefault(id(weight), name)
-        if other != name and any(weight is route.parameter for route in found):
+        if other != name and any(weight is route.parameter for route in linears):
             raise ValueError(
                 f"poet.convert: {other} and {name} have one weight, which cannot be rotated in"
                 f" two layers; leave it out: scalars=[{other!r}]"
             )
-    if not found:
+    if not linears:
         raise ValueError("poet.convert: the model has no nn.Linear to rotate")
-    return found
+    return linears
 
 
 @torch.no_grad()
@@ -195,10 +212,14 @@ def initialize(
 ) -> None:
     """Write the W to start from, the same on every rank and device (arXiv 2506.08001, section 3).
 
-    ``weight``: (m, n), all of it; or partitioned by DeepSpeed's ``zero.Init``, of that ``shape``.
+    Args:
+        weight: all of it, (m, n); or partitioned by DeepSpeed's ``zero.Init``.
+        key: the layer's name, of which random numbers are made.
+        settings: of the model.
+        shape: (m, n) of a weight that is partitioned.
 
     Raises:
-        ValueError: there is no memory yet to write to.
+        ValueError: the weight has no memory yet to write to.
     """
     if settings.init == "own":
         return
@@ -207,41 +228,44 @@ def initialize(
             f"poet.convert: init is {settings.init!r}, but {key} is on the meta device; convert"
             " with init='own', or give the model memory first (model.to_empty(device=...))"
         )
-    partitioned = hasattr(weight, "ds_id")  # then it has these methods
-    if partitioned:
+    is_partitioned = hasattr(weight, "ds_id")  # then it has the methods all_gather and partition
+    if is_partitioned:
         weight.all_gather([weight])
     weight.copy_(initial(key, tuple(weight.shape) if shape is None else shape, settings))
-    if partitioned:
+    if is_partitioned:
         weight.partition([weight], has_been_updated=True)
 
 
 def initial(key: str, shape: tuple[int, ...], settings: Settings) -> Tensor:
-    """The (m, n) of ``settings.init``, float32 on the CPU."""
+    """Return the (m, n) of ``settings.init``, float32 on the CPU."""
     random = generator("poet init", settings.seed, key)
-    drawn = torch.randn(shape, generator=random, dtype=torch.float32)
+    gaussian = torch.randn(shape, generator=random, dtype=torch.float32)
     if settings.init == "normalized":
-        drawn /= torch.linalg.vector_norm(drawn, dim=1, keepdim=True)
-        return drawn
-    return polar.polar(drawn, method="svd")
+        gaussian /= torch.linalg.vector_norm(gaussian, dim=1, keepdim=True)
+        return gaussian
+    return polar.polar(gaussian, method="svd")
 
 
 @torch.no_grad()
 def export(model: nn.Module, optimizer: Any = None) -> dict[str, Tensor]:
-    """The state dict of the model as it was before ``convert``, W_eff = R_o W R_i in place of W.
+    """Return the state dict of the model as it was before ``convert``, with W_eff = R_o W R_i as W.
 
-    On the CPU, in the dtypes the model has; W_eff is computed in float32. The model is not changed.
-    If the model is sharded this is a collective call, and every rank gets all of it.
+    The tensors are on the CPU, in the dtypes the model has; W_eff is computed in float32. The model
+    is not changed. If the model is sharded this is a collective call, and every rank gets all of
+    it.
 
-    ``optimizer``: the POET that trains the model, if a framework shards it in a way of its own
-    (DeepSpeed's stage 3).
+    Args:
+        model: converted, and wrapped or not.
+        optimizer: the POET that trains the model, if a framework shards it in a way of its own
+            (DeepSpeed's stage 3).
     """
     model, _ = classifying.unwrap(model)
-    whole = (MeshPlacement() if optimizer is None else optimizer.placement).gathered
+    gathered = (MeshPlacement() if optimizer is None else optimizer.placement).gathered
     layers = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, PoetLayer)}
     left_out = {
         f"{name}.{leaf}" for name, m in layers.items() for leaf in (*m.skews, "_extra_state")
     }
-    found: dict[str, Tensor] = {}
+    exported: dict[str, Tensor] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         name = plain_name(name)
         if name in left_out:
@@ -249,11 +273,11 @@ def export(model: nn.Module, optimizer: Any = None) -> dict[str, Tensor]:
         key, _, leaf = name.rpartition(".")
         if key in layers and leaf == "weight":
             layer = layers[key]
-            with whole([value, *layer.skews.values()]) as (weight, *skews):
-                turned = layer.effective(weight, dict(zip(layer.skews, skews, strict=True)))
-                found[name] = turned.to(weight.dtype).cpu()
+            with gathered([value, *layer.skews.values()]) as (weight, *skews):
+                named_skews = dict(zip(layer.skews, skews, strict=True))
+                exported[name] = layer.rotated_weight(weight, named_skews).to(weight.dtype).cpu()
         else:
-            with whole([value]) as (tensor,):
-                found[name] = tensor.detach().cpu().clone()
-    assert all(f"{name}.weight" in found for name in layers)
-    return found
+            with gathered([value]) as (tensor,):
+                exported[name] = tensor.detach().cpu().clone()
+    assert all(f"{name}.weight" in exported for name in layers)
+    return exported

@@ -1,7 +1,7 @@
-"""A linear layer whose frozen W is rotated on both sides: y = R_o W R_i x + bias.
+"""Linear layers whose frozen W is rotated on both sides: y = R_o W R_i x + bias.
 
 Input-centric (arXiv 2603.05500): the rows of x are rotated, multiplied by W and rotated again, so
-that nothing of W's size is made and no gradient of W is. The bias comes after R_o.
+that no tensor of W's size is made and no gradient of W. The bias comes after R_o.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ class Settings:
             stochastic form.
         blocks: pattern of layer names -> (b_in, b_out), or one size for both, where ``block`` does
             not divide a dimension or another size is wanted.
-        segments: of every dimension: a multiple of every tensor-parallel size to be used.
+        segments: number of segments of every dimension: a multiple of every tensor-parallel size to
+            be used.
         order: of the Cayley-Neumann map, 1 to 4, or 'exact'. 3 is the papers', and shrinks every
             singular value at each merge; 4 keeps them.
         form: 'block_stochastic' rotates all of a dimension in blocks, 'fully_stochastic' one random
             subset of it in one block.
-        variant: 'fast' keeps W R_i x and the rotations for the backward pass, 'memory' makes them
-            again from x.
+        variant: 'fast' keeps W R_i x and the rotations for the backward pass, 'memory' recomputes
+            them from x.
         init: W to start from. 'own' is the layer's, so that nothing changes; 'normalized' Gaussian
             rows of norm 1; 'uniform_spectrum' singular values that are all 1.
         seed: of permutations and of ``init``.
@@ -87,15 +88,17 @@ class Settings:
 
     @property
     def fully(self) -> bool:
-        """Whether a random subset is rotated, and not all."""
+        """Return whether a random subset of a dimension is rotated, and not all of it."""
         return self.form == "fully_stochastic"
 
     def _fits(self, size: Any) -> bool:
+        """Return whether a block may have this size."""
         if self.fully and isinstance(size, float):
             return 0 < size <= 1
         return isinstance(size, int) and not isinstance(size, bool) and size >= 2
 
     def _fail(self, name: str, what: str) -> None:
+        """Raise the ValueError that a bad setting gets."""
         raise ValueError(f"{name} is {getattr(self, name)!r}; {what}")
 
 
@@ -104,12 +107,12 @@ _copies: WeakKeyDictionary[PoetLayer, WeakSet[PoetLayer]] = WeakKeyDictionary()
 
 
 def _version(weight: Tensor) -> int:
-    """How often somebody has written it in place; 0 where torch does not count."""
+    """Return how often a weight was written in place; 0 where torch does not count."""
     return 0 if weight.is_inference() else int(weight._version)
 
 
 class PoetLayer(nn.Module):
-    """What every rotated layer is, whoever multiplies by W: see ``PoetLinear``.
+    """The base of every rotated layer, whoever multiplies by W: see ``PoetLinear``.
 
     Attributes:
         weight: W in its own order, frozen; all that is learned is merged into it.
@@ -117,8 +120,10 @@ class PoetLayer(nn.Module):
         inner, outer: the rotations of its inputs and of its outputs (several of a fused weight);
             each names a flat parameter of the layer, block after block of b (b - 1) / 2 numbers,
             in at least float32.
+        settings: of the model.
         group: the ranks that hold the other tiles of the matrix, under tensor parallelism.
-        merges: how many there were. In checkpoints, with the settings: ``get_extra_state``.
+        merges: the number of merges so far. In checkpoints, with the settings:
+            ``get_extra_state``.
     """
 
     weight: Tensor
@@ -129,31 +134,31 @@ class PoetLayer(nn.Module):
     merges: int
     group: Any = None
     _left_at: int | None = None
-    """of a copy: the version of its W when the layer that it was copied of merged"""
+    """Version of a copy's W when the layer that it was copied from merged; None before that."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return all that a copy has; versions of tensors are not among it."""
+        """Return the attributes that a copy has; versions of tensors are not among them."""
         return {**self.__dict__, "_left_at": -1 if self._is_mixed() else None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over what ``__getstate__`` has returned."""
+        """Set the attributes that ``__getstate__`` has returned."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._since = _version(self.weight)
+        self._expected_version = _version(self.weight)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PoetLayer:
         """Return a copy, and remember it: it may become an average of this layer."""
-        made = type(self).__new__(type(self))
-        memo[id(self)] = made
-        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        _copies.setdefault(self, WeakSet()).add(made)
-        return made
+        duplicate = type(self).__new__(type(self))
+        memo[id(self)] = duplicate
+        duplicate.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        _copies.setdefault(self, WeakSet()).add(duplicate)
+        return duplicate
 
     def averages(self) -> list[PoetLayer]:
-        """Return the copies whose W somebody has written that does not train or load them."""
-        return [c for c in _copies.get(self, ()) if _version(c.weight) != c._since]
+        """Return the copies whose W was written by something that does not train or load them."""
+        return [c for c in _copies.get(self, ()) if _version(c.weight) != c._expected_version]
 
     def _is_mixed(self) -> bool:
-        """Return whether W may be made of what it was before and after a merge."""
+        """Return whether W may mix values from before and after a merge."""
         return self._left_at is not None and _version(self.weight) != self._left_at
 
     def _check_average(self) -> None:
@@ -169,10 +174,17 @@ class PoetLayer(nn.Module):
     def rotate_by(
         self, key: str, inner: Sequence[Rotation], outer: Sequence[Rotation], settings: Settings
     ) -> None:
-        """Freeze W and add the skew parameters, all zero: the same function."""
+        """Add the skew parameters, all zero, and freeze W: the layer stays the same function.
+
+        Args:
+            key: the layer's name in the whole model.
+            inner: the rotations of its inputs.
+            outer: the rotations of its outputs, several of a fused weight.
+            settings: of the model.
+        """
         self.key, self.inner, self.outer = key, tuple(inner), tuple(outer)
         self.settings, self.merges = settings, 0
-        self.forget()
+        self.drop_indices()
         self.weight.requires_grad_(False)
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         for rotation in self.rotations:
@@ -182,45 +194,48 @@ class PoetLayer(nn.Module):
 
     @property
     def rotations(self) -> tuple[Rotation, ...]:
-        """Of both sides."""
+        """Return the rotations of both sides, those of inputs first."""
         return (*self.inner, *self.outer)
 
     def is_skew(self, name: str) -> bool:
-        """Whether a parameter of that name, within a model or here, is one of its skews."""
+        """Return whether a name, in the model or in the layer, is that of one of its skews."""
         return name.rsplit(".", 1)[-1] in {rotation.skew for rotation in self.rotations}
 
     @property
     def skews(self) -> dict[str, nn.Parameter]:
-        """The skew parameters by name."""
+        """Return the skew parameters by name."""
         return {rotation.skew: getattr(self, rotation.skew) for rotation in self.rotations}
 
-    def turn(self, x: Tensor, side: Sequence[Rotation]) -> Tensor:
-        """Rows x (..., d) -> x R^T, by the side's skew parameters as they are now."""
+    def rotate_rows(self, x: Tensor, side: Sequence[Rotation]) -> Tensor:
+        """Return x R^T of rows x (..., d), by the current skew parameters of one side."""
         x = _autocast(x)
         deltas = [self._delta(rotation, x.dtype) for rotation in side]
         index = self._index(side, x.device)
         rows = x.reshape(-1, x.shape[-1])
-        turned: Tensor = Rotate.apply(rows, index, not self.settings.fully, *deltas)  # type: ignore[no-untyped-call]
-        return turned.view(x.shape)
+        rotated: Tensor = Rotate.apply(rows, index, not self.settings.fully, *deltas)  # type: ignore[no-untyped-call]
+        return rotated.view(x.shape)
 
-    def multiply(self, x: Tensor) -> Tensor:
-        """Rows x (..., n) -> R_o W R_i x, (..., m); all of W is here."""
+    def forward_rotated(self, x: Tensor) -> Tensor:
+        """Return R_o W R_i x of rows x (..., n), as (..., m); this rank must have all of W."""
         if self.settings.fully:
-            return self.turn(linear(self.turn(x, self.inner), self.weight), self.outer)
+            return self.rotate_rows(
+                linear(self.rotate_rows(x, self.inner), self.weight), self.outer
+            )
         x = _autocast(x)
         deltas = [self._delta(rotation, x.dtype) for rotation in self.rotations]
         inner, outer = (self._index(side, x.device) for side in (self.inner, self.outer))
         rows = x.reshape(-1, x.shape[-1])
-        found: Tensor = RotatedProduct.apply(rows, self.weight, inner, outer, *deltas)  # type: ignore[no-untyped-call]
-        return found.view(*x.shape[:-1], len(self.weight))
+        product: Tensor = RotatedProduct.apply(rows, self.weight, inner, outer, *deltas)  # type: ignore[no-untyped-call]
+        return product.view(*x.shape[:-1], len(self.weight))
 
-    def maybe_again(self, function: Any, x: Tensor) -> Any:
-        """``function(x)``; in the memory variant done again in backward, to save x only."""
+    def maybe_recompute(self, function: Any, x: Tensor) -> Any:
+        """Return ``function(x)``; the memory variant saves only x, and recomputes in backward."""
         if self.settings.variant == "memory" and torch.is_grad_enabled():
             return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
         return function(x)
 
     def _delta(self, rotation: Rotation, dtype: torch.dtype) -> Tensor:
+        """Return R - I of each block of one rotation, (k, b, b), by the current skew parameter."""
         packed = getattr(self, rotation.skew).view(rotation.shape)
         change: Tensor = CayleyNeumann.apply(  # type: ignore[no-untyped-call]
             packed, rotation.block, self.settings.order, dtype
@@ -228,25 +243,35 @@ class PoetLayer(nn.Module):
         return change
 
     def _index(self, side: Sequence[Rotation], device: torch.device) -> Tensor:
-        at = (side[0].skew, device)
+        """Return the indices of one side's blocks, block after block; cached until a merge."""
+        key = (side[0].skew, device)
         self._check_average()
-        if at not in self._indices:
-            found = [rotation.index(self.merges) for rotation in side]
-            self._indices[at] = torch.cat(found).to(device, non_blocking=True)
-        return self._indices[at]
+        if key not in self._indices:
+            indices = [rotation.index(self.merges) for rotation in side]
+            self._indices[key] = torch.cat(indices).to(device, non_blocking=True)
+        return self._indices[key]
 
-    def forget(self) -> None:
-        """Drop the indices of blocks: ``merges`` or the rotations have changed, and W is right."""
+    def drop_indices(self) -> None:
+        """Drop the cached indices of blocks: ``merges`` or the rotations have changed.
+
+        W as it is now counts as belonging to the rotations.
+        """
         self._indices: dict[tuple[str, torch.device], Tensor] = {}
-        self._since, self._left_at = _version(self.weight), None
+        self._expected_version, self._left_at = _version(self.weight), None
 
     @torch.no_grad()
-    def effective(self, weight: Tensor, skews: Mapping[str, Tensor]) -> Tensor:
-        """R_o W R_i of whole (here: of this rank's tile) tensors, (m, n) in at least float32."""
-        with without_autocast(weight.device):
-            return self._effective(weight, skews)
+    def rotated_weight(self, weight: Tensor, skews: Mapping[str, Tensor]) -> Tensor:
+        """Return R_o W R_i, (m, n) in at least float32.
 
-    def _effective(self, weight: Tensor, skews: Mapping[str, Tensor]) -> Tensor:
+        Args:
+            weight: all of this rank's tile of W, (m, n).
+            skews: all of the tile's skew parameters, by name.
+        """
+        with without_autocast(weight.device):
+            return self._rotated_weight(weight, skews)
+
+    def _rotated_weight(self, weight: Tensor, skews: Mapping[str, Tensor]) -> Tensor:
+        """Return R_o W R_i; autocast is off."""
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         for side, transposed in ((self.inner, False), (self.outer, True)):
             deltas = []
@@ -256,48 +281,64 @@ class PoetLayer(nn.Module):
                 deltas.append(change if transposed else change.mT)
             rows = wide.mT.contiguous() if transposed else wide
             index = self._index(side, wide.device)
-            turned = rotate(rows, index, deltas, not self.settings.fully)
-            wide = turned.mT if transposed else turned
+            rotated = rotate(rows, index, deltas, not self.settings.fully)
+            wide = rotated.mT if transposed else rotated
         return wide
 
     @torch.no_grad()
     def merge(self, weight: Tensor, skews: Mapping[str, Tensor]) -> None:
-        """W <- R_o W R_i in place, skew parameters <- 0, new permutations next.
+        """Merge the rotations into W in place: W <- R_o W R_i, skew parameters <- 0.
 
-        ``weight``, ``skews``: the layer's own, wherever a framework has brought them together.
+        The next permutations follow from the new count of merges.
+
+        Args:
+            weight: the layer's own, wherever a framework has gathered it.
+            skews: the layer's own, by name, gathered likewise.
         """
-        for each in _copies.get(self, ()):
-            each._left_at = _version(each.weight) if each._left_at is None else each._left_at
-        weight.copy_(self.effective(weight, skews))
+        for duplicate in _copies.get(self, ()):
+            if duplicate._left_at is None:
+                duplicate._left_at = _version(duplicate.weight)
+        weight.copy_(self.rotated_weight(weight, skews))
         for skew in skews.values():
             skew.zero_()
         self.merges += 1
-        self.forget()
+        self.drop_indices()
 
-    def assembled(self, weight: Tensor) -> Tensor:
-        """The whole matrix, of which ``weight`` is this rank's tile. A collective call."""
+    def full_weight(self, weight: Tensor) -> Tensor:
+        """Return the whole matrix, of which ``weight`` is this rank's tile. A collective call."""
         return weight
 
     def get_extra_state(self) -> Tensor:
-        """Merges, and all of the settings that permutations and blocks depend on, int64."""
-        return torch.tensor([self.merges, *self._fixed().values()], dtype=torch.int64)
+        """Return the merges, and all settings that permutations and blocks depend on, int64."""
+        return torch.tensor([self.merges, *self._fixed_settings().values()], dtype=torch.int64)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """ValueError if the layer was built with other settings."""
+        """Set the number of merges from a checkpoint.
+
+        Raises:
+            ValueError: the checkpoint is of a layer that was built with other settings.
+        """
         self.check_extra_state(state)
         self.merges = int(state[0])
-        self.forget()
+        self.drop_indices()
 
     def check_extra_state(self, state: Tensor) -> None:
-        """ValueError if it is of a layer that was built with other settings."""
-        for (name, here), there in zip(self._fixed().items(), state[1:].tolist(), strict=True):
-            if here != there:
+        """Check that a checkpoint's state is of a layer that was built with the same settings.
+
+        Raises:
+            ValueError: it is not.
+        """
+        for (name, value), saved in zip(
+            self._fixed_settings().items(), state[1:].tolist(), strict=True
+        ):
+            if value != saved:
                 raise ValueError(
-                    f"{self.key}: {name} is {here} here, but {there} in the checkpoint; convert the"
-                    " model with the settings it was saved with"
+                    f"{self.key}: {name} is {value} here, but {saved} in the checkpoint; convert"
+                    " the model with the settings it was saved with"
                 )
 
-    def _fixed(self) -> dict[str, int]:
+    def _fixed_settings(self) -> dict[str, int]:
+        """Return the settings that permutations and blocks depend on, as numbers by name."""
         s = self.settings
         return {
             "seed": s.seed, "segments": s.segments, "form": FORMS.index(s.form),
@@ -307,10 +348,14 @@ class PoetLayer(nn.Module):
 
 
 class PoetLinear(PoetLayer, nn.Linear):
-    """nn.Linear as R_o W R_i: made of one, in place, by ``spectral_dist.poet.convert``."""
+    """An nn.Linear as R_o W R_i, converted in place by ``spectral_dist.poet.convert``."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out). ValueError: torch's tensor parallelism has cut the layer."""
+        """Return the layer's output, (..., in) -> (..., out).
+
+        Raises:
+            ValueError: torch's tensor parallelism has cut the layer.
+        """
         if hasattr(self.weight, "placements"):  # FSDP2 has gathered what it shards
             raise ValueError(
                 f"{self.key}: POET knows no tensor parallelism by DTensors (parallelize_module);"
@@ -318,11 +363,11 @@ class PoetLinear(PoetLayer, nn.Linear):
                 " Megatron-core, whose column- and row-parallel layers it rotates"
                 " (spectral_dist.integrations.megatron)"
             )
-        found: Tensor = self.maybe_again(self.multiply, input)
-        return found if self.bias is None else found + self.bias.to(found.dtype)
+        product: Tensor = self.maybe_recompute(self.forward_rotated, input)
+        return product if self.bias is None else product + self.bias.to(product.dtype)
 
 
 def _autocast(x: Tensor) -> Tensor:
-    """As nn.Linear takes its input under torch.autocast."""
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    """Return x in the dtype to which torch.autocast casts the input of an nn.Linear."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x

@@ -22,11 +22,11 @@ from spectral_dist.poet.options import POETOptions
 from spectral_dist.rules.adamw import AdamWOptions
 
 START = 0.1
-"""Of the clipping limit, in the first step after a merge."""
+"""The fraction of the clipping limit that holds in the first step after a merge."""
 
 
 def clip_ramp_factor(since: int, ramp: int, merged: bool) -> float:
-    """Return what to multiply the limit of gradient clipping by in the coming step.
+    """Return the factor of the limit of gradient clipping in the coming step.
 
     Args:
         since: steps taken since the last merge.
@@ -39,7 +39,7 @@ def clip_ramp_factor(since: int, ramp: int, merged: bool) -> float:
 
 
 class POET(ShardedOptimizer):
-    """Trains the rotations of a model that ``spectral_dist.poet.convert`` has converted.
+    """The optimizer of the rotations of a model that ``spectral_dist.poet.convert`` has converted.
 
     Every parameter is stepped elementwise where it lies, with moments in float32. Every
     ``merge_every`` steps (arXiv 2506.08001, algorithm 1) the rotations are multiplied into the
@@ -47,7 +47,8 @@ class POET(ShardedOptimizer):
     zero, in the same step.
 
     Options: ``spectral_dist.poet.options.POETOptions``. The count of steps since the last merge is
-    the skew's own ``step``, and that of merges is in the layers: both are in every checkpoint.
+    ``step`` in the state of the skew parameters, and that of merges is in the layers: both are in
+    every checkpoint.
     """
 
     options_type = POETOptions
@@ -61,7 +62,7 @@ class POET(ShardedOptimizer):
         self._ramp_asked = False
 
     def require_layers(self) -> None:
-        """Raise a ValueError if there is nothing to rotate."""
+        """Raise a ValueError if the model has no layer to rotate."""
         if not self.layers:
             raise ValueError(
                 "POET trains the rotations of a model that spectral_dist.poet.convert(model) has"
@@ -70,23 +71,26 @@ class POET(ShardedOptimizer):
 
     @property
     def layers(self) -> list[PoetLayer]:
-        """The rotated layers, in the model's order."""
-        found = {id(r.layer): r.layer for r in self.all_routes if r.layer is not None}
-        return list(found.values())
+        """Return the rotated layers, in the model's order."""
+        by_id = {id(r.layer): r.layer for r in self.all_routes if r.layer is not None}
+        return list(by_id.values())
 
     def steps_taken(self) -> int:
-        """With those before the last merge, if ``merge_every`` never changed."""
+        """Return the steps taken, those before the last merge included.
+
+        The count is right if ``merge_every`` has never changed.
+        """
         return self.layers[0].merges * self._merge_every() + self.steps_since_merge()
 
     def steps_since_merge(self) -> int:
-        """Of the skew parameters."""
+        """Return the steps that the skew parameters have taken since the last merge."""
         return int(max(self._step_counts("skew"), default=0.0))
 
     def has_merged(self) -> bool:
         """Return whether this optimizer has merged, now or before its checkpoint was written.
 
         The model's count of merges alone does not say so. It may be that of a run whose optimizer
-        was not loaded, and then this is the start of one: no merge has just emptied Adam's moments.
+        was not loaded, and then a new run starts here: no merge has just emptied Adam's moments.
         Parameters that AdamW trains count every step; only without any is the model's count taken.
         """
         totals = self._step_counts("scalar")
@@ -94,7 +98,11 @@ class POET(ShardedOptimizer):
         return merged and (not totals or max(totals) > self.steps_since_merge())
 
     def complete(self, carried: ParamGroup, routes: Sequence[Route]) -> ParamGroup:
-        """Refuse a group of rotations that asks for decay."""
+        """Return the fields of a group unchanged.
+
+        Raises:
+            ValueError: the group is of rotations and asks for weight decay.
+        """
         if carried["kind"] == "skew" and carried["weight_decay"]:
             raise ValueError(
                 "a parameter group: weight_decay is set for rotations, which have none; set it in"
@@ -105,7 +113,7 @@ class POET(ShardedOptimizer):
     def step_matrices(
         self, group: ParamGroup, unit: Unit, tensors: Sequence[Tensor], grads: Grads
     ) -> None:
-        """Never called: there are no matrices."""
+        """Raise an AssertionError: there are no matrices, so nothing calls it."""
         raise AssertionError("POET has no groups of matrices")
 
     def scalar_options(self, group: ParamGroup) -> AdamWOptions:
@@ -114,11 +122,11 @@ class POET(ShardedOptimizer):
         return replace(options, weight_decay=0.0) if group["kind"] == "skew" else options
 
     def clip_factor(self) -> float:
-        """What to multiply the limit of gradient clipping by in the coming step.
+        """Return the factor of the limit of gradient clipping in the coming step.
 
-        1, but from 0.1 up to 1 over the ``clip_ramp`` steps after a merge. Frameworks that clip by
-        themselves are told; in your own loop: ``clip_grad_norm_(parameters, limit *
-        optimizer.clip_factor())``.
+        The factor is 1, but grows from 0.1 to 1 over the ``clip_ramp`` steps after a merge.
+        Frameworks that clip by themselves are told; in a loop of your own write
+        ``clip_grad_norm_(parameters, limit * optimizer.clip_factor())``.
         """
         self._ramp_asked = True
         ramp = self.options.clip_ramp
@@ -128,7 +136,14 @@ class POET(ShardedOptimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step, and the merge if it is due (unless a framework has yet to write the model)."""
+        """Take one step, and merge if it is due (unless a framework has yet to write the model).
+
+        Args:
+            closure: as in ``torch.optim.Optimizer.step``.
+
+        Returns:
+            The closure's result.
+        """
         if self.options.clip_ramp and not self._ramp_asked and self.has_merged():
             self._ramp_asked = True
             warnings.warn(
@@ -143,7 +158,10 @@ class POET(ShardedOptimizer):
 
     @torch.no_grad()
     def merge_if_due(self) -> bool:
-        """Whether it was. The model has the values of the last step; a collective call."""
+        """Merge if it is due, and return whether it was. A collective call.
+
+        The model must have the values of the last step.
+        """
         if self.steps_since_merge() < self._merge_every():
             return False
         with without_autocast(self.device):
@@ -151,6 +169,7 @@ class POET(ShardedOptimizer):
         return True
 
     def _merge(self) -> None:
+        """Merge all layers, start the skew parameters' state again, and report on the rotations."""
         if "copies" not in self._warned and any(layer.averages() for layer in self.layers):
             self._warned.add("copies")
             warnings.warn(
@@ -163,21 +182,21 @@ class POET(ShardedOptimizer):
         numbers, drifts = [], []
         for layer in self.layers:
             skews = layer.skews
-            with self.placement.gathered([layer.weight, *skews.values()], write=True) as whole:
-                weight, named = whole[0], dict(zip(skews, whole[1:], strict=True))
-                numbers.append(report.rotations(layer, named))
-                before = layer.assembled(weight).clone() if is_watched else None
-                layer.merge(weight, named)
+            with self.placement.gathered([layer.weight, *skews.values()], write=True) as gathered:
+                weight, named_skews = gathered[0], dict(zip(skews, gathered[1:], strict=True))
+                numbers.append(report.rotations(layer, named_skews))
+                before = layer.full_weight(weight).clone() if is_watched else None
+                layer.merge(weight, named_skews)
                 if before is not None:
-                    drifts.append(report.drift(before, layer.assembled(weight)))
+                    drifts.append(report.drift(before, layer.full_weight(weight)))
         for group, tensors in self.placement.param_batches(self):
             if group["kind"] == "skew":
                 self._restart(tensors)
-        table = report.pooled(self.layers, numbers, self.meter)
+        table = report.max_over_ranks(self.layers, numbers, self.meter)
         report.write(self.layers, table, drifts, self.monitor, self.steps_taken())
 
     def _restart(self, tensors: Iterable[Tensor]) -> None:
-        """Zero what the optimizer steps on, be it a master copy, and Adam with it."""
+        """Zero the tensors that the optimizer steps on, master copies too, and their Adam state."""
         for p in tensors:
             self.placement.local(p).zero_()
             for value in self.state.get(p, {}).values():
@@ -185,11 +204,13 @@ class POET(ShardedOptimizer):
                     self.placement.local(value).zero_()
 
     def _merge_every(self) -> int:
+        """Return the steps from one merge to the next, as the parameter groups have it."""
         periods = [int(g["merge_every"]) for g in self.param_groups if g["kind"] == "skew"]
-        return periods[0] if periods else self.options.merge_every  # ZeRO steps group by group
+        # ZeRO steps group by group, so that there may be no group of rotations at the moment
+        return periods[0] if periods else self.options.merge_every
 
     def _step_counts(self, kind: str) -> list[float]:
-        """Return the steps of each of a kind's parameters, 0 of one that has no state yet."""
+        """Return the steps of each of a kind's parameters, 0 for one that has no state yet."""
         return [
             float(self.state.get(p, {}).get("step", 0.0))
             for group, tensors in self.placement.param_batches(self)

@@ -1,4 +1,4 @@
-"""POET's options, and its name among the optimizers."""
+"""The options of POET, and its registration among the optimizers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spectral_dist.rules.options import BaseOptions
 
 @dataclass(frozen=True)
 class POETOptions(BaseOptions):
-    """POET's options. ``lr`` is the skew's; ``weight_decay`` that of the rest, as it has none."""
+    """POET's options. ``lr`` is the skew parameters'; ``weight_decay`` that of all others."""
 
     betas: tuple[float, float] = option(
         (0.9, 0.999), "Adam's decay of its two moments.", betas_problem, scope="scalar"
@@ -27,12 +27,16 @@ class POETOptions(BaseOptions):
     )  # fmt: skip
 
     def check(self, where: str) -> None:
-        """Add what concerns the merge, and decay."""
+        """Check all options, and what concerns the merge and decay.
+
+        Raises:
+            ValueError: names the option; begins with ``where``.
+        """
         super().check(where)
         if self.clip_ramp > self.merge_every:
-            self.fail(where, "clip_ramp", f"it must be at most merge_every, {self.merge_every}")
+            self.invalid(where, "clip_ramp", f"it must be at most merge_every, {self.merge_every}")
         if self.scalar_weight_decay is not None:
-            self.fail(where, "scalar_weight_decay", "write weight_decay: the skew has none")
+            self.invalid(where, "scalar_weight_decay", "write weight_decay: the skew has none")
 
     @classmethod
     def kinds(cls) -> tuple[str, ...]:
@@ -46,9 +50,9 @@ class POETOptions(BaseOptions):
             return frozenset({"lr", "betas", "eps", "merge_every"})
         return super().names(kind)
 
-    def group(self, kind: str) -> dict[str, Any]:
-        """Return what a parameter group carries; rotations have no decay."""
-        carried = super().group(kind)
+    def group_fields(self, kind: str) -> dict[str, Any]:
+        """Return the fields of a parameter group of one of ``kinds``; rotations have no decay."""
+        carried = super().group_fields(kind)
         return {**carried, "weight_decay": 0.0} if kind == "skew" else carried
 
 

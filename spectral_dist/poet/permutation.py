@@ -1,4 +1,4 @@
-"""Which rows or columns are in which block: permutations within segments, from a stable hash.
+"""Permutations, from a stable hash, that decide which rows or columns are in which block.
 
 A dimension is cut into ``segments`` contiguous parts, each permuted within itself: blocks never
 cross the ranks of a tensor-parallel size that divides ``segments``, and the permutation of a
@@ -14,12 +14,12 @@ from torch import Tensor
 
 
 def permutation(size: int, *key: object) -> Tensor:
-    """Of 0 .. size - 1, int64 on the CPU, by the key's text alone."""
+    """Return a permutation of 0 .. size - 1, int64 on the CPU, by the key's text alone."""
     return torch.randperm(size, generator=generator(*key))
 
 
 def generator(*key: object) -> torch.Generator:
-    """On the CPU, seeded by the key's text alone."""
+    """Return a generator on the CPU, seeded by the key's text alone."""
     text = "/".join(map(str, key))
     seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
     return torch.Generator().manual_seed(seed)

@@ -1,4 +1,4 @@
-"""R_o W R_i x as one function: in the order of the blocks from the first product to the last."""
+"""R_o W R_i x as one autograd function, in the order of the blocks between its two products."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spectral_dist.poet.rotation import block_gradients, put_back, turn_blocks
+from spectral_dist.poet.rotation import block_gradients, rotate_blocks, scatter_columns
 
 
 class RotatedProduct(torch.autograd.Function):
-    """Rows x (t, n) -> (t, m) of a frozen W that all blocks of both sides rotate.
+    """The product of rows x (t, n) with a frozen W that all blocks of both sides rotate: (t, m).
 
     x is permuted once, the result once, and W in between, which is smaller than what is multiplied
     by it: so W is kept in its own order. x and W R_i x are saved.
@@ -27,33 +27,46 @@ class RotatedProduct(torch.autograd.Function):
         outer: Tensor,
         *deltas: Tensor,
     ) -> Tensor:
-        """``inner``, ``outer``: indices of blocks. ``deltas``: of inputs, then of outputs."""
+        """Return R_o W R_i x of each row.
+
+        Args:
+            ctx: autograd's context.
+            x: rows (t, n).
+            weight: W, (m, n).
+            inner: indices of the blocks of inputs, block after block, (n,).
+            outer: indices of the blocks of outputs, (m,).
+            deltas: R - I of the blocks of inputs (k, b, b), then those of outputs, one or more.
+        """
         product = _multiply(x, weight, inner, outer, deltas[0])
         ctx.save_for_backward(x, weight, inner, outer, product, *deltas)
         result = x.new_empty(len(x), len(weight))
-        return put_back(result, outer, turn_blocks(product, deltas[1:]), True)
+        return scatter_columns(result, outer, rotate_blocks(product, deltas[1:]), True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Of x and of the deltas."""
+        """Return the gradients of x and of the deltas."""
         x, weight, inner, outer, product, *deltas = ctx.saved_tensors
-        picked = gradient.index_select(1, outer)
-        of_outer = block_gradients(product, picked, deltas[1:])
-        back = turn_blocks(picked, [change.mT for change in deltas[1:]])
-        back = back @ _permuted(weight, inner, outer).to(back.dtype)
-        of_inner = block_gradients(x.index_select(1, inner), back, deltas[:1])
-        of_x: Tensor | None = None
+        permuted = gradient.index_select(1, outer)
+        outer_gradients = block_gradients(product, permuted, deltas[1:])
+        product_gradient = rotate_blocks(permuted, [change.mT for change in deltas[1:]])
+        weight = _permuted(weight, inner, outer).to(product_gradient.dtype)
+        inner_gradient = product_gradient @ weight  # of R_i x, in the order of the inner blocks
+        inner_gradients = block_gradients(x.index_select(1, inner), inner_gradient, deltas[:1])
+        x_gradient: Tensor | None = None
         if ctx.needs_input_grad[0]:
-            of_x = put_back(x, inner, turn_blocks(back, [deltas[0].mT]), True)
-        return of_x, None, None, None, *of_inner, *of_outer
+            x_gradient = scatter_columns(
+                x, inner, rotate_blocks(inner_gradient, [deltas[0].mT]), True
+            )
+        return x_gradient, None, None, None, *inner_gradients, *outer_gradients
 
 
 def _multiply(x: Tensor, weight: Tensor, inner: Tensor, outer: Tensor, change: Tensor) -> Tensor:
-    """W R_i x, its outputs in the order of the outer blocks."""
-    turned = turn_blocks(x.index_select(1, inner), [change])
-    return turned @ _permuted(weight, inner, outer).mT.to(turned.dtype)
+    """Return W R_i x, its outputs in the order of the outer blocks."""
+    rotated = rotate_blocks(x.index_select(1, inner), [change])
+    return rotated @ _permuted(weight, inner, outer).mT.to(rotated.dtype)
 
 
 def _permuted(weight: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
+    """Return W with its rows and columns in the order of the blocks."""
     return weight.index_select(0, outer).index_select(1, inner)

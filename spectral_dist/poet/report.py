@@ -1,4 +1,4 @@
-"""What a merge did: how far rotations had turned, and what became of W's singular values."""
+"""The report of a merge: how far rotations had turned, and how W's singular values changed."""
 
 from __future__ import annotations
 
@@ -20,11 +20,17 @@ QUANTITIES = {
     "singular_value_drift": "max |s / s0 - 1| of W's singular values over the merge",
 }
 LIMIT = 0.5
-"""Of ||Q||_2: at 1 the Cayley-Neumann series no longer is Cayley's map."""
+"""The ||Q||_2 above which a warning is given: at 1 the Cayley-Neumann series no longer is Cayley's
+map."""
 
 
 def rotations(layer: PoetLayer, skews: Mapping[str, Tensor]) -> Tensor:
-    """(skew_norm, rotation_error) of the blocks that are here; no host sync."""
+    """Return (skew_norm, rotation_error) of the blocks on this rank, (2,) float32; no host sync.
+
+    Args:
+        layer: before it is merged.
+        skews: all of this rank's skew parameters of the layer, by name.
+    """
     order, worst = layer.settings.order, []
     for rotation in layer.rotations:
         skew = skews[rotation.skew].view(rotation.shape)
@@ -35,29 +41,38 @@ def rotations(layer: PoetLayer, skews: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(worst).amax(0).float()
 
 
-def pooled(layers: Sequence[PoetLayer], numbers: Sequence[Tensor], meter: Meter) -> Tensor:
-    """``rotations`` of each layer, (layers, 2): the largest of all ranks that have a tile of it.
+def max_over_ranks(layers: Sequence[PoetLayer], numbers: Sequence[Tensor], meter: Meter) -> Tensor:
+    """Return the results of ``rotations``, maximal over all ranks that have a tile of the layer.
 
     One reduction for all layers that are cut over the same ranks.
+
+    Args:
+        layers: of the model.
+        numbers: of each layer, (2,).
+        meter: counts the bytes.
+
+    Returns:
+        (layers, 2).
     """
     table = torch.stack(list(numbers))
     for group in {id(layer.group): layer.group for layer in layers}.values():
         rows = [i for i, layer in enumerate(layers) if layer.group is group]
-        part = table[rows]
-        collectives.max_ranks(part, group, meter)
-        table[rows] = part
+        largest = table[rows]
+        collectives.max_ranks(largest, group, meter)
+        table[rows] = largest
     return table
 
 
 def drift(before: Tensor, after: Tensor) -> Tensor:
-    """max |s / s0 - 1| between the singular values of two matrices, in float64.
+    """Return max |s / s0 - 1| between the singular values of two matrices, computed in float64.
 
-    Those that are zero in float32, as all are of a layer that starts from zero, are left out.
+    Singular values that are zero in float32, as all are of a layer that starts from zero, are left
+    out.
     """
     s0, s = (torch.linalg.svdvals(w.double()) for w in (before, after))
-    null = s0 <= torch.finfo(torch.float32).eps * max(before.shape) * s0.amax()
-    found: Tensor = (s / s0 - 1).masked_fill(null, 0.0).abs().max().float()
-    return found
+    is_null = s0 <= torch.finfo(torch.float32).eps * max(before.shape) * s0.amax()
+    largest: Tensor = (s / s0 - 1).masked_fill(is_null, 0.0).abs().max().float()
+    return largest
 
 
 def write(
@@ -67,15 +82,23 @@ def write(
     monitor: Monitor | None,
     step: int,
 ) -> None:
-    """Warn of rotations that went too far; write all to the monitor's sinks, if there is one."""
+    """Warn of rotations that went too far; write all numbers to the monitor's sinks.
+
+    Args:
+        layers: of the model.
+        numbers: skew_norm and rotation_error of each layer, (layers, 2).
+        drifts: of each layer, if a monitor watches.
+        monitor: or None.
+        step: of the merge.
+    """
     table = numbers.tolist()
-    far = [(norm, layer.key) for layer, (norm, _) in zip(layers, table, strict=True)]
-    largest, name = max(far)
+    norms = [(norm, layer.key) for layer, (norm, _) in zip(layers, table, strict=True)]
+    largest, name = max(norms)
     if not largest < LIMIT:
-        count = sum(not norm < LIMIT for norm, _ in far)
+        count = sum(not norm < LIMIT for norm, _ in norms)
         warnings.warn(
             f"POET: at the merge after step {step} ||Q|| was {largest:.2f} in {name}, above"
-            f" {LIMIT} in {count} of {len(far)} layers; at 1 the series of the rotation no longer"
+            f" {LIMIT} in {count} of {len(norms)} layers; at 1 the series of the rotation no longer"
             " is one. Lower lr or merge_every, or convert with order='exact'",
             stacklevel=5,
         )

@@ -14,17 +14,24 @@ from spectral_dist.poet.cayley import packed_size
 from spectral_dist.poet.permutation import permutation
 
 Span: TypeAlias = tuple[int, int]
-"""First index, and how many."""
+"""A run of indices: the first one, and how many."""
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """What one packed skew parameter rotates: one side of one matrix, or a tile's part of it.
+    """The rotation by one packed skew parameter: of one side of one matrix or of its tile.
 
-    ``key``: names matrix and side, for permutations. ``skew``: the parameter's name in its layer.
-    ``spans``: where the dimension lies here, in order; a tile of a fused weight has several.
-    ``rank`` of ``ranks``: which part of the dimension that is. ``fully``: R moves a random subset
-    of ``block`` indices, and else (block-stochastic) all of them, in blocks.
+    Attributes:
+        key: names matrix and side, for permutations.
+        skew: the parameter's name in its layer.
+        spans: where the dimension lies in this tensor, in order; a tile of a fused weight has
+            several.
+        block: the size b of the blocks.
+        segments: of the whole dimension.
+        seed: of permutations.
+        fully: whether R moves a random subset of ``block`` indices; else (block-stochastic) it
+            moves all of them, in blocks.
+        rank, ranks: which part of the dimension the tile has, and how many parts there are.
 
     Raises:
         ValueError: blocks or segments do not fit.
@@ -41,7 +48,11 @@ class Rotation:
     ranks: int = 1
 
     def __post_init__(self) -> None:
-        """ValueError that says what divides what."""
+        """Check that blocks and segments divide the dimension.
+
+        Raises:
+            ValueError: they do not; says what divides what.
+        """
         size = self.size * self.ranks
         if self.segments % self.ranks:
             raise ValueError(
@@ -67,102 +78,118 @@ class Rotation:
                 )
         elif self.block < 2 or (size // self.segments) % self.block:
             length = size // self.segments
-            fits = [b for b in range(2, length + 1) if length % b == 0]
-            near = max((b for b in fits if b <= self.block), default=min(fits, default=0))
+            divisors = [b for b in range(2, length + 1) if length % b == 0]
+            nearest = max(
+                (b for b in divisors if b <= self.block), default=min(divisors, default=0)
+            )
             raise ValueError(
                 f"{self.key}: block {self.block} does not divide its dimension, {size}"
                 + f" in segments of {length}" * (self.segments > 1)
-                + f"; {near} does: blocks={{'a pattern of its name': (b_in, b_out)}}"
+                + f"; {nearest} does: blocks={{'a pattern of its name': (b_in, b_out)}}"
             )
 
     @property
     def size(self) -> int:
-        """Of the dimension here."""
+        """Return the size of this tile's part of the dimension."""
         return sum(count for _, count in self.spans)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Of the packed blocks here: (blocks, b (b - 1) / 2)."""
+        """Return the shape of this tile's packed blocks: (blocks, b (b - 1) / 2)."""
         return 1 if self.fully else self.size // self.block, packed_size(self.block)
 
     @property
     def numel(self) -> int:
-        """Of the skew parameter here."""
+        """Return the number of elements of this tile's skew parameter."""
         return self.shape[0] * self.shape[1]
 
     def index(self, merges: int) -> Tensor:
-        """The indices here, block after block, after so many merges; int64 on the CPU."""
-        places = torch.cat([torch.arange(first, first + count) for first, count in self.spans])
-        held = self.segments // self.ranks
-        length = self.size // held
-        found = []
-        for i in range(held):
-            segment = self.rank * held + i
+        """Return this tile's indices, block after block, after ``merges``; int64 on the CPU."""
+        indices = torch.cat([torch.arange(first, first + count) for first, count in self.spans])
+        local_segments = self.segments // self.ranks
+        length = self.size // local_segments
+        permuted = []
+        for i in range(local_segments):
+            segment = self.rank * local_segments + i
             order = permutation(length, "poet", self.seed, self.key, segment, merges)
-            found.append(places[i * length : (i + 1) * length][order])
-        return torch.cat(found)[: self.shape[0] * self.block]
+            permuted.append(indices[i * length : (i + 1) * length][order])
+        return torch.cat(permuted)[: self.shape[0] * self.block]
 
 
-def rotate(x: Tensor, index: Tensor, deltas: Sequence[Tensor], whole: bool) -> Tensor:
-    """x R^T, (t, d) -> (t, d): rows times the rotations of blocks I + delta, at ``index``.
+def rotate(x: Tensor, index: Tensor, deltas: Sequence[Tensor], covers_all: bool) -> Tensor:
+    """Return x R^T, (t, d) -> (t, d): rows times the rotations of blocks I + delta.
 
-    ``index``: of all deltas' blocks, one after the other; ``whole`` says that it is all of d.
+    Args:
+        x: rows (t, d).
+        index: of all deltas' blocks, one after the other.
+        deltas: R - I of blocks, (k, b, b) each.
+        covers_all: whether ``index`` has all of d.
     """
-    return put_back(x, index, turn_blocks(x.index_select(1, index), deltas), whole)
+    return scatter_columns(x, index, rotate_blocks(x.index_select(1, index), deltas), covers_all)
 
 
-def put_back(x: Tensor, index: Tensor, turned: Tensor, whole: bool) -> Tensor:
-    """(t, d) with ``turned`` at ``index``, and x elsewhere."""
-    result = torch.empty_like(x) if whole else x.clone()
-    return result.index_copy_(1, index, turned)
+def scatter_columns(x: Tensor, index: Tensor, rotated: Tensor, covers_all: bool) -> Tensor:
+    """Return (t, d) with ``rotated`` at ``index``, and x elsewhere.
+
+    Args:
+        x: rows (t, d).
+        index: (w,).
+        rotated: (t, w).
+        covers_all: whether ``index`` has all of d.
+    """
+    result = torch.empty_like(x) if covers_all else x.clone()
+    return result.index_copy_(1, index, rotated)
 
 
-def turn_blocks(picked: Tensor, deltas: Sequence[Tensor]) -> Tensor:
-    """(t, w) -> (t, w): each block of columns times (I + delta)^T, block after block.
+def rotate_blocks(permuted: Tensor, deltas: Sequence[Tensor]) -> Tensor:
+    """Return (t, w) of rows (t, w): each block of columns times (I + delta)^T, block after block.
 
     In half precision x + x delta^T is rounded once, and I + delta never.
     """
-    turned = []
-    for part, change in zip(_parts(picked, deltas), deltas, strict=True):
-        blocks = _blocks(part, change)
-        turned.append(torch.baddbmm(blocks, blocks, change.mT).transpose(0, 1).flatten(1))
-    return torch.cat(turned, 1) if len(turned) > 1 else turned[0]
+    rotated = []
+    for columns, change in zip(_split_columns(permuted, deltas), deltas, strict=True):
+        blocks = _blocks(columns, change)
+        rotated.append(torch.baddbmm(blocks, blocks, change.mT).transpose(0, 1).flatten(1))
+    return torch.cat(rotated, 1) if len(rotated) > 1 else rotated[0]
 
 
-def block_gradients(picked: Tensor, gradient: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
-    """Of each delta in ``turn_blocks``, from the gradient of its result."""
-    parts = zip(_parts(picked, deltas), _parts(gradient, deltas), deltas, strict=True)
-    return [torch.bmm(_blocks(g, change).mT, _blocks(x, change)) for x, g, change in parts]
+def block_gradients(permuted: Tensor, gradient: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
+    """Return the gradient of each delta in ``rotate_blocks``, from the gradient of its result."""
+    triples = zip(
+        _split_columns(permuted, deltas), _split_columns(gradient, deltas), deltas, strict=True
+    )
+    return [torch.bmm(_blocks(g, change).mT, _blocks(x, change)) for x, g, change in triples]
 
 
-def _parts(x: Tensor, deltas: Sequence[Tensor]) -> Sequence[Tensor]:
+def _split_columns(x: Tensor, deltas: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return views of x (t, w), the columns of each delta's blocks."""
     return torch.split(x, [change.shape[0] * change.shape[-1] for change in deltas], 1)
 
 
 def _blocks(x: Tensor, change: Tensor) -> Tensor:
-    """(t, k b) -> (k, t, b), a view."""
+    """Return a view (k, t, b) of x (t, k b)."""
     return x.view(len(x), change.shape[0], change.shape[-1]).transpose(0, 1)
 
 
 class Rotate(torch.autograd.Function):
-    """``rotate``, saving its input and not the permuted copy of it."""
+    """``rotate`` as an autograd function that saves its input and not the permuted copy of it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, whole: bool, *deltas: Tensor) -> Tensor:
-        """See ``rotate``."""
+    def forward(ctx: Any, x: Tensor, index: Tensor, covers_all: bool, *deltas: Tensor) -> Tensor:
+        """Return ``rotate`` of x."""
         ctx.save_for_backward(x, index, *deltas)
-        ctx.whole = whole
-        return rotate(x, index, deltas, whole)
+        ctx.covers_all = covers_all
+        return rotate(x, index, deltas, covers_all)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Of the rows, and of each delta."""
+        """Return the gradients of the rows and of each delta."""
         x, index, *deltas = ctx.saved_tensors
-        picked = gradient.index_select(1, index)
-        of_x: Tensor | None = None
+        permuted = gradient.index_select(1, index)
+        x_gradient: Tensor | None = None
         if ctx.needs_input_grad[0]:
-            back = turn_blocks(picked, [change.mT for change in deltas])
-            of_x = put_back(gradient, index, back, ctx.whole)
-        of_deltas = block_gradients(x.index_select(1, index), picked, deltas)
-        return of_x, None, None, *of_deltas
+            rotated_back = rotate_blocks(permuted, [change.mT for change in deltas])
+            x_gradient = scatter_columns(gradient, index, rotated_back, ctx.covers_all)
+        delta_gradients = block_gradients(x.index_select(1, index), permuted, deltas)
+        return x_gradient, None, None, *delta_gradients

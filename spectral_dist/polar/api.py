@@ -1,4 +1,4 @@
-"""Which polar method, in how many steps and in which dtype; and the factors by it."""
+"""Polar factors by any method, and the checks of a method's name, number of steps and dtype."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from spectral_dist.polar import exact, newton_schulz
-from spectral_dist.polar.qdwh import by_qdwh
+from spectral_dist.polar.qdwh import polar_by_qdwh
 from spectral_dist.polar.scaling import null_cutoff, unit_frobenius
 from spectral_dist.polar.schedules import SCHEDULES, Row, check_steps
 from spectral_dist.polar.schedules import rows as named_rows
 from spectral_dist.polar.stability import check_rows
-from spectral_dist.polar.zolo import by_zolo
+from spectral_dist.polar.zolo import polar_by_zolo
 
 __all__ = [
     "DTYPES",
@@ -46,7 +46,7 @@ Method = str | Sequence[Sequence[float]]
 
 _HALF = (torch.float16, torch.bfloat16)
 _HALF_MARGIN = 1e-3
-"""What every named schedule that works in half precision bears, and ``cans`` does not."""
+"""Relative growth per step with which every named schedule but ``cans`` stays stable."""
 
 DTYPES = {
     "float16": torch.float16,
@@ -66,32 +66,32 @@ def polar(
 ) -> Tensor:
     """Return U V^T of every matrix of x = U S V^T, or an approximation of it.
 
-    It does not depend on the scale of x, and zero gives zero. On CPUs it is bitwise that of each
-    matrix alone. Nothing is raised for what the values are: a matrix with NaN or infinity in it,
-    and one of which an SVD or eigh does not converge, comes out as NaN in every element, and leaves
-    the others of the batch alone.
+    The result does not depend on the scale of x, and zero gives zero. On CPUs the result is bitwise
+    that of each matrix alone. Nothing is raised for what the values are: a matrix that has NaN or
+    infinity, and one whose SVD or eigh does not converge, comes out as NaN; others are unaffected.
 
     Without full rank (behind a LayerNorm gradients lack one) rounding leaves singular values that
     mean nothing. svd and eigh take for zero what is at most the cutoff times the largest: max(m, n)
-    eps of x's own dtype, in half precision its eps (see ``null_cutoff``), whatever is computed in;
-    of float64 eigh also drops up to the root of min(m, n) eps. The result is a partial isometry
-    then. qdwh and zolo take what is at most a tenth of the cutoff to 0 and what is at least 2.3
-    times it to 1; in between it comes out in [0, 1]. Measured on float32 gradients of 57 x 40 and
-    rank 18: all four give 18 ones and 22 zeros (below 2e-7). A schedule maps null directions as it
-    does others: up to a_1 ... a_n times as long, which is 485 for ``jordan``.
+    eps of x's own dtype, in half precision its eps (see ``null_cutoff``), whatever dtype the method
+    computes in; eigh of float64 input also drops what is at most the root of min(m, n) eps. The
+    result is a partial isometry then. qdwh and zolo take what is at most a tenth of the cutoff to 0
+    and what is at least 2.3 times the cutoff to 1; what is in between comes out in [0, 1]. Measured
+    on float32 gradients of 57 x 40 and rank 18: all four give 18 ones and 22 zeros (below 2e-7). A
+    schedule maps null directions as others: up to a_1 ... a_n times as long (485 for ``jordan``).
 
     Muon: Keller Jordan 2024, kellerjordan.github.io/posts/muon; CANS: arXiv 2506.10935; Polar
-    Express: arXiv 2505.16932; Gram form: tridao.me/blog/2026/gram-newton-schulz; others: see there.
+    Express: arXiv 2505.16932; Gram form: tridao.me/blog/2026/gram-newton-schulz; qdwh and
+    zolo: see ``polar_by_qdwh`` and ``polar_by_zolo``.
 
     Args:
-        x: (..., m, n), any floating dtype and device, untouched.
+        x: (..., m, n), any floating dtype and device; it is not changed.
         method: a Newton-Schulz schedule (``jordan``, ``quintic``, ``cans``, ``cubic5``,
             ``deepseekv4``, ``polar_express``); the same polynomial iterated on the Gram matrix of
             the short side (``gram_*``: fewer FLOPs, so only for matrices at least 1.5 times as long
             as wide); ``qdwh`` or ``zolo`` (rational iterations that converge); ``svd`` or ``eigh``;
             or rows [[a, b, c], ...] of X <- a X + (b A + c A^2) X, A = X X^T, from ||X||_F = 1,
             which must be stable.
-        steps: of a schedule; None is its own number; past the end one's own last row repeats.
+        steps: of a schedule; None is its default. The last of rows [[a, b, c], ...] repeats.
         compute_dtype: see ``resolve_dtype``.
 
     Returns:
@@ -120,35 +120,51 @@ def polar(
 
 
 def _factor(x: Tensor, method: Method, steps: int | None, dtype: torch.dtype) -> Tensor:
-    """The polar factors of x (k, m, n), in ``dtype``."""
+    """Return the polar factors of x (k, m, n) by ``method``, computed and returned in ``dtype``."""
     polynomials = rows_of(method, steps)
     if polynomials is not None:
         rows, safety = polynomials
         short, long = sorted(x.shape[-2:])
-        # near-square the Gram form multiplies more: measured 1.2 x the time at 384 x 384, .8 at
-        # x 1024
-        saves = str(method).startswith(_GRAM) and long >= 1.5 * short
-        iterate = newton_schulz.gram if saves else newton_schulz.standard
+        # near-square matrices cost more in the Gram form: measured 1.2 times the standard form's
+        # time at 384 x 384, .8 times at 384 x 1024
+        uses_gram = str(method).startswith(_GRAM) and long >= 1.5 * short
+        iterate = newton_schulz.gram if uses_gram else newton_schulz.standard
         return iterate(unit_frobenius(x, dtype, safety), rows)
     if method == "svd":
-        return exact.by_svd(x, dtype)
+        return exact.polar_by_svd(x, dtype)
     if method == "eigh":
-        return exact.by_eigh(x)
-    return by_qdwh(x, dtype) if method == "qdwh" else by_zolo(x)
+        return exact.polar_by_eigh(x)
+    return polar_by_qdwh(x, dtype) if method == "qdwh" else polar_by_zolo(x)
 
 
 def check(
     method: Method, steps: int | None = None, compute_dtype: torch.dtype | str | None = None
 ) -> None:
-    """ValueError if ``polar`` would refuse these options, whatever the matrix."""
+    """Check a method with its steps and dtype, as ``polar`` does, without a matrix.
+
+    Args:
+        method: as ``polar`` takes it.
+        steps: as ``polar`` takes it.
+        compute_dtype: as ``polar`` takes it.
+
+    Raises:
+        ValueError: ``polar`` would refuse these options, whatever the matrix.
+    """
     try:
         _check(_hashable(method), steps, compute_dtype)
-    except TypeError:  # what cannot be hashed is wrong, so it need not be remembered
+    except TypeError:  # what cannot be hashed is wrong, so it need not be cached
         _check.__wrapped__(method, steps, compute_dtype)
 
 
 def rows_of(method: Method, steps: int | None = None) -> tuple[tuple[Row, ...], float] | None:
-    """The (a, b, c) of every step of a Newton-Schulz method and its safety; None of any other."""
+    """Return the schedule of a Newton-Schulz method, or None for any other method.
+
+    Returns:
+        The (a, b, c) of every step, and the safety: the iteration starts from X / (||X||_F safety).
+
+    Raises:
+        ValueError: the schedule cannot have this number of steps, or is not stable.
+    """
     try:
         return _rows_of(_hashable(method), steps)
     except TypeError:
@@ -156,28 +172,29 @@ def rows_of(method: Method, steps: int | None = None) -> tuple[tuple[Row, ...], 
 
 
 def _hashable(method: Method) -> Method:
-    """The same method: a name as it is, rows as tuples."""
+    """Return the same method in a form that can be hashed: a name unchanged, rows as tuples."""
     if isinstance(method, str) or not isinstance(method, Sequence):
         return method
     return tuple([tuple(row) for row in cast(Sequence[Sequence[float]], method)])
 
 
-# remembered, because every step of an optimizer asks, for each of its batches; typed, because True
-# is no number of steps
+# cached, because every step of an optimizer asks, for each of its batches; typed, because True is
+# no number of steps
 @lru_cache(maxsize=256, typed=True)
 def _check(method: Method, steps: int | None, compute_dtype: torch.dtype | str | None) -> None:
+    """Raise the ValueError of ``check``."""
     if isinstance(method, Sequence) and not isinstance(method, str):
-        rows = _rows_of_own(method, steps)
-        half = _dtype(compute_dtype)
-        if half in _HALF and not _bears_half(rows):
+        rows = _rows_of_table(method, steps)
+        dtype = _dtype(compute_dtype)
+        if dtype in _HALF and not _is_stable_in_half(rows):
             raise ValueError(
-                f"this schedule does not work in {_name(half)}: it diverges on what that rounds by;"
-                " write float32 or float64, or coefficients that stay lower"
+                f"this schedule does not work in {_name(dtype)}: it diverges on what that rounds"
+                " by; write float32 or float64, or coefficients that stay lower"
             )
         return
     if method not in METHODS:
         raise ValueError(
-            f"unknown polar method {method!r}{_known(method, METHODS)} Or a schedule of your"
+            f"unknown polar method {method!r}{_suggestion(method, METHODS)} Or a schedule of your"
             " own, [[a, b, c], ...]."
         )
     dtype = _dtype(compute_dtype)
@@ -186,7 +203,7 @@ def _check(method: Method, steps: int | None, compute_dtype: torch.dtype | str |
         return
     name = method.removeprefix(_GRAM)
     named_rows(name, steps)
-    if not SCHEDULES[name].half and dtype in _HALF:
+    if not SCHEDULES[name].stable_in_half and dtype in _HALF:
         raise ValueError(
             f"polar method {method!r} does not work in {_name(dtype)}: its polynomials diverge on "
             "what that rounds by; write float32 or float64, or take 'polar_express'"
@@ -200,29 +217,35 @@ def _check(method: Method, steps: int | None, compute_dtype: torch.dtype | str |
 
 
 def _check_converged(method: str, steps: int | None, dtype: torch.dtype | None) -> None:
+    """Raise a ValueError if a method that converges gets steps, or a dtype that it lacks."""
     if steps is not None:
         why = "is exact" if method in ("svd", "eigh") else "takes the steps that it converges in"
         raise ValueError(f"steps={steps!r} would have no effect: polar method {method!r} {why}")
     if dtype is not None and dtype not in _CONVERGED[method]:
-        able = " or ".join(map(_name, _CONVERGED[method]))
+        possible = " or ".join(map(_name, _CONVERGED[method]))
         raise ValueError(
-            f"polar method {method!r} computes in {able}, not in {_name(dtype)}; write"
+            f"polar method {method!r} computes in {possible}, not in {_name(dtype)}; write"
             f" {_name(_CONVERGED[method][0])!r}, or 'auto'"
         )
 
 
 @lru_cache(maxsize=256, typed=True)
 def _rows_of(method: Method, steps: int | None) -> tuple[tuple[Row, ...], float] | None:
+    """Return what ``rows_of`` returns."""
     if not isinstance(method, str):
-        return _rows_of_own(method, steps), 1.0
+        return _rows_of_table(method, steps), 1.0
     if method in _CONVERGED:
         return None
     name = method.removeprefix(_GRAM)
     return named_rows(name, steps), SCHEDULES[name].safety
 
 
-def _rows_of_own(table: Sequence[Sequence[float]], steps: int | None) -> tuple[Row, ...]:
-    """The (a, b, c) of each step of a schedule that a user wrote; ValueError as ``check_rows``."""
+def _rows_of_table(table: Sequence[Sequence[float]], steps: int | None) -> tuple[Row, ...]:
+    """Return the (a, b, c) of each step of a schedule that a user wrote.
+
+    Raises:
+        ValueError: ``check_rows`` refuses the rows, or ``steps`` is no number of steps.
+    """
     check_rows(cast(Sequence[Row], table))
     rows = tuple((float(a), float(b), float(c)) for a, b, c in table)
     if steps is None:
@@ -232,8 +255,8 @@ def _rows_of_own(table: Sequence[Sequence[float]], steps: int | None) -> tuple[R
 
 
 @lru_cache(maxsize=256)
-def _bears_half(rows: tuple[Row, ...]) -> bool:
-    """Whether a stable schedule stays stable under the rounding of half precision."""
+def _is_stable_in_half(rows: tuple[Row, ...]) -> bool:
+    """Return whether a stable schedule stays stable under the rounding of half precision."""
     try:
         check_rows(rows, margin=_HALF_MARGIN)
     except ValueError:
@@ -247,13 +270,23 @@ def resolve_dtype(
     x_dtype: torch.dtype,
     device: torch.device,
 ) -> torch.dtype:
-    """The dtype in which ``polar`` multiplies; it normalises in float32 or float64 before.
+    """Return the dtype in which ``polar`` multiplies; it normalises in float32 or float64 before.
 
-    compute_dtype: float16, bfloat16, float32 or float64, as a name or a torch.dtype. None and
-    "auto": float64 for svd, eigh and zolo and wherever x is float64; else float32 on CPUs and for
-    qdwh, ``gram_*``, ``cans`` and rows like them, bfloat16 on other devices. ``check`` says which
-    method refuses which dtype: eigh and zolo are float64 only, svd and qdwh float32 or float64,
-    ``gram_*`` never bfloat16, ``cans`` and ``gram_cans`` neither bfloat16 nor float16.
+    ``check`` says which method refuses which dtype: eigh and zolo are float64 only, svd and qdwh
+    float32 or float64, ``gram_*`` never bfloat16, ``cans`` and ``gram_cans`` neither bfloat16 nor
+    float16.
+
+    Args:
+        method: as ``polar`` takes it.
+        compute_dtype: float16, bfloat16, float32 or float64, as a name or a torch.dtype. None and
+            "auto": float64 for svd, eigh and zolo and wherever x is float64; else float32 on CPUs
+            and for qdwh, ``gram_*``, ``cans`` and user-written rows that are unstable in half
+            precision; bfloat16 in all other cases.
+        x_dtype: the dtype of the matrices.
+        device: where the matrices are.
+
+    Raises:
+        ValueError: ``compute_dtype`` is none of these.
     """
     dtype = _dtype(compute_dtype)
     if dtype is not None:
@@ -264,28 +297,35 @@ def resolve_dtype(
         return torch.float32
     if not isinstance(method, str):
         schedule = rows_of(method)
-        return torch.bfloat16 if schedule and _bears_half(schedule[0]) else torch.float32
-    if method.startswith(_GRAM) or not SCHEDULES[method].half:
+        return torch.bfloat16 if schedule and _is_stable_in_half(schedule[0]) else torch.float32
+    if method.startswith(_GRAM) or not SCHEDULES[method].stable_in_half:
         return torch.float32
     return torch.bfloat16
 
 
 def _dtype(compute_dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """Return the dtype that a user asked for, or None for "auto".
+
+    Raises:
+        ValueError: it is no dtype that ``polar`` computes in.
+    """
     if compute_dtype is None or compute_dtype == "auto":
         return None
     if isinstance(compute_dtype, str) and compute_dtype in DTYPES:
         return DTYPES[compute_dtype]
     if isinstance(compute_dtype, torch.dtype) and compute_dtype in DTYPES.values():
         return compute_dtype
-    known = _known(compute_dtype, ("auto", *DTYPES))
-    raise ValueError(f"unknown compute_dtype {compute_dtype!r}{known}")
+    hint = _suggestion(compute_dtype, ("auto", *DTYPES))
+    raise ValueError(f"unknown compute_dtype {compute_dtype!r}{hint}")
 
 
 def _name(dtype: torch.dtype | None) -> str:
+    """Return the name of a dtype without "torch."."""
     return str(dtype).removeprefix("torch.")
 
 
-def _known(word: object, words: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(word).lower(), tuple(words), n=1)
-    meant = f"; did you mean {near[0]!r}?" if near else "."
-    return f"{meant} Known: {', '.join(words)}."
+def _suggestion(word: object, words: Iterable[str]) -> str:
+    """Return the end of an error text: the word that may have been meant, and the list of all."""
+    nearest = difflib.get_close_matches(str(word).lower(), tuple(words), n=1)
+    suggestion = f"; did you mean {nearest[0]!r}?" if nearest else "."
+    return f"{suggestion} Known: {', '.join(words)}."

@@ -2,7 +2,7 @@
 
     {"steps": 5, "coefficients": {"512x2048": [a, b, c], ...}, "origin": {...}}
 
-``origin`` says what they were fitted to; see ``spectral_dist.calibrate``, which writes such files.
+``origin`` says what the coefficients were fitted to; ``spectral_dist.calibrate`` writes such files.
 """
 
 from __future__ import annotations
@@ -19,40 +19,50 @@ Shape = tuple[int, int]
 
 
 def key(shape: Sequence[int]) -> str:
-    """Return how coefficients of a shape are named: "MINxMAX", whatever the orientation."""
+    """Return the name of a shape in files and groups: "MINxMAX", whatever the orientation."""
     return f"{min(shape)}x{max(shape)}"
 
 
-_AGAIN = "; spectral-dist calibrate writes such a file"
+_HINT = "; spectral-dist calibrate writes such a file"
 
 
-def choose(shape: Sequence[int], table: Mapping[Shape, Row] | None = None) -> Row:
-    """The row for an (m, n) matrix, in any orientation; FALLBACK if ``table`` has none.
+def row_of_shape(shape: Sequence[int], table: Mapping[Shape, Row] | None = None) -> Row:
+    """Return the (a, b, c) for an (m, n) matrix in any orientation; FALLBACK if the table has none.
 
-    It is not checked: PUBLISHED has an unstable one. What ``read`` returns is.
+    The row is not checked: PUBLISHED has an unstable one. Rows that ``read`` returns are checked.
     """
     return (table or {}).get((min(shape), max(shape)), FALLBACK)
 
 
 def read(path: Path | str, steps: int | None = None) -> dict[Shape, Row]:
-    """The rows of a coefficients file by (min, max).
+    """Read a coefficients file and check every row of it.
 
-    steps: what they will be used for, if known. ValueError: unreadable, malformed or unstable, or
-    fitted to another number of steps, naming the file, the shape and the reason.
+    Args:
+        path: the JSON file.
+        steps: the number of steps that the rows will be used for, if it is known.
+
+    Returns:
+        The (a, b, c) by (min, max) side.
+
+    Raises:
+        ValueError: the file is unreadable or malformed, or a row is unstable, or the rows were
+            fitted to another number of steps. The text names the file, the shape and the reason.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read the coefficients {path}: {error}{_AGAIN}") from None
+        raise ValueError(f"cannot read the coefficients {path}: {error}{_HINT}") from None
     if not isinstance(content, dict) or not isinstance(content.get("coefficients"), dict):
-        raise ValueError(f'{path}: expected {{"steps": 5, "coefficients": {{...}}}}{_AGAIN}')
-    fitted = content.get("steps")
-    if isinstance(fitted, bool) or not isinstance(fitted, int) or fitted < 1:
-        raise ValueError(f"{path}: steps is {fitted!r}; it must be a whole number, at least 1")
-    if steps is not None and steps != fitted:
+        raise ValueError(f'{path}: expected {{"steps": 5, "coefficients": {{...}}}}{_HINT}')
+    fitted_steps = content.get("steps")
+    if isinstance(fitted_steps, bool) or not isinstance(fitted_steps, int) or fitted_steps < 1:
         raise ValueError(
-            f"{path}: its coefficients are for {fitted} steps, not for {steps}; take {fitted}"
-            f" steps, or run spectral-dist calibrate --steps {steps}"
+            f"{path}: steps is {fitted_steps!r}; it must be a whole number, at least 1"
+        )
+    if steps is not None and steps != fitted_steps:
+        raise ValueError(
+            f"{path}: its coefficients are for {fitted_steps} steps, not for {steps}; take"
+            f" {fitted_steps} steps, or run spectral-dist calibrate --steps {steps}"
         )
     table: dict[Shape, Row] = {}
     for name, row in content["coefficients"].items():
@@ -65,7 +75,7 @@ def read(path: Path | str, steps: int | None = None) -> dict[Shape, Row]:
 
 
 def check_row(row: Row, where: str) -> None:
-    """Raise a ValueError, which begins with ``where``, for coefficients that are not stable."""
+    """Raise a ValueError, whose text begins with ``where``, for an (a, b, c) that is not stable."""
     try:
         check_fixed(row)
     except ValueError as error:
@@ -73,7 +83,11 @@ def check_row(row: Row, where: str) -> None:
 
 
 def parse_shape(text: object, where: str = "") -> Shape:
-    """(min, max) of a shape written "512x2048". ValueError."""
+    """Return (min, max) of a shape written as "512x2048".
+
+    Raises:
+        ValueError: the text is no such shape; the error begins with ``where``.
+    """
     parts = text.lower().split("x") if isinstance(text, str) else []
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() for part in parts):
         raise ValueError(f"{where}{text!r} is no shape; write it as in 512x2048")

@@ -1,8 +1,8 @@
-"""AdaNewton: the (a, b, c) for every Newton-Schulz step that suits the singular values of a shape.
+"""AdaNewton: fits the (a, b, c) of every Newton-Schulz step to the singular values of a shape.
 
-ROOT, arXiv 2511.20626. A scalar problem: minimise the squared distance from 1 of what the steps
-make of given singular values, among the polynomials that are stable (``stability.check_fixed``).
-Everything is float64 on the host and deterministic.
+ROOT, arXiv 2511.20626. A scalar problem: minimise the squared distance between 1 and the result of
+the steps on given singular values, among the polynomials that are stable
+(``stability.check_fixed``). Everything is float64 on the host and deterministic.
 """
 
 from __future__ import annotations
@@ -26,21 +26,30 @@ PUBLISHED: dict[tuple[int, int], Row] = {
 """ROOT's own rows by (shorter, longer) side, as printed. That of 2048 x 2048 is unstable."""
 
 FALLBACK: Row = SCHEDULES["jordan"].rows[0]
-"""For shapes that nobody has calibrated: jordan's."""
+"""The row for shapes that nobody has calibrated: jordan's."""
 
 MARGIN = 0.01
-"""What a fitted p leaves between its maximum and its unstable fixed point (relative).
+"""The relative distance that a fitted p keeps between its maximum and its unstable fixed point.
 
 Measured: one step in bfloat16 puts singular values up to .5% above the maximum of p.
 """
 
 _DIGITS = 5  # of the rows: .1% of MARGIN, and they print as published ones do
-_GRID = (24, 14, 10)
-_POLISHED = 10
+_GRID = (24, 14, 10)  # points along each axis of the box
+_MOST_MINIMA = 10  # local minima of the grid from which the polish begins
 
 
 def evaluate(sigmas: Tensor, row: Row, steps: int) -> Tensor:
-    """What ``steps`` steps of x <- a x + b x^3 + c x^5 make of normalised singular values."""
+    """Return normalised singular values after ``steps`` steps of x <- a x + b x^3 + c x^5.
+
+    Args:
+        sigmas: any shape.
+        row: (a, b, c) of every step.
+        steps: number of steps.
+
+    Returns:
+        A tensor of the shape and dtype of ``sigmas``.
+    """
     a, b, c = row
     x = sigmas
     for _ in range(steps):
@@ -50,22 +59,37 @@ def evaluate(sigmas: Tensor, row: Row, steps: int) -> Tensor:
 
 
 def relative_error(sigmas: Tensor, row: Row, steps: int, weights: Tensor | None = None) -> float:
-    """||p(S) - 1|| / sqrt(count): the relative error of the polar factor in the Frobenius norm.
+    """Return ||p(S) - 1|| / sqrt(count), the polar factor's relative error in the Frobenius norm.
 
-    sigmas: singular values over the matrix's Frobenius norm, any shape; weights: like them (counts
-    of a histogram, say), not negative. Inputs go to float64.
+    Args:
+        sigmas: singular values over the matrix's Frobenius norm, any shape; computed in float64.
+        row: (a, b, c) of every step.
+        steps: number of steps.
+        weights: of each singular value (the counts of a histogram, say), not negative; None: equal.
+
+    Raises:
+        ValueError: no values, or values or weights out of range.
     """
-    sigmas, weights = _checked(sigmas, weights)
+    sigmas, weights = _normalized(sigmas, weights)
     square = torch.dot(weights, (evaluate(sigmas, row, steps) - 1.0).square())
     return math.sqrt(square.item())
 
 
 def random_spectrum(shape: Sequence[int], count: int = 512) -> Tensor:
-    """Singular values over the Frobenius norm of a Gaussian matrix of ``shape``, as quantiles.
+    """Return quantiles of the singular values of a Gaussian matrix over its Frobenius norm.
 
-    ``count`` float64 values, ascending, of the limit of large matrices (Marchenko-Pastur's law);
-    good from a shorter side of about 16 on. A vector has the one singular value 1.
-    ValueError: not two whole numbers of at least 1, count < 1.
+    The values are those of the limit of large matrices (Marchenko-Pastur's law); good from a
+    shorter side of about 16 on. A vector has the one singular value 1.
+
+    Args:
+        shape: (m, n) of the matrix.
+        count: number of quantiles.
+
+    Returns:
+        (count,) float64, ascending.
+
+    Raises:
+        ValueError: the shape is not two whole numbers of at least 1, or count < 1.
     """
     if len(shape) != 2 or any(not isinstance(n, int) or n < 1 for n in shape):
         raise ValueError(f"shape is {tuple(shape)}; write two whole numbers, as in (512, 2048)")
@@ -79,43 +103,51 @@ def random_spectrum(shape: Sequence[int], count: int = 512) -> Tensor:
     cells = 1 << 14
     t = math.pi * (1.0 - (torch.arange(cells, dtype=torch.float64) + 0.5) / cells)
     values = 1.0 + ratio + 2.0 * math.sqrt(ratio) * t.cos()
-    reached = (t.sin().square() / values).cumsum(0)
-    middle = reached - 0.5 * t.sin().square() / values
-    wanted = (torch.arange(count, dtype=torch.float64) + 0.5) / count * reached[-1]
-    right = torch.searchsorted(middle, wanted).clamp(1, cells - 1)
-    share = (wanted - middle[right - 1]) / (middle[right] - middle[right - 1])
-    found = values[right - 1] + share * (values[right] - values[right - 1])
-    found = found.clamp_min((1.0 - math.sqrt(ratio)) ** 2)
+    density = t.sin().square() / values
+    cumulative = density.cumsum(0)
+    centers = cumulative - 0.5 * density
+    targets = (torch.arange(count, dtype=torch.float64) + 0.5) / count * cumulative[-1]
+    right = torch.searchsorted(centers, targets).clamp(1, cells - 1)
+    fraction = (targets - centers[right - 1]) / (centers[right] - centers[right - 1])
+    quantiles = values[right - 1] + fraction * (values[right] - values[right - 1])
+    quantiles = quantiles.clamp_min((1.0 - math.sqrt(ratio)) ** 2)
     # quantiles lose some of the mean, which normalising by the norm fixes
-    return (found / (found.mean() * short)).sqrt()
+    return (quantiles / (quantiles.mean() * short)).sqrt()
 
 
 def fit(
     sigmas: Tensor, weights: Tensor | None = None, *, steps: int = 5, start: Row | None = None
 ) -> Row:
-    """The stable (a, b, c) that makes the weighted sum of (p_steps(sigma) - 1)^2 smallest.
+    """Return the stable (a, b, c) that makes the weighted sum of (p_steps(sigma) - 1)^2 smallest.
 
-    sigmas: singular values over the Frobenius norm of their matrix, in [0, 1]; weights: like them,
-    None: equal. The result passes ``check_fixed`` with ``MARGIN`` to spare, and is at least as good
-    on this data as jordan's and as ``start`` (if that is stable). ValueError: no values, values or
-    weights out of range, steps < 1, ``start`` unstable.
+    The result is jordan's row, ``start``, or a row that passes ``check_fixed`` with ``MARGIN`` to
+    spare. On this data it is at least as good as jordan's and as ``start``.
+
+    Args:
+        sigmas: singular values over the Frobenius norm of their matrix, in [0, 1], any shape.
+        weights: of each singular value, not negative; None: equal.
+        steps: number of steps that the row is used for.
+        start: a stable row to begin from as well.
+
+    Raises:
+        ValueError: no values, values or weights out of range, steps < 1, or ``start`` unstable.
     """
-    sigmas, weights = _checked(sigmas, weights)
+    sigmas, weights = _normalized(sigmas, weights)
     check_steps(steps)
     if start is not None:
         check_fixed(start)
-    known = [FALLBACK, *([start] if start else [])]
+    baselines = [FALLBACK, *([start] if start else [])]
     problem = _Problem(sigmas, weights, steps)
-    begin = [_from_row(row) for row in (*known, *PUBLISHED.values()) if row[2] > 0.0]
-    begin = [*begin, *_coarse(sigmas, weights, steps)]
-    polished = sorted((problem.polish(u) for u in begin), key=lambda pair: pair[0])
-    best, error = known[0], relative_error(sigmas, known[0], steps, weights)
-    for row in (*known[1:], *(_to_row(u) for _, u in polished)):
+    starts = [_from_row(row) for row in (*baselines, *PUBLISHED.values()) if row[2] > 0.0]
+    starts = [*starts, *_grid_minima(sigmas, weights, steps)]
+    polished = sorted((problem.polish(u) for u in starts), key=lambda pair: pair[0])
+    best, best_error = baselines[0], relative_error(sigmas, baselines[0], steps, weights)
+    for row in (*baselines[1:], *(_to_row(u) for _, u in polished)):
         candidate: Row = (round(row[0], _DIGITS), round(row[1], _DIGITS), round(row[2], _DIGITS))
-        candidate = row if row in known else candidate
-        reached = relative_error(sigmas, candidate, steps, weights)
-        if reached < error and _is_sound(candidate, 0.0 if candidate in known else MARGIN):
-            best, error = candidate, reached
+        candidate = row if row in baselines else candidate
+        error = relative_error(sigmas, candidate, steps, weights)
+        if error < best_error and _is_stable(candidate, 0.0 if candidate in baselines else MARGIN):
+            best, best_error = candidate, error
     return best
 
 
@@ -123,13 +155,18 @@ class _Problem:
     """Least squares in the three numbers of ``_to_row``, each within [0, 1]."""
 
     def __init__(self, sigmas: Tensor, weights: Tensor, steps: int) -> None:
-        self.sigmas, self.roots, self.steps = sigmas, weights.sqrt(), steps
+        self.sigmas, self.root_weights, self.steps = sigmas, weights.sqrt(), steps
 
     def residuals(self, u: Tensor) -> Tensor:
-        return self.roots * (evaluate(self.sigmas, _to_row(u), self.steps) - 1.0)
+        """Return the weighted distances from 1, (count,), of the row at point ``u`` of the box."""
+        return self.root_weights * (evaluate(self.sigmas, _to_row(u), self.steps) - 1.0)
 
     def polish(self, u: Tensor) -> tuple[float, Tensor]:
-        """(sum of squares, u) after Levenberg-Marquardt steps clipped to the box."""
+        """Reduce the sum of squares by Levenberg-Marquardt steps from ``u``, clipped to the box.
+
+        Returns:
+            The sum of squares, and the point of the box where it is reached.
+        """
         r = self.residuals(u)
         loss, damping = r.square().sum().item(), 1e-3
         for _ in range(60):
@@ -137,7 +174,7 @@ class _Problem:
             if not jacobian.isfinite().all():
                 break
             gradient = jacobian.T @ r
-            # a number at its limit that wants to go further stays there
+            # a number at its limit that would have to go further stays at the limit
             free = ~(((u >= 1.0) & (gradient < 0)) | ((u <= 0.0) & (gradient > 0)))
             jacobian = jacobian * free
             normal = jacobian.T @ jacobian
@@ -145,11 +182,11 @@ class _Problem:
             while damping < 1e8:
                 scale = normal.diagonal() + 1e-12 * normal.trace() + 1e-30
                 step = torch.linalg.solve(normal + damping * scale.diag(), -gradient * free)
-                tried = (u + step).clamp(0.0, 1.0)
-                r_tried = self.residuals(tried)
-                reached = r_tried.square().sum().item()
-                if reached < loss:  # NaN is not
-                    u, r, loss, damping = tried, r_tried, reached, damping * 0.2
+                trial = (u + step).clamp(0.0, 1.0)
+                trial_r = self.residuals(trial)
+                trial_loss = trial_r.square().sum().item()
+                if trial_loss < loss:  # NaN is not
+                    u, r, loss, damping = trial, trial_r, trial_loss, damping * 0.2
                     break
                 damping *= 5.0
             if loss > before * (1.0 - 1e-8):
@@ -157,7 +194,7 @@ class _Problem:
         return loss, u
 
     def jacobian(self, u: Tensor, r: Tensor) -> Tensor:
-        """(count, 3) by differences that stay inside the box."""
+        """Return the residuals' derivatives (count, 3), by differences that stay inside the box."""
         columns = []
         for i in range(3):
             h = -1e-6 if u[i] > 0.5 else 1e-6
@@ -167,19 +204,20 @@ class _Problem:
         return torch.stack(columns, dim=1)
 
 
-# The box. A stable quintic is told by where p has its maximum (log-spaced), by the ratio of the
-# squares of its two critical points (1: none left; 5: it touches 0), and by how high the maximum
-# is: from 1 to the highest M that is stable with MARGIN, p((1 + MARGIN) M) = M.
+# The box. Three numbers in [0, 1] determine a stable quintic: where p has its maximum (log-spaced),
+# the ratio of the squares of its two critical points (1: none left; 5: it touches 0), and how high
+# the maximum is: from 1 to the highest M that is stable with MARGIN, p((1 + MARGIN) M) = M.
 _PEAK = (0.05, 1.5)
 _RATIO = (1.0, 4.9)
-_SPARE = 1.0 + 1.02 * MARGIN  # a little more than is checked, for rounding to _DIGITS
+_STABLE_FACTOR = 1.0 + 1.02 * MARGIN  # a little more than is checked, for rounding to _DIGITS
 
 
 def _to_row(u: Tensor) -> Row:
-    place, shape, height = u.tolist()
-    peak = _PEAK[0] * (_PEAK[1] / _PEAK[0]) ** place
-    ratio = _RATIO[0] + (_RATIO[1] - _RATIO[0]) * shape
-    limit = peak * _level(ratio) / _SPARE
+    """Return the (a, b, c) at a point (3,) of the box; NaN where no such row is stable."""
+    peak_number, ratio_number, height = u.tolist()
+    peak = _PEAK[0] * (_PEAK[1] / _PEAK[0]) ** peak_number
+    ratio = _RATIO[0] + (_RATIO[1] - _RATIO[0]) * ratio_number
+    limit = peak * _return_point(ratio) / _STABLE_FACTOR
     if limit < 1.0:  # a singular value of 1 would diverge
         return math.nan, math.nan, math.nan
     top = limit**height
@@ -192,6 +230,7 @@ def _to_row(u: Tensor) -> Row:
 
 
 def _from_row(row: Row) -> Tensor:
+    """Return the point (3,) of the box that is nearest to a row."""
     a, b, c = row
     root = math.sqrt(max(9 * b * b - 20 * a * c, 0.0))
     low, high = (-3 * b - root) / (10 * c), (-3 * b + root) / (10 * c)
@@ -199,55 +238,56 @@ def _from_row(row: Row) -> Tensor:
         return torch.full((3,), 0.5, dtype=torch.float64)
     peak, ratio = math.sqrt(low), min(high / low, _RATIO[1])
     top = peak * (a + low * (b + low * c))
-    limit = peak * _level(ratio) / _SPARE
+    limit = peak * _return_point(ratio) / _STABLE_FACTOR
     height = math.log(max(top, 1.0)) / math.log(limit) if limit > 1.0 else 1.0
-    place = math.log(peak / _PEAK[0]) / math.log(_PEAK[1] / _PEAK[0])
-    shape = (ratio - _RATIO[0]) / (_RATIO[1] - _RATIO[0])
-    return torch.tensor([place, shape, height], dtype=torch.float64).clamp(0.0, 1.0)
+    peak_number = math.log(peak / _PEAK[0]) / math.log(_PEAK[1] / _PEAK[0])
+    ratio_number = (ratio - _RATIO[0]) / (_RATIO[1] - _RATIO[0])
+    return torch.tensor([peak_number, ratio_number, height], dtype=torch.float64).clamp(0.0, 1.0)
 
 
-def _level(ratio: float) -> float:
-    """The x beyond both critical points where a p with its maximum at 1 is as high again."""
+def _return_point(ratio: float) -> float:
+    """Return the x beyond both critical points where a p with its maximum at 1 is as high again."""
     top = (10.0 * ratio - 2.0) / 3.0
     x = 2.0 + ratio
     for _ in range(50):  # Newton's method from above, where p is convex
         y = x * x
         value = x * (5.0 * ratio + y * (y - (5.0 / 3.0) * (1.0 + ratio))) - top
-        moved = value / (5.0 * (y - 1.0) * (y - ratio))
-        x -= moved
-        if moved < 1e-13:
+        step = value / (5.0 * (y - 1.0) * (y - ratio))
+        x -= step
+        if step < 1e-13:
             break
     return x
 
 
-def _coarse(sigmas: Tensor, weights: Tensor, steps: int) -> list[Tensor]:
-    """The lowest valleys of a grid over the box, on 128 quantiles of the singular values."""
+def _grid_minima(sigmas: Tensor, weights: Tensor, steps: int) -> list[Tensor]:
+    """Return the lowest local minima of a grid over the box, on 128 quantiles of the values."""
     order = sigmas.argsort(stable=True)
-    mass = weights[order].cumsum(0)
-    wanted = (torch.arange(128, dtype=torch.float64) + 0.5) / 128 * mass[-1]
-    picked = sigmas[order[torch.searchsorted(mass, wanted).clamp_max(len(order) - 1)]]
+    cumulative = weights[order].cumsum(0)
+    targets = (torch.arange(128, dtype=torch.float64) + 0.5) / 128 * cumulative[-1]
+    quantiles = sigmas[order[torch.searchsorted(cumulative, targets).clamp_max(len(order) - 1)]]
     grid, rows = _grid()
-    x = picked.expand(len(rows), -1)
+    x = quantiles.expand(len(rows), -1)
     for _ in range(steps):
         y = x * x
         x = x * (rows[:, :1] + y * (rows[:, 1:2] + y * rows[:, 2:]))
     error = (x - 1.0).square().mean(1).nan_to_num(math.inf, math.inf)
-    # one start for each valley
-    valley = -torch.nn.functional.max_pool3d(-error.view(1, 1, *_GRID), 3, stride=1, padding=1)
-    error = torch.where(error == valley.view(-1), error, math.inf)
-    chosen = error.argsort(stable=True)[:_POLISHED]
-    return [grid[i] for i in chosen[error[chosen].isfinite()].tolist()]
+    # one start for each local minimum
+    lowest = -torch.nn.functional.max_pool3d(-error.view(1, 1, *_GRID), 3, stride=1, padding=1)
+    error = torch.where(error == lowest.view(-1), error, math.inf)
+    minima = error.argsort(stable=True)[:_MOST_MINIMA]
+    return [grid[i] for i in minima[error[minima].isfinite()].tolist()]
 
 
 @cache
 def _grid() -> tuple[Tensor, Tensor]:
-    """Points of the box, and their rows."""
+    """Return the points of the grid over the box (count, 3), and their rows (count, 3)."""
     axes = [(torch.arange(n, dtype=torch.float64) + 0.5) / n for n in _GRID]
     grid = torch.cartesian_prod(*axes)
     return grid, torch.tensor([_to_row(u) for u in grid], dtype=torch.float64)
 
 
-def _is_sound(row: Row, margin: float) -> bool:
+def _is_stable(row: Row, margin: float) -> bool:
+    """Return whether ``check_fixed`` passes a row with this margin."""
     try:
         check_fixed(row, margin=margin)
     except ValueError:
@@ -255,8 +295,12 @@ def _is_sound(row: Row, margin: float) -> bool:
     return True
 
 
-def _checked(sigmas: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Both flat, float64 and on the CPU; the weights sum to 1."""
+def _normalized(sigmas: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return values and weights flat, in float64 and on the CPU; the weights sum to 1.
+
+    Raises:
+        ValueError: no values, or values or weights out of range.
+    """
     sigmas = sigmas.detach().to("cpu", torch.float64).reshape(-1)
     if not len(sigmas):
         raise ValueError("sigmas is empty; give at least one singular value")

@@ -1,7 +1,7 @@
 """Newton-Schulz schedules that are optimal for a lower bound of the singular values.
 
 Every step is the odd polynomial closest to 1 (in the maximum norm) on the interval that the steps
-before have reached. Polar Express, arXiv 2505.16932, algorithm 1 and its finite-precision section.
+before it reach. Polar Express, arXiv 2505.16932, algorithm 1 and its finite-precision section.
 Everything is float64 on the host.
 """
 
@@ -16,14 +16,14 @@ from spectral_dist.polar.schedules import Row, check_steps
 from spectral_dist.polar.stability import critical_points, evaluate
 
 CUSHION = 0.02407327424182761
-"""No interval's lower end is taken below this part of its upper end.
+"""Fraction of an interval's upper end below which its lower end is never taken.
 
-Otherwise p comes so close to 0 inside the interval that rounding turns singular values negative.
+Below it p comes so close to 0 inside the interval that rounding turns singular values negative.
 """
 
 _CONVERGED = 5e-6
-"""Intervals narrower than this (relative) get the polynomial of the limit: the system is singular
-there, and p is 1 to within the cube of it."""
+"""Relative width below which an interval gets the polynomial of the limit of zero width: the linear
+system is singular in that limit, and p is 1 to within the cube of the width."""
 
 
 def optimal(
@@ -34,14 +34,23 @@ def optimal(
     cushion: float = CUSHION,
     safety: float = 1.0,
 ) -> tuple[Row, ...]:
-    """(a, b, c) of ``steps`` steps that are optimal for singular values in [lower, 1].
+    """Return the (a, b, c) of each of ``steps`` steps, optimal for singular values in [lower, 1].
 
-    degree: 5, or 3 (c = 0: one product less). safety: X must start from ||X||_F * safety; all rows
-    but the last are widened to p(x / safety), so that singular values up to ``safety`` are
-    survived. At safety 1 every row spans exactly the range of the row before, and a first step with
-    nothing to spare lets rounding diverge: such a schedule may fail ``stability.check_rows``. Those
-    of safety > 1 and at least two steps pass. A single row is only good for a single step.
-    ValueError: lower not in (0, 1], steps < 1, another degree, cushion not in [0, 1), safety < 1.
+    At safety 1 every row spans exactly the range of the row before, and a first step with nothing
+    to spare lets rounding diverge: such a schedule may fail ``stability.check_rows``. Schedules of
+    safety > 1 and at least two steps pass. A single row is only good for a single step.
+
+    Args:
+        lower: the smallest normalised singular value to bring near 1.
+        steps: number of steps.
+        degree: 5, or 3 (c = 0: one product less).
+        cushion: no interval's lower end is taken below this part of its upper end.
+        safety: X must start from ||X||_F * safety. All rows but the last are those of
+            p(x / safety), so that singular values up to ``safety`` do not diverge.
+
+    Raises:
+        ValueError: lower not in (0, 1], steps < 1, another degree, cushion not in [0, 1) or
+            safety < 1.
     """
     _check(lower, steps, degree, cushion, safety)
     best = best_quintic if degree == 5 else best_cubic
@@ -52,7 +61,7 @@ def optimal(
         row = (a, b, c)
         points = [x for x in (*critical_points(row), low, high) if low <= x <= high]
         top = max(evaluate(row, x) for x in points)
-        # a cushion makes p lower at the true lower end than it is below 1 anywhere else
+        # with a cushion p is further from 1 at the true lower end than anywhere else
         centre = 2.0 / (evaluate(row, low) + top)
         row = (a * centre, b * centre, c * centre)
         table.append(row)
@@ -63,7 +72,7 @@ def optimal(
 
 
 def best_quintic(low: float, high: float) -> Row:
-    """The odd quintic closest to 1 on [low, high], 0 < low <= high, by a Remez exchange.
+    """Return the odd quintic closest to 1 on [low, high], 0 < low <= high, by a Remez exchange.
 
     The four points where |p - 1| is largest are both ends and the two critical points between.
     """
@@ -86,14 +95,17 @@ def best_quintic(low: float, high: float) -> Row:
 
 
 def best_cubic(low: float, high: float) -> Row:
-    """The odd cubic closest to 1 on [low, high], 0 < low <= high, in closed form; c = 0."""
+    """Return the odd cubic closest to 1 on [low, high], 0 < low <= high, in closed form; c = 0."""
     alpha = math.sqrt(3.0 / (high * high + low * high + low * low))
     beta = 4.0 / (2.0 + low * high * (low + high) * alpha**3)
     return 1.5 * alpha * beta, -0.5 * alpha**3 * beta, 0.0
 
 
 def _check(lower: float, steps: int, degree: int, cushion: float, safety: float) -> None:
+    """Raise the ValueError of ``optimal``."""
+
     def number(value: object) -> bool:
+        """Return whether a value is a number and no bool."""
         return isinstance(value, int | float) and not isinstance(value, bool)
 
     if not number(lower) or not 0.0 < lower <= 1.0:

@@ -17,31 +17,45 @@ from spectral_dist.polar.schedules import Row, restarts
 
 
 def _gram(x: Tensor, out: Tensor) -> Tensor:
-    """X X^T, or X^T X for tall X."""
+    """Compute the Gram matrices of the short side into ``out``: X X^T, or X^T X for tall X."""
     if x.shape[-2] > x.shape[-1]:
         return torch.bmm(x.mT, x, out=out)
     return torch.bmm(x, x.mT, out=out)
 
 
 def _update(x: Tensor, a: float, scale: float, q: Tensor, out: Tensor) -> Tensor:
-    """a X + scale Q X, or a X + scale X Q for tall X; q (k, r, r) symmetric, r the short side."""
+    """Compute a X + scale Q X, or a X + scale X Q for tall X, into ``out``.
+
+    Args:
+        x: (k, m, n).
+        a: factor of X.
+        scale: factor of the product.
+        q: (k, r, r), symmetric, r the short side.
+        out: (k, m, n), not x.
+    """
     if x.shape[-2] > x.shape[-1]:
         return torch.baddbmm(x, x, q, beta=a, alpha=scale, out=out)
     return torch.baddbmm(x, q, x, beta=a, alpha=scale, out=out)
 
 
 def _odd_part(r: Tensor, b: float, c: float, out: Tensor) -> Tensor:
-    """b R + c R^2."""
+    """Compute b R + c R^2 into ``out``."""
     if c == 0.0:
         return torch.mul(r, b, out=out)
     return torch.baddbmm(r, r, r, beta=b, alpha=c, out=out)
 
 
 def standard(x: Tensor, rows: Sequence[Row]) -> Tensor:
-    """X <- a X + (b A + c A^2) X with A = X X^T, for each (a, b, c) of ``rows``.
+    """Iterate X <- a X + (b A + c A^2) X with A = X X^T, for each (a, b, c) of ``rows``.
 
-    x (k, m, n), any floating dtype, overwritten; the result has its shape and dtype. Memory besides
-    x: one more of its size and two Grams (one if every c is 0).
+    Memory besides x: one more of its size and two Grams (one if every c is 0).
+
+    Args:
+        x: (k, m, n), any floating dtype; overwritten.
+        rows: (a, b, c) of every step.
+
+    Returns:
+        (k, m, n) in the dtype of x, which may be x itself.
     """
     side = min(x.shape[-2:])
     spare = torch.empty_like(x)
@@ -58,11 +72,18 @@ def standard(x: Tensor, rows: Sequence[Row]) -> Tensor:
 
 
 def gram_polynomial(r: Tensor, rows: Sequence[Row]) -> Tensor:
-    """Q such that Q X is ``rows`` applied to X, from R = X X^T alone.
+    """Return the Q for which Q X is the result of the steps of ``rows`` on X, from R = X X^T alone.
 
-    r (k, s, s), overwritten; at least one row. Memory besides r: three of its size, one of which is
-    the result. Apply it to few steps at a time (``schedules.restarts``): rounding gives R negative
-    eigenvalues, which the polynomials amplify. Gram Newton-Schulz, Dao-AILab 2026.
+    Memory besides r: three of its size, one of which is the result. Use it for few steps at a time
+    (``schedules.restarts``): rounding gives R negative eigenvalues, which the polynomials amplify.
+    Gram Newton-Schulz, Dao-AILab 2026.
+
+    Args:
+        r: (k, s, s); overwritten.
+        rows: (a, b, c) of every step; at least one.
+
+    Returns:
+        (k, s, s) in the dtype of r.
     """
     z, spare, q = torch.empty_like(r), torch.empty_like(r), torch.empty_like(r)
     for step, (a, b, c) in enumerate(rows):
@@ -79,11 +100,16 @@ def gram_polynomial(r: Tensor, rows: Sequence[Row]) -> Tensor:
 
 
 def gram(x: Tensor, rows: Sequence[Row]) -> Tensor:
-    """What ``standard`` computes, iterated on R = X X^T, with restarts before R drifts.
+    """Iterate as ``standard`` does, but on R = X X^T, with restarts before R drifts.
 
-    x (k, m, n), overwritten; the result has its shape and dtype: float16, float32 or float64
-    (bfloat16 is too coarse for R). Memory besides x: one more of its size and two Grams, or four
-    Grams if that is more.
+    Memory besides x: one more of its size and two Grams, or four Grams if that is more.
+
+    Args:
+        x: (k, m, n) in float16, float32 or float64 (bfloat16 is too coarse for R); overwritten.
+        rows: (a, b, c) of every step.
+
+    Returns:
+        (k, m, n) in the dtype of x.
     """
     side = min(x.shape[-2:])
     r = x.new_empty(x.shape[0], side, side)

@@ -13,42 +13,50 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from spectral_dist.polar.scaling import null_cutoff, unit_max, wide
+from spectral_dist.polar.scaling import norm_dtype, null_cutoff, unit_max
 from spectral_dist.polar.schedules import Row
 
 QR_ABOVE = 100.0
-"""Condition number that an inverse may have at most: beyond it a step is done by QR."""
+"""The largest condition number of a matrix that is inverted: beyond it a step is done by QR."""
 
 SHARPENING = 3
-"""Steps of ``sharpen``: they cost less than the last step of Halley that they save."""
+"""Number of ``sharpen``'s steps, which cost less than the last step of Halley that they save."""
 
-_REDUCE = 1.5  # long side over short side; below it the reduction saves less than it costs
+_REDUCE_ABOVE = 1.5  # long side over short side; below it the QR saves less than it costs
 
 
-def by_qdwh(x: Tensor, dtype: torch.dtype, lower: float | None = None) -> Tensor:
-    """U V^T of x (k, m, n), computed and returned in ``dtype`` (float32 or float64).
+def polar_by_qdwh(x: Tensor, dtype: torch.dtype, lower: float | None = None) -> Tensor:
+    """Return U V^T of x (k, m, n), computed and returned in ``dtype``.
 
-    lower: bound of the singular values of ``unit_spectral`` from below. From 1.2 times it on they
-    come out as 1 within rounding, with an error of direction of eps times their condition number;
-    up to a twelfth of it as 0; in between in [0, 1]. None is twice ``null_cutoff``: 2.3 and a sixth
-    of that. Zero rows, columns and matrices stay zero. A matrix with NaN or infinity in it comes
-    out as NaN. Nakatsukasa, Bai and Gygi, SIAM J. Matrix Anal. Appl. 31 (2010); arXiv 2505.21799.
+    Zero rows, columns and matrices stay zero. A matrix that contains NaN or infinity comes out as
+    NaN. Nakatsukasa, Bai and Gygi, SIAM J. Matrix Anal. Appl. 31 (2010); arXiv 2505.21799.
+
+    Args:
+        x: (k, m, n), any floating dtype.
+        dtype: float32 or float64.
+        lower: bound of the singular values of ``unit_spectral`` from below. Singular values from
+            1.2 times the bound on come out as 1 within rounding, with an error of direction of eps
+            times their condition number; those up to a twelfth of the bound as 0; those in between
+            in [0, 1]. None is twice ``null_cutoff``: what is from 2.3 times that cutoff on comes
+            out as 1, what is up to a sixth of it as 0.
     """
     if lower is None:
         lower = min(2.0 * null_cutoff(x.shape, x.dtype, dtype), 1.0)
     rows = weights(lower, torch.finfo(dtype).eps)
-    y = unit_max(x, wide(x.dtype, dtype)).to(dtype)
+    y = unit_max(x, norm_dtype(x.dtype, dtype)).to(dtype)
     return on_short_side(y, partial(_halley, rows=rows))
 
 
 @lru_cache(maxsize=64)
 def weights(lower: float, eps: float) -> tuple[Row, ...]:
-    """(a, b, c) of every step that singular values in [lower, 1] need before ``sharpen``.
+    """Return the (a, b, c) of every step that singular values in [lower, 1] need before sharpening.
 
-    0 < lower <= 1.
+    Args:
+        lower: in (0, 1].
+        eps: of the dtype that is computed in.
     """
     rows: list[Row] = []
-    while not sharpened(lower, eps):
+    while not can_sharpen(lower, eps):
         square = lower * lower
         d = (4.0 * (1.0 / square - 1.0) / square) ** (1.0 / 3.0)
         s = math.sqrt(1.0 + d)
@@ -60,8 +68,8 @@ def weights(lower: float, eps: float) -> tuple[Row, ...]:
     return tuple(rows)
 
 
-def sharpened(lower: float, eps: float) -> bool:
-    """Whether ``sharpen`` takes singular values in [lower, 1] to 1 within eps / 2."""
+def can_sharpen(lower: float, eps: float) -> bool:
+    """Return whether ``sharpen`` takes singular values in [lower, 1] to 1 within eps / 2."""
     distance = 1.0 - lower
     for _ in range(SHARPENING):
         distance = 7.5 * distance**2
@@ -69,10 +77,10 @@ def sharpened(lower: float, eps: float) -> bool:
 
 
 def unit_spectral(w: Tensor) -> Tensor:
-    """Each matrix of w (k, s, l) over a bound of its 2-norm, in place; its largest element is 1.
+    """Divide each matrix of w (k, s, l) by a bound of its 2-norm, in place, and return it.
 
-    The bound is the root of ||(W W^T)^4||_F^(1/4), at most s^(1/16) times the 2-norm: 1.54 times at
-    1024. Zero stays zero, NaN gives NaN everywhere.
+    w must have the largest element 1. The bound is the root of ||(W W^T)^4||_F^(1/4), at most
+    s^(1/16) times the 2-norm: 1.54 times at 1024. Zero stays zero, NaN gives NaN everywhere.
     """
     gram, spare = (w.new_empty(*w.shape[:-1], w.shape[-2]) for _ in range(2))
     torch.bmm(w, w.mT, out=gram)
@@ -89,15 +97,18 @@ def unit_spectral(w: Tensor) -> Tensor:
 
 
 def on_short_side(x: Tensor, factor: Callable[[Tensor], Tensor]) -> Tensor:
-    """Polar factors of x (k, m, n) by ``factor``, which takes wide matrices and may overwrite them.
+    """Return the polar factors of x (k, m, n), contiguous, by a function that takes wide matrices.
 
-    x is used as work space. Long matrices X^T = Q R are reduced first: U(X) = U(R^T) Q^T. The
-    result is contiguous.
+    Long matrices X^T = Q R are reduced first: U(X) = U(R^T) Q^T.
+
+    Args:
+        x: (k, m, n); used as work space.
+        factor: returns the polar factors of (k, s, l), s <= l, which it may overwrite.
     """
     tall = x.shape[-2] > x.shape[-1]
     w = x.mT if tall else x
     short, long = w.shape[-2:]
-    if long < _REDUCE * short:
+    if long < _REDUCE_ABOVE * short:
         u = factor(w)
         return (u.mT if tall else u).contiguous()
     q, r = torch.linalg.qr(w.mT)
@@ -108,9 +119,16 @@ def on_short_side(x: Tensor, factor: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def qr_term(w: Tensor, scale: float) -> Tensor:
-    """scale W^T (I + scale^2 W W^T)^-1 as Q1 Q2^T, without forming W W^T; w (k, s, l), s <= l.
+    """Return scale W^T (I + scale^2 W W^T)^-1, transposed, as Q1 Q2^T, without forming W W^T.
 
-    The result is (k, s, l), transposed. [scale W^T; I] = [Q1; Q2] R.
+    [scale W^T; I] = [Q1; Q2] R.
+
+    Args:
+        w: (k, s, l), s <= l.
+        scale: above 0.
+
+    Returns:
+        (k, s, l) in the dtype of w.
     """
     short, long = w.shape[-2:]
     stack = w.new_zeros(len(w), long + short, short)
@@ -121,17 +139,18 @@ def qr_term(w: Tensor, scale: float) -> Tensor:
 
 
 def solve(gram: Tensor, w: Tensor) -> Tensor:
-    """gram^-1 W by Cholesky; gram (k, s, s) positive definite, w (k, s, l)."""
-    # _ex: the other one waits for the device to ask whether it failed; here it fails only on NaN,
-    # which w has everywhere then
+    """Return gram^-1 W by Cholesky; gram (k, s, s) is positive definite, w (k, s, l)."""
+    # torch.linalg.cholesky would wait for the device to learn whether it failed; this one fails on
+    # NaN only, and then all of w is NaN
     return torch.cholesky_solve(w, torch.linalg.cholesky_ex(gram).L)
 
 
 def sharpen(w: Tensor) -> Tensor:
-    """Singular values near 1 to 1 and small ones to 0; w (k, s, l), which is overwritten.
+    """Take singular values near 1 to 1 and small ones to 0; w (k, s, l) is overwritten.
 
-    By p(x) = (5 x^3 - 3 x^5) / 2, which takes 1 - e to 1 - 7.5 e^2 and e to 2.5 e^3; what is above
-    .816 rises. A polish by 1.5 x - .5 x^3 would leave what is left of a null direction, times 1.5.
+    Each step applies p(x) = (5 x^3 - 3 x^5) / 2, which takes 1 - e to 1 - 7.5 e^2 and e to 2.5 e^3;
+    what is above .816 rises. A polish by 1.5 x - .5 x^3 would leave the remainder of a null
+    direction, times 1.5.
     """
     gram, poly = (w.new_empty(*w.shape[:-1], w.shape[-2]) for _ in range(2))
     spare = torch.empty_like(w)
@@ -143,7 +162,7 @@ def sharpen(w: Tensor) -> Tensor:
 
 
 def _halley(w: Tensor, rows: Sequence[Row]) -> Tensor:
-    """W <- (a I + b W W^T) (I + c W W^T)^-1 W for each (a, b, c), then ``sharpen``."""
+    """Iterate W <- (a I + b W W^T) (I + c W W^T)^-1 W for each (a, b, c), then ``sharpen``."""
     w = unit_spectral(w)
     for a, b, c in rows:
         rest = a - b / c

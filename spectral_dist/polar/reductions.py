@@ -9,9 +9,10 @@ from torch import Tensor
 
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
-    """<a, b> of every pair of matrices, (k, m, n) each -> (k,), in float32 (float64 if either is).
+    """Return <a, b> of every pair of matrices, (k, m, n) each -> (k,), in at least float32.
 
-    Row by row first: one float32 sum over a whole matrix loses digits.
+    The result is float64 if either is. Rows are summed first: one float32 sum over a whole matrix
+    loses digits.
     """
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
     rows: Tensor = torch.linalg.vecdot(a.to(dtype), b.to(dtype), dim=-1)
@@ -19,7 +20,7 @@ def inner(a: Tensor, b: Tensor) -> Tensor:
 
 
 def quantile(x: Tensor, q: float) -> Tensor:
-    """The q-quantile of each matrix's elements, (k, m, n) -> (k,), 0 <= q <= 1.
+    """Return the q-quantile of each matrix's elements, (k, m, n) -> (k,), 0 <= q <= 1.
 
     Linear interpolation between the order statistics around q (N - 1), as torch.quantile does, but
     for any N, and with the position in float64.
@@ -29,10 +30,11 @@ def quantile(x: Tensor, q: float) -> Tensor:
     low = math.floor(position)
     if position == low:
         return flat.kthvalue(low + 1, dim=1).values
-    # both neighbours are the innermost two of those beyond: fewest elements, no sort, ties and all
+    # the two order statistics around the position are the innermost of the elements in the nearer
+    # tail: this selects the fewest elements, sorts none, and is right with ties
     upper = 2 * low >= flat.shape[1]
-    beyond = flat.shape[1] - low if upper else low + 2
-    some = flat.topk(beyond, dim=1, largest=upper, sorted=False).values
-    two = some.topk(2, dim=1, largest=not upper).values
-    below, above = two.unbind(1) if upper else two.flip(1).unbind(1)
+    tail_size = flat.shape[1] - low if upper else low + 2
+    tail = flat.topk(tail_size, dim=1, largest=upper, sorted=False).values
+    neighbours = tail.topk(2, dim=1, largest=not upper).values
+    below, above = neighbours.unbind(1) if upper else neighbours.flip(1).unbind(1)
     return torch.lerp(below, above, position - low)

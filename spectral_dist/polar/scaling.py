@@ -8,32 +8,37 @@ import torch
 from torch import Tensor
 
 
-def wide(*dtypes: torch.dtype) -> torch.dtype:
-    """float64 if any of ``dtypes`` is, else float32: the dtype in which norms are taken."""
+def norm_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """Return the dtype in which norms are taken: float64 if any of ``dtypes`` is, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def null_cutoff(shape: Sequence[int], *dtypes: torch.dtype) -> float:
-    """Return what rounding leaves of a missing rank: singular values up to it times the largest.
+    """Return the largest ratio to the largest singular value that rounding gives a null direction.
 
-    It is max(m, n) eps of float32 or float64. Half precision is what float32 sums were rounded to
-    once, and that moves singular values by .58 eps of the largest at most, whatever the shape, if
-    the roundings are independent: there it is eps, if that is more (max(m, n) eps would be beyond
-    the largest singular value itself, from 128 columns of bfloat16 on).
+    The cutoff is max(m, n) eps of float32 or float64. Half precision is what float32 sums were
+    rounded to once, and that moves singular values by .58 eps of the largest at most, whatever the
+    shape, if the roundings are independent: there the cutoff is eps, if that is more (max(m, n) eps
+    would be beyond the largest singular value itself, from 128 columns of bfloat16 on).
 
     Args:
         shape: (..., m, n) of the matrices.
-        dtypes: in which they were given, and in which they are computed; the coarsest counts.
+        dtypes: in which the matrices were given, and in which they are computed; the coarsest
+            counts.
     """
     side = max(shape[-2:])
-    return max(max(torch.finfo(d).eps, side * torch.finfo(wide(d)).eps) for d in dtypes)
+    return max(max(torch.finfo(d).eps, side * torch.finfo(norm_dtype(d)).eps) for d in dtypes)
 
 
 def unit_max(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Fresh contiguous copy in ``dtype`` (float32 or float64), each matrix's largest magnitude 1.
+    """Return a fresh contiguous copy of x in which each matrix's largest magnitude is 1.
 
-    x (k, m, n), not empty, at any scale, subnormal included: the squares of the result sum to a
-    normal number. Zero stays zero. A matrix with NaN or infinity in it has NaN in the result.
+    The squares of the result sum to a normal number. Zero stays zero. A matrix that contains NaN or
+    infinity has NaN in the result.
+
+    Args:
+        x: (k, m, n), not empty, at any scale, subnormal included.
+        dtype: of the result, float32 or float64.
     """
     y = torch.empty(x.shape, dtype=dtype, device=x.device).copy_(x)
     # two reductions, not vector_norm(inf): that is ten times slower on CPUs
@@ -42,12 +47,17 @@ def unit_max(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def unit_frobenius(x: Tensor, dtype: torch.dtype, safety: float) -> Tensor:
-    """Fresh contiguous x / (||x||_F * safety) in ``dtype``, each matrix of x (k, m, n) on its own.
+    """Return a fresh contiguous x / (||x||_F * safety) in ``dtype``, each matrix on its own.
 
     Norms and divisions are in float32 (float64 if x or ``dtype`` is); the cast comes last. There is
     no eps: it would break U(cA) = U(A) for small A. Zero stays zero.
+
+    Args:
+        x: (k, m, n), not empty.
+        dtype: of the result.
+        safety: singular values of the result are at most 1 / safety.
     """
-    y = unit_max(x, wide(x.dtype, dtype))
+    y = unit_max(x, norm_dtype(x.dtype, dtype))
     # rows first: one float32 sum over a whole matrix loses up to 1% (2^25 entries, CPU)
     norm = torch.linalg.vector_norm(torch.linalg.vector_norm(y, dim=-1), dim=-1)
     y.div_(norm.mul_(safety).clamp_min_(torch.finfo(y.dtype).tiny)[:, None, None])

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 Row = tuple[float, float, float]
+"""(a, b, c) of one step."""
 
 GROWTH = 50.0
-"""Most that small singular values may grow between two restarts of the Gram form.
+"""The most that small singular values may grow between two restarts of the Gram form.
 
 Rounding moves the eigenvalues of R = X X^T by eps, and n steps multiply that by (a_1 ... a_n)^2.
 At 50 the Gram form's error in float16 and float32 is at most 6 times that of the standard form
@@ -21,10 +22,16 @@ deepseekv4 and longer runs get further ones.
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """Rows of one schedule, and what a step past the last row does.
+    """The rows of one schedule, and what a step past the last row does.
 
-    ``safety``: X starts from ||X||_F * safety, so singular values up to ``safety`` are survived.
-    ``half``: bounded under the rounding of float16 and bfloat16, too.
+    Attributes:
+        name: as ``method`` of ``polar`` takes it.
+        rows: (a, b, c) of each step.
+        default_steps: number of steps if a user asks for none.
+        past_end: what follows the last row: the last row again, the first row, or an error.
+        safety: X starts from ||X||_F * safety, so singular values up to ``safety`` do not diverge.
+        stable_in_half: whether singular values stay bounded under the rounding of float16 and
+            bfloat16, too.
     """
 
     name: str
@@ -32,7 +39,7 @@ class Schedule:
     default_steps: int
     past_end: Literal["repeat", "cycle", "error"] = "repeat"
     safety: float = 1.0
-    half: bool = True
+    stable_in_half: bool = True
 
 
 _JORDAN: Row = (3.4445, -4.7750, 2.0315)
@@ -51,7 +58,7 @@ _POLAR_EXPRESS_SAFETY = 1.01
 
 
 def _widen(rows: Sequence[Row], safety: float) -> tuple[Row, ...]:
-    """p(x) -> p(x / safety) for every row but the last.
+    """Return the rows of p(x / safety) for every row but the last, which stays p(x).
 
     Without it a singular value above 1 by rounding diverges. "Last" is the last row of the table,
     not of a run: that one repeats for ever, so its fixed point must stay exactly 1.
@@ -64,7 +71,7 @@ SCHEDULES: dict[str, Schedule] = {
     for schedule in (
         # Keller Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024
         Schedule("jordan", (_JORDAN,), default_steps=5),
-        # You
+        # source: You (the author's name)
         Schedule(
             "quintic",
             (
@@ -90,7 +97,7 @@ SCHEDULES: dict[str, Schedule] = {
                 (2.2737, -1.6447, 0.4162),
             ),
             default_steps=5,
-            half=False,
+            stable_in_half=False,
         ),
         # cubics: c = 0 saves one product in three (standard form)
         Schedule(
@@ -131,10 +138,13 @@ def check_steps(steps: object) -> None:
 
 
 def rows(name: str, steps: int | None = None) -> tuple[Row, ...]:
-    """The (a, b, c) of each step of a named schedule; ``steps`` None is its own number.
+    """Return the (a, b, c) of each step of a named schedule; ``steps`` None is its default number.
 
     Fewer steps than rows take the first rows, so deepseekv4 up to 8 steps is jordan.
-    ValueError: steps < 1, not an int, or not exactly 5 for cubic5. KeyError: unknown name.
+
+    Raises:
+        ValueError: steps < 1, not an int, or not exactly 5 for cubic5.
+        KeyError: the name is unknown.
     """
     schedule = SCHEDULES[name]
     table = schedule.rows
@@ -148,13 +158,16 @@ def rows(name: str, steps: int | None = None) -> tuple[Row, ...]:
     return tuple(table[min(i, len(table) - 1)] for i in range(steps))
 
 
-def restarts(steps: Sequence[Row]) -> tuple[int, ...]:
-    """Step counts after which the Gram form multiplies Q into X and starts afresh; see GROWTH."""
+def restarts(rows: Sequence[Row]) -> tuple[int, ...]:
+    """Return the step counts after which the Gram form multiplies Q into X and starts afresh.
+
+    ``GROWTH`` decides: a restart comes before small singular values have grown by more.
+    """
     points: list[int] = []
     growth = 1.0
-    for done, (a, _, _) in enumerate(steps):
-        if done and growth * a > GROWTH:
-            points.append(done)
+    for steps_done, (a, _, _) in enumerate(rows):
+        if steps_done and growth * a > GROWTH:
+            points.append(steps_done)
             growth = 1.0
         growth *= a
     return tuple(points)

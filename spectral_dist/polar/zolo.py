@@ -16,10 +16,10 @@ from torch import Tensor
 
 from spectral_dist.polar.qdwh import (
     QR_ABOVE,
+    can_sharpen,
     on_short_side,
     qr_term,
     sharpen,
-    sharpened,
     solve,
     unit_spectral,
 )
@@ -42,54 +42,66 @@ _DEGREES = (
     (3e12, 7),
     (math.inf, 8),
 )
-"""(condition number up to which, degree r): one function up to 2, two of the same r beyond."""
+"""(largest condition number, its degree r): up to condition number 2 one function of degree r is
+enough, beyond it takes two of the same r."""
 
 
 @dataclass(frozen=True, slots=True)
 class Zolotarev:
-    """f(x) = x (1 + sum_j weights[j] / (x^2 + poles[j])) / gain, which maps [l, 1] to [l', 1].
+    """The function f(x) = x (1 + sum_j weights[j] / (x^2 + poles[j])) / gain.
 
-    ``poles`` ascend. ``condition``: of X X^T + poles[0] I, the worst of the r inverses.
+    Attributes:
+        poles: ascending.
+        weights: one for each pole.
+        gain: f(1) before it is divided by it.
+        condition: condition number of X X^T + poles[0] I, the worst of the r inverses.
+        lower_image: f maps [lower, 1] to [lower_image, 1].
     """
 
     poles: tuple[float, ...]
     weights: tuple[float, ...]
     gain: float
     condition: float
-    reached: float
+    lower_image: float
 
 
-def by_zolo(x: Tensor, lower: float | None = None) -> Tensor:
-    """U V^T of x (k, m, n), computed and returned in float64.
+def polar_by_zolo(x: Tensor, lower: float | None = None) -> Tensor:
+    """Return U V^T of x (k, m, n), computed and returned in float64.
 
-    lower: bound of the singular values of ``unit_spectral`` from below. From a fifth of it on they
-    come out as 1 within rounding, up to a fiftieth as 0, else as in ``by_qdwh``. None is five times
-    ``null_cutoff``: up to a tenth of that as 0, and from it on as 1.
     Nakatsukasa and Freund, SIAM Review 58 (2016); arXiv 2505.21799.
+
+    Args:
+        x: (k, m, n), any floating dtype.
+        lower: bound of the singular values of ``unit_spectral`` from below. Singular values from a
+            fifth of the bound on come out as 1 within rounding, those up to a fiftieth as 0, those
+            in between as in ``polar_by_qdwh``. None is five times ``null_cutoff``: what is up to a
+            tenth of that cutoff comes out as 0, what is from it on as 1.
     """
     if lower is None:
         lower = min(5.0 * null_cutoff(x.shape, x.dtype), 1.0)
-    return on_short_side(unit_max(x, torch.float64), partial(_apply, steps=functions(lower)))
+    return on_short_side(
+        unit_max(x, torch.float64), partial(_apply, steps=zolotarev_functions(lower))
+    )
 
 
 def degree(condition: float) -> int:
-    """r for singular values in [1 / condition, 1]."""
+    """Return the number of terms r for singular values in [1 / condition, 1]."""
     return next(r for limit, r in _DEGREES if condition <= limit)
 
 
 @lru_cache(maxsize=64)
-def functions(lower: float) -> tuple[Zolotarev, ...]:
-    """The one or two functions that take [lower, 1] to 1 within what ``sharpen`` mends."""
+def zolotarev_functions(lower: float) -> tuple[Zolotarev, ...]:
+    """Return the one or two functions that take [lower, 1] as near to 1 as ``sharpen`` needs."""
     r = degree(1.0 / lower)
     steps: list[Zolotarev] = []
-    while not sharpened(lower, _EPS) and len(steps) < 2:
+    while not can_sharpen(lower, _EPS) and len(steps) < 2:
         steps.append(zolotarev(lower, r))
-        lower = steps[-1].reached
+        lower = steps[-1].lower_image
     return tuple(steps)
 
 
 def zolotarev(lower: float, r: int) -> Zolotarev:
-    """Zolotarev's function of type (2r + 1, 2r) on [lower, 1], its maximum there scaled to 1."""
+    """Return Zolotarev's function of type (2r + 1, 2r) on [lower, 1], scaled to a maximum of 1."""
     k, k1 = elliptic_k(lower), elliptic_k(math.sqrt((1.0 - lower) * (1.0 + lower)))
     # the usual c_i for [1, 1 / lower] are these over lower^2
     c = [(lower * _sc(i * k / (2 * r + 1), k, k1, lower)) ** 2 for i in range(1, 2 * r + 1)]
@@ -99,11 +111,12 @@ def zolotarev(lower: float, r: int) -> Zolotarev:
         weight = zeros[j] - pole
         for other in range(r):
             if other != j:
-                # ratio by ratio: the products alone span 1e-250 to 1
+                # ratio by ratio, because the products of all differences span 1e-250 to 1
                 weight *= (pole - zeros[other]) / (pole - poles[other])
         weights.append(weight)
 
     def f(x: float) -> float:
+        """Return the function at x before it is scaled."""
         return x * math.prod((x * x + z) / (x * x + p) for z, p in zip(zeros, poles, strict=True))
 
     condition = (1.0 + poles[0]) / (lower * lower + poles[0])
@@ -111,24 +124,34 @@ def zolotarev(lower: float, r: int) -> Zolotarev:
 
 
 def elliptic_k(complement: float) -> float:
-    """K, the complete elliptic integral of the first kind, of a complementary modulus in (0, 1].
+    """Return K, the complete elliptic integral of the first kind.
 
-    By the arithmetic-geometric mean: 6 rounds at 1e-15. scipy.special.ellipk takes the parameter
-    m = 1 - complement^2, which is 1 in float64 below 1e-8, and ellipkm1 takes complement^2.
+    Computed by the arithmetic-geometric mean: 6 rounds at 1e-15. scipy.special.ellipk takes the
+    parameter m = 1 - complement^2, which is 1 in float64 below 1e-8, and ellipkm1 takes
+    complement^2.
+
+    Args:
+        complement: the complementary modulus, in (0, 1].
     """
     a, b = 1.0, complement
-    while a - b > 1e-15 * a:  # the means of two that differ by e differ by e^2
+    while a - b > 1e-15 * a:  # the two means of numbers that differ by e differ by e^2
         a, b = 0.5 * (a + b), math.sqrt(a * b)
     return math.pi / (a + b)
 
 
 def _sc(u: float, k: float, k1: float, lower: float) -> float:
-    """sn(u) / cn(u) for the complementary modulus ``lower``; k = K(u's modulus), k1 = K(lower).
+    """Return sn(u) / cn(u) for the complementary modulus ``lower``.
 
     scipy.special.ellipj takes the parameter 1 - lower^2, which is 1 in float64 below 1e-8; at 1e-5
-    it is right to 8 digits, at 1e-7 to 4. So: Jacobi's imaginary transformation, then the Fourier
-    series of sn, all of whose terms are positive here: one or two of them for small ``lower``, at
-    most 3000 (for 1 - 1e-15).
+    it is right to 8 digits, at 1e-7 to 4. So this uses Jacobi's imaginary transformation, then the
+    Fourier series of sn, all of whose terms are positive then: one or two of them for small
+    ``lower``, at most 3000 (for 1 - 1e-15).
+
+    Args:
+        u: the argument.
+        k: K of u's modulus.
+        k1: K of ``lower``.
+        lower: the complementary modulus.
     """
     half = 0.5 * math.pi / k1
     total, n, term = 0.0, 1, math.inf
@@ -142,7 +165,7 @@ def _sc(u: float, k: float, k1: float, lower: float) -> float:
 
 
 def _apply(w: Tensor, steps: Sequence[Zolotarev]) -> Tensor:
-    """W <- f(W) for each function, on singular values, then ``sharpen``."""
+    """Apply each function to the singular values of w (k, s, l), then ``sharpen``."""
     w = unit_spectral(w)
     for f in steps:
         step = w / f.gain

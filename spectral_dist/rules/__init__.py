@@ -1,4 +1,7 @@
-"""One optimizer's mathematics per file, on whole matrices; what a rule is written with is here."""
+"""Rules: one optimizer's mathematics per file, on whole matrices.
+
+What rules are written with can be imported from here.
+"""
 
 from spectral_dist.rules.base import MatrixOps, PolarSpec, Pooling, Rule, StateSpec
 from spectral_dist.rules.fields import choice, flag, number, option, whole

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from spectral_dist.rules.adamw import AdamWOptions
 
-HOW = (
-    "scalar_backend is 'apex', but {found}. Build the real one from its source,"
+APEX_NEEDED = (
+    "scalar_backend is 'apex', but {problem}. Build the real one from its source,"
     " github.com/NVIDIA/apex, with its CUDA extensions (--cpp_ext --cuda_ext); the package named"
     " apex on PyPI is an unrelated web toolkit. Or write scalar_backend: 'torch'"
 )
@@ -25,26 +25,28 @@ def fused_adam() -> Any:
         ValueError: apex is missing, is PyPI's unrelated package, or lacks its CUDA extensions.
     """
     if importlib.util.find_spec("apex") is None:
-        raise ValueError(HOW.format(found="apex is not installed"))
+        raise ValueError(APEX_NEEDED.format(problem="apex is not installed"))
     try:
         spec = importlib.util.find_spec("apex.optimizers")
     except Exception:  # PyPI's apex of 2013 may fail in any way when it is imported
         spec = None
     if spec is None:
-        raise ValueError(HOW.format(found="the installed apex is not NVIDIA's"))
+        raise ValueError(APEX_NEEDED.format(problem="the installed apex is not NVIDIA's"))
     try:
         importlib.import_module("amp_C")
         return importlib.import_module("apex.optimizers").FusedAdam
     except ImportError as error:
-        raise ValueError(HOW.format(found=f"its CUDA extensions do not load ({error})")) from error
+        raise ValueError(
+            APEX_NEEDED.format(problem=f"its CUDA extensions do not load ({error})")
+        ) from error
 
 
 class FusedAdamW:
-    """``rules.adamw.update`` by apex's kernels, on the same states, so that checkpoints agree."""
+    """AdamW by apex's kernels, on the states of ``rules.adamw``, so that checkpoints agree."""
 
     def __init__(self) -> None:
-        self.make = fused_adam()
-        self.fused: Any = None
+        self.optimizer_class = fused_adam()
+        self.optimizer: Any = None
 
     def __call__(
         self,
@@ -54,18 +56,21 @@ class FusedAdamW:
         grads: Sequence[Tensor],
         states: Sequence[dict[str, Tensor]],
     ) -> None:
-        """Take one step in place. Not all weights need have taken the same number of steps."""
+        """Take one AdamW step in place, as ``rules.adamw.update`` does.
+
+        The weights need not all have taken the same number of steps.
+        """
         by_step: dict[int, list[int]] = {}
         for i, state in enumerate(states):
             by_step.setdefault(int(state["step"]), []).append(i)
             state["step"] += 1
-        if self.fused is None:
-            self.fused = self.make(list(weights), adam_w_mode=True)
+        if self.optimizer is None:
+            self.optimizer = self.optimizer_class(list(weights), adam_w_mode=True)
         for step, indices in by_step.items():
             for i in indices:
                 weights[i].grad = grads[i]
-            self.fused.state = defaultdict(dict, {weights[i]: states[i] for i in indices})
-            self.fused.param_groups = [
+            self.optimizer.state = defaultdict(dict, {weights[i]: states[i] for i in indices})
+            self.optimizer.param_groups = [
                 {
                     "params": [weights[i] for i in indices],
                     "lr": lr,
@@ -76,4 +81,4 @@ class FusedAdamW:
                     "step": step,
                 }
             ]
-            self.fused.step()
+            self.optimizer.step()

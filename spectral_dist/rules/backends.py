@@ -1,4 +1,4 @@
-"""What can compute AdamW: the option ``scalar_backend``."""
+"""The backends that can compute AdamW: values of the option ``scalar_backend``."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from spectral_dist.rules.adamw import Update
 
 
 def _apex() -> Update:
+    """Build the backend of NVIDIA's apex.
+
+    Raises:
+        ValueError: apex cannot be used.
+    """
     from spectral_dist.rules.adamw_apex import FusedAdamW
 
     return FusedAdamW()
 
 
 BACKENDS: dict[str, Callable[[], Update]] = {"torch": lambda: adamw.update, "apex": _apex}
-"""Each by name, and how to get it; all have the signature of ``adamw.update``."""
+"""A function that builds each backend, by name; all backends have ``adamw.update``'s signature."""

@@ -1,7 +1,7 @@
 """The contract of a rule: elementwise on shards, with one step on whole matrices in between.
 
 A rule is one optimizer's mathematics with its options. It never learns where a matrix lives: what
-it is given may be whole matrices or slabs of them, and only ``MatrixOps`` knows which.
+it receives may be whole matrices or slabs of them, and only ``MatrixOps`` knows which.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ class StateSpec:
 
     Attributes:
         shape: of the quantity, for a whole matrix of m x n.
-        where: how it lies where a matrix stays in slabs. 'matrix': cut as the matrix is, which its
-            shape then is. 'rows', 'columns': its first dimension is the matrix's rows (columns),
-            cut with them; where slabs cut the other side, every rank has all of it, and the rule
-            makes it equal there. 'all': on every rank. 'owner': at the matrix's owner alone.
+        where: how the quantity lies where a matrix stays in slabs. 'matrix': cut as the matrix is,
+            which its shape then is. 'rows', 'columns': its first dimension is the matrix's rows
+            (columns), cut with them; where slabs cut the other side, every rank has all of it, and
+            the rule makes it equal there. 'all': on every rank. 'owner': at the matrix's owner
+            alone.
         dtype: None is float32, or float64 for float64 parameters.
         formerly: the shard state that older releases kept in its place, whose checkpoints load.
     """
@@ -40,7 +41,11 @@ class StateSpec:
     formerly: str = ""
 
     def cut_dimension(self, along: int) -> int | None:
-        """Return which of its dimensions slabs cut that cut dimension ``along`` of the matrix."""
+        """Return the dimension of the quantity that slabs cut, or None if every rank has all of it.
+
+        Args:
+            along: the dimension of the matrix that slabs cut, 0 for rows and 1 for columns.
+        """
         if self.where == "matrix":
             return along
         return 0 if (self.where, along) in (("rows", 0), ("columns", 1)) else None
@@ -48,12 +53,12 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class PolarSpec:
-    """What of a matrix's polar factor its cost, its dtype on the wire and ``gram`` follow from.
+    """The polar factor that a rule uses, from which follow cost, dtype on the wire and ``gram``.
 
     Attributes:
         method, steps, dtype: as ``spectral_dist.polar.polar`` takes them.
-        rank: of a rule that works in a subspace of the long side alone, the subspace's dimensions;
-            under ``gram`` rank x short numbers of a matrix travel.
+        rank: None, or for a rule that works in a subspace of the long side alone the subspace's
+            dimensions; under ``gram`` rank x short numbers of a matrix are then sent.
     """
 
     method: Method
@@ -64,12 +69,12 @@ class PolarSpec:
 
 @dataclass(frozen=True)
 class Pooling:
-    """What a rule wants to know of all matrices of the model at once, now and then.
+    """A sum over all matrices of the model that a rule asks for every so many steps.
 
     Attributes:
         setting: the option that asks for it, to name it in errors.
-        every: steps from one time to the next.
-        size: numbers that ``MatrixOps.pool`` is given for each shape.
+        every: steps from one such sum to the next.
+        size: numbers that ``MatrixOps.pool`` gets for each shape.
     """
 
     setting: str
@@ -78,15 +83,15 @@ class Pooling:
 
 
 class MatrixOps(Protocol):
-    """What a rule may do with a batch of matrices (k, m, n), wherever their elements are.
+    """The operations that a rule has on a batch of matrices (k, m, n), wherever their elements are.
 
-    The batch may be a slab of each: rows or columns of it, of the same for all, even none.
+    The batch may be a slab of each matrix: rows or columns of it, the same ones for all, even none.
 
     Attributes:
         shape: (m, n) of the whole matrices.
         names: of the k matrices.
         state: what the rule keeps of them, by ``Rule.state``'s names, each stacked: (k, ...), but
-            (j, ...) of what is at the owners of j of them alone.
+            (j, ...) of what is at owners alone, for the j of them that this rank owns.
     """
 
     @property
@@ -99,22 +104,22 @@ class MatrixOps(Protocol):
 
     @property
     def state(self) -> Mapping[str, Tensor]:
-        """Return what the rule keeps of them."""
+        """Return what the rule keeps of the matrices, stacked, by name; change it in place."""
 
     def polar(self, matrices: Tensor, spec: PolarSpec | None = None) -> Tensor:
-        """Return the polar factors (k, m, n), by ``spec`` or else by ``Rule.polar``'s."""
+        """Return the polar factors (k, m, n), by ``spec`` or, without one, by ``Rule.polar``'s."""
 
     def inner(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the inner products <a, b> of whole matrices, (k,)."""
 
     def row_sums(self, x: Tensor) -> Tensor:
-        """Return the sums over whole rows of (k, m, n), of the rows that are here: (k, m')."""
+        """Return the sums over whole rows of x (k, m, n), for the m' rows on this rank: (k, m')."""
 
     def quantile(self, magnitudes: Tensor, q: float) -> Tensor:
         """Return the q-quantile of each whole matrix's elements, (k,)."""
 
     def fraction(self, mask: Tensor) -> Tensor:
-        """Return the fraction of each whole matrix's elements that are true, (k,)."""
+        """Return the fraction of each whole matrix's elements at which ``mask`` is true, (k,)."""
 
     def at_owner(
         self,
@@ -122,32 +127,44 @@ class MatrixOps(Protocol):
         evaluate: Callable[[Tensor, list[int]], Tensor],
         among: Sequence[int] | None = None,
     ) -> Tensor:
-        """Add up parts (j, ...) over slabs, each at its matrix's owner, and evaluate them there.
+        """Sum parts (j, ...) over slabs, each at its matrix's owner, and evaluate the sums there.
 
         Args:
             parts: one for each matrix of ``among``, (j, ...).
-            evaluate: gets the sums (i, ...) of those that are owned here and their places in the
-                state that is at owners; returns (i, ...).
-            among: which of the batch, ascending; None is all.
+            evaluate: gets the sums (i, ...) of the matrices that this rank owns, and their indices
+                in the state that is at owners; returns (i, ...).
+            among: indices of the matrices in the batch, ascending; None is all.
 
         Returns:
-            What ``evaluate`` made of every sum, (j, ...), on every rank.
+            The results of ``evaluate`` for every sum, (j, ...), on every rank.
         """
 
     def count_polar(self, places: list[int] | None, matrices: Tensor, factors: Tensor) -> None:
-        """Count, and show observers and monitor, polar factors that were found without ``polar``.
+        """Count polar factors that were found without ``polar``, and show them to observers.
 
-        ``places``: at owners, of whole matrices; None: of the batch, slabs or not.
+        The monitor sees them, too.
+
+        Args:
+            places: indices of the matrices if ``matrices`` are whole and at owners; None if they
+                are the batch, slabs or not.
+            matrices: what the factors are of.
+            factors: shaped as ``matrices``.
         """
 
     def note(self, name: str, values: Callable[[], Tensor]) -> None:
-        """Tell the monitor, if it watches this step, one number for each matrix, (k,).
+        """Give the monitor, if it watches this step, one number for each matrix.
 
-        ``name``: of ``Rule.quantities``.
+        Args:
+            name: one of ``Rule.quantities``.
+            values: computes the numbers, (k,).
         """
 
     def pool(self, values: Callable[[], Tensor]) -> None:
-        """Add numbers (``Pooling.size``,) to those of this shape, in a step in which they count."""
+        """Add numbers to the sums of this shape, in a step that pools.
+
+        Args:
+            values: computes the numbers, (``Pooling.size``,).
+        """
 
 
 class Rule(Generic[O]):
@@ -162,7 +179,7 @@ class Rule(Generic[O]):
     example: ClassVar[str] = ""
     """Keywords of an example, as in ``lr=0.02``."""
     quantities: ClassVar[Mapping[str, str]] = {}
-    """What ``direction`` tells the monitor by ``MatrixOps.note``: name -> what it is."""
+    """The numbers that ``direction`` gives the monitor by ``MatrixOps.note``: name -> meaning."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -172,28 +189,33 @@ class Rule(Generic[O]):
                     cls.options_type = argument
 
     def has_momentum(self, options: O) -> bool:
-        """Return whether there is M. If not, momenta are empty lists."""
+        """Return whether the rule has M. If not, momenta are empty lists."""
         return True
 
     def state(self, options: O, shape: Shape) -> dict[str, StateSpec]:
-        """Return what is kept of a whole matrix of this shape beside M."""
+        """Return the quantities that the rule keeps of a whole matrix of this shape beside M."""
         return {}
 
     def polar(self, options: O, shape: Shape) -> PolarSpec | None:
         """Return how the polar factor of a matrix of this shape is found; None if there is none.
 
-        A rule without one gets whole matrices always.
+        A rule without one always gets whole matrices.
         """
         if isinstance(options, PolarOptions):
             return PolarSpec(options.polar, options.polar_steps, options.polar_dtype)
         return None
 
     def prepare(self, options: O, shapes: Mapping[str, Shape]) -> O:
-        """Return the options of a group with what depends on its matrices, given by name."""
+        """Return the options of a group, completed by what depends on its matrices.
+
+        Args:
+            options: of the group.
+            shapes: (m, n) of each matrix of the group, by name.
+        """
         return options
 
     def accumulate(self, options: O, momenta: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        """M <- beta M + (1 - beta) G, in place."""
+        """Update the momenta in place: M <- beta M + (1 - beta) G."""
         torch._foreach_lerp_(list(momenta), list(grads), 1 - options.momentum)
 
     def update_input(
@@ -203,9 +225,17 @@ class Rule(Generic[O]):
         return list(momenta) if self.has_momentum(options) else list(grads)
 
     def direction(self, options: O, matrices: Tensor, ops: MatrixOps) -> Tensor:
-        """Return the direction of each matrix of (k, m, n), of the same shape.
+        """Return the direction of each matrix.
 
         A zero matrix must give zeros. The result may be of a wider dtype; a rule does not round.
+
+        Args:
+            options: of the group.
+            matrices: results of ``update_input``, (k, m, n) or slabs of these.
+            ops: the operations on whole matrices.
+
+        Returns:
+            A tensor of the shape of ``matrices``.
         """
         raise NotImplementedError
 
@@ -221,27 +251,37 @@ class Rule(Generic[O]):
         directions: Sequence[Tensor],
         shapes: Sequence[Shape],
     ) -> None:
-        """W <- (1 - lr wd) W - lr s D, in place. ``shapes`` are those of the whole matrices.
+        """Update the weights in place: W <- (1 - lr wd) W - lr s D.
 
         Half-precision weights are updated in the directions' dtype and rounded once.
+
+        Args:
+            options: of the group.
+            lr: of the group in this step.
+            weights: flat runs of shards.
+            directions: of each of the weights, shaped as it.
+            shapes: of the whole matrices that the weights belong to.
         """
         factors = [-lr * self.scale(options, shape) for shape in shapes]
-        wide = [
-            w.to(d.dtype) for w, d in zip(weights, directions, strict=True)
-        ]  # w itself if equal
-        torch._foreach_mul_(wide, 1 - lr * options.weight_decay)
-        torch._foreach_add_(wide, list(torch._foreach_mul(list(directions), factors)))
-        half = [i for i, weight in enumerate(weights) if wide[i] is not weight]
-        if half:
-            torch._foreach_copy_([weights[i] for i in half], [wide[i] for i in half])
+        # a weight that has the direction's dtype is itself updated, any other by its wider copy
+        updated = [w.to(d.dtype) for w, d in zip(weights, directions, strict=True)]
+        torch._foreach_mul_(updated, 1 - lr * options.weight_decay)
+        torch._foreach_add_(updated, list(torch._foreach_mul(list(directions), factors)))
+        copied = [i for i, weight in enumerate(weights) if updated[i] is not weight]
+        if copied:
+            torch._foreach_copy_([weights[i] for i in copied], [updated[i] for i in copied])
 
     def pooling(self, options: O) -> Pooling | None:
-        """Return what is to be added up over all matrices of the model, if anything is."""
+        """Return the sum over all matrices of the model that the rule needs, or None."""
         return None
 
     def adapt(self, options: O, pooled: Mapping[Shape, Tensor]) -> O:
-        """Return the options of a group after numbers were pooled, by (short, long) side.
+        """Return the options of a group, adapted to numbers that were pooled.
 
-        The same on every rank, as the numbers are. (size,) float64 on the CPU.
+        The result must be the same on every rank, as the numbers are.
+
+        Args:
+            options: of the group.
+            pooled: the sums (size,), float64 on the CPU, by the (short, long) side of the matrices.
         """
         return options

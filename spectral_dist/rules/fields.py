@@ -1,6 +1,6 @@
 """Options as fields of a dataclass: what each means, how it is checked and read from text.
 
-    temperature: float = number(1.0, "What logits are divided by.", above=True)
+    temperature: float = number(1.0, "Divisor of the logits.", above=True)
 
 Checks, command-line flags, JSON and documentation all come from the fields' metadata.
 """
@@ -24,7 +24,7 @@ _SPEC = "spectral_dist option"
 
 @dataclass(frozen=True)
 class OptionSpec:
-    """What is known of one option.
+    """The metadata of one option.
 
     Attributes:
         doc: one sentence about it.
@@ -51,7 +51,15 @@ def option(
     parse: Callable[[str], Any] | None = None,
     **more: Any,
 ) -> Any:
-    """Declare a field with a check of its own; ``more`` as in ``OptionSpec``."""
+    """Declare a field with a check of its own.
+
+    Args:
+        default: of the field.
+        doc: one sentence about it.
+        problem: says what is wrong with a value, or returns None.
+        parse: reads a value from a command line's text; None reads a number or JSON.
+        more: ``scope``, ``shapes_state`` or ``learned`` of ``OptionSpec``.
+    """
     spec = OptionSpec(doc, problem, parse or parse_value, **more)
     return field(default=default, metadata={_SPEC: spec})
 
@@ -65,7 +73,16 @@ def number(
     above: bool = False,
     **more: Any,
 ) -> Any:
-    """Declare a number in [low, below), low left out if ``above``; None if that is the default."""
+    """Declare a number in [low, below), without low if ``above``; None is allowed as the default.
+
+    Args:
+        default: of the field.
+        doc: one sentence about it.
+        low: the smallest value.
+        below: values must be below it.
+        above: whether values must be above ``low``.
+        more: as ``option`` takes it.
+    """
 
     def problem(value: object) -> str | None:
         value = plain(value)
@@ -90,7 +107,16 @@ def whole(
     unit: str = "",
     **more: Any,
 ) -> Any:
-    """Declare a whole number of ``unit`` in [least, most]; None if that is the default."""
+    """Declare a whole number in [least, most]; None is allowed if it is the default.
+
+    Args:
+        default: of the field.
+        doc: one sentence about it.
+        least: the smallest value.
+        most: the largest value.
+        unit: what is counted, for errors.
+        more: as ``option`` takes it.
+    """
 
     def problem(value: object) -> str | None:
         if value is None and default is None:
@@ -105,7 +131,7 @@ def whole(
 
 
 def flag(default: bool, doc: str, **more: Any) -> Any:
-    """Declare a switch."""
+    """Declare a field that is true or false."""
     return option(default, doc, _flag_problem, _parse_flag, **more)
 
 
@@ -113,7 +139,16 @@ def choice(
     default: str, known: Iterable[str] | Callable[[], Iterable[str]], doc: str, what: str,
     aliases: Mapping[str, str] | None = None, **more: Any,
 ) -> Any:  # fmt: skip
-    """Declare one of several names. ``aliases``: what others call some of them; told, not taken."""
+    """Declare a field that is one of several names.
+
+    Args:
+        default: of the field.
+        known: the names, or a function that returns them.
+        doc: one sentence about it.
+        what: what the names are of, for errors.
+        aliases: other projects' words for some of the names: refused, and the error has the name.
+        more: as ``option`` takes it.
+    """
 
     def problem(value: object) -> str | None:
         if not isinstance(value, str):
@@ -129,7 +164,7 @@ def choice(
 
 
 def plain(value: Any) -> Any:
-    """Return one number of numpy or torch as Python's own, and anything else as it is.
+    """Return a single number of numpy or torch as Python's own, and anything else unchanged.
 
     Waits for the device if the number is a tensor there.
     """
@@ -141,7 +176,7 @@ def plain(value: Any) -> Any:
 
 
 def is_whole(value: object, least: int) -> bool:
-    """Return whether the value is a whole number, at least ``least``, and no bool."""
+    """Return whether a value is a whole number, at least ``least``, and no bool."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
 
@@ -156,16 +191,23 @@ def parse_value(text: str) -> Any:
 
 
 def _flag_problem(value: object) -> str | None:
+    """Return what is wrong with a switch, or None."""
     return None if isinstance(value, bool) else "it must be true or false"
 
 
 def _parse_flag(text: str) -> bool:
+    """Return the bool that a text says.
+
+    Raises:
+        ValueError: it says neither true nor false.
+    """
     if text.lower() not in ("true", "false"):
         raise ValueError(f"{text!r}: write true or false")
     return text.lower() == "true"
 
 
 def _text_problem(value: object) -> str | None:
+    """Return what is wrong with a name, or None."""
     return None if isinstance(value, str) else "it must be a name"
 
 
@@ -190,7 +232,7 @@ _specs: dict[type, dict[str, OptionSpec]] = {}
 
 
 def specs_of(cls: type[Any]) -> dict[str, OptionSpec]:
-    """Return every option of a class by name; of a field without metadata, as its type says."""
+    """Return every option of a class by name; a field without metadata is checked by its type."""
     if cls in _specs:
         return _specs[cls]
     hints: dict[str, Any] = {}
@@ -206,6 +248,7 @@ def specs_of(cls: type[Any]) -> dict[str, OptionSpec]:
 
 
 def _spec_of_type(hint: Any, each: Field[Any]) -> OptionSpec:
+    """Return the spec of a field without metadata, with the check of its type."""
     members = set(get_args(hint)) or {hint}
     optional = NoneType in members
     members.discard(NoneType)

@@ -1,4 +1,4 @@
-"""What a parameter group of one kind may set, and what it carries."""
+"""Options of parameter groups: what a group of one kind may set, and what it carries."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ FRAMEWORK_KEYS = {
 }
 """Keys that schedulers and frameworks keep in parameter groups for themselves."""
 RULE = "rule"
-"""Key of every group that says whose state it is; older checkpoints have none."""
+"""Key of every group whose value names the rule that its state belongs to; older checkpoints have
+none."""
 
 
 def group_options(
     group: Mapping[str, Any], base: BaseOptions, one_lr: bool = True
 ) -> dict[str, Any]:
-    """Return what a group of one kind carries: the optimizer's options, changed by its own.
+    """Return the fields of a parameter group: the optimizer's options, changed by the group's own.
 
     Keys that are no option stay: frameworks keep their own there.
 
@@ -38,10 +39,10 @@ def group_options(
         ValueError: an unknown option, one that this kind has not, or a bad value.
     """
     kind = group["kind"]
-    carried = (base if one_lr else replace(base, scalar_lr=None)).group(kind)
-    own = {k: v for k, v in group.items() if k not in ("params", "kind", "routes", RULE)}
+    carried = (base if one_lr else replace(base, scalar_lr=None)).group_fields(kind)
+    group_values = {k: v for k, v in group.items() if k not in ("params", "kind", "routes", RULE)}
     known = option_names() | type(base).names(kind)
-    for name in own:
+    for name in group_values:
         if name in known and name not in carried:
             hint = " (one_sided is for optimizers that have it: Muon, PolarGrad)" * (
                 name == "polar"
@@ -58,19 +59,19 @@ def group_options(
                 stacklevel=3,
             )
     names = type(base).names(kind)
-    values = {name: plain(value) for name, value in own.items() if name in names}
+    values = {name: plain(value) for name, value in group_values.items() if name in names}
     if isinstance(values.get("betas"), list | tuple):
         values["betas"] = tuple(map(plain, values["betas"]))
-    own.update(values)
+    group_values.update(values)
     replace(base, **values).check("a parameter group")
-    lr = own.pop("lr", None)
+    lr = group_values.pop("lr", None)
     if one_lr:
         if lr is not None:
-            carried["lr_ratio"] = base.ratio(lr, "a group's lr")
+            carried["lr_ratio"] = base.lr_ratio_of(lr, "a group's lr")
     else:
         lr = base.scalar_lr if lr is None and kind == "scalar" else lr
         carried["lr"] = base.lr if lr is None else lr
-    carried.update(own)
+    carried.update(group_values)
     return carried
 
 
@@ -79,12 +80,24 @@ def check_shaping_options(
     groups: Sequence[Mapping[str, Any]],
     saved: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Raise a ValueError if state was saved with another value of an option that shapes it."""
-    for group, other in zip(groups, saved, strict=False):
+    """Check that saved state fits the options that decide its shape.
+
+    Args:
+        options: the optimizer's class of options.
+        groups: the optimizer's parameter groups.
+        saved: those of the checkpoint, in the same order.
+
+    Raises:
+        ValueError: the state was saved with another value of such an option.
+    """
+    for group, saved_group in zip(groups, saved, strict=False):
         for name, spec in specs_of(options).items():
-            here, there = group.get(name), other.get(name)
-            if spec.shapes_state and group["kind"] == other.get("kind") and here != there:
-                what = f"but {there} in the checkpoint; write the {name} that it was saved with"
-                if name not in other:
-                    what = "and the checkpoint has none: it was saved with another optimizer"
-                raise ValueError(f"{name} is {here} here, {what}")
+            value, saved_value = group.get(name), saved_group.get(name)
+            if not spec.shapes_state or group["kind"] != saved_group.get("kind"):
+                continue
+            if value != saved_value:
+                what = "and the checkpoint has none: it was saved with another optimizer"
+                if name in saved_group:
+                    hint = f"write the {name} that it was saved with"
+                    what = f"but {saved_value} in the checkpoint; {hint}"
+                raise ValueError(f"{name} is {value} here, {what}")

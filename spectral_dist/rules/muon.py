@@ -27,5 +27,5 @@ class Muon(NesterovRule[MuonOptions]):
     example = "lr=0.02, momentum=0.95"
 
     def direction(self, options: MuonOptions, matrices: Tensor, ops: MatrixOps) -> Tensor:
-        """Return U."""
+        """Return U of each matrix of (k, m, n)."""
         return ops.polar(matrices)

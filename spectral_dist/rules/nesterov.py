@@ -1,4 +1,4 @@
-"""What rules have in common that orthogonalize a momentum, and scale it by the matrix's shape."""
+"""The base of rules that orthogonalize a momentum and scale the result by the matrix's shape."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ class NesterovRule(Rule[N]):
         return list(torch._foreach_lerp(list(grads), list(momenta), options.momentum))
 
     def scale(self, options: N, shape: Shape) -> float:
-        """Return s."""
+        """Return the factor s of a whole matrix of this shape."""
         return SCALES[options.scale](*shape)

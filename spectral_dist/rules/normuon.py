@@ -22,11 +22,15 @@ class NorMuonOptions(NesterovOptions, PolarOptions):
     row_eps: float = number(1e-8, "Addition to the root of the mean squares of rows.", above=True)
 
     def check(self, where: str) -> None:
-        """Add that rows are those of whole matrices."""
+        """Check all options; refuse strategy 'block', under which no rank has whole rows.
+
+        Raises:
+            ValueError: names the option; begins with ``where``.
+        """
         super().check(where)
         if self.strategy == "block":
             why = "NorMuon's row statistics are those of whole matrices"
-            self.fail(where, "strategy", f"{why}; write 'owner' or 'gram'")
+            self.invalid(where, "strategy", f"{why}; write 'owner' or 'gram'")
 
 
 @register("normuon")
@@ -46,21 +50,21 @@ class NorMuon(NesterovRule[NorMuonOptions]):
     example = "lr=0.02, beta2=0.95"
 
     def state(self, options: NorMuonOptions, shape: Shape) -> dict[str, StateSpec]:
-        """Return v."""
+        """Return v, one number for each row."""
         return {"row_squares": StateSpec((shape[0], 1), "rows")}
 
     def direction(self, options: NorMuonOptions, matrices: Tensor, ops: MatrixOps) -> Tensor:
-        """Return D."""
+        """Return D of each matrix of (k, m, n), in at least float32."""
         factors = ops.polar(matrices)
         wide = factors.to(torch.promote_types(factors.dtype, torch.float32))
-        # of a row of zeros, some methods give rounding errors, which would grow to full size
-        filled = (matrices != 0).any(-1, keepdim=True).to(wide.dtype)
-        sums = ops.row_sums(torch.cat([wide.square().sum(-1, keepdim=True), filled]))
-        sums, filled = sums[..., None].chunk(2)
-        filled = filled.clamp_max(1)
+        # some methods turn a row of zeros into rounding errors, which would grow to full size here
+        is_filled = (matrices != 0).any(-1, keepdim=True).to(wide.dtype)
+        sums = ops.row_sums(torch.cat([wide.square().sum(-1, keepdim=True), is_filled]))
+        sums, is_filled = sums[..., None].chunk(2)
+        is_filled = is_filled.clamp_max(1)
         squares = ops.state["row_squares"]
-        squares.lerp_((sums * filled / ops.shape[1]).to(squares.dtype), 1 - options.beta2)
-        rows = wide * filled / (squares.sqrt() + options.row_eps).to(wide.dtype)
+        squares.lerp_((sums * is_filled / ops.shape[1]).to(squares.dtype), 1 - options.beta2)
+        scaled = wide * is_filled / (squares.sqrt() + options.row_eps).to(wide.dtype)
         tiny = torch.finfo(wide.dtype).tiny
-        ratio = (ops.inner(wide, wide) / ops.inner(rows, rows).clamp_min(tiny)).sqrt()
-        return rows * ratio[:, None, None]
+        ratio = (ops.inner(wide, wide) / ops.inner(scaled, scaled).clamp_min(tiny)).sqrt()
+        return scaled * ratio[:, None, None]

@@ -1,4 +1,4 @@
-"""Options that several optimizers have: frozen dataclasses, which a rule's own derives from."""
+"""Options that several optimizers have: frozen dataclasses, from which a rule's own derives."""
 
 from __future__ import annotations
 
@@ -32,16 +32,18 @@ STRATEGIES = {
     "block": "what each rank holds is orthogonalized alone, but for every block_period-th step",
 }
 ROUTING = ("matrices", "scalars", "split", "one_sided")
-"""Options of ``param_groups``, which DeepSpeed's JSON takes beside those of the optimizer."""
+"""The options of ``param_groups``, which DeepSpeed's JSON takes beside those of the optimizer."""
 
 
 def _wire_problem(value: object) -> str | None:
+    """Return what is wrong with a dtype for sending, or None."""
     if value is None or value in ("float32", "bfloat16"):
         return None
     return "write 'float32' or 'bfloat16' (float16 would overflow unnormalised)"
 
 
 def _machine_problem(value: object) -> str | None:
+    """Return what is wrong with a machine's numbers, or None; ``Machine`` checks each of them."""
     if value is not None and not isinstance(value, Mapping):
         return "write numbers by name, as in {'bandwidth': 4e10}"
     return None
@@ -71,18 +73,18 @@ class BaseOptions:
     )
 
     @classmethod
-    def from_user(cls, given: Mapping[str, Any], where: str = "options") -> Self:
-        """Build options from keywords or JSON, checked.
+    def from_user(cls, values: Mapping[str, Any], where: str = "options") -> Self:
+        """Build options from keywords or JSON, and check them.
 
         Args:
-            given: values by name.
+            values: by name.
             where: who takes them, for errors.
 
         Raises:
             ValueError: an unknown name or a bad value.
         """
         known = specs_of(cls)
-        for name in given:
+        for name in values:
             if not isinstance(name, str):
                 raise ValueError(f"{where}: {name!r} is no name of an option; write names as text")
             if name in ROUTING:
@@ -94,28 +96,41 @@ class BaseOptions:
                 raise ValueError(
                     f"{where}: unknown option {name!r}{suggest(name, {*known, *ROUTING})}"
                 )
-        options = cls(**{name: plain(value) for name, value in given.items()})
+        options = cls(**{name: plain(value) for name, value in values.items()})
         try:
             object.__setattr__(options, "betas", tuple(map(plain, options.betas)))
         except TypeError:
-            options.fail(where, "betas", "write two numbers, as in [0.9, 0.95]")
+            options.invalid(where, "betas", "write two numbers, as in [0.9, 0.95]")
         options.check(where)
         return options
 
-    def fail(self, where: str, name: str, what: str) -> NoReturn:
-        """Raise the ValueError that a bad option gets."""
+    def invalid(self, where: str, name: str, what: str) -> NoReturn:
+        """Raise the ValueError that a bad option gets.
+
+        Args:
+            where: who takes the option.
+            name: of the option.
+            what: what is wrong with its value, or what to write.
+        """
         raise ValueError(f"{where}: {name} is {getattr(self, name)!r}; {what}")
 
     def check(self, where: str) -> None:
-        """Raise a ValueError for the first bad value; subclasses add what concerns several."""
+        """Check every value; subclasses add checks that concern several options.
+
+        Args:
+            where: who takes the options; errors begin with it.
+
+        Raises:
+            ValueError: for the first bad value.
+        """
         for name, spec in specs_of(type(self)).items():
             problem = spec.problem(getattr(self, name))
             if problem:
-                self.fail(where, name, problem)
+                self.invalid(where, name, problem)
 
     @classmethod
     def names(cls, kind: str) -> frozenset[str]:
-        """Return the options that a parameter group of this kind carries."""
+        """Return the names of the options that a parameter group of this kind carries."""
         specs = specs_of(cls).items()
         return frozenset(name for name, spec in specs if spec.scope in (kind, "all"))
 
@@ -124,8 +139,8 @@ class BaseOptions:
         """Return the kinds of parameters that the optimizer can have."""
         return ("scalar",)
 
-    def group(self, kind: str) -> dict[str, Any]:
-        """Return what a parameter group of one of ``kinds`` carries: plain values."""
+    def group_fields(self, kind: str) -> dict[str, Any]:
+        """Return the fields of a parameter group of one of ``kinds``, as plain values by name."""
         if kind == "scalar":
             return self.scalar_group()
         values = {name: getattr(self, name) for name in specs_of(type(self))}
@@ -133,19 +148,27 @@ class BaseOptions:
         return {"kind": kind, "lr_ratio": 1.0, **carried}
 
     def scalar_group(self) -> dict[str, Any]:
-        """Return what a parameter group on AdamW carries."""
+        """Return the fields of a parameter group that AdamW trains."""
         decay = self.scalar_weight_decay
         return {
             "kind": "scalar",
             "lr": self.lr,
-            "lr_ratio": self.ratio(self.scalar_lr, "scalar_lr"),
+            "lr_ratio": self.lr_ratio_of(self.scalar_lr, "scalar_lr"),
             "betas": self.betas,
             "eps": self.eps,
             "weight_decay": self.weight_decay if decay is None else decay,
         }
 
-    def ratio(self, lr: float | None, name: str) -> float:
-        """Return ``lr`` over the base lr: schedulers may then write one lr into every group."""
+    def lr_ratio_of(self, lr: float | None, name: str) -> float:
+        """Return ``lr`` over the base lr: schedulers may then write one lr into every group.
+
+        Args:
+            lr: None is the base lr.
+            name: of the option, for the error.
+
+        Raises:
+            ValueError: the base lr is 0, and ``lr`` is not.
+        """
         if lr is None or lr == self.lr:
             return 1.0
         if self.lr == 0:
@@ -181,14 +204,18 @@ class MatrixOptions(BaseOptions):
     )
 
     def check(self, where: str) -> None:
-        """Add what concerns the strategy."""
+        """Check all options, and those that have an effect under one strategy only.
+
+        Raises:
+            ValueError: names the option; begins with ``where``.
+        """
         super().check(where)
         if self.block_period != MatrixOptions.block_period and self.strategy != "block":
-            self.fail(where, "block_period", "it has an effect with strategy='block' only")
+            self.invalid(where, "block_period", "it has an effect with strategy='block' only")
         if self.machine is None:
             return
         if self.strategy != "auto":
-            self.fail(where, "machine", "it has an effect with strategy='auto' only")
+            self.invalid(where, "machine", "it has an effect with strategy='auto' only")
         try:
             Machine.from_user(self.machine)
         except ValueError as error:
@@ -221,13 +248,17 @@ class PolarOptions(ComputedOptions):
     )
 
     def check(self, where: str) -> None:
-        """Add the polar method, with its steps and dtype."""
+        """Check all options, and the polar method with its steps and dtype.
+
+        Raises:
+            ValueError: names the option; begins with ``where``.
+        """
         super().check(where)
         try:
             polar.check(self.polar, self.polar_steps, self.polar_dtype)
             if self.strategy == "gram":
                 dtype = DTYPES.get(self.polar_dtype, torch.float32)
-                of_gram.dtype_of(self.polar, self.polar_steps, dtype)
+                of_gram.gram_dtype(self.polar, self.polar_steps, dtype)
         except ValueError as error:
             text = f"{'polar_' * str(error).startswith('steps')}{error}"
             text = text if "polar" in text else f"polar: {text}"

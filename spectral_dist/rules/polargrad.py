@@ -1,4 +1,4 @@
-"""PolarGrad (arXiv 2505.21799): the polar factor times the nuclear norm of what it is taken of."""
+"""PolarGrad (arXiv 2505.21799): the polar factor times the nuclear norm of the matrix."""
 
 from __future__ import annotations
 
@@ -36,14 +36,15 @@ class PolarGrad(Rule[PolarGradOptions]):
     Polar first:     U = polar(G);  nu = <G, U>^alpha;  M <- beta M + (1 - beta) U;
                      W <- (1 - lr wd) W - lr nu M
 
-    With an inexact polar factor nu = sum of s_i s'_i, s the singular values of the one and s' those
-    of the other. Polar first, M is of polar factors, and kept where the whole matrix is.
+    With an inexact polar factor nu = sum of s_i s'_i, s the singular values of the matrix and s'
+    those of its factor. Polar first, M averages polar factors, and is kept where the whole matrix
+    is.
     """
 
     example = "lr=1e-3, momentum=0.95"
 
     def prepare(self, options: PolarGradOptions, shapes: Mapping[str, Shape]) -> PolarGradOptions:
-        """Warn of an option that has no effect polar first."""
+        """Return the options unchanged; warn of one that has no effect with ``polar_first``."""
         if options.polar_first and options.replicate_momentum:
             warnings.warn(
                 "replicate_momentum has no effect with polar_first: that momentum is kept where the"
@@ -53,17 +54,17 @@ class PolarGrad(Rule[PolarGradOptions]):
         return options
 
     def has_momentum(self, options: PolarGradOptions) -> bool:
-        """Return whether the momentum is of gradients."""
+        """Return whether the momentum averages gradients, which is shard state."""
         return not options.polar_first
 
     def state(self, options: PolarGradOptions, shape: Shape) -> dict[str, StateSpec]:
-        """Return the momentum of polar factors, polar first."""
+        """Return the momentum of polar factors if ``polar_first``, else nothing."""
         if not options.polar_first:
             return {}
         return {"moment": StateSpec(shape, "matrix", formerly="exp_avg")}
 
     def direction(self, options: PolarGradOptions, matrices: Tensor, ops: MatrixOps) -> Tensor:
-        """Return nu U; polar first, nu M. In nu's dtype, at least float32."""
+        """Return nu U, or with ``polar_first`` nu M, in nu's dtype, at least float32."""
         factors = ops.polar(matrices)
         nuclear = ops.inner(matrices, factors).clamp_min(0.0) ** options.nu_power
         if options.polar_first:

@@ -1,6 +1,6 @@
 """The names of optimizers: whatever has a list of them reads it here.
 
-A rule is registered by ``@register("name")`` in its own file. Those of this package are found by
+A rule is registered by ``@register("name")`` in its own file. This package's rules are found by
 looking into the folder; those of other packages by their entry points in ``ENTRY_POINTS``, each the
 module that registers them:
 
@@ -34,13 +34,13 @@ R = TypeVar("R", bound="type[Rule[Any]]")
 
 @dataclass(frozen=True)
 class Entry:
-    """One optimizer.
+    """One registered optimizer.
 
     Attributes:
         name: in flags and YAML, as "muon".
         title: of its class in torch, as "Muon".
-        options: its options.
-        rule: its rule; None of an optimizer that orthogonalizes no matrix.
+        options: the class of its options.
+        rule: its rule; None if the optimizer orthogonalizes no matrix.
     """
 
     name: str
@@ -64,7 +64,7 @@ _listeners: list[Callable[[Entry], None]] = []
 
 
 def register(name: str) -> Callable[[R], R]:
-    """Register a rule by the decorator of its class, which gives the optimizer its title.
+    """Return the decorator that registers a rule; the optimizer's title is the name of the class.
 
     Args:
         name: lower case letters, digits and underscores.
@@ -74,6 +74,7 @@ def register(name: str) -> Callable[[R], R]:
     """
 
     def decorate(rule: R) -> R:
+        """Register the rule and return it."""
         if getattr(rule, "options_type", None) is None:
             raise ValueError(
                 f"rule {rule.__name__} has no options; write class {rule.__name__}(Rule[...]) with"
@@ -86,7 +87,7 @@ def register(name: str) -> Callable[[R], R]:
 
 
 def add(entry: Entry) -> None:
-    """Register an optimizer; what listens is told.
+    """Register an optimizer, and pass it to all listeners.
 
     Raises:
         ValueError: a name or title that is taken or malformed.
@@ -96,8 +97,8 @@ def add(entry: Entry) -> None:
             f"{entry.name!r} is no name for a rule; write lower case letters, digits and _"
         )
     for known in _entries.values():
-        again = known.title == entry.title and known.rule and entry.rule
-        if again and known.rule.__module__ == entry.rule.__module__:
+        both = known.title == entry.title and known.rule and entry.rule
+        if both and known.rule.__module__ == entry.rule.__module__:
             continue  # the same module, loaded again
         if entry.name == known.name or entry.title.lower() == known.title.lower():
             raise ValueError(
@@ -111,19 +112,19 @@ def add(entry: Entry) -> None:
 
 
 def entries() -> list[Entry]:
-    """Return every optimizer, this package's first, those of other packages after them."""
-    _load_own()
+    """Return every optimizer: first this package's, then those of other packages."""
+    _load_builtin()
     _load_entry_points()
     return list(_entries.values())
 
 
-def own_entries() -> list[Entry]:
-    """Return this package's rules, without looking for others."""
-    _load_own()
+def builtin_entries() -> list[Entry]:
+    """Return this package's optimizers that have a rule, without looking for others."""
+    _load_builtin()
     return [e for e in _entries.values() if e.rule and e.rule.__module__.startswith(__package__)]
 
 
-def each(listener: Callable[[Entry], None]) -> None:
+def add_listener(listener: Callable[[Entry], None]) -> None:
     """Call ``listener`` with every optimizer, now and whenever one is registered."""
     for entry in entries():
         listener(entry)
@@ -134,7 +135,7 @@ def find(name: str) -> Entry:
     """Return the optimizer of this name.
 
     Raises:
-        ValueError: with the nearest name and the list.
+        ValueError: there is none; with the nearest name and the list.
     """
     known = {entry.name: entry for entry in entries()}
     if name not in known:
@@ -143,12 +144,17 @@ def find(name: str) -> Entry:
 
 
 def option_names(kind: str | None = None) -> frozenset[str]:
-    """Return the options of all optimizers; of a kind of parameter group, those it can carry."""
+    """Return the names of the options of all optimizers.
+
+    Args:
+        kind: of parameter groups: only options that such a group can carry; None is all.
+    """
     return _option_names(kind, len(entries()))
 
 
 @cache
 def _option_names(kind: str | None, count: int) -> frozenset[str]:
+    """Return what ``option_names`` returns, anew when there are more optimizers."""
     names: set[str] = set()
     for entry in _entries.values():
         if kind is None:
@@ -159,13 +165,14 @@ def _option_names(kind: str | None, count: int) -> frozenset[str]:
 
 
 def nearest_option(word: str) -> str | None:
-    """Return the option of any optimizer that a word may have been meant for."""
+    """Return the option of any optimizer that a word may have been meant for, or None."""
     near = difflib.get_close_matches(word, option_names(), n=1, cutoff=0.85)
     return near[0] if near else None
 
 
 @cache
-def _load_own() -> None:
+def _load_builtin() -> None:
+    """Import every module of this package, each of which registers its rule."""
     package = importlib.import_module("spectral_dist.rules")
     for module in pkgutil.iter_modules(package.__path__):
         if module.name != "adamw_apex":  # needs apex
@@ -174,6 +181,7 @@ def _load_own() -> None:
 
 @cache
 def _load_entry_points() -> None:
+    """Import the rules of other packages; warn of those that do not load."""
     for point in entry_points(group=ENTRY_POINTS):
         try:
             point.load()

@@ -20,13 +20,17 @@ from spectral_dist.rules.registry import register
 
 
 def _quantile_problem(value: object) -> str | None:
-    fine = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
-    return None if fine else "it must be a number above 0 and at most 1, which clamps nothing"
+    """Return what is wrong with a quantile, or None."""
+    is_valid = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+    return None if is_valid else "it must be a number above 0 and at most 1, which clamps nothing"
 
 
 def _coefficients_problem(value: object) -> str | None:
-    fine = isinstance(value, str | Mapping)
-    return None if fine else "it must be a name: 'published', 'jordan' or a file of `calibrate`'s"
+    """Return what is wrong with a source of coefficients, or None."""
+    is_valid = isinstance(value, str | Mapping)
+    return (
+        None if is_valid else "it must be a name: 'published', 'jordan' or a file of `calibrate`'s"
+    )
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,18 @@ class ROOTOptions(NesterovOptions, ComputedOptions):
     )
 
     def check(self, where: str) -> None:
-        """Add what needs whole matrices."""
+        """Check all options, and that the strategy leaves whole matrices where they are needed.
+
+        Raises:
+            ValueError: names the option; begins with ``where``.
+        """
         super().check(where)
         if self.strategy == "block":
             why = "ROOT's quantile and coefficients are those of whole matrices"
-            self.fail(where, "strategy", f"{why}; write 'owner' or 'gram'")
+            self.invalid(where, "strategy", f"{why}; write 'owner' or 'gram'")
         if self.strategy == "gram" and self.adapt_every:
             why = "no rank has a whole matrix to take the spectrum of"
-            self.fail(where, "strategy", f"{why}; write 'owner', or adapt_every=0")
+            self.invalid(where, "strategy", f"{why}; write 'owner', or adapt_every=0")
 
 
 @register("root")
@@ -77,9 +85,13 @@ class ROOT(NesterovRule[ROOTOptions]):
     }
 
     def prepare(self, options: ROOTOptions, shapes: Mapping[str, Shape]) -> ROOTOptions:
-        """Return the options with coefficients of every shape, of the name or file given."""
+        """Return the options with the coefficients of every shape in place of a name or file.
+
+        Raises:
+            ValueError: there are none for a shape.
+        """
         if isinstance(options.coefficients, str):
-            table = table_of(
+            table = coefficients_of_shapes(
                 options.coefficients, sorted(set(shapes.values())), options.polar_steps
             )
             return replace(options, coefficients=table)
@@ -92,14 +104,14 @@ class ROOT(NesterovRule[ROOTOptions]):
         return options
 
     def polar(self, options: ROOTOptions, shape: Shape) -> PolarSpec:
-        """Return AdaNewton of this shape."""
+        """Return AdaNewton with the coefficients of this shape."""
         table = options.coefficients
         assert isinstance(table, Mapping), "a group is prepared before its matrices are planned"
         row = table[coefficients.key(shape)]
         return PolarSpec([row] * options.polar_steps, None, options.polar_dtype)
 
     def direction(self, options: ROOTOptions, matrices: Tensor, ops: MatrixOps) -> Tensor:
-        """Return U."""
+        """Return U of each matrix of (k, m, n)."""
         clamped = matrices
         if options.quantile < 1:
             wide = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
@@ -110,13 +122,13 @@ class ROOT(NesterovRule[ROOTOptions]):
         return ops.polar(clamped)
 
     def pooling(self, options: ROOTOptions) -> Pooling | None:
-        """Return the histogram of singular values, in the steps that adapt to it."""
+        """Return the sum of the histograms of singular values, in the steps that adapt to it."""
         if not options.adapt_every:
             return None
         return Pooling("adapt_every", options.adapt_every, spectra.BINS)
 
     def adapt(self, options: ROOTOptions, pooled: Mapping[Shape, Tensor]) -> ROOTOptions:
-        """Return the options with coefficients fitted to what any rank has seen."""
+        """Return the options with coefficients fitted to the histograms of all ranks."""
         table = dict(options.coefficients) if isinstance(options.coefficients, Mapping) else {}
         for shape, weights in pooled.items():
             key = coefficients.key(shape)
@@ -127,11 +139,11 @@ class ROOT(NesterovRule[ROOTOptions]):
         return replace(options, coefficients=table)
 
 
-def table_of(source: str, shapes: list[Shape], steps: int) -> dict[str, list[float]]:
+def coefficients_of_shapes(source: str, shapes: list[Shape], steps: int) -> dict[str, list[float]]:
     """Return (a, b, c) of each shape, by "MINxMAX".
 
     As in the paper, a shape that is not published gets jordan's. A published triple that diverges
-    is replaced by it as well, with a warning.
+    is replaced by jordan's as well, with a warning.
 
     Args:
         source: 'published', 'jordan' or a file.
@@ -152,7 +164,7 @@ def table_of(source: str, shapes: list[Shape], steps: int) -> dict[str, list[flo
                 f"coefficients: {source} has none for {name}; run `spectral-dist calibrate` with"
                 f" --shape {name}, or with the model's --model"
             )
-        row = coefficients.choose(shape, table)
+        row = coefficients.row_of_shape(shape, table)
         try:
             stability.check_fixed(row)
         except ValueError as error:

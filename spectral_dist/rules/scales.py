@@ -19,4 +19,4 @@ SCALE_ALIASES = {
     "spectral_norm": "spectral",
     "unit_rms_norm": "spectral",
 }
-"""What others call them."""
+"""Other projects' names of scales, and ours."""

@@ -20,12 +20,13 @@ from spectral_dist.rules.registry import register
 from spectral_dist.rules.scales import SCALES
 
 OVERSAMPLING = 8
-"""Columns of the sketch beyond the rank."""
+"""Number of columns of the sketch beyond the rank."""
 POWER_STEPS = 2
-"""Times that a sketch Y is replaced by G G^T Y."""
+"""How many times a sketch Y is replaced by G G^T Y."""
 
 
 def _rank_problem(value: object) -> str | None:
+    """Return what is wrong with a rank, or None."""
     if (isinstance(value, float) and 0 < value <= 1) or is_whole(value, 1):
         return None
     return "write a whole number, at least 1, or a fraction of the short side in (0, 1]"
@@ -49,15 +50,21 @@ class SUMOOptions(ScaledOptions):
     seed: int = whole(0, "Seed of sketches.", least=0)
 
     def check(self, where: str) -> None:
-        """Add what has no effect on the subspace."""
+        """Check all options, and those that the subspace does not go together with.
+
+        Raises:
+            ValueError: names the option; begins with ``where``.
+        """
         super().check(where)
         if 0 < self.limiter < 1:
-            self.fail(where, "limiter", "write the growth allowed, at least 1; 0 turns it off")
+            self.invalid(where, "limiter", "write the growth allowed, at least 1; 0 turns it off")
         if self.strategy == "block":
-            self.fail(where, "strategy", "SUMO's bases are those of whole matrices; write 'owner'")
+            self.invalid(
+                where, "strategy", "SUMO's bases are those of whole matrices; write 'owner'"
+            )
         if self.replicate_momentum:
             why = "SUMO has none: its state is at owners, and spectral_dist.checkpoint saves it"
-            self.fail(where, "replicate_momentum", why)
+            self.invalid(where, "replicate_momentum", why)
 
 
 @register("sumo")
@@ -86,7 +93,7 @@ class SUMO(Rule[SUMOOptions]):
         return False
 
     def prepare(self, options: SUMOOptions, shapes: Mapping[str, Shape]) -> SUMOOptions:
-        """Warn of matrices that have no smaller subspace at this rank."""
+        """Return the options unchanged; warn of matrices without a smaller subspace."""
         full = [name for name, shape in shapes.items() if rank_of(options, shape) == min(shape)]
         if full:
             names = ", ".join(full[:3]) + ", ..." * (len(full) > 3)
@@ -99,7 +106,7 @@ class SUMO(Rule[SUMOOptions]):
         return options
 
     def state(self, options: SUMOOptions, shape: Shape) -> dict[str, StateSpec]:
-        """Return Q, M, |D| of the step before, and the steps from the first nonzero gradient on."""
+        """Return Q, M, |D| of the step before, and the steps since the first nonzero gradient."""
         short, long = sorted(shape)
         side: Any = "rows" if shape[0] >= shape[1] else "columns"
         r = rank_of(options, shape)
@@ -116,28 +123,29 @@ class SUMO(Rule[SUMOOptions]):
         }
 
     def polar(self, options: SUMOOptions, shape: Shape) -> PolarSpec:
-        """Return the exact factor of a matrix in the subspace."""
+        """Return the exact polar factor in the subspace."""
         return PolarSpec("eigh", rank=rank_of(options, shape))
 
     def direction(self, options: SUMOOptions, matrices: Tensor, ops: MatrixOps) -> Tensor:
-        """Return D."""
+        """Return D of each matrix of (k, m, n), in at least float32."""
         m, n = ops.shape
         g = matrices if m >= n else matrices.mT  # (k, slab of m, n)
         g = g.to(ops.state["moment"].dtype)
-        d = (self._inside if "basis" in ops.state else self._whole)(options, g, ops)
+        has_basis = "basis" in ops.state
+        d = (self._subspace_direction if has_basis else self._full_direction)(options, g, ops)
         if options.limiter:
             d = _limited(d, options.limiter, ops)
         ops.state["step"].add_(1)
         return d if m >= n else d.mT
 
-    def _inside(self, options: SUMOOptions, g: Tensor, ops: MatrixOps) -> Tensor:
-        """D from a step in the subspace."""
+    def _subspace_direction(self, options: SUMOOptions, g: Tensor, ops: MatrixOps) -> Tensor:
+        """Return D of a step in the subspace, (k, slab of m, n)."""
         basis, moment = ops.state["basis"], ops.state["moment"]
         factor, perp = scale_of(options, ops.shape), options.perp_scale
-        self._refresh(options, g, ops)
+        self._refresh_bases(options, g, ops)
 
         def advance(inside: Tensor, places: list[int]) -> Tensor:
-            """s O - p C at the owner, (k', r, n)."""
+            """Update M at the owner and return s O - p C, (k', r, n)."""
             moment.mul_(options.momentum).add_(inside)
             polar = exact_polar(moment, cutoff_of(ops.shape, moment.dtype))
             ops.count_polar(places, moment, polar)
@@ -148,55 +156,63 @@ class SUMO(Rule[SUMOOptions]):
         d = basis @ ops.at_owner(projected, advance)
         return torch.add(d, g, alpha=perp) if perp else d
 
-    def _whole(self, options: SUMOOptions, g: Tensor, ops: MatrixOps) -> Tensor:
-        """D where the subspace is all there is: s polar(M)."""
+    def _full_direction(self, options: SUMOOptions, g: Tensor, ops: MatrixOps) -> Tensor:
+        """Return D where the subspace is all there is: s polar(M), (k, slab of m, n)."""
         moment = ops.state["moment"]
         moment.mul_(options.momentum).add_(g)
         wide, cutoff = moment.double(), cutoff_of(ops.shape, moment.dtype)
 
         def root(gram: Tensor, places: list[int]) -> Tensor:
+            """Return the inverse square root of each Gram matrix M^T M, (k', n, n)."""
             return of_gram.inverse_root(gram, cutoff)
 
         polar = (wide @ ops.at_owner(wide.mT @ wide, root)).to(moment.dtype)
         ops.count_polar(None, moment, polar)
         return polar * scale_of(options, ops.shape)
 
-    def _refresh(self, options: SUMOOptions, g: Tensor, ops: MatrixOps) -> None:
-        """A new Q for those whose turn it is, and M carried into it."""
+    def _refresh_bases(self, options: SUMOOptions, g: Tensor, ops: MatrixOps) -> None:
+        """Compute a new Q for the matrices that are due in this step, and carry M into it."""
         steps = ops.state["step"].tolist()
-        due = [k for k, t in enumerate(steps) if refreshes(options, ops.names[k], t)]
+        due = [k for k, t in enumerate(steps) if is_refresh_step(options, ops.names[k], t)]
         basis, moment = ops.state["basis"], ops.state["moment"]
         if options.refresh_below:
-            inside = ops.at_owner(basis.mT @ g, lambda c, _: _squares(c))
-            low = inside[:, 0].sqrt() <= options.refresh_below
-            due = sorted({*due, *low.nonzero()[:, 0].tolist()})  # waits for the device
+            squares = ops.at_owner(basis.mT @ g, lambda c, _: _squares(c))
+            is_low = squares[:, 0].sqrt() <= options.refresh_below
+            due = sorted({*due, *is_low.nonzero()[:, 0].tolist()})  # waits for the device
         if not due:
             return
 
-        def carry(turn: Tensor, places: list[int]) -> Tensor:
-            moment[places] = turn @ moment[places]
-            return turn.new_empty(len(turn), 0)
+        def carry(rotation: Tensor, places: list[int]) -> Tensor:
+            """Replace M by (Q'^T Q) M at the owner; return nothing for the other ranks."""
+            moment[places] = rotation @ moment[places]
+            return rotation.new_empty(len(rotation), 0)
 
-        found = BASES[options.basis](options, g[due], ops, due).to(basis.dtype)
-        ranks = ops.inner(found, found)
-        # of a gradient that is zero there is no basis: the old one stays
-        found = torch.where(ranks[:, None, None] > 0.5, found, basis[due])
-        ops.at_owner(found.mT @ basis[due], carry, due)
-        basis[due] = found
+        new_basis = BASES[options.basis](options, g[due], ops, due).to(basis.dtype)
+        ranks = ops.inner(new_basis, new_basis)
+        # a gradient of zero has no basis: the old one stays
+        new_basis = torch.where(ranks[:, None, None] > 0.5, new_basis, basis[due])
+        ops.at_owner(new_basis.mT @ basis[due], carry, due)
+        basis[due] = new_basis
         first = [i for i, k in enumerate(due) if steps[k] == 0]
-        if first:  # nor is it a first step: waits for the device, until there has been one
+        if first:
+            # a gradient of zero makes no first step either; reading the ranks waits for the device,
+            # in every step until a gradient is not zero
             for i, rank in zip(first, ranks[first].tolist(), strict=True):
                 ops.state["step"][due[i]] -= int(rank < 0.5)
 
 
 def rank_of(options: SUMOOptions, shape: tuple[int, int]) -> int:
-    """r of a matrix of this shape."""
+    """Return r, the dimensions of the subspace, for a matrix of this shape."""
     rank, short = options.rank, min(shape)
     return max(1, min(short, round(rank * short) if isinstance(rank, float) else rank))
 
 
 def scale_of(options: SUMOOptions, shape: tuple[int, int]) -> float:
-    """s: as Muon's, but ``match_rms_adamw`` knows that r of min(m, n) singular values are 1."""
+    """Return s for a matrix of this shape.
+
+    The factor is Muon's, but ``match_rms_adamw`` takes into account that only r of min(m, n)
+    singular values are 1.
+    """
     m, n = shape
     if options.scale == "match_rms_adamw":
         return 0.2 * math.sqrt(m * n / rank_of(options, shape))
@@ -204,57 +220,72 @@ def scale_of(options: SUMOOptions, shape: tuple[int, int]) -> float:
 
 
 def cutoff_of(shape: tuple[int, int], dtype: torch.dtype) -> float:
-    """Singular values up to this times the largest are null."""
+    """Return the ratio to the largest singular value up to which singular values are null."""
     return max(shape) * torch.finfo(dtype).eps
 
 
-def refreshes(options: SUMOOptions, name: str, step: int) -> bool:
-    """Whether the matrix gets a new basis in this step, counted from 0, whatever its gradient.
+def is_refresh_step(options: SUMOOptions, name: str, step: int) -> bool:
+    """Return whether a matrix gets a new basis in this step, whatever its gradient.
 
-    In the first one with a gradient that is not zero, then every ``period`` steps, at a phase of
-    its own: few at a time.
+    A matrix gets one in the first step whose gradient is not zero, then every ``period`` steps, at
+    a phase that depends on its name: few matrices at a time.
+
+    Args:
+        options: of the group.
+        name: of the matrix.
+        step: counted from 0.
     """
     return step == 0 or (step + _hash(name)) % int(options.period) == 0
 
 
 def exact_polar(x: Tensor, cutoff: float) -> Tensor:
-    """U V^T of (k, r, n), r <= n, from eigh of X X^T in float64; as X's dtype."""
+    """Return U V^T of x (k, r, n), r <= n, from eigh of X X^T in float64, in the dtype of x."""
     wide = x.double()
     return (of_gram.inverse_root(wide @ wide.mT, cutoff) @ wide).to(x.dtype)
 
 
 def _limited(d: Tensor, limit: float, ops: MatrixOps) -> Tensor:
-    """D, no longer than ``limit`` times the one before."""
-    norms, before = _norms(d, ops), ops.state["norm"]
-    allowed = torch.where(before > 0, torch.clamp(limit * before / norms, max=1.0), 1.0)
-    before.copy_(norms * allowed)
-    return d * allowed.to(d.dtype)[:, None, None]
+    """Return D, scaled down where it is longer than ``limit`` times the D of the step before."""
+    norms, last_norms = _norms(d, ops), ops.state["norm"]
+    factors = torch.where(last_norms > 0, torch.clamp(limit * last_norms / norms, max=1.0), 1.0)
+    last_norms.copy_(norms * factors)
+    return d * factors.to(d.dtype)[:, None, None]
 
 
 def _squares(x: Tensor) -> Tensor:
-    """Of Frobenius norms, (k, 1) float64: those of float32 may overflow."""
+    """Return the squared Frobenius norms, (k, 1) float64: in float32 they may overflow."""
     rows: Tensor = torch.linalg.vector_norm(x, dim=-1)
     return rows.double().square().sum(-1, keepdim=True)
 
 
 def _norms(x: Tensor, ops: MatrixOps) -> Tensor:
-    """Frobenius norms of whole matrices, (k,) float64."""
+    """Return the Frobenius norms of whole matrices, (k,) float64."""
     return ops.at_owner(_squares(x), lambda sums, _: sums)[:, 0].sqrt()
 
 
 def _captured(projected: Tensor, g: Tensor, ops: MatrixOps) -> Tensor:
-    """|Q^T G| / |G|."""
-    inside, whole = ops.at_owner(projected, lambda c, _: _squares(c)), _norms(g, ops)
-    return inside[:, 0].sqrt() / whole.clamp_min(torch.finfo(whole.dtype).tiny)
+    """Return |Q^T G| / |G| of whole matrices, (k,) float64."""
+    squares, norms = ops.at_owner(projected, lambda c, _: _squares(c)), _norms(g, ops)
+    return squares[:, 0].sqrt() / norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
-# -- bases: the top r left singular vectors of (j, slab of m, n), of the matrices ``due``
+# Bases: the top r left singular vectors of the gradients g (j, slab of m, n) that are due.
 
 
 def randomized(options: SUMOOptions, g: Tensor, ops: MatrixOps, due: Sequence[int]) -> Tensor:
-    """From a sketch of r + 8 columns and two power steps (Halko, Martinsson, Tropp 2011, 4.4).
+    """Return a basis from a sketch of r + 8 columns and two power steps.
 
-    A sketch is the same on every rank and device: its seed is a hash of (seed, name, step).
+    Halko, Martinsson, Tropp 2011, 4.4. A sketch is the same on every rank and device: its seed is a
+    hash of (seed, name, step).
+
+    Args:
+        options: of the group.
+        g: gradients of the matrices that are due, (j, slab of m, n).
+        ops: the operations on whole matrices.
+        due: indices of these matrices in the batch.
+
+    Returns:
+        The top r left singular vectors, (j, slab of m, r).
     """
     r, n = rank_of(options, ops.shape), g.shape[-1]
     columns, steps = min(n, r + OVERSAMPLING), ops.state["step"].tolist()
@@ -263,12 +294,12 @@ def randomized(options: SUMOOptions, g: Tensor, ops: MatrixOps, due: Sequence[in
     y = g @ sketches.to(device=g.device, dtype=g.dtype)
     for _ in range(POWER_STEPS):
         y = _orthonormal(y, ops, due).to(g.dtype)
-        # orthonormal in the half step, too: products of both would lose what kappa(G)^2 hides
+        # G^T Y is made orthonormal, too: the product G (G^T Y) would lose what kappa(G)^2 hides
         y = g @ ops.at_owner(g.mT @ y, lambda z, _: _orthonormal_whole(z), due)
     y = _orthonormal(y, ops, due)
 
     def leading(small: Tensor, places: list[int]) -> Tensor:
-        """The top r left singular vectors of Y^T G, (j', columns, r)."""
+        """Return the top r left singular vectors of Y^T G, (j', columns, r)."""
         wide = small.double()
         values, vectors = _top(wide @ wide.mT, r, cutoff_of(ops.shape, g.dtype))
         return vectors * (values > 0)[:, None]
@@ -277,11 +308,11 @@ def randomized(options: SUMOOptions, g: Tensor, ops: MatrixOps, due: Sequence[in
 
 
 def svd(options: SUMOOptions, g: Tensor, ops: MatrixOps, due: Sequence[int]) -> Tensor:
-    """From the eigenvectors of G^T G in float64."""
+    """Return a basis from the eigenvectors of G^T G in float64; arguments as of ``randomized``."""
     r, wide = rank_of(options, ops.shape), g.double()
 
     def leading(gram: Tensor, places: list[int]) -> Tensor:
-        """The top r right singular vectors over their singular values, (j', n, r)."""
+        """Return the top r right singular vectors over their singular values, (j', n, r)."""
         values, vectors = _top(gram, r, cutoff_of(ops.shape, g.dtype))
         scale = torch.where(values > 0, torch.where(values > 0, values, 1.0).rsqrt(), 0.0)
         return vectors * scale[:, None]
@@ -296,9 +327,10 @@ BASES: dict[str, Callable[[SUMOOptions, Tensor, MatrixOps, Sequence[int]], Tenso
 
 
 def _orthonormal(y: Tensor, ops: MatrixOps, due: Sequence[int]) -> Tensor:
-    """Orthonormal columns with the span of Y's, in float64: its polar factor, by Grams.
+    """Return orthonormal columns with the span of Y's columns, in float64: the polar factor of Y.
 
-    Twice: the first leaves errors of eps64 kappa(Y)^2. Columns that are zero stay so.
+    Gram matrices are used, twice: the first time leaves errors of eps64 kappa(Y)^2.
+    Columns that are zero stay zero.
     """
     y = y.double()
     for _ in range(2):
@@ -307,7 +339,7 @@ def _orthonormal(y: Tensor, ops: MatrixOps, due: Sequence[int]) -> Tensor:
 
 
 def _orthonormal_whole(z: Tensor) -> Tensor:
-    """The same of Z that is in one place, as Z's dtype."""
+    """Return the result of ``_orthonormal`` for z (j', n, columns) in one place, in z's dtype."""
     wide = z.double()
     for _ in range(2):
         wide = wide @ of_gram.inverse_root(wide.mT @ wide)
@@ -315,25 +347,27 @@ def _orthonormal_whole(z: Tensor) -> Tensor:
 
 
 def _top(gram: Tensor, r: int, cutoff: float) -> tuple[Tensor, Tensor]:
-    """The largest r eigenvalues (j, r), 0 where null, and their vectors (j, s, r).
+    """Return the largest r eigenvalues (j, r), 0 where null, and their vectors (j, s, r).
 
-    NaN where the trace is not finite, as ``inverse_root``. Signs: the largest entry is positive.
+    The largest entry of each vector is positive. Both are NaN where the trace is not finite, as in
+    ``inverse_root``.
     """
-    fine = gram.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()[:, None]
-    lam, v = torch.linalg.eigh(torch.where(fine[:, None], gram, 0.0))
+    is_finite = gram.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()[:, None]
+    lam, v = torch.linalg.eigh(torch.where(is_finite[:, None], gram, 0.0))
     lam, v = lam.flip(-1)[:, :r], v.flip(-1)[:, :, :r]
     largest = v.gather(1, v.abs().argmax(1, keepdim=True))
     v = torch.where(largest < 0, -v, v)
-    least = max(cutoff**2, gram.shape[-1] * torch.finfo(gram.dtype).eps)
-    lam = torch.where(lam > lam[:, :1] * least, lam, 0.0)
-    return torch.where(fine, lam, math.nan), torch.where(fine[:, None], v, math.nan)
+    relative_cutoff = max(cutoff**2, gram.shape[-1] * torch.finfo(gram.dtype).eps)
+    lam = torch.where(lam > lam[:, :1] * relative_cutoff, lam, 0.0)
+    return torch.where(is_finite, lam, math.nan), torch.where(is_finite[:, None], v, math.nan)
 
 
 def _gaussian(rows: int, columns: int, seed: str) -> Tensor:
+    """Return a float32 matrix of standard normal numbers, which depend on the seed's text alone."""
     generator = torch.Generator().manual_seed(_hash(seed))
     return torch.randn(rows, columns, generator=generator, dtype=torch.float32)
 
 
 def _hash(text: str) -> int:
-    """The same in every process, below 2^63."""
+    """Return a number below 2^63 that is the same for a text in every process."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

@@ -85,12 +85,12 @@ def diverge(ddp: Any) -> None:
             for side in (layer.inner, layer.outer)
         ]
         layer.inner, layer.outer = sides
-        layer.forget()
+        layer.drop_indices()
 
 
 def spectra(ddp: Any) -> dict[str, Tensor]:
     """Singular values of the whole matrices, as they are merged."""
-    found = {key: layer.assembled(layer.weight.detach()) for key, layer in layers(ddp).items()}
+    found = {key: layer.full_weight(layer.weight.detach()) for key, layer in layers(ddp).items()}
     return {key: torch.linalg.svdvals(w.double()) for key, w in found.items()}
 
 

@@ -17,7 +17,7 @@ from tests.integrations import engine
 from tests.integrations.test_deepspeed_checkpoints import to_universal
 from tests.support import together
 
-TITLES = [entry.title for entry in registry.own_entries()]
+TITLES = [entry.title for entry in registry.builtin_entries()]
 WRONG_LATEST = ["", "\n", "nowhere", "../outside", "/etc", ".", "..", "a/../../outside"]
 SUMO = {"rank": 3, "period": 4}
 POET = {"block": 2}

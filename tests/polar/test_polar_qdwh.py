@@ -12,16 +12,16 @@ import torch
 from spectral_dist.polar import polar
 from spectral_dist.polar.qdwh import (
     QR_ABOVE,
-    by_qdwh,
+    can_sharpen,
     on_short_side,
+    polar_by_qdwh,
     qr_term,
     sharpen,
-    sharpened,
     solve,
     unit_spectral,
     weights,
 )
-from spectral_dist.polar.zolo import by_zolo
+from spectral_dist.polar.zolo import polar_by_zolo
 from tests.reference import polar as reference
 from tests.reference import qdwh
 
@@ -54,12 +54,12 @@ def test_weights_to_60_digits_and_as_many_as_needed():
 
 
 def test_sharpened():
-    assert sharpened(1.0, EPS64)
+    assert can_sharpen(1.0, EPS64)
     for eps in (EPS32, EPS64):
         # 7.5 (7.5 (7.5 e^2)^2)^2 = eps / 2
         edge = 1 - (0.5 * eps / 7.5**7) ** (1 / 8)
-        assert sharpened(edge + 1e-9, eps)
-        assert not sharpened(edge - 1e-9, eps)
+        assert can_sharpen(edge + 1e-9, eps)
+        assert not can_sharpen(edge - 1e-9, eps)
         x = torch.tensor([edge, 1 + (1 - edge)], dtype=torch.float64)
         assert (1 - qdwh.sharpen(x)).abs().max() <= 0.8 * eps + 2 * EPS64
         assert (1 - qdwh.sharpen(x)).abs().max() >= 0.2 * eps
@@ -84,7 +84,7 @@ def test_singular_values_are_halleys_function_of_them(lower):
         x = reference.with_singular_values(s, *shape)
         mapped = qdwh.sharpen(qdwh.halley(s / qdwh.norm_bound(x), rows))
         assert ((mapped > 0.01) & (mapped < 0.99)).any()
-        u = by_qdwh(x[None], torch.float64, lower)[0]
+        u = polar_by_qdwh(x[None], torch.float64, lower)[0]
         expected = reference.with_singular_values(mapped, *shape)
         assert (u - expected).norm() <= 3e-14 / lower * expected.norm(), shape
 
@@ -126,7 +126,7 @@ def test_transpose_and_rotation(method):
         assert qdwh.direction_error(polar(p @ x @ q, method=method), p @ u @ q) <= 1e-13
 
 
-@pytest.mark.parametrize("factor", [partial(by_qdwh, dtype=torch.float64), by_zolo])
+@pytest.mark.parametrize("factor", [partial(polar_by_qdwh, dtype=torch.float64), polar_by_zolo])
 def test_a_real_batch_as_devices_compute_it(factor):
     """polar() goes one by one on CPUs; on other devices the batch goes through as one."""
     for shape in ((4, 12, 17), (4, 17, 12), (4, 40, 12), (4, 12, 40)):

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import spectral_dist
 from spectral_dist.polar import polar, zolo
-from spectral_dist.polar.qdwh import QR_ABOVE, by_qdwh, sharpened
+from spectral_dist.polar.qdwh import QR_ABOVE, can_sharpen, polar_by_qdwh
 from tests.reference import polar as reference
 from tests.reference import qdwh
 
@@ -82,7 +82,7 @@ def test_coefficients_to_60_digits(con):
         assert f.poles == pytest.approx([float(x / square) for x in c[0::2]], rel=1e-12)
         assert f.weights == pytest.approx([float(x / square) for x in weights], rel=1e-11)
         (_, reached) = qdwh.zolotarev([], con, 1)
-        assert f.reached == pytest.approx(float(1 / reached), rel=1e-12)
+        assert f.lower_image == pytest.approx(float(1 / reached), rel=1e-12)
         # at its top: f(con) in the specification's scale, over con
         top = 1 + sum(w / (square + p) for w, p in zip(weights, c[0::2], strict=True))
         assert f.gain == pytest.approx(float(top), rel=1e-12)
@@ -101,38 +101,38 @@ def test_coefficients_are_scipys_where_that_is_accurate():
 
 @pytest.mark.parametrize("con", CONS)
 def test_degrees_of_the_table_converge_in_the_iterations_it_states(con):
-    steps = zolo.functions(1 / con)
+    steps = zolo.zolotarev_functions(1 / con)
     assert len(steps) == (0 if con <= 1.001 else 1 if con <= 2 else 2)
     if not steps:
-        assert sharpened(1 / con, EPS)
+        assert can_sharpen(1 / con, EPS)
         return
     assert {len(f.poles) for f in steps} == {qdwh.degree(con)}
-    assert sharpened(steps[-1].reached, EPS)
+    assert can_sharpen(steps[-1].lower_image, EPS)
     # and the reference says so, too
     _, reached = qdwh.zolotarev([], con, len(steps))
     assert reached - 1 <= 2e-15
     if len(steps) == 2:
-        assert not sharpened(steps[0].reached, EPS)
+        assert not can_sharpen(steps[0].lower_image, EPS)
 
 
 def test_never_more_than_two_functions_and_none_for_the_identity():
-    assert len(zolo.functions(1e-30)) == 2
-    assert zolo.functions(1.0) == ()
+    assert len(zolo.zolotarev_functions(1e-30)) == 2
+    assert zolo.zolotarev_functions(1.0) == ()
 
 
 def test_near_one_the_series_is_long_but_ends():
     f = zolo.zolotarev(1 - 1e-15, 8)
-    assert f.reached == pytest.approx(1.0, abs=2 * EPS)
+    assert f.lower_image == pytest.approx(1.0, abs=2 * EPS)
     angles = [math.tan(i * math.pi / 34) ** 2 for i in range(1, 17, 2)]
     assert f.poles == pytest.approx(angles, rel=1e-11)
 
 
 def test_polar_takes_zolo_and_qdwh_for_what_they_are():
     x = reference.gaussian(9, 11)
-    by_zolo = zolo.by_zolo(x[None])[0]
-    assert torch.equal(polar(x, method="zolo"), by_zolo)
-    assert torch.equal(polar(x, method="qdwh"), by_qdwh(x[None], torch.float64)[0])
-    assert not torch.equal(by_zolo, polar(x, method="qdwh"))
+    polar_by_zolo = zolo.polar_by_zolo(x[None])[0]
+    assert torch.equal(polar(x, method="zolo"), polar_by_zolo)
+    assert torch.equal(polar(x, method="qdwh"), polar_by_qdwh(x[None], torch.float64)[0])
+    assert not torch.equal(polar_by_zolo, polar(x, method="qdwh"))
 
 
 @pytest.mark.parametrize(("method", "dtype", "qrs", "choleskys"), [
@@ -148,10 +148,10 @@ def test_which_steps_are_qr(monkeypatch, method, dtype, qrs, choleskys):
 
 
 def test_the_default_takes_qr_first_and_cholesky_then():
-    first, second = zolo.functions(EPS)
+    first, second = zolo.zolotarev_functions(EPS)
     assert first.condition > 1e20
     assert second.condition < 10 < QR_ABOVE
-    for f, low in ((first, EPS), (second, first.reached)):
+    for f, low in ((first, EPS), (second, first.lower_image)):
         assert f.condition == pytest.approx((1 + f.poles[0]) / (low**2 + f.poles[0]))
 
 
@@ -164,9 +164,9 @@ def test_singular_values_are_zolotarevs_function_of_them(con):
     for shape in ((12, 17), (17, 12), (12, 40), (40, 12), (12, 12)):
         x = reference.with_singular_values(s, *shape)
         inner = [value * con / qdwh.norm_bound(x) for value in s.tolist()]
-        values, _ = qdwh.zolotarev(inner, con, len(zolo.functions(1 / con)))
+        values, _ = qdwh.zolotarev(inner, con, len(zolo.zolotarev_functions(1 / con)))
         mapped = qdwh.sharpen(torch.tensor([float(y) for y in values], dtype=torch.float64))
         assert ((mapped > 0.01) & (mapped < 0.99)).any()
-        u = zolo.by_zolo(x[None], 1 / con)[0]
+        u = zolo.polar_by_zolo(x[None], 1 / con)[0]
         expected = reference.with_singular_values(mapped, *shape)
         assert (u - expected).norm() <= 3e-14 * con * expected.norm(), shape
