@@ -78,4 +78,5 @@ def read(folder: str, universal: bool) -> str | None:
 
 
 def _text(path: Path) -> str:
+    """Return the tag in a file `latest`."""
     return path.read_text(encoding="utf-8", errors="replace").strip()

@@ -27,6 +27,7 @@ from spectral_dist.rules import registry
 __all__ = ["TYPES", "add_spectral_args", "get_spectral_megatron_optimizer"]
 
 _building: ContextVar[bool] = ContextVar("spectral optimizer being built", default=False)
+"""Whether ``get_spectral_megatron_optimizer`` is running in this thread."""
 
 
 def get_spectral_megatron_optimizer(

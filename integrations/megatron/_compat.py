@@ -279,7 +279,7 @@ def is_embedding_or_output(parameter: Any) -> bool:
 
 
 def mark_parameter(parameter: Any, cut: int | None, weight: Any) -> None:
-    """Mark a parameter as cut along a dimension, or as not cut; and as an expert's if the weight is."""
+    """Mark a parameter as cut along a dimension, if it is, and as an expert's, if ``weight`` is."""
     layers.set_tensor_model_parallel_attributes(
         parameter, cut is not None, -1 if cut is None else cut, 1
     )

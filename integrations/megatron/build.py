@@ -269,7 +269,8 @@ def _replace_adam(
 def _is_group_specific(key: str, value: Any, defaults: Mapping[str, Any]) -> bool:
     """Return whether our group has to take over an entry of one of Adam's groups.
 
-    Such entries are the scheduler's and Megatron's own, and values that are not Adam's defaults.
+    Such entries are the scheduler's, Megatron's own, and values that are not Adam's defaults, for
+    example another eps.
     """
     if key in ("params", "lr", "weight_decay"):  # ours are set elsewhere
         return False

@@ -17,6 +17,7 @@ from spectral_dist.integrations.megatron.optimizer import MegatronInnerOptimizer
 from spectral_dist.sharding import collectives
 
 FORMAT_KEY = "distrib_optim_sharding_type"
+"""The key in Megatron's metadata of the format of the distributed optimizer's states."""
 RESHARDABLE = "fully_reshardable"
 """The format of the distributed optimizer's states that any tensor and data parallelism can load.
 

@@ -47,7 +47,7 @@ def spectral_options(
         )
     valid = {*known, *ROUTING} - MEGATRON_SETTINGS.keys() - {"scalar_weight_decay"}
     for option in options:
-        if option not in valid | {"scalar_weight_decay"}:  # which is None here
+        if option not in valid | {"scalar_weight_decay"}:  # checked above to be None
             raise ValueError(f"{name}: unknown option {option!r}{suggest(option, valid)}")
     if config.lr is None:
         raise ValueError("OptimizerConfig has no lr; write lr=..., or --lr")
@@ -62,10 +62,6 @@ def spectral_options(
 
 def refuse(config: Any, chunks: Sequence[nn.Module]) -> None:
     """Raise if a configuration stores or steps parameters in a way that ours does not support.
-
-    Args:
-        config: Megatron's OptimizerConfig.
-        chunks: this rank's parts of the model, as wrapped by Megatron.
 
     Raises:
         ValueError: names the setting, the reason and what works instead.
@@ -118,9 +114,9 @@ def refuse(config: Any, chunks: Sequence[nn.Module]) -> None:
          f" tensor_model_parallel_size {tensor} without expert parallelism", "make them equal"),
         (getattr(ddp, "fp8_param_gather", False), "fp8_param_gather", "leave it off"),
     ]  # fmt: skip
-    for applies, what, remedy in cases:
+    for applies, setting, fix in cases:
         if applies:
-            raise ValueError(f"spectral optimizers do not support {what} under Megatron: {remedy}")
+            raise ValueError(f"spectral optimizers do not support {setting} under Megatron: {fix}")
 
 
 def refuse_overrides(overrides: Mapping[Any, Mapping[str, Any]]) -> None:

@@ -15,23 +15,23 @@ UNNAMED = "a spectral optimizer"
 """The optimizer of a checkpoint that an older release wrote, without the optimizer's name."""
 
 
-def refuse_foreign(wanted: Any, saved: Any) -> None:
+def refuse_foreign(current: Any, saved: Any) -> None:
     """Raise if a checkpoint was saved with another optimizer than that of this run.
 
     Args:
-        wanted: a state dict that has this run's optimizer state anywhere in it.
+        current: a state dict that has this run's optimizer state anywhere in it.
         saved: the content of the checkpoint, or a part of it.
 
     Raises:
         ValueError: says which optimizer saved it, and how to go on without its state.
     """
-    current, former = saved_by(wanted), saved_by(saved)
-    if current is None or former is None or current == former:
+    ours, theirs = saved_by(current), saved_by(saved)
+    if ours is None or theirs is None or ours == theirs:
         return
-    if UNNAMED in (current, former) and ADAM not in (current, former):
+    if UNNAMED in (ours, theirs) and ADAM not in (ours, theirs):
         return
     raise ValueError(
-        f"the checkpoint was saved with another optimizer: {former}, where this run has {current},"
+        f"the checkpoint was saved with another optimizer: {theirs}, where this run has {ours},"
         " and neither can take the other's state. Write the one that it was saved with, as"
         " --optimizer or OptimizerConfig(optimizer=...), or start the optimizer anew with"
         " --no-load-optim (or with --finetune, which counts iterations from 0 as well)"
@@ -50,7 +50,7 @@ def _name(group: Any) -> str:
     if not shared:
         return ADAM
     cls = shared.get("optimizer", UNNAMED)
-    return next((name for name, known in TYPES.items() if known.__name__ == cls), str(cls))
+    return next((name for name, candidate in TYPES.items() if candidate.__name__ == cls), str(cls))
 
 
 def group_objects(state: Any) -> dict[str, Any]:

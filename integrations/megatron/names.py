@@ -85,7 +85,7 @@ def _named_parameters(
     Args:
         module: searched with all of its children.
         path: the parts of the module's own name.
-        experts: set if the module is inside of a rank's grouped experts.
+        experts: set if the module is inside of a rank's experts.
     """
     tied = _compat.tied_weight(module)
     if tied is not None:

@@ -90,14 +90,17 @@ class MegatronPlacement(ReplicatedPlacement):
     def locate(
         self, group: ParamGroup, routes: Sequence[Route], tensors: Sequence[Tensor]
     ) -> list[Located]:
-        """Return a ``Located`` of tiled parameters, and one of those that no tensor rank cuts."""
+        """Return a ``Located`` of tiled parameters, and one of matrices that no tensor rank cuts.
+
+        Parameters that are no matrices count as tiled, since AdamW steps them where they lie.
+        """
         ranks = self.reader.ranks_of(routes[0].parameter)
         cut: list[Route] = []
         copied: list[Route] = []
         for route in routes:
             tiled = cut_dimension(route.parameter) is not None and ranks.tensor_size > 1
             (cut if tiled or group["kind"] != "matrix" else copied).append(route)
-        return [self._locate(some, ranks, some is cut) for some in (cut, copied) if some]
+        return [self._locate(subset, ranks, subset is cut) for subset in (cut, copied) if subset]
 
     def _locate(self, routes: Sequence[Route], ranks: MegatronRanks, tiled: bool) -> Located:
         """Locate parameters that are all tiled, or all the same on every tensor-parallel rank."""

@@ -133,7 +133,7 @@ def _layers_to_rotate(model: nn.Module, routes: Sequence[Route]) -> list[Any]:
     Raises:
         ValueError: a layer, or a weight that a pattern of ``matrices`` names, is not supported.
     """
-    chosen, left = [], []
+    chosen, unrotated = [], []
     for route in routes:
         if route.kind != "matrix":
             continue
@@ -150,12 +150,12 @@ def _layers_to_rotate(model: nn.Module, routes: Sequence[Route]) -> list[Any]:
                 " rotated"
             )
         else:
-            left.append(f"{route.name} ({type(module).__name__})")
-    if chosen and left and collectives.is_first():
-        more = f" and {len(left) - 3} more" * (len(left) > 3)
+            unrotated.append(f"{route.name} ({type(module).__name__})")
+    if chosen and unrotated and collectives.is_first():
+        rest = f" and {len(unrotated) - 3} more" * (len(unrotated) > 3)
         warnings.warn(
             f"poet.convert leaves to AdamW what is no ColumnParallelLinear or RowParallelLinear:"
-            f" {', '.join(left[:3])}{more}",
+            f" {', '.join(unrotated[:3])}{rest}",
             stacklevel=3,
         )
     return chosen
@@ -223,7 +223,7 @@ def _rotation_sides(
 
 @torch.no_grad()
 def _initialize(layer: Any, key: str, parts: Sequence[RowPart], settings: Settings) -> None:
-    """Write this rank's tile of the initial W, which each fused matrix has its own of.
+    """Write this rank's tile of the initial W; fused matrices are drawn one by one.
 
     Args:
         layer: its weight is written.
@@ -253,7 +253,8 @@ def _mark_skews(layer: Any) -> None:
         skew = getattr(layer, rotation.skew)
         is_cut = layer.group is not None and (layer.axis == 0) == (rotation in layer.outer)
         _compat.mark_parameter(skew, 0 if is_cut else None, layer.weight)
-        if not is_cut and layer.group is not None:  # no group: other ranks have other experts
+        # layers of experts have no group: the other ranks have other experts
+        if not is_cut and layer.group is not None:
             _compat.sum_over_sequence(skew, layer)
 
 

@@ -21,9 +21,9 @@ class MegatronRanks:
     data-parallel rank d.
 
     Attributes:
-        tensor_group: the ranks that cut matrices into tiles; None if there is one.
+        tensor_group: the ranks that cut matrices into tiles; None for a single rank.
         data_group: the ranks that hold copies of each tile, or with the distributed optimizer flat
-            ranges of it. Context-parallel ranks are among them. None if there is one.
+            ranges of it. Context-parallel ranks are among them. None for a single rank.
     """
 
     tensor_group: Group
@@ -96,5 +96,5 @@ def group_or_none(group: Any) -> Group:
 
 
 def _global_ranks_of(group: Group) -> list[int]:
-    """Return the ranks in the job of a group's members; None is this process alone."""
+    """Return the ranks in the job of a group's members; a group None is this process alone."""
     return [dist.get_rank()] if group is None else dist.get_process_group_ranks(group)

@@ -161,7 +161,7 @@ class Projection:
         return matrices
 
     def synchronize(self) -> None:
-        """Copy every basis from its owner; a collective call. Before the first step there is none."""
+        """Copy every basis from its owner, if there has been a step. A collective call."""
         self._broadcast_states([projected for _, projected in self.matrices])
 
     def _broadcast_states(self, matrices: list[ProjectedMatrix]) -> None:
@@ -233,10 +233,8 @@ class Projection:
                 average = average.view(shape)
                 part.copy_(average if q is None else _unproject(average, q, part))
             for gradient, projected, part in joined_parts:
-                torch._foreach_copy_(
-                    projected.rows(gradient),
-                    list(torch.split(part, [count for _, count in projected.matrix.blocks])),
-                )
+                counts = [count for _, count in projected.matrix.blocks]
+                torch._foreach_copy_(projected.rows(gradient), list(torch.split(part, counts)))
             result: Tensor = bucket.buffer()
             return result
 
