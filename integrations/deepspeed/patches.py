@@ -49,7 +49,7 @@ def _engine_of(module: nn.Module) -> DeepSpeedEngine | None:
 
 
 def _refuse_replaced_engine(*args: Any, **kwargs: Any) -> NoReturn:
-    """Raise a ValueError: ``backward`` and ``step`` of an engine that has lost its model."""
+    """Raise a ValueError, as ``backward`` and ``step`` of an engine that has lost its model do."""
     raise ValueError(
         "a later deepspeed.initialize has taken this engine's model over, which this one cannot"
         " train any more; use the engine that it has returned"
@@ -125,7 +125,7 @@ def configure(
     try:
         original(engine, client, parameters)
     except BaseException:
-        del _engines[engine.module]  # so that a second try with a mended config is not refused
+        del _engines[engine.module]  # so that a second try with a corrected configuration works
         if client is not None and placement_before is not None:
             client.placement = placement_before
         raise
@@ -161,7 +161,8 @@ def distribute(original: Callable[..., None], engine: DeepSpeedEngine, model: nn
         client is None and engine.optimizer_name() in TYPES
     ):
         _compat.set_model(engine, model)  # where ``refuse`` looks for it
-        refuse(engine)  # before DeepSpeed turns on what stays on for later engines: torch_autocast
+        # now, since DeepSpeed then turns on torch_autocast, which stays on for later engines
+        refuse(engine)
     if engine.optimizer_name() == poet.NAME and client is None:
         refuse_for_poet(engine)
         _refuse_used_model(model)

@@ -192,7 +192,7 @@ def param_groups(chunks: Sequence[nn.Module], config: Any, overrides: Any) -> li
 
 
 def leaves(built: Any) -> list[Any]:
-    """Return the optimizers chained in what ``get_megatron_optimizer`` has returned, or only it."""
+    """Return the optimizers that ``get_megatron_optimizer`` has chained, or the one it returned."""
     return list(getattr(built, "chained_optimizers", [built]))
 
 
@@ -211,7 +211,7 @@ def bucket_places(leaf: Any) -> Iterator[tuple[nn.Parameter, int, int]]:
 
 
 def model_parameters(leaf: Any) -> list[list[nn.Parameter]]:
-    """Return the model's parameters, not their master copies, by group of a plain optimizer."""
+    """Return a non-distributed optimizer's parameters by group: the model's, not master copies."""
     groups = leaf.optimizer.param_groups
     masters = getattr(leaf, "fp32_from_float16_groups", [()] * len(groups))
     halves = getattr(leaf, "float16_groups", [()] * len(groups))

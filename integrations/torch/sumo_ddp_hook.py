@@ -91,7 +91,8 @@ class Projection:
     Attributes:
         group: the model's process group.
         matrices: each matrix of the model, with the route of its parameter.
-        meter: calls and bytes of the hook's own collectives, each element counted once.
+        meter: calls of the hook's own collectives, and their bytes as a ring would send them,
+            each element counted once.
     """
 
     def __init__(self, model: DistributedDataParallel, optimizer: SpectralOptimizer) -> None:
