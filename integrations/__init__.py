@@ -1,1 +1,1 @@
-"""Tell the core where each framework keeps its shards, and register the optimizers' names."""
+"""Integrations with frameworks: where each keeps its shards, and its names for our optimizers."""

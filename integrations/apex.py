@@ -1,4 +1,4 @@
-"""AdamW by apex's FusedAdam: ``spectral_dist.rules.adamw_apex``, by its older path."""
+"""The older import path of ``spectral_dist.rules.adamw_apex``: AdamW by apex's FusedAdam."""
 
 from spectral_dist.rules.adamw_apex import FusedAdamW, fused_adam
 

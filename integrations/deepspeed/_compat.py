@@ -1,7 +1,7 @@
-"""The private and undocumented names of DeepSpeed that are used here, and whose releases have them.
+"""Every private or undocumented name of DeepSpeed that is used, and the releases that have them.
 
-No other file of this integration names one: a release that renames something fails in one place,
-with the name in the error.
+No other file of this integration uses one. So a release that renames something fails in this file
+only, with the name in the error.
 """
 
 from __future__ import annotations
@@ -31,22 +31,25 @@ __all__ = [
 
 LOWEST = (0, 19, 0)
 NEWEST = (0, 19, 8)
-"""Between them, and nowhere else, an engine trains as one process does, in every tested setting.
+"""The range of releases in which an engine trains as one process does, in every tested setting.
 
-Seen below: 0.18.9 fails at stage 1, 0.17.6 trains to other numbers at stage 2 without a word,
-0.16.9 does not start. Above, none was there to be tried.
+Below it 0.18.9 fails at stage 1, 0.17.6 silently trains to other numbers at stage 2, and 0.16.9
+does not start. Above it there was no release to try.
 """
 
 
 def check_version(version: str) -> None:
     """Raise unless this release of DeepSpeed is one that was tested.
 
-    Others may be wrong without a word, as those below are.
+    An untested release may silently train to wrong numbers, as those below ``LOWEST`` do.
+
+    Args:
+        version: as ``deepspeed.__version__`` has it, for example "0.19.2".
 
     Raises:
-        ImportError: says which releases work, and what to install.
+        ImportError: the release is outside of the tested range; says which ones work.
     """
-    if LOWEST <= _numbers(version) <= NEWEST:
+    if LOWEST <= _version_tuple(version) <= NEWEST:
         return
     first, last = (".".join(map(str, end)) for end in (LOWEST, NEWEST))
     raise ImportError(
@@ -56,7 +59,8 @@ def check_version(version: str) -> None:
     )
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def _version_tuple(version: str) -> tuple[int, ...]:
+    """Return the three numbers of a version; () if it does not begin with three."""
     digits = re.match(r"(\d+)\.(\d+)\.(\d+)", version)
     return tuple(map(int, digits.groups())) if digits else ()
 
@@ -80,20 +84,20 @@ from deepspeed.runtime.zero.partition_parameters import Init  # noqa: E402
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS  # noqa: E402
 
 Configure = Callable[[Callable[..., None], DeepSpeedEngine, Any, Any], None]
-"""Of the original, the engine, client_optimizer and model_parameters."""
+"""A function of (DeepSpeed's own method, the engine, client_optimizer, model_parameters)."""
 Distribute = Callable[[Callable[..., None], DeepSpeedEngine, nn.Module], None]
-"""Of the original, the engine and the model."""
+"""A function of (DeepSpeed's own method, the engine, the model)."""
 
 WRAPPED = {
     "_configure_optimizer": ["self", "client_optimizer", "model_parameters"],
     "_configure_distributed_model": ["self", "model"],
     "_is_supported_optimizer": ["self", "optimizer_name"],
 }
-"""The engine's methods that ``wrap_engine`` puts itself around, and what each must take."""
+"""The engine's methods that ``wrap_engine`` wraps, and the parameters that each must have."""
 
 
 class LossScale(Protocol):
-    """The part of DeepSpeed's LossScaleConfig that is read and, for a moment, written."""
+    """The part of DeepSpeed's LossScaleConfig that ``fp16`` reads and, for a while, overwrites."""
 
     cur_scale: float
 
@@ -101,23 +105,24 @@ class LossScale(Protocol):
 def wrap_engine(
     configure: Configure, distribute: Distribute, check_type: Callable[[str], None]
 ) -> None:
-    """Put these around what every engine calls while it is being built.
+    """Wrap the methods of DeepSpeedEngine that every engine calls while it is being built.
 
     Args:
-        configure: builds the optimizer, and sees both it and the module.
-        distribute: called with the model before anything is done to it.
-        check_type: called with the JSON's optimizer type before DeepSpeed looks for it.
+        configure: called in place of the method that builds the optimizer.
+        distribute: called in place of the method that takes the model in, before anything else is
+            done to the model.
+        check_type: called with the JSON's optimizer type before DeepSpeed looks for that type.
 
     Raises:
-        ImportError: a method is gone, or takes something else.
+        ImportError: this release has no such method, or one with other parameters.
     """
-    for name, wanted in WRAPPED.items():
+    for name, expected in WRAPPED.items():
         method = getattr(DeepSpeedEngine, name, None)
-        takes = list(inspect.signature(method).parameters) if method else None
-        if takes != wanted:
+        parameters = list(inspect.signature(method).parameters) if method else None
+        if parameters != expected:
             raise ImportError(
-                f"deepspeed {deepspeed.__version__}: DeepSpeedEngine.{name} takes {takes} in place"
-                f" of {wanted}; install deepspeed=={'.'.join(map(str, NEWEST))}"
+                f"deepspeed {deepspeed.__version__}: DeepSpeedEngine.{name} takes {parameters} in"
+                f" place of {expected}; install deepspeed=={'.'.join(map(str, NEWEST))}"
             )
     configure_optimizer = DeepSpeedEngine._configure_optimizer
     distribute_model = DeepSpeedEngine._configure_distributed_model
@@ -142,83 +147,87 @@ def wrap_engine(
 
 
 def set_model(engine: Any, model: nn.Module) -> None:
-    """Let an engine that is being built find its model already; it would set the same later."""
+    """Set the model of an engine that is being built, which would set it itself only later."""
     engine._set_client_model(model)
 
 
-def around_step(engine: Any, step: Callable[..., None]) -> None:
-    """Have ``step(original, *args)`` called where this engine has its optimizer step.
+def wrap_step(engine: Any, step: Callable[..., None]) -> None:
+    """Replace this engine's optimizer step by ``step(original, *args, **kwargs)``.
 
-    That is at accumulation boundaries only, and before the learning rate's schedule.
+    The engine calls it at accumulation boundaries only, and before the learning rate's schedule.
     """
-    take_model_step = _of(engine, "_take_model_step")
+    take_model_step = _attribute(engine, "_take_model_step")
 
     @functools.wraps(take_model_step)
-    def taken(*args: Any, **kwargs: Any) -> None:
+    def wrapped(*args: Any, **kwargs: Any) -> None:
         step(take_model_step, *args, **kwargs)
 
-    engine._take_model_step = taken
+    engine._take_model_step = wrapped
 
 
 def zero_config(engine: Any) -> Any:
-    """Return the engine's "zero_optimization" section, parsed."""
-    return _of(engine, "_config.zero_config")
+    """Return the parsed "zero_optimization" section of the engine's configuration."""
+    return _attribute(engine, "_config.zero_config")
 
 
 def data_group(engine: Any) -> dist.ProcessGroup:
-    """Return the ranks over which ZeRO cuts what the optimizer steps on."""
-    group: dist.ProcessGroup = _of(engine, "seq_data_parallel_group")
+    """Return the process group over which ZeRO partitions the tensors that are stepped."""
+    group: dist.ProcessGroup = _attribute(engine, "seq_data_parallel_group")
     return group
 
 
 def sub_groups(engine: Any) -> list[tuple[Tensor, int]] | None:
-    """Return stage 3's flat tensors, each with the index of its group; at other stages None."""
-    if engine.zero_optimization_stage() != 3:
-        return None
-    flats = _of(engine, "optimizer.fp32_partitioned_groups_flat")
-    group_of = _of(engine, "optimizer.sub_group_to_group_id")
-    return [(flat, group_of[number]) for number, flat in enumerate(flats)]
+    """Return (flat tensor, index of its parameter group) of each stage-3 sub-group, or None.
 
-
-def ends_of(engine: Any, flat: Tensor) -> tuple[int, int] | None:
-    """Return the ids of the first and the last parameter in a flat tensor of stage 3.
-
-    At other stages None.
+    None at every other stage.
     """
     if engine.zero_optimization_stage() != 3:
         return None
-    first, last = _of(flat, "ds_id").split("_")
+    flats = _attribute(engine, "optimizer.fp32_partitioned_groups_flat")
+    group_of = _attribute(engine, "optimizer.sub_group_to_group_id")
+    return [(flat, group_of[index]) for index, flat in enumerate(flats)]
+
+
+def sub_group_ends(engine: Any, flat: Tensor) -> tuple[int, int] | None:
+    """Return the ids of the first and the last parameter in a flat tensor of stage 3, or None.
+
+    None at every other stage.
+    """
+    if engine.zero_optimization_stage() != 3:
+        return None
+    first, last = _attribute(flat, "ds_id").split("_")
     return int(first), int(last)
 
 
 def is_partitioned(parameter: Tensor) -> bool:
-    """Return whether stage 3 or ``zero.Init`` has cut this parameter and emptied it."""
+    """Return whether stage 3 or ``zero.Init`` has partitioned this parameter and emptied it."""
     return hasattr(parameter, "ds_id")
 
 
-def id_of(parameter: Tensor) -> int:
-    """Return the number by which stage 3 knows a parameter."""
-    return int(_of(parameter, "ds_id"))
+def parameter_id(parameter: Tensor) -> int:
+    """Return the id that stage 3 has given a parameter."""
+    return int(_attribute(parameter, "ds_id"))
 
 
-def run_of(parameter: Tensor) -> tuple[dist.ProcessGroup, int, int]:
-    """Return who holds a parameter of stage 3, in runs of how many elements, and of how many."""
-    group: dist.ProcessGroup = _of(parameter, "ds_process_group")
-    return group, int(_of(parameter, "partition_numel")()), int(_of(parameter, "ds_numel"))
+def partition_of(parameter: Tensor) -> tuple[dist.ProcessGroup, int, int]:
+    """Return (process group, elements in each rank's run, elements) of a stage-3 parameter."""
+    group: dist.ProcessGroup = _attribute(parameter, "ds_process_group")
+    run_numel, numel = _attribute(parameter, "partition_numel")(), _attribute(parameter, "ds_numel")
+    return group, int(run_numel), int(numel)
 
 
 @contextmanager
-def clipping(engine: Any, factor: float) -> Iterator[None]:
-    """Multiply the limit of gradient clipping for a while, wherever the stage keeps it.
+def scaled_clip_limit(engine: Any, factor: float) -> Iterator[None]:
+    """Multiply the engine's limit of gradient clipping by a factor, inside of the ``with`` block.
 
-    Every wrapper of DeepSpeed has a limit of its own; without one (float32 at stage 0) it is the
-    configuration's that is read.
+    Every optimizer wrapper of DeepSpeed has a limit of its own. Without a wrapper (float32 at
+    stage 0) DeepSpeed reads the limit of the configuration.
     """
     wrapped = engine.optimizer is not engine.basic_optimizer
     holder, name = (
         (engine.optimizer, "clip_grad") if wrapped else (engine._config, "gradient_clipping")
     )
-    limit = _of(holder, name)
+    limit = _attribute(holder, name)
     if factor == 1 or not limit:
         yield
         return
@@ -230,35 +239,35 @@ def clipping(engine: Any, factor: float) -> Iterator[None]:
 
 
 def loss_scale_at_stage0(engine: Any) -> LossScale | None:
-    """Return what stage 0's wrapper divides fp16 gradients by, or None for every other engine."""
+    """Return the loss scale of stage 0's fp16 wrapper, or None for every other engine."""
     if not isinstance(engine.optimizer, FP16_UnfusedOptimizer) or not engine.fp16_enabled():
         return None
-    scale: LossScale = _of(engine, "optimizer.loss_scale_config")
+    scale: LossScale = _attribute(engine, "optimizer.loss_scale_config")
     return scale
 
 
 def argument(
-    method: Callable[..., Any], name: str, given: Sequence[Any], named: dict[str, Any]
+    method: Callable[..., Any], name: str, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> Any:
-    """Return what ``method(*given, **named)`` would get for its parameter of this name."""
-    call = inspect.signature(method).bind(*given, **named)
+    """Return the value of the parameter ``name`` in a call ``method(*args, **kwargs)``."""
+    call = inspect.signature(method).bind(*args, **kwargs)
     call.apply_defaults()
     return call.arguments[name]
 
 
 def repair_on_cpu() -> None:
-    """Repair what releases before 0.19.8 get wrong on CPUs, with any optimizer and no error.
+    """Repair two faults on CPUs that releases before 0.19.8 have, with any optimizer, silently.
 
-    They sort gradients by the names of tensor types, none of which is that of a tensor on a CPU, so
-    that stages 1 and 2 never sum them if ``contiguous_gradients`` is false. And where stage 3 waits
-    for many gathers, it waits for the last: enough for the stream of a GPU, but not for gloo, so
-    that parameters are read before they are there.
+    Those releases sort gradients by the names of tensor types, none of which is the name of a type
+    on the CPU, so that stages 1 and 2 never sum gradients if ``contiguous_gradients`` is false.
+    And where stage 3 has started several gathers, it waits for the last one only. That is enough
+    for the stream of a GPU, but not for gloo, so that parameters are read before they have arrived.
     """
     if deepspeed.get_accelerator().device_name() != "cpu":
         return
     if not stage_1_and_2.split_half_float_double([torch.zeros(1)]):
         stage_1_and_2.split_half_float_double = _by_dtype
-    if _numbers(deepspeed.__version__) < (0, 19, 8):
+    if _version_tuple(deepspeed.__version__) < (0, 19, 8):
         gather = Init._allgather_params_coalesced
 
         @functools.wraps(gather)
@@ -270,6 +279,7 @@ def repair_on_cpu() -> None:
 
 
 def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Group tensors by dtype, in the order in which the dtypes first occur."""
     buckets: dict[torch.dtype, list[Tensor]] = {}
     for tensor in tensors:
         buckets.setdefault(tensor.dtype, []).append(tensor)
@@ -277,9 +287,9 @@ def _by_dtype(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def without_compiling() -> None:
-    """Leave out DeepSpeed's collectives in shared memory, which g++ would compile for 45 s.
+    """Turn off DeepSpeed's shared-memory collectives, which g++ would take 45 s to compile.
 
-    gloo does the same. It must be called before an engine is built.
+    gloo communicates in their place. Call this before an engine is built.
     """
     import deepspeed.ops
 
@@ -287,17 +297,21 @@ def without_compiling() -> None:
 
 
 def allow_fp16_on_cpu() -> None:
-    """Have DeepSpeed accept fp16 on CPUs without instructions for it; torch multiplies it on any.
+    """Make DeepSpeed accept fp16 on CPUs that have no instructions for it, as torch itself does.
 
-    On a GPU nothing is changed.
+    On a GPU this changes nothing.
     """
     accelerator = deepspeed.get_accelerator()
     if accelerator.device_name() == "cpu":
         accelerator.is_fp16_supported = lambda: True
 
 
-def _of(owner: Any, path: str) -> Any:
-    """Return ``owner.a.b``; RuntimeError, which names the release, if DeepSpeed has it no more."""
+def _attribute(owner: Any, path: str) -> Any:
+    """Return ``owner.a.b`` of a path "a.b".
+
+    Raises:
+        RuntimeError: DeepSpeed has it no longer; names the release and the attribute.
+    """
     value = owner
     for name in path.split("."):
         if not hasattr(value, name):

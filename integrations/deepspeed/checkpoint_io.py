@@ -1,4 +1,4 @@
-"""What goes along when an engine saves and loads: its two methods, with ours around them."""
+"""Hooks around an engine's ``save_checkpoint`` and ``load_checkpoint``."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from typing import Any, TypeAlias
 from spectral_dist.integrations.deepspeed import latest
 from spectral_dist.integrations.deepspeed._compat import argument
 
-Before: TypeAlias = Callable[[Path, Callable[[str], Any]], Mapping[str, Any]]
-"""Of the tag's folder, and of a function from the name of an argument of ``save_checkpoint`` to its
-value: what to put into client_state."""
-After: TypeAlias = Callable[[str, dict[str, Any], bool], None]
-"""Of the path that was loaded, its client_state, and whether optimizer states are wanted."""
+BeforeSave: TypeAlias = Callable[[Path, Callable[[str], Any]], Mapping[str, Any]]
+"""A function of (the tag's folder, a function that returns the value of a named argument of
+``save_checkpoint``) that returns what to add to client_state."""
+AfterLoad: TypeAlias = Callable[[str, dict[str, Any], bool], None]
+"""A function of (the loaded path, its client_state, whether optimizer states are to be loaded)."""
 BeforeLoad: TypeAlias = Callable[[Path, bool], None]
-"""Of the tag's folder, and whether optimizer states are wanted."""
+"""A function of (the tag's folder, whether optimizer states are to be loaded)."""
 
 
-def around_checkpoints(
+def wrap_checkpoints(
     engine: Any,
-    after_load: After,
-    before_save: Before | None = None,
+    after_load: AfterLoad,
+    before_save: BeforeSave | None = None,
     before_load: BeforeLoad | None = None,
 ) -> None:
-    """Have this engine's ``save_checkpoint`` and ``load_checkpoint`` call these as well.
+    """Make this engine's ``save_checkpoint`` and ``load_checkpoint`` call the given hooks too.
 
-    ``before_save`` comes first: when DeepSpeed is done `latest` is written, and all of the
-    checkpoint must be there then. ``before_load`` is not called if there is no tag to load, and
-    ``after_load`` if nothing was found.
+    Args:
+        engine: whose two methods are replaced.
+        after_load: called after DeepSpeed has loaded a checkpoint; not if it has found none.
+        before_save: called before DeepSpeed saves, since DeepSpeed ends by writing `latest`, and
+            all of the checkpoint must be on disk by then.
+        before_load: called before DeepSpeed loads; not if there is no tag to load.
     """
     save, load = engine.save_checkpoint, engine.load_checkpoint
 
@@ -43,9 +46,9 @@ def around_checkpoints(
     ) -> Any:
         assert before_save is not None
         tag = str(f"global_step{engine.global_steps}" if tag is None else tag)
-        given = (save_dir, tag, client_state, *args)
-        more = before_save(Path(save_dir, tag), lambda name: argument(save, name, given, kwargs))
-        return save(save_dir, tag, {**(client_state or {}), **more}, *args, **kwargs)
+        values = (save_dir, tag, client_state, *args)
+        added = before_save(Path(save_dir, tag), lambda name: argument(save, name, values, kwargs))
+        return save(save_dir, tag, {**(client_state or {}), **added}, *args, **kwargs)
 
     @functools.wraps(load)
     def load_checkpoint(load_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -55,12 +58,12 @@ def around_checkpoints(
             argument(load, name, (load_dir, tag, *args), kwargs)
             for name in ("load_optimizer_states", "load_module_only")
         )
-        wanted = states and not module_only
+        loads_states = states and not module_only
         if before_load is not None and tag is not None:
-            before_load(Path(load_dir, str(tag)), wanted)
+            before_load(Path(load_dir, str(tag)), loads_states)
         path, client_state = load(load_dir, tag, *args, **kwargs)
         if path is not None:
-            after_load(path, client_state, wanted)
+            after_load(path, client_state, loads_states)
         return path, client_state
 
     engine.load_checkpoint = load_checkpoint

@@ -1,4 +1,4 @@
-"""What of DeepSpeed's configuration is not supported, said before training starts."""
+"""Checks that refuse DeepSpeed configurations which are not supported, before training starts."""
 
 from __future__ import annotations
 
@@ -16,10 +16,14 @@ from spectral_dist.integrations.deepspeed._compat import (
 
 
 def refuse_type(name: str | None, ours: Iterable[str]) -> None:
-    """Raise if the JSON's optimizer type is nobody's, or nearly one of ours.
+    """Raise if the JSON's optimizer type is unknown to DeepSpeed, to torch and to us.
+
+    Args:
+        name: the JSON's optimizer.type, or None.
+        ours: the types that this package registers.
 
     Raises:
-        ValueError: with the nearest name and the list.
+        ValueError: says the nearest name, and the list.
     """
     if name is None or name.lower() in DEEPSPEED_OPTIMIZERS or hasattr(torch.optim, name):
         return
@@ -27,7 +31,7 @@ def refuse_type(name: str | None, ours: Iterable[str]) -> None:
 
 
 def refuse_for_poet(engine: Any) -> None:
-    """Raise for every engine that does not give back W as it was, or cannot take another.
+    """Raise if an engine would round POET's frozen weights W, or could not write merged ones.
 
     Raises:
         ValueError: names the setting and what works instead.
@@ -44,13 +48,13 @@ def refuse_for_poet(engine: Any) -> None:
         ),
         (device == "nvme", 'offload_param.device "nvme" is not supported: use "cpu"'),
     ]
-    for found, what in cases:
-        if found:
-            raise ValueError(f"POET under DeepSpeed: {what}")
+    for applies, problem in cases:
+        if applies:
+            raise ValueError(f"POET under DeepSpeed: {problem}")
 
 
 def refuse(engine: Any) -> None:
-    """Raise for every engine whose parameters do not lie as the placer reads them.
+    """Raise if an engine stores parameters in a way that ``ZeroPlacement`` does not know.
 
     Raises:
         ValueError: names the setting, the reason and what works instead.
@@ -88,8 +92,8 @@ def refuse(engine: Any) -> None:
             "delete the attribute",
         ),
     ]
-    for found, what, instead in cases:
-        if found:
+    for applies, setting, remedy in cases:
+        if applies:
             raise ValueError(
-                f"spectral optimizers do not support {what} under DeepSpeed: {instead}"
+                f"spectral optimizers do not support {setting} under DeepSpeed: {remedy}"
             )

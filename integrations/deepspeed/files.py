@@ -1,4 +1,4 @@
-"""DeepSpeed's files of a checkpoint, read as data."""
+"""Reading the files of a DeepSpeed checkpoint as plain data, without running their pickles."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from spectral_dist.integrations.deepspeed import _compat
 
 
 def read_model_files(folder: Path, first: bool = False) -> list[dict[str, Any]]:
-    """Return what is in the engines' files of models, client_state too; tensors stay on disk.
+    """Return the content of a checkpoint's model files, client_state included.
+
+    Tensors stay on disk until they are used.
 
     Args:
-        folder: of the checkpoint.
-        first: only that of the first rank.
+        folder: the checkpoint's folder, that of the tag.
+        first: whether to read the first rank's file only.
 
     Returns:
-        One of stages 0 to 2, one for each rank of stage 3.
+        One dict at stages 0 to 2; one per rank, in order of ranks, at stage 3.
 
     Raises:
-        ValueError: there is none, or it cannot be read: names the file.
-        NotPlain: there is more than plain data in it.
+        ValueError: there is no such file, or it cannot be read; names the file.
+        NotPlain: a file holds more than plain data.
     """
     ending = f"*{_compat.MODEL_FILE_SUFFIX}"
     of_ranks = sorted(folder.glob(_compat.ZERO_FILE_PREFIX + ending), key=_rank)
@@ -35,4 +37,5 @@ def read_model_files(folder: Path, first: bool = False) -> list[dict[str, Any]]:
 
 
 def _rank(file: Path) -> int:
+    """Return the rank in the name of a stage-3 model file."""
     return int(file.name.removeprefix(_compat.ZERO_FILE_PREFIX).split("_")[0])

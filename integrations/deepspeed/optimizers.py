@@ -1,4 +1,4 @@
-"""Our optimizers as DeepSpeed's JSON names and builds them."""
+"""The optimizer classes that DeepSpeed builds by the type in its JSON."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 
 from spectral_dist.core.named import class_of
 from spectral_dist.core.sharded import ShardedOptimizer
-from spectral_dist.integrations.deepspeed import _compat
-from spectral_dist.integrations.deepspeed import poet as rotated
+from spectral_dist.integrations.deepspeed import _compat, poet
 from spectral_dist.integrations.deepspeed._compat import DeepSpeedEngine
 from spectral_dist.integrations.deepspeed.placement import ZeroPlacement
 from spectral_dist.params.classify import classify
@@ -26,9 +25,15 @@ BUILDING: ContextVar[DeepSpeedEngine | None] = ContextVar("engine being built", 
 
 
 class FromJSON(ShardedOptimizer):
-    """An optimizer as DeepSpeed's JSON builds it: from parameters and plain options.
+    """The base of optimizers that DeepSpeed builds from its JSON: of bare parameters and options.
 
-    Takes ``matrices``, ``scalars`` and ``split`` of ``param_groups`` beside the optimizer's own.
+    Args:
+        params: parameters, (name, parameter) pairs or groups of them, as DeepSpeed passes them on.
+        options: the optimizer's own, and ``matrices``, ``scalars`` and ``split`` as
+            ``spectral_dist.param_groups`` has them.
+
+    Raises:
+        ValueError: not called by DeepSpeed; an unknown or bad option.
     """
 
     def __init__(self, params: Iterable[Any], **options: Any) -> None:
@@ -36,7 +41,7 @@ class FromJSON(ShardedOptimizer):
         routing = {name: options.pop(name) for name in ROUTING if name in options}
         if engine is None:
             _refuse_in_code(type(self).__name__)
-        self.options_type.from_user(options, type(self).__name__)  # before the table: it stands out
+        self.options_type.from_user(options, type(self).__name__)  # before the table is shown
         routes = classify(engine.module, **routing)
         show(routes)
         groups = grouped(_trainable(params), routes, self.options_type)
@@ -44,6 +49,7 @@ class FromJSON(ShardedOptimizer):
 
 
 def _refuse_in_code(name: str) -> NoReturn:
+    """Raise a ValueError that says which class to use outside of DeepSpeed's JSON."""
     raise ValueError(
         f"{name} is the optimizer that DeepSpeed builds from its JSON; in code, write"
         f" spectral_dist.{name.removeprefix('Spectral')}(spectral_dist.param_groups(model), ...)"
@@ -51,43 +57,49 @@ def _refuse_in_code(name: str) -> NoReturn:
 
 
 def _trainable(params: Iterable[Any]) -> list[Any]:
-    """Without the frozen ones: DeepSpeed hands over all of module.parameters()."""
-    kept = []
+    """Return the parameters, or groups of them, without frozen parameters.
+
+    DeepSpeed passes on all of module.parameters().
+    """
+    trainable = []
     for item in params:
         if isinstance(item, dict):
-            kept.append({**item, "params": _trainable(item["params"])})
+            trainable.append({**item, "params": _trainable(item["params"])})
         elif (item[1] if isinstance(item, tuple) else item).requires_grad:
-            kept.append(item)
-    return kept
+            trainable.append(item)
+    return trainable
 
 
 class SpectralPOET(FromJSON, POET):
-    """``spectral_dist.POET`` named in a DeepSpeed JSON; the engine has converted the model by it.
+    """``spectral_dist.POET`` named in a DeepSpeed JSON, by which the engine converts the model.
 
-    Takes the settings of ``poet.convert`` beside the optimizer's own, and no ``split``.
+    Args:
+        params: as DeepSpeed passes them on.
+        options: the optimizer's own, and the settings of ``spectral_dist.poet.convert``; no
+            ``split``.
     """
 
     def __init__(self, params: Iterable[Any], **options: Any) -> None:
         engine = BUILDING.get()
         if engine is None:
             _refuse_in_code(type(self).__name__)
-        _, options = rotated.divided(options)
-        super().__init__(rotated.with_skews(params, engine.module), **options)
+        _, options = poet.split_params(options)
+        super().__init__(poet.insert_skew_params(params, engine.module), **options)
 
 
 TYPES: dict[str, type[ShardedOptimizer]] = {}
-"""Our optimizers by the type that the JSON names."""
+"""The optimizer class of each type that the JSON may name."""
 
 
-def make_known(entry: registry.Entry) -> None:
-    """Make an optimizer known to DeepSpeed, under its type in the JSON and in code."""
-    kind: type[ShardedOptimizer] = SpectralPOET
-    in_code: type[ShardedOptimizer] = POET
+def register_type(entry: registry.Entry) -> None:
+    """Register an optimizer with DeepSpeed: the class that JSON builds, and that of user code."""
+    json_class: type[ShardedOptimizer] = SpectralPOET
+    code_class: type[ShardedOptimizer] = POET
     if entry.rule is not None:
-        in_code = class_of(entry)
+        code_class = class_of(entry)
         doc = f"``spectral_dist.{entry.title}`` named in a DeepSpeed JSON."
         namespace = {"__doc__": doc, "__module__": __package__}
-        kind = type(entry.deepspeed_type, (FromJSON, in_code), namespace)
-    TYPES[entry.deepspeed_type] = kind
-    setattr(torch.optim, entry.deepspeed_type, kind)
-    _compat.ZERO_SUPPORTED_OPTIMIZERS.extend([in_code, kind])
+        json_class = type(entry.deepspeed_type, (FromJSON, code_class), namespace)
+    TYPES[entry.deepspeed_type] = json_class
+    setattr(torch.optim, entry.deepspeed_type, json_class)
+    _compat.ZERO_SUPPORTED_OPTIMIZERS.extend([code_class, json_class])

@@ -1,4 +1,4 @@
-"""Where each ZeRO stage keeps its shards, read off the model's own parameters."""
+"""Where each ZeRO stage keeps its shards, as the model's own parameters show it."""
 
 from __future__ import annotations
 
@@ -22,29 +22,32 @@ from spectral_dist.sharding.layout import Cut, Located, flat_layout
 
 
 class ZeroPlacement(ReplicatedPlacement):
-    """Every ZeRO stage's layout.
+    """The placement of parameters under every ZeRO stage.
 
-    Matrix state is saved beside what DeepSpeed saves (``matrix_state``).
+    - Stage 0: every rank has every parameter (float32 copies of it if the model is 16-bit).
+    - Stages 1 and 2, and BF16_Optimizer: the parameters of a group lie in one flat tensor, each at
+      the storage offset of the model's parameter; ranks store equal runs of that tensor.
+    - Stage 3: each parameter is cut into equal runs, one a rank. A sub-group's flat tensor holds
+      this rank's runs of the sub-group's parameters, one after the other.
 
-    - stage 0: every rank has every parameter (in float32 copies when the model is 16-bit).
-    - stages 1 and 2, and BF16_Optimizer: a group's parameters lie in one flat tensor, at the
-      storage offset of the model's parameter, cut into equal runs by rank.
-    - stage 3: a sub-group's flat tensor holds, one after the other, this rank's run of each of its
-      parameters, each cut into equal runs by rank.
+    DeepSpeed does not save matrix state; ``matrix_state`` saves it beside DeepSpeed's files.
+
+    Args:
+        engine: the DeepSpeedEngine, which may still be being built.
     """
 
     saves_matrix_state = True
     has_master_weights = True
 
     def __init__(self, engine: Any) -> None:
-        # DeepSpeed saves rank 0's state only at stage 0, without a collective
+        # at stage 0 rank 0 alone saves, without a collective: it must have all momentum
         super().__init__(_compat.data_group(engine), replicate_momentum=True)
         self.engine = engine
         self._started = False
         self._options: list[dict[str, Any]] = []
 
     def start(self, optimizer: ShardedOptimizer) -> None:
-        """Take steps from now on; remember each group's options."""
+        """Let the optimizer take steps from now on, and remember each group's options."""
         self._options = [
             {k: v for k, v in group.items() if k not in ("params", "lr")}
             for group in optimizer.param_groups
@@ -53,13 +56,13 @@ class ZeroPlacement(ReplicatedPlacement):
 
     @property
     def is_ready(self) -> bool:
-        """Return False while the engine is built: FP16_UnfusedOptimizer then calls step() once."""
+        """Return False until ``start``: FP16_UnfusedOptimizer calls step() while it is built."""
         return self._started
 
     def prepare(
         self, optimizer: torch.optim.Optimizer, routes: Sequence[Route], meter: Meter
     ) -> None:
-        """Undo what loading a universal checkpoint does to groups and states."""
+        """Restore groups and states that the loading of a universal checkpoint has overwritten."""
         groups = optimizer.param_groups
         if self._started and len(groups) == len(self._options):
             for index, group in enumerate(groups):
@@ -72,23 +75,29 @@ class ZeroPlacement(ReplicatedPlacement):
     def param_batches(
         self, optimizer: torch.optim.Optimizer
     ) -> Iterator[tuple[ParamGroup, Sequence[Tensor]]]:
-        """Iterate over sub-groups at stage 3, which steps on one at a time, else over groups."""
+        """Iterate over (group, tensors): per sub-group at stage 3, else per parameter group.
+
+        Stage 3 steps one sub-group at a time, as one flat tensor.
+        """
         sub_groups = _compat.sub_groups(self.engine)
         if sub_groups is None:
             yield from super().param_batches(optimizer)
             return
-        for flat, group in sub_groups:
-            yield optimizer.param_groups[group], [flat]
+        for flat, group_index in sub_groups:
+            yield optimizer.param_groups[group_index], [flat]
 
     @contextmanager
     def gathered(self, tensors: Sequence[Tensor], *, write: bool = False) -> Iterator[list[Tensor]]:
-        """Yield the model's own: at stage 3 gathered, the first rank's values scattered again."""
+        """Yield the model's tensors; stage 3 gathers them, and with ``write`` scatters them again.
+
+        The values that it scatters are those of the first rank.
+        """
         with GatheredParameters(list(tensors), modifier_rank=0 if write else None):
             yield [tensor.detach() for tensor in tensors]
 
     def cache_key(self, group: ParamGroup, tensors: Sequence[Tensor]) -> object:
-        """Return the sub-group at stage 3, the group elsewhere."""
-        return _compat.ends_of(self.engine, tensors[0]) or group["id"]
+        """Return a key of the sub-group at stage 3, the group's id at other stages."""
+        return _compat.sub_group_ends(self.engine, tensors[0]) or group["id"]
 
     def check(self, routes: Sequence[Route], tensors: Sequence[Tensor]) -> None:
         """Raise for plain parameters that are not contiguous; flat tensors always are."""
@@ -98,9 +107,9 @@ class ZeroPlacement(ReplicatedPlacement):
     def locate(
         self, group: ParamGroup, routes: Sequence[Route], tensors: Sequence[Tensor]
     ) -> list[Located]:
-        """Return the layouts of the group's (or stage 3's sub-group's) matrices."""
+        """Return one ``Located`` for the matrices of a group, or at stage 3 of a sub-group."""
         device = torch.device(get_accelerator().current_device_name())
-        ends = _compat.ends_of(self.engine, tensors[0])
+        ends = _compat.sub_group_ends(self.engine, tensors[0])
         if ends is not None:
             return [_place_stage3(routes, tensors[0], ends, device)]
         if self._are_whole(routes, tensors):
@@ -109,12 +118,24 @@ class ZeroPlacement(ReplicatedPlacement):
         return [_place_flat(routes, tensors[0], self.group, device)]
 
     def _are_whole(self, routes: Sequence[Route], tensors: Sequence[Tensor]) -> bool:
+        """Return whether the tensors are whole parameters, as at stage 0."""
         return [tuple(t.shape) for t in tensors] == [route.shape for route in routes]
 
 
 def _place_flat(
     routes: Sequence[Route], flat: Tensor, group: dist.ProcessGroup, device: torch.device
 ) -> Located:
+    """Locate parameters that lie in a flat tensor which ranks have cut into equal runs.
+
+    Args:
+        routes: of the parameters.
+        flat: this rank's run of the flat tensor.
+        group: the ranks that store the runs.
+        device: where matrices are computed.
+
+    Raises:
+        RuntimeError: a parameter is no view of the flat tensor.
+    """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     cut = Cut.even(flat.numel(), ranks)
     layouts, spans = [], []
@@ -136,11 +157,22 @@ def _place_flat(
 def _place_stage3(
     routes: Sequence[Route], flat: Tensor, ends: tuple[int, int], device: torch.device
 ) -> Located:
-    ids = [_compat.id_of(route.parameter) for route in routes]
+    """Locate the parameters of a stage-3 sub-group.
+
+    Args:
+        routes: of the parameters of the whole group.
+        flat: this rank's runs of the sub-group's parameters, one after the other.
+        ends: the ids of the sub-group's first and last parameter.
+        device: where matrices are computed.
+
+    Raises:
+        RuntimeError: the runs do not add up to the flat tensor.
+    """
+    ids = [_compat.parameter_id(route.parameter) for route in routes]
     first, last = (ids.index(end) for end in ends)
     base, layouts, spans, group = 0, [], [], None
     for route in routes[first : last + 1]:
-        group, run, numel = _compat.run_of(route.parameter)
+        group, run, numel = _compat.partition_of(route.parameter)
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         cut = Cut.even(run, ranks)
         layouts += [flat_layout(matrix, cut, base=base) for matrix in route.matrices]

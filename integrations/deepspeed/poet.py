@@ -1,8 +1,8 @@
 """POET under DeepSpeed: the model is converted before the engine has it, and merged after steps.
 
-An engine flattens or partitions what is trainable when it is built, so W must be frozen before;
-and the model's parameters are copies of what the optimizer steps on, written after its step, so
-the merge comes then.
+An engine flattens or partitions the trainable parameters when it is built, so W must be frozen
+before. And the model's parameters are copies of the tensors that the optimizer steps, written after
+its step, so the merge has to come after that.
 """
 
 from __future__ import annotations
@@ -24,60 +24,65 @@ from spectral_dist.poet.options import POETOptions
 
 NAME = "SpectralPOET"
 CONVERSION = (*SETTINGS, "matrices", "scalars")
-"""What of the JSON's params is for ``poet.convert``."""
+"""The names in the JSON's params that are arguments of ``poet.convert``."""
 
 _converted: weakref.WeakKeyDictionary[nn.Module, dict[str, Any]] = weakref.WeakKeyDictionary()
-"""Models that were converted here, and how: for another try with a mended config."""
+"""The settings that each model was converted by here, to allow a second ``deepspeed.initialize``
+with a corrected configuration."""
 
 
-def divided(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(what is for ``poet.convert``, the optimizer's options) of a JSON's params.
+def split_params(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a JSON's params into (arguments of ``poet.convert``, options of the optimizer).
 
     Raises:
         ValueError: an unknown name, or a bad option.
     """
     known = (*POETOptions.__dataclass_fields__, *CONVERSION)
-    for name in given:
+    for name in params:
         if name not in known:
             raise ValueError(f"{NAME}: unknown option {name!r}{suggest(name, known)}")
-    options = {name: value for name, value in given.items() if name not in CONVERSION}
+    options = {name: value for name, value in params.items() if name not in CONVERSION}
     POETOptions.from_user(options, NAME)
-    return {name: value for name, value in given.items() if name in CONVERSION}, options
+    return {name: value for name, value in params.items() if name in CONVERSION}, options
 
 
 def layers_of(model: nn.Module) -> list[PoetLayer]:
-    """The rotated layers of a model."""
+    """Return the rotated layers of a model, in its order."""
     return [module for module in model.modules() if isinstance(module, PoetLayer)]
 
 
 def convert(engine: Any, model: nn.Module) -> None:
-    """Convert the model by the engine's JSON, unless it has been.
+    """Convert the model by the settings in the engine's JSON, unless it is converted already.
 
     Raises:
-        ValueError: also settings that would have no effect.
+        ValueError: a bad setting, or one that would have no effect on a converted model.
     """
-    given, options = divided(engine.optimizer_params() or {})
+    settings, options = split_params(engine.optimizer_params() or {})
     check_clip(engine, options.get("clip_ramp", 0))
     if not layers_of(model):
-        poet.convert(model, **given)
-        _converted[model] = given
+        poet.convert(model, **settings)
+        _converted[model] = settings
         return
-    before = _converted.get(model)
-    if before is None and given:
+    earlier = _converted.get(model)
+    if earlier is None and settings:
         raise ValueError(
             f"{NAME}: the model has been converted by spectral_dist.poet.convert already, so"
-            f" {', '.join(given)} would have no effect; take them out of the JSON, or leave the"
+            f" {', '.join(settings)} would have no effect; take them out of the JSON, or leave the"
             " conversion to it"
         )
-    if before is not None and before != given:
+    if earlier is not None and earlier != settings:
         raise ValueError(
             f"{NAME}: an earlier deepspeed.initialize has converted this model with other"
-            f" settings, {before}; build it anew for {given}"
+            f" settings, {earlier}; build it anew for {settings}"
         )
 
 
 def cast_skews(engine: Any) -> None:
-    """To the dtype of the model, of which masters are copies: not done after ``zero.Init``."""
+    """Cast the skew parameters to the 16-bit dtype of the engine, if it has one.
+
+    DeepSpeed keeps float32 master copies of the model's parameters. Skew parameters that stage 3 or
+    ``zero.Init`` has partitioned are left as they are.
+    """
     if engine.fp16_enabled():
         dtype = torch.float16
     elif engine.bfloat16_enabled():
@@ -90,32 +95,39 @@ def cast_skews(engine: Any) -> None:
                 skew.data = skew.data.to(dtype)
 
 
-def with_skews(items: Iterable[Any], model: nn.Module) -> list[Any]:
-    """``model_parameters``, with the skews that are not there where their W stands.
+def insert_skew_params(items: Iterable[Any], model: nn.Module) -> list[Any]:
+    """Return ``model_parameters`` with the skew parameters that it lacks inserted after their W.
 
-    They may have been listed before the conversion.
+    It lacks them if the user listed the parameters before the engine converted the model.
+
+    Args:
+        items: parameters, (name, parameter) pairs or groups of them, as ``deepspeed.initialize``
+            was given them.
+        model: the converted model.
 
     Raises:
-        ValueError: trainable parameters that are left out.
+        ValueError: trainable parameters of the model are in no item.
     """
     groups = [{**i, "params": _list(i["params"])} if isinstance(i, dict) else i for i in items]
     listed = [p for i in groups for p in (i["params"] if isinstance(i, dict) else [i])]
-    there = {id(_bare(p)) for p in listed}
-    of: dict[int, list[Tensor]] = {}
+    listed_ids = {id(_param(p)) for p in listed}
+    skews_of: dict[int, list[Tensor]] = {}
     for layer in layers_of(model):
-        of[id(layer.weight)] = [p for p in layer.skews.values() if id(p) not in there]
-    found: list[Any] = []
+        skews_of[id(layer.weight)] = [s for s in layer.skews.values() if id(s) not in listed_ids]
+    inserted: list[Any] = []
     for item in groups:
         parameters = item["params"] if isinstance(item, dict) else [item]
-        skews = [skew for p in parameters for skew in of.pop(id(_bare(p)), ())]
-        there |= {id(skew) for skew in skews}
+        skews = [skew for p in parameters for skew in skews_of.pop(id(_param(p)), ())]
+        listed_ids |= {id(skew) for skew in skews}
         if not isinstance(item, dict):
-            found += [item, *(("skew", s) if isinstance(item, tuple) else s for s in skews)]
+            inserted += [item, *(("skew", s) if isinstance(item, tuple) else s for s in skews)]
             continue
-        found.append(item)
-        if skews:  # in a group of their own, without the decay that was W's: they have none
-            found.append({k: v for k, v in item.items() if k != "weight_decay"} | {"params": skews})
-    missing = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in there]
+        inserted.append(item)
+        if skews:  # a group of their own, without W's decay: rotations have none
+            options = {k: v for k, v in item.items() if k != "weight_decay"}
+            inserted.append(options | {"params": skews})
+    named = model.named_parameters()
+    missing = [n for n, p in named if p.requires_grad and id(p) not in listed_ids]
     if missing:
         raise ValueError(
             f"{NAME}: model_parameters leaves out {len(missing)} trainable parameters"
@@ -123,19 +135,21 @@ def with_skews(items: Iterable[Any], model: nn.Module) -> list[Any]:
             " trained (requires_grad_(False)) before deepspeed.initialize, or leave"
             " model_parameters out"
         )
-    return found
+    return inserted
 
 
 def _list(parameters: Any) -> list[Any]:
+    """Return the parameters of a group as a list: torch allows a single one."""
     return [parameters] if isinstance(parameters, Tensor) else list(parameters)
 
 
-def _bare(item: Any) -> Any:
+def _param(item: Any) -> Any:
+    """Return the parameter of an item that is one, or a (name, parameter) pair."""
     return item[1] if isinstance(item, tuple) else item
 
 
 def check_clip(engine: Any, ramp: int) -> None:
-    """ValueError if there is no limit for ``clip_ramp`` to act on."""
+    """Raise a ValueError if ``clip_ramp`` is set, but the engine does not clip gradients."""
     if ramp and not engine.gradient_clipping():
         raise ValueError(
             f"clip_ramp is {ramp}, but gradient_clipping is 0, so it would have no effect; write"
@@ -144,11 +158,11 @@ def check_clip(engine: Any, ramp: int) -> None:
 
 
 def merge_after_steps(engine: Any, optimizer: POET) -> None:
-    """Have this engine's steps end with the merge, if it is due, and clip as ``clip_ramp`` says."""
+    """Make this engine's steps clip as ``clip_ramp`` says, and end with the merge if it is due."""
 
-    def step(take: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        with _compat.clipping(engine, optimizer.clip_factor()):
-            take(*args, **kwargs)
-        optimizer.merge_if_due()  # a skipped step is none of Adam's, and makes no merge due
+    def step(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        with _compat.scaled_clip_limit(engine, optimizer.clip_factor()):
+            original(*args, **kwargs)
+        optimizer.merge_if_due()  # a skipped step is not counted, so it makes no merge due
 
-    _compat.around_step(engine, step)
+    _compat.wrap_step(engine, step)

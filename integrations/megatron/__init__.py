@@ -1,12 +1,12 @@
-"""Megatron-core: ``--optimizer spectral_muon``, and the call for code that builds its own.
+"""Megatron-core: ``--optimizer spectral_muon`` in scripts, and a function for code of your own.
 
-Importing this is enough for Megatron-LM's scripts: anywhere before ``pretrain`` is called. In code
-of your own, write ``OptimizerConfig(optimizer="spectral_muon")`` and call Megatron's
-``get_megatron_optimizer``, which importing this replaces, or ``get_spectral_megatron_optimizer``,
-which takes our options.
+For Megatron-LM's scripts it is enough to import this anywhere before ``pretrain`` is called. In
+code of your own, write ``OptimizerConfig(optimizer="spectral_muon")`` and call Megatron's
+``get_megatron_optimizer``, which the import replaces, or ``get_spectral_megatron_optimizer``, which
+takes our options.
 
-Everything but the torch optimizer in the middle stays Megatron's: parameter groups and their
-schedules, gradient norm and clipping, loss scaling, the distributed optimizer, checkpoints.
+Only the torch optimizer inside of Megatron's is ours. Megatron's own are parameter groups and their
+schedules, gradient norm and clipping, loss scaling, the distributed optimizer and checkpoints.
 """
 
 from __future__ import annotations
@@ -27,26 +27,31 @@ from spectral_dist.rules import registry
 __all__ = ["TYPES", "add_spectral_args", "get_spectral_megatron_optimizer"]
 
 _building: ContextVar[bool] = ContextVar("spectral optimizer being built", default=False)
+"""Whether ``get_spectral_megatron_optimizer`` is running in this thread."""
 
 
 def get_spectral_megatron_optimizer(
     config: Any, model_chunks: Any, config_overrides: Any = None, **options: Any
 ) -> Any:
-    """As Megatron's ``get_megatron_optimizer``, for ``OptimizerConfig(optimizer="spectral_muon")``.
+    """Build an optimizer as Megatron's ``get_megatron_optimizer`` does, with one of ours inside.
 
     Args:
-        config, model_chunks, config_overrides: as Megatron's. lr, weight_decay, adam_beta1,
-            adam_beta2 and adam_eps of ``config`` are ours as well.
+        config, model_chunks, config_overrides: as Megatron's function takes them;
+            ``config.optimizer`` names ours, for example "spectral_muon". lr, weight_decay,
+            adam_beta1, adam_beta2 and adam_eps of ``config`` are options of ours, too.
         options: ``use_gloo_process_groups``, ``pg_collection`` and
             ``dump_param_to_param_group_map`` of Megatron's; the rest are options of
             ``spectral_dist.options`` and of ``param_groups`` (matrices, scalars, split, one_sided),
             beside those that ``add_spectral_args`` has parsed.
 
+    Returns:
+        Megatron's optimizer, a ``MegatronOptimizer``.
+
     Raises:
         ValueError: an unknown optimizer or option, a configuration that is not supported.
     """
-    theirs = ("use_gloo_process_groups", "pg_collection", "dump_param_to_param_group_map")
-    passed = {name: options.pop(name) for name in theirs if name in options}
+    megatron_names = ("use_gloo_process_groups", "pg_collection", "dump_param_to_param_group_map")
+    passed = {name: options.pop(name) for name in megatron_names if name in options}
     name, flags = parsed()
     if config.optimizer != "adam":
         name = config.optimizer
@@ -54,21 +59,21 @@ def get_spectral_megatron_optimizer(
         raise ValueError(
             f"OptimizerConfig's optimizer is {config.optimizer!r}{suggest(config.optimizer, TYPES)}"
         )
-    given = {**flags, **options}
+    all_options = {**flags, **options}
     token = _building.set(True)
     try:
-        return build(_original, name, given, config, model_chunks, config_overrides, **passed)
+        return build(_original, name, all_options, config, model_chunks, config_overrides, **passed)
     finally:
         _building.reset(token)
 
 
 def _is_ours(config: Any) -> bool:
-    """Whether our optimizer is asked for: by its name, or by a flag that Megatron reads as Adam."""
+    """Return whether a config asks for ours: by its name, or by a flag that makes it "adam"."""
     return config.optimizer in TYPES or (parsed()[0] is not None and config.optimizer == "adam")
 
 
-def _taking_ours(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron's ``get_megatron_optimizer``, which gives ours where it is asked for."""
+def _with_ours(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap Megatron's ``get_megatron_optimizer``: it builds ours where the config asks for it."""
 
     @functools.wraps(original)
     def get_megatron_optimizer(config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -77,18 +82,18 @@ def _taking_ours(original: Callable[..., Any]) -> Callable[..., Any]:
             return get_spectral_megatron_optimizer(config, *args, **kwargs)
         _, flags = parsed()
         if flags:
-            said = ", ".join("--spectral-" + flag.replace("_", "-") for flag in flags)
+            names = ", ".join("--spectral-" + flag.replace("_", "-") for flag in flags)
             raise ValueError(
-                f"{said} would have no effect with --optimizer {name}; write one of"
+                f"{names} would have no effect with --optimizer {name}; write one of"
                 f" {', '.join(TYPES)}"
             )
-        return _refusing(original(config, *args, **kwargs))
+        return _refuse_our_checkpoints(original(config, *args, **kwargs))
 
     return get_megatron_optimizer
 
 
-def _refusing(built: Any) -> Any:
-    """An optimizer of Megatron's own, which takes no checkpoint of ours."""
+def _refuse_our_checkpoints(built: Any) -> Any:
+    """Make an optimizer of Megatron's own refuse to load checkpoints of ours, and return it."""
     load = built.load_state_dict
 
     @functools.wraps(load)
@@ -101,7 +106,10 @@ def _refusing(built: Any) -> Any:
 
 
 def _guarded(inner: Callable[..., Any]) -> Callable[..., Any]:
-    """What Megatron's function calls; reached by another way than ours, it would build Adam."""
+    """Wrap a function that ``get_megatron_optimizer`` calls: it refuses to build Adam for ours.
+
+    It would, if a script had imported Megatron's function by name before we replaced it.
+    """
 
     @functools.wraps(inner)
     def guarded(config: Any, *args: Any, **kwargs: Any) -> Any:
@@ -116,7 +124,7 @@ def _guarded(inner: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
-_original = _compat.replace_builders(_taking_ours, _guarded)
+_original = _compat.replace_builders(_with_ours, _guarded)
 registry.add_listener(
     lambda entry: _compat.register(entry.megatron_name, TYPES[entry.megatron_name])
 )

@@ -1,8 +1,7 @@
-"""Every private or undocumented name of megatron-core that this folder uses, and the versions that
-have them; ``_compat_hooks`` has those of Megatron-LM's training scripts.
+"""Every private or undocumented name of megatron-core that is used, and the versions that have it.
 
-What a release may rename in silence is looked for at import, where its absence is an error; what
-would raise by itself on first use is only gathered here, under names of ours.
+``_compat_hooks`` has those of Megatron-LM's training scripts. A name that a release could rename
+without any error is checked at import. One whose first use would raise anyway has a function here.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ __all__ = ["gather_from_tensor_model_parallel_region", "make_sharded_tensors_for
 
 FIRST, END = (0, 16, 1), (0, 20)
 KNOWN = "0.16.1 to 0.19.x"
-"""Versions from ``FIRST`` on, below ``END``: both ends are run by the tests."""
+"""The versions from ``FIRST`` on and below ``END``, of which the tests run the first and last."""
 LANGUAGE = "megatron.core.models.common.language_module.language_module"
 NAMES = {
     "megatron.core.optimizer": (
@@ -53,7 +52,7 @@ NAMES = {
     "megatron.core.transformer.utils": ("make_sharded_tensors_for_checkpoint",),
     LANGUAGE: ("LanguageModule.shared_embedding_or_output_weight",),
 }  # fmt: skip
-"""By module: attributes, or a class's."""
+"""The names that have to exist in each module: attributes, or attributes of its classes."""
 PARAMETERS = {
     "megatron.core.distributed:DistributedDataParallel.start_param_sync": ("force_sync",),
     "megatron.core.tensor_parallel.layers:ColumnParallelLinear": (
@@ -86,28 +85,28 @@ PARAMETERS = {
         "axis_fragmentations", "replica_id",
     ),
 }  # fmt: skip
-"""By callable: what it is to take, under which name ours reads it where no parameter says it."""
+"""The parameters that each "module:callable" has to have; ours reads attributes of these names."""
 
 
 def missing() -> list[str]:
     """Return the names that this version of megatron-core does not have."""
-    gone = []
+    absent = []
     for module, names in NAMES.items():
-        gone += [f"{module}.{name}" for name in names if _look_up(module, name) is None]
-    for place, wanted in PARAMETERS.items():
-        module, _, name = place.partition(":")
+        absent += [f"{module}.{name}" for name in names if _look_up(module, name) is None]
+    for path, expected in PARAMETERS.items():
+        module, _, name = path.partition(":")
         function = _look_up(module, name)
-        takes = inspect.signature(function).parameters if function is not None else ()
-        gone += [f"{module}.{name}({word}=)" for word in wanted if word not in takes]
-    return gone
+        actual = inspect.signature(function).parameters if function is not None else ()
+        absent += [f"{module}.{name}({word}=)" for word in expected if word not in actual]
+    return absent
 
 
 def check(number: str, names: Sequence[str] = ()) -> None:
-    """Raise unless a version of megatron-core is known, and has all names.
+    """Raise unless a version of megatron-core is known, and has every name that is used.
 
     Args:
-        number: the version, as ``megatron.core.__version__`` says it.
-        names: those that it should have and does not.
+        number: the version, as ``megatron.core.__version__`` has it.
+        names: the names that it should have and has not.
 
     Raises:
         ImportError: says which versions work.
@@ -127,13 +126,14 @@ def check(number: str, names: Sequence[str] = ()) -> None:
 
 
 def _look_up(module: str, name: str) -> Any:
+    """Return a module's attribute "a.b"; None if there is no such module or attribute."""
     try:
-        found: Any = importlib.import_module(module)
+        value: Any = importlib.import_module(module)
     except ModuleNotFoundError:
         return None
     for part in name.split("."):
-        found = getattr(found, part, None)
-    return found
+        value = getattr(value, part, None)
+    return value
 
 
 check(version)
@@ -146,11 +146,14 @@ Build = Callable[..., Any]
 
 
 def replace_builders(outer: Callable[[Build], Build], inner: Callable[[Build], Build]) -> Build:
-    """Wrap Megatron's ways to an optimizer; return ``get_megatron_optimizer`` as it was.
+    """Replace the functions by which Megatron builds optimizers.
 
     Args:
-        outer: what is made of ``get_megatron_optimizer``, wherever it has been imported by name.
-        inner: what is made of the functions that it calls.
+        outer: returns the replacement of ``get_megatron_optimizer``.
+        inner: returns the replacement of each function that it calls.
+
+    Returns:
+        ``get_megatron_optimizer`` as it was.
     """
     module: Any = megatron_optimizer
     original: Build = module.get_megatron_optimizer
@@ -161,14 +164,14 @@ def replace_builders(outer: Callable[[Build], Build], inner: Callable[[Build], B
             replaced[name] = inner(getattr(module, name))
     for name, function in replaced.items():
         setattr(module, name, function)
-    training: Any = sys.modules.get("megatron.training.training")  # imported before: by name
+    training: Any = sys.modules.get("megatron.training.training")  # has imported it by name
     if training is not None:
         training.get_megatron_optimizer = module.get_megatron_optimizer
     return original
 
 
 def register(name: str, cls: type) -> None:
-    """Put an optimizer into the registry of megatron-core, which it has from 0.17 on."""
+    """Add an optimizer to megatron-core's registry of optimizers, which it has from 0.17 on."""
     try:
         registry: Any = importlib.import_module("megatron.core.optimizer.emerging_optimizers")
     except ModuleNotFoundError:
@@ -177,29 +180,29 @@ def register(name: str, cls: type) -> None:
 
 
 def standard_overrides(config: Any) -> dict[Any, Any]:
-    """Return what Megatron overrides in the settings of some parameters: no decay of biases, ..."""
+    """Return Megatron's standard overrides for some parameters, such as no decay of biases."""
     overrides: dict[Any, Any] = megatron_optimizer.get_standard_config_overrides(config)
     return overrides
 
 
 def param_groups(chunks: Sequence[nn.Module], config: Any, overrides: Any) -> list[dict[str, Any]]:
-    """Return the parameter groups that Megatron makes, of all ranks' parameters."""
+    """Return the parameter groups that Megatron makes, of the parameters of all ranks."""
     groups: list[dict[str, Any]] = megatron_optimizer._get_param_groups(chunks, config, overrides)
     return groups
 
 
 def leaves(built: Any) -> list[Any]:
-    """Return the optimizers of one kind of parameters in what ``get_megatron_optimizer`` gives."""
+    """Return the optimizers that ``get_megatron_optimizer`` has chained, or the one it returned."""
     return list(getattr(built, "chained_optimizers", [built]))
 
 
 def group_places(leaf: Any) -> dict[int, tuple[int, int]]:
-    """Return (group, place in it) of each of this rank's parameters, by its id."""
-    return {id(p): where for p, where in leaf.model_param_group_index_map.items()}
+    """Return (index of the group, index in it) of each parameter of this rank, by its id."""
+    return {id(p): indices for p, indices in leaf.model_param_group_index_map.items()}
 
 
 def bucket_places(leaf: Any) -> Iterator[tuple[nn.Parameter, int, int]]:
-    """Yield (parameter, its start in its bucket, elements of the bucket that each rank has)."""
+    """Yield (parameter, its start in its bucket, elements of the bucket that each rank stores)."""
     ranks = leaf.data_parallel_group.size()
     for buffer in leaf.buffers:
         for parameter, (start, _, number) in buffer.param_index_map.items():
@@ -208,10 +211,7 @@ def bucket_places(leaf: Any) -> Iterator[tuple[nn.Parameter, int, int]]:
 
 
 def model_parameters(leaf: Any) -> list[list[nn.Parameter]]:
-    """Return the model's parameters in each group, where masters stand for those of half precision.
-
-    Of an optimizer that is not distributed.
-    """
+    """Return a non-distributed optimizer's parameters by group: the model's, not master copies."""
     groups = leaf.optimizer.param_groups
     masters = getattr(leaf, "fp32_from_float16_groups", [()] * len(groups))
     halves = getattr(leaf, "float16_groups", [()] * len(groups))
@@ -222,8 +222,8 @@ def model_parameters(leaf: Any) -> list[list[nn.Parameter]]:
     return lists
 
 
-def after_update(built: Any, then: Callable[[], None]) -> None:
-    """Call a function after each update of the parameters, which a skipped step has none of."""
+def call_after_update(built: Any, then: Callable[[], None]) -> None:
+    """Make Megatron call a function after each update of the parameters; not in skipped steps."""
     update = built.step_with_ready_grads
 
     @functools.wraps(update)
@@ -235,51 +235,51 @@ def after_update(built: Any, then: Callable[[], None]) -> None:
     built.step_with_ready_grads = step_with_ready_grads
 
 
-def put_in(leaf: Any, inner: Any, prepare: Callable[[Any], None]) -> None:
-    """Put an optimizer of torch's kind, and what makes its states, in the place of Megatron's."""
+def replace_inner(leaf: Any, inner: Any, prepare: Callable[[Any], None]) -> None:
+    """Replace the torch optimizer inside of one of Megatron's, and what creates its states."""
     leaf.optimizer = inner
     leaf.init_state_fn = lambda optimizer, config=None: prepare(optimizer)
 
 
-def pair_groups_by(
-    leaf: Any, pair: Callable[[Sequence[Any], Sequence[Any]], list[dict[str, Any]]]
+def match_groups_by(
+    leaf: Any, match: Callable[[Sequence[Any], Sequence[Any]], list[dict[str, Any]]]
 ) -> None:
-    """Have an optimizer find the saved group of each of its groups, at loading, by ``pair``."""
-    leaf._filter_and_reorder_param_groups = pair
+    """Make an optimizer match its groups with the saved ones, at loading, by ``match``."""
+    leaf._filter_and_reorder_param_groups = match
 
 
 # --- marks on parameters, and modules
 
 
 def is_expert(parameter: Any) -> bool:
-    """Return whether it belongs to this rank's experts, which have process groups of their own."""
+    """Return whether a parameter is an expert's; those have process groups of their own."""
     return not getattr(parameter, "allreduce", True)
 
 
 def cut_dimension(parameter: Any) -> int | None:
-    """Return the dimension that tensor parallelism cuts; None if every rank has the whole."""
+    """Return the dimension of a parameter that tensor parallelism cuts; None if it cuts none."""
     if not getattr(parameter, "tensor_model_parallel", False):
         return None
     return int(parameter.partition_dim)
 
 
 def stride(parameter: Any) -> int:
-    """Return how many parts of the cut dimension each rank stores a piece of, one by one."""
+    """Return the number of parts of the cut dimension that each rank stores a piece of."""
     return int(getattr(parameter, "partition_stride", 1))
 
 
 def packs_parts(parameter: Any) -> bool:
-    """Return whether it holds parts of different sizes, each of them cut (Mamba's in_proj)."""
+    """Return whether a parameter holds parts of different sizes, each cut (Mamba's in_proj)."""
     return hasattr(parameter, "partition_sizes")
 
 
 def is_embedding_or_output(parameter: Any) -> bool:
-    """Return whether Megatron takes it for an embedding's weight, or the output layer's."""
+    """Return whether Megatron has marked a parameter as an embedding's or the output layer's."""
     return bool(getattr(parameter, "is_embedding_or_output_parameter", False))
 
 
-def mark(parameter: Any, cut: int | None, weight: Any) -> None:
-    """Mark a parameter as cut along a dimension (None: whole), of experts if the weight is."""
+def mark_parameter(parameter: Any, cut: int | None, weight: Any) -> None:
+    """Mark a parameter as cut along a dimension, if it is, and as an expert's, if ``weight`` is."""
     layers.set_tensor_model_parallel_attributes(
         parameter, cut is not None, -1 if cut is None else cut, 1
     )
@@ -287,12 +287,12 @@ def mark(parameter: Any, cut: int | None, weight: Any) -> None:
 
 
 def sum_over_sequence(parameter: Any, layer: Any) -> None:
-    """Have Megatron sum a gradient over tensor-parallel ranks if each has some of the tokens."""
+    """Make Megatron sum a gradient over tensor-parallel ranks under sequence parallelism."""
     parameter.sequence_parallel = layer.sequence_parallel
 
 
 def unmarked_heads(models: Iterable[nn.Module]) -> bool:
-    """Return whether a language model has an embedding or output layer, none of them marked."""
+    """Return whether a language model has an embedding or output layer, but none that is marked."""
     kind = _look_up(LANGUAGE, "LanguageModule")
     for model in models:
         for module in model.modules():
@@ -306,12 +306,12 @@ def unmarked_heads(models: Iterable[nn.Module]) -> bool:
 
 
 def head_size(attention: Any) -> int:
-    """Return the rows of linear_qkv that one head of queries, keys or values has."""
+    """Return the number of rows that one head of queries, keys or values has in linear_qkv."""
     return int(attention.hidden_size_per_attention_head)
 
 
 def expert_numbers(module: Any) -> Sequence[int] | None:
-    """Return the numbers in the whole model of a layer's experts; None if it has none."""
+    """Return the numbers in the whole model of a layer's experts; None if it has no experts."""
     numbers: Sequence[int] | None = getattr(module, "local_expert_indices", None)
     return numbers
 
@@ -323,12 +323,12 @@ def layer_number(layer: Any) -> int | None:
 
 
 def is_first_stage(model: Any) -> bool:
-    """Return whether a part of a model has the embedding for itself."""
+    """Return whether a part of a model is the first stage, whose embedding is no copy."""
     return bool(getattr(model, "pre_process", True))
 
 
-def ends_of_others(model: Any) -> list[nn.Module]:
-    """Return the embedding and output layer that a part of a model has, which another has, too."""
+def duplicated_ends(model: Any) -> list[nn.Module]:
+    """Return the embedding and output layer of a part of a model that are copies of another's."""
     ends = []
     if not is_first_stage(model):
         ends.append(getattr(model, "embedding", None))
@@ -338,7 +338,7 @@ def ends_of_others(model: Any) -> list[nn.Module]:
 
 
 def leaves_gradient(layer: Any) -> bool:
-    """Return whether a parallel linear layer leaves its input's gradient for others to reduce."""
+    """Return whether a parallel linear layer leaves it to others to reduce its input's gradient."""
     return bool(getattr(layer, "disable_grad_reduce", False))
 
 
@@ -348,7 +348,7 @@ def cuts_input(layer: Any) -> bool:
 
 
 def tied_weight(module: Any) -> nn.Parameter | None:
-    """Return the weight that a stage shares between its embedding and its output layer."""
+    """Return the weight that embedding and output layer share, if a stage has it; else None."""
     if not getattr(module, "share_embeddings_and_output_weights", False):
         return None
     weight = getattr(module, "shared_embedding_or_output_weight", lambda: None)()
@@ -356,25 +356,25 @@ def tied_weight(module: Any) -> nn.Parameter | None:
 
 
 def rematerializes() -> bool:
-    """Return whether megatron-core (from 0.19 on) keeps weights in shards of yet another group."""
+    """Return whether megatron-core (from 0.19 on) shards weights over yet another group."""
     get = getattr(parallel_state, "get_gtp_weight_remat_group", None)
     group = get(check_initialized=False) if get else None
     return group is not None and group.size() > 1
 
 
 def is_torch_fsdp(chunk: nn.Module) -> bool:
-    """Return whether a model is wrapped as by --use-torch-fsdp2."""
+    """Return whether a model is wrapped as --use-torch-fsdp2 wraps it."""
     return isinstance(chunk, distributed.TorchFullyShardedDataParallel)
 
 
-def finish_gathers(chunk: Any) -> None:
-    """Finish what the next forward pass would else gather. A collective call of data ranks."""
+def finish_param_gathers(chunk: Any) -> None:
+    """Gather the parameters that the next forward pass would gather; all data ranks call it."""
     if getattr(getattr(chunk, "ddp_config", None), "overlap_param_gather", False):
         chunk.start_param_sync(force_sync=True)
 
 
-def save_layers_apart(model: Any) -> None:
-    """Have checkpoints keep each layer's tensors by itself, not stacked with the others'."""
+def save_layers_separately(model: Any) -> None:
+    """Make checkpoints save each layer's tensors by themselves, not stacked over layers."""
     model.config.hetereogenous_dist_checkpoint = True
 
 
@@ -382,17 +382,18 @@ def save_layers_apart(model: Any) -> None:
 
 
 def sharded_tensor(
-    key: str, values: Tensor, shape: Sequence[int], offsets: Sequence[int], grid: Any, again: bool
+    key: str, values: Tensor, shape: Sequence[int], offsets: Sequence[int], grid: Any, is_copy: bool
 ) -> Any:
-    """Return the box of a tensor that ``values`` is, to be saved, or loaded into.
+    """Return Megatron's description of a box of a tensor, whose ``values`` it saves or loads.
 
     Args:
-        shape, offsets: of the whole tensor; of the box in it.
-        grid: boxes along each dimension; None if they are of different sizes.
-        again: whether another rank saves the same box.
+        key, shape: of the whole tensor.
+        offsets: of the box in it.
+        grid: the number of boxes along each dimension; None if they are of different sizes.
+        is_copy: whether another rank saves the same box.
     """
     return dist_checkpointing.ShardedTensor(
         key=key, data=values, dtype=values.dtype, local_shape=tuple(values.shape),
         global_shape=tuple(shape), global_offset=tuple(offsets), axis_fragmentations=grid,
-        replica_id=int(again),
+        replica_id=int(is_copy),
     )  # fmt: skip

@@ -1,7 +1,8 @@
-"""What of Megatron-LM's training scripts, and of loading, ours goes along with.
+"""Functions of Megatron-LM's training scripts, and of loading, that are wrapped for our optimizers.
 
-Names of ``megatron.training`` and ``megatron.core.dist_checkpointing`` that are no documented
-hooks. Nothing of ``megatron.training`` is imported here: it is met when the script imports it.
+They are functions of ``megatron.training`` and ``megatron.core.dist_checkpointing`` that are not
+documented as hooks. Nothing of ``megatron.training`` is imported here: its modules are wrapped when
+the script imports them.
 """
 
 from __future__ import annotations
@@ -18,24 +19,26 @@ import megatron.core.dist_checkpointing as dist_checkpointing
 
 
 class _AfterImport(MetaPathFinder):
-    """Calls a function with a module of one name, as soon as that has been imported."""
+    """A finder on ``sys.meta_path`` that calls a function with one module after its import."""
 
     def __init__(self, name: str, then: Callable[[Any], None]) -> None:
         self.name, self.then = name, then
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Return the spec that the other finders have, with a loader that calls the function."""
+        """Return another finder's spec of the module, with a loader that calls the function."""
         if name != self.name:
             return None
         for finder in sys.meta_path:
             find = None if finder is self else getattr(finder, "find_spec", None)
             spec: Any = find(name, path, target) if find else None
             if spec is not None and spec.loader is not None:
-                spec.loader.exec_module = self._followed(spec.loader.exec_module)
+                spec.loader.exec_module = self._then_call(spec.loader.exec_module)
                 return cast(ModuleSpec, spec)
         return None
 
-    def _followed(self, load: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
+    def _then_call(self, load: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
+        """Return a function that loads a module, and calls ours with it."""
+
         def load_and_call(module: ModuleType) -> None:
             load(module)
             self.then(module)
@@ -44,11 +47,11 @@ class _AfterImport(MetaPathFinder):
 
 
 def after_import(name: str, then: Callable[[Any], None]) -> None:
-    """Call a function with a module: now if it has been imported, else when it is.
+    """Call a function with a module: now if it is imported already, and after each later import.
 
     Args:
-        name: of the module; one that is not installed is never imported, and nothing happens.
-        then: called once for each time that the module is loaded.
+        name: of the module. If it is not installed, nothing happens.
+        then: called each time that the module is loaded.
     """
     module = sys.modules.get(name)
     if module is not None:
@@ -57,17 +60,20 @@ def after_import(name: str, then: Callable[[Any], None]) -> None:
 
 
 def extend_parser(add: Callable[[Any], Any]) -> None:
-    """Have every parser that Megatron-LM makes go through ``add``.
+    """Make Megatron-LM pass every parser that it makes through ``add``.
 
-    It parses several times: before ``pretrain``, in it, and where an ``extra_args_provider`` is
-    taken, which is still called, on the same parser.
+    Megatron-LM parses several times: before ``pretrain``, in it, and where it takes an
+    ``extra_args_provider``, which it still calls with the same parser.
+
+    Args:
+        add: adds flags to a parser, and returns it.
     """
 
     def wrap(module: Any) -> None:
-        plain = module.add_megatron_arguments
+        original = module.add_megatron_arguments
 
         def add_megatron_arguments(parser: Any) -> Any:
-            return add(plain(parser))
+            return add(original(parser))
 
         module.add_megatron_arguments = add_megatron_arguments
 
@@ -75,48 +81,51 @@ def extend_parser(add: Callable[[Any], Any]) -> None:
 
 
 def extend_checkpoint_args(restore: Callable[[Any, Any], Mapping[str, Any]]) -> None:
-    """Have --use-checkpoint-args go through ``restore``, too.
+    """Make --use-checkpoint-args call ``restore`` as well.
 
     Args:
-        restore: called with (arguments of this run, those of the checkpoint); it returns what it
-            has set, by name.
+        restore: called with (arguments of this run, arguments in the checkpoint); returns the
+            arguments that it has set, by name, for Megatron to print.
     """
 
     def wrap(module: Any) -> None:
-        plain = module.load_args_from_checkpoint
+        original = module.load_args_from_checkpoint
 
         def load_args_from_checkpoint(args: Any, *rest: Any, **kwargs: Any) -> Any:
-            result = plain(args, *rest, **kwargs)
-            if isinstance(result, tuple):  # else there was no checkpoint, or none with arguments
+            result = original(args, *rest, **kwargs)
+            if isinstance(result, tuple):  # else there is no checkpoint, or it has no arguments
                 for name, value in restore(*result[:2]).items():
                     module.print_rank_0(f"Setting {name} to {value} from checkpoint")
             return result
 
         module.load_args_from_checkpoint = load_args_from_checkpoint
-        initialize: Any = sys.modules.get("megatron.training.initialize")  # to 0.17, by name
+        # up to 0.17 it imports the function by name
+        initialize: Any = sys.modules.get("megatron.training.initialize")
         if hasattr(initialize, "load_args_from_checkpoint"):
             initialize.load_args_from_checkpoint = load_args_from_checkpoint
 
     after_import("megatron.training.checkpointing", wrap)
 
 
-def guard_loading(look: Callable[[Any, Any], None], part: Callable[[Any], Any]) -> None:
-    """Have every load of a distributed checkpoint be looked at before anything of it is taken.
+def guard_loading(check: Callable[[Any, Any], None], select: Callable[[Any], Any]) -> None:
+    """Make every load of a distributed checkpoint call ``check`` before anything is loaded.
 
     Args:
-        look: called with (what is to be loaded, what of it is in the checkpoint).
-        part: returns what of a sharded state dict is to be loaded for ``look``, beside what all
-            ranks have in common; empty for nothing.
+        check: called with (the sharded state dict to be loaded, a part of the checkpoint); first
+            with the part that all ranks share, then with what ``select`` has chosen.
+        select: returns the part of a sharded state dict that ``check`` needs beside the shared
+            part; empty for nothing.
     """
     module: Any = dist_checkpointing
-    plain = module.load
+    original = module.load
 
-    @functools.wraps(plain)
+    @functools.wraps(original)
     def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
-        look(sharded_state_dict, module.load_common_state_dict(checkpoint_dir))
-        first = part(sharded_state_dict)
-        if first:
-            look(sharded_state_dict, plain(first, checkpoint_dir, validate_access_integrity=False))
-        return plain(sharded_state_dict, checkpoint_dir, *args, **kwargs)
+        check(sharded_state_dict, module.load_common_state_dict(checkpoint_dir))
+        selected = select(sharded_state_dict)
+        if selected:
+            loaded = original(selected, checkpoint_dir, validate_access_integrity=False)
+            check(sharded_state_dict, loaded)
+        return original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
 
     module.load = load

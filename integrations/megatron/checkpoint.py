@@ -1,4 +1,4 @@
-"""Megatron's checkpoints, its distributed ones too, with our optimizer inside."""
+"""Saving and loading of Megatron's optimizers, distributed ones too, with ours inside."""
 
 from __future__ import annotations
 
@@ -13,24 +13,32 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.integrations.megatron import _compat, matrix_checkpoint
 from spectral_dist.integrations.megatron.foreign import refuse_foreign
-from spectral_dist.integrations.megatron.optimizer import InsideMegatron
+from spectral_dist.integrations.megatron.optimizer import MegatronInnerOptimizer
 from spectral_dist.sharding import collectives
 
-FORMAT = "distrib_optim_sharding_type"
+FORMAT_KEY = "distrib_optim_sharding_type"
+"""The key in Megatron's metadata of the format of the distributed optimizer's states."""
 RESHARDABLE = "fully_reshardable"
-"""The format of the distributed optimizer's states that any tensor and data parallelism can load;
-Megatron's own default is one that 0.19 can no longer write."""
+"""The format of the distributed optimizer's states that any tensor and data parallelism can load.
+
+Megatron's own default is a format that 0.19 can no longer write.
+"""
 
 
-def keep_checkpoints(leaf: Any, inner: InsideMegatron, copies: Collection[str]) -> None:
-    """Have one of Megatron's optimizers save and load what ours needs.
+def wrap_checkpointing(
+    leaf: Any, inner: MegatronInnerOptimizer, copied_matrices: Collection[str]
+) -> None:
+    """Wrap the methods by which one of Megatron's optimizers saves and loads, for what ours needs.
 
-    ``copies``: names of matrices that an earlier pipeline stage has, too.
+    Args:
+        leaf: Megatron's optimizer of one kind of parameters (dense ones, or experts).
+        inner: ours, inside of it.
+        copied_matrices: names of matrices that another pipeline stage holds as well, and saves.
     """
     sharded, load = leaf.sharded_state_dict, leaf.load_state_dict
     distributed = isinstance(leaf, DistributedOptimizer)
-    states = inner.as_adam if distributed else contextlib.nullcontext
-    within = False
+    state_context = inner.adam_states if distributed else contextlib.nullcontext
+    is_nested = False
 
     @functools.wraps(sharded)
     def sharded_state_dict(
@@ -38,47 +46,58 @@ def keep_checkpoints(leaf: Any, inner: InsideMegatron, copies: Collection[str]) 
     ) -> Any:
         inner.prepare()
         if distributed and not args and kwargs.get("sharding_type") is None:
-            kwargs["metadata"] = {FORMAT: RESHARDABLE, **(kwargs.get("metadata") or {})}
-        nonlocal within
-        within = True  # the distributed optimizer loads inside of what it does to be loaded
+            kwargs["metadata"] = {FORMAT_KEY: RESHARDABLE, **(kwargs.get("metadata") or {})}
+        nonlocal is_nested
+        is_nested = True  # where it is_loading, the distributed optimizer calls load_state_dict
         try:
-            with inner.gathering(), states():
-                found = sharded(model_sharded_state_dict, is_loading, *args, **kwargs)
+            with inner.collective_state_dict(), state_context():
+                state_dict = sharded(model_sharded_state_dict, is_loading, *args, **kwargs)
         finally:
-            within = False
+            is_nested = False
         if isinstance(inner, SpectralOptimizer) and inner.keeps_matrix_state:
             parts = inner.matrix_parts()
-            found[matrix_checkpoint.ENTRY] = matrix_checkpoint.sharded(parts, copies, is_loading)
-        return found
+            entry = matrix_checkpoint.sharded(parts, copied_matrices, is_loading)
+            state_dict[matrix_checkpoint.ENTRY] = entry
+        return state_dict
 
     @functools.wraps(load)
     @torch.no_grad()
     def load_state_dict(state_dict: Any) -> Any:
         inner.prepare()
-        if not within:
-            refuse_foreign({"param_groups": [inner.mark()]}, state_dict)
+        if not is_nested:
+            refuse_foreign({"param_groups": [inner.saved_identity()]}, state_dict)
         state_dict = dict(state_dict)
-        found = state_dict.pop(matrix_checkpoint.ENTRY, {})
-        if not within and isinstance(inner, SpectralOptimizer):
+        matrix_state = state_dict.pop(matrix_checkpoint.ENTRY, {})
+        if not is_nested and isinstance(inner, SpectralOptimizer):
             error: Exception | None = None
             try:
-                matrix_checkpoint.fill(inner.matrix_parts(), found)
+                matrix_checkpoint.fill(inner.matrix_parts(), matrix_state)
             except ValueError as raised:
                 error = raised
             collectives.raise_together(error, inner.placement.world_groups())
-        with inner.gathering(), states():
+        with inner.collective_state_dict(), state_context():
             return load(state_dict)
 
     leaf.sharded_state_dict = sharded_state_dict
     leaf.load_state_dict = load_state_dict
-    _compat.pair_groups_by(leaf, _as_they_are)
+    _compat.match_groups_by(leaf, _match_in_order)
 
 
-def _as_they_are(
+def _match_in_order(
     current: Sequence[dict[str, Any]], saved: Sequence[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Megatron pairs groups by keys in which matrices and embeddings are alike, so one would get
-    the other's; ours loads nothing from a group that is not in all of them, so any order will do.
+    """Match the optimizer's groups with the saved ones in the order of the latter.
+
+    Megatron matches groups by a few keys, in which those of matrices and of embeddings may be
+    alike, so that one would get the other's. Ours loads from a group only what is the same in all
+    of them, so any order is right.
+
+    Args:
+        current: the groups that the optimizer has.
+        saved: those in the checkpoint.
+
+    Raises:
+        ValueError: there are more of one than of the other.
     """
     if len(current) != len(saved):
         raise ValueError(

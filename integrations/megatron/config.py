@@ -1,4 +1,4 @@
-"""What of Megatron's configuration is not supported, and which options are Megatron's own."""
+"""Checks that refuse Megatron configurations which are not supported; options that it sets."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ from spectral_dist._errors import suggest
 from spectral_dist.integrations.megatron import _compat
 from spectral_dist.rules.options import ROUTING
 
-OWN = {
+MEGATRON_SETTINGS = {
     "lr": ("lr", "--lr"),
     "weight_decay": ("weight_decay", "--weight-decay"),
     "betas": ("adam_beta1, adam_beta2", "--adam-beta1, --adam-beta2"),
     "eps": ("adam_eps", "--adam-eps"),
 }
-"""Options of ours that Megatron has already: (settings of OptimizerConfig, flags)."""
+"""Options of ours that are Megatron's own: name -> (settings of OptimizerConfig, flags)."""
 
 
 def spectral_options(
-    config: Any, given: Mapping[str, Any], name: str, known: Iterable[str]
+    config: Any, options: Mapping[str, Any], name: str, known: Iterable[str]
 ) -> dict[str, Any]:
-    """Our options, with those that Megatron's configuration decides.
+    """Return our optimizer's options, completed by those that Megatron's configuration sets.
 
     Args:
         config: Megatron's OptimizerConfig.
-        given: options of ours.
-        name: of the optimizer.
-        known: the options that it has.
+        options: those that a user has given for ours.
+        name: of our optimizer, for messages.
+        known: the names of all options that it has.
 
     Raises:
-        ValueError: one is unknown, is given beside Megatron's own, or cannot be kept.
+        ValueError: an option is unknown, is Megatron's to set, or would have no effect.
     """
-    for option, (setting, flag) in OWN.items():
-        if option in given:
+    for option, (setting, flag) in MEGATRON_SETTINGS.items():
+        if option in options:
             raise ValueError(
                 f"{option} is Megatron's own setting; write it as OptimizerConfig({setting}=...),"
                 f" or {flag}"
             )
-    if given.get("scalar_weight_decay") is not None:
+    if options.get("scalar_weight_decay") is not None:
         raise ValueError(
             "scalar_weight_decay has no effect under Megatron, whose scheduler writes the decay of"
             " every group; override wd_mult of the parameters in config_overrides"
         )
-    here = {*known, *ROUTING} - OWN.keys() - {"scalar_weight_decay"}
-    for option in given:
-        if option not in here | {"scalar_weight_decay"}:  # None, which says nothing
-            raise ValueError(f"{name}: unknown option {option!r}{suggest(option, here)}")
+    valid = {*known, *ROUTING} - MEGATRON_SETTINGS.keys() - {"scalar_weight_decay"}
+    for option in options:
+        if option not in valid | {"scalar_weight_decay"}:  # checked above to be None
+            raise ValueError(f"{name}: unknown option {option!r}{suggest(option, valid)}")
     if config.lr is None:
         raise ValueError("OptimizerConfig has no lr; write lr=..., or --lr")
     return {
@@ -56,12 +56,12 @@ def spectral_options(
         "weight_decay": config.weight_decay,
         "betas": (config.adam_beta1, config.adam_beta2),
         "eps": config.adam_eps,
-        **given,
+        **options,
     }
 
 
 def refuse(config: Any, chunks: Sequence[nn.Module]) -> None:
-    """Raise for every configuration whose parameters do not lie as the placer reads them.
+    """Raise if a configuration stores or steps parameters in a way that ours does not support.
 
     Raises:
         ValueError: names the setting, the reason and what works instead.
@@ -84,7 +84,7 @@ def refuse(config: Any, chunks: Sequence[nn.Module]) -> None:
     model: Any = getattr(chunks[0], "config", None)
     expert_tensor = getattr(model, "expert_tensor_parallel_size", None)
     tensor = getattr(model, "tensor_model_parallel_size", 1)
-    apart = (
+    experts_cut_otherwise = (
         getattr(model, "num_moe_experts", None)
         and getattr(model, "expert_model_parallel_size", 1) == 1
         and expert_tensor not in (None, tensor)
@@ -110,17 +110,17 @@ def refuse(config: Any, chunks: Sequence[nn.Module]) -> None:
          " of one size whatever the width"),
         (_compat.rematerializes(), "weights cut for rematerialization (generalized tensor"
          " parallelism)", "leave it off"),
-        (apart, f"expert_tensor_parallel_size {expert_tensor} beside"
+        (experts_cut_otherwise, f"expert_tensor_parallel_size {expert_tensor} beside"
          f" tensor_model_parallel_size {tensor} without expert parallelism", "make them equal"),
         (getattr(ddp, "fp8_param_gather", False), "fp8_param_gather", "leave it off"),
     ]  # fmt: skip
-    for found, what, instead in cases:
-        if found:
-            raise ValueError(f"spectral optimizers do not support {what} under Megatron: {instead}")
+    for applies, setting, fix in cases:
+        if applies:
+            raise ValueError(f"spectral optimizers do not support {setting} under Megatron: {fix}")
 
 
 def refuse_overrides(overrides: Mapping[Any, Mapping[str, Any]]) -> None:
-    """Raise if ``config_overrides`` names an optimizer for some parameters.
+    """Raise if Megatron's ``config_overrides`` choose an optimizer for some parameters.
 
     Raises:
         ValueError: names the key, and what to write.
@@ -134,44 +134,48 @@ def refuse_overrides(overrides: Mapping[Any, Mapping[str, Any]]) -> None:
             )
 
 
-def refuse_adapting(given: Mapping[str, Any], chunks: Sequence[nn.Module]) -> None:
-    """Raise if ROOT's coefficients would be adapted to spectra that not all ranks see.
+def refuse_adaptation(options: Mapping[str, Any], chunks: Sequence[nn.Module]) -> None:
+    """Raise if ROOT would adapt its coefficients to spectra of a part of the model only.
+
+    Args:
+        options: ours.
+        chunks: this rank's parts of the model.
 
     Raises:
-        ValueError: names the setting.
+        ValueError: names the parallel size that splits the model's matrices among ranks.
     """
     model: Any = getattr(chunks[0], "config", None)
     for name in ("pipeline_model_parallel_size", "expert_model_parallel_size"):
-        if given.get("adapt_every") and getattr(model, name, 1) > 1:
+        if options.get("adapt_every") and getattr(model, name, 1) > 1:
             raise ValueError(
-                f"adapt_every is {given['adapt_every']}, but {name} is {getattr(model, name)}: each"
-                " stage would fit coefficients of its own; write adapt_every=0 and coefficients of"
-                " `spectral-dist calibrate`"
+                f"adapt_every is {options['adapt_every']}, but {name} is {getattr(model, name)}:"
+                " each stage would fit coefficients of its own; write adapt_every=0 and"
+                " coefficients of `spectral-dist calibrate`"
             )
 
 
 def check_marks(
     chunks: Sequence[nn.Module],
-    tensor: int,
-    expert: int,
-    anywhere: Callable[[list[bool]], list[bool]],
+    tensor_size: int,
+    expert_size: int,
+    on_any_stage: Callable[[list[bool]], list[bool]],
 ) -> None:
-    """Raise if the model is cut, but nothing in it says so: tiles would count as whole matrices.
+    """Raise if the model is cut, but no attribute says so: tiles would count as whole matrices.
 
-    A collective call, as ``anywhere`` is: all ranks raise, or none.
+    A collective call, as ``on_any_stage`` is: all ranks raise, or none.
 
     Args:
         chunks: this rank's parts of the model.
-        tensor: tensor-parallel ranks of dense parameters.
-        expert: ranks that experts are spread over.
-        anywhere: returns what is true on any pipeline stage of what is on this one.
+        tensor_size: the number of tensor-parallel ranks of dense parameters.
+        expert_size: the number of ranks over which experts are distributed.
+        on_any_stage: returns, for each flag, whether it is set on any pipeline stage.
 
     Raises:
-        ValueError: the marks on parameters are not those of a known version.
+        ValueError: the attributes of parameters are not those of a known version.
     """
     parameters = [p for chunk in chunks for p in chunk.parameters()]
     config: Any = getattr(chunks[0], "config", None)
-    cut, apart, unmarked = anywhere(
+    has_cut, has_experts, has_unmarked_heads = on_any_stage(
         [
             any(_compat.cut_dimension(p) is not None for p in parameters),
             any(_compat.is_expert(p) for p in parameters),
@@ -183,19 +187,19 @@ def check_marks(
         f" ({_compat.KNOWN}), so {{}}; build it of megatron.core's layers, or mark your own as they"
         " do"
     )
-    if tensor > 1 and not cut:
+    if tensor_size > 1 and not has_cut:
         raise ValueError(
-            f"tensor_model_parallel_size is {tensor}, but no parameter of the model is marked as"
-            " cut (tensor_model_parallel, partition_dim): "
+            f"tensor_model_parallel_size is {tensor_size}, but no parameter of the model is marked"
+            " as cut (tensor_model_parallel, partition_dim): "
             + unknown.format("its tiles would be taken for whole matrices")
         )
-    if expert > 1 and getattr(config, "num_moe_experts", None) and not apart:
+    if expert_size > 1 and getattr(config, "num_moe_experts", None) and not has_experts:
         raise ValueError(
-            f"expert_model_parallel_size is {expert}, but no parameter of the model is marked as an"
-            " expert's (allreduce=False): "
+            f"expert_model_parallel_size is {expert_size}, but no parameter of the model is marked"
+            " as an expert's (allreduce=False): "
             + unknown.format("experts would be taken for copies of each other")
         )
-    if unmarked:
+    if has_unmarked_heads:
         raise ValueError(
             "the model has an embedding or an output layer, but no parameter is marked as one"
             " (is_embedding_or_output_parameter): "

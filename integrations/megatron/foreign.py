@@ -1,6 +1,6 @@
-"""Checkpoints of another optimizer: refused on every rank, before any of it is taken.
+"""Refusal of checkpoints of another optimizer, on every rank and before anything is loaded.
 
-Ours leaves ``STATE`` in each of its groups, whatever Megatron makes of the rest.
+Our optimizers put an entry ``STATE`` into each of their parameter groups, which Megatron saves.
 """
 
 from __future__ import annotations
@@ -12,59 +12,60 @@ from spectral_dist.integrations.megatron.optimizer import STATE, TYPES
 
 ADAM = "Megatron's own optimizer"
 UNNAMED = "a spectral optimizer"
-"""Whose checkpoint is of a release that did not say which one it was."""
+"""The optimizer of a checkpoint that an older release wrote, without the optimizer's name."""
 
 
-def refuse_foreign(wanted: Any, saved: Any) -> None:
-    """Raise if a checkpoint's optimizer is not the one that it is to be loaded into.
+def refuse_foreign(current: Any, saved: Any) -> None:
+    """Raise if a checkpoint was saved with another optimizer than that of this run.
 
     Args:
-        wanted: a state dict of the optimizer that there is (in any part of it).
-        saved: what is in the checkpoint, or some of it.
+        current: a state dict that has this run's optimizer state anywhere in it.
+        saved: the content of the checkpoint, or a part of it.
 
     Raises:
-        ValueError: says which of them it was, and how to go on without.
+        ValueError: says which optimizer saved it, and how to go on without its state.
     """
-    now, before = saved_by(wanted), saved_by(saved)
-    if now is None or before is None or now == before:
+    ours, theirs = saved_by(current), saved_by(saved)
+    if ours is None or theirs is None or ours == theirs:
         return
-    if UNNAMED in (now, before) and ADAM not in (now, before):
+    if UNNAMED in (ours, theirs) and ADAM not in (ours, theirs):
         return
     raise ValueError(
-        f"the checkpoint was saved with another optimizer: {before}, where this run has {now}, and"
-        " neither can take the other's state. Write the one that it was saved with, as --optimizer"
-        " or OptimizerConfig(optimizer=...), or start the optimizer anew with --no-load-optim (or"
-        " with --finetune, which counts iterations from 0 as well)"
+        f"the checkpoint was saved with another optimizer: {theirs}, where this run has {ours},"
+        " and neither can take the other's state. Write the one that it was saved with, as"
+        " --optimizer or OptimizerConfig(optimizer=...), or start the optimizer anew with"
+        " --no-load-optim (or with --finetune, which counts iterations from 0 as well)"
     )
 
 
 def saved_by(state: Any) -> str | None:
-    """Return the optimizer that a state dict is of; None if it has none."""
+    """Return the optimizer whose parameter groups are in a state dict; None if there are none."""
     names = {_name(group) for groups in _groups(state) for group in groups}
     return max(names, key=lambda name: (name != ADAM, name != UNNAMED)) if names else None
 
 
 def _name(group: Any) -> str:
+    """Return the name of the optimizer that a parameter group is of."""
     shared = group.get(STATE) if isinstance(group, Mapping) else None
     if not shared:
         return ADAM
     cls = shared.get("optimizer", UNNAMED)
-    return next((name for name, known in TYPES.items() if known.__name__ == cls), str(cls))
+    return next((name for name, candidate in TYPES.items() if candidate.__name__ == cls), str(cls))
 
 
 def group_objects(state: Any) -> dict[str, Any]:
-    """Return the objects of a sharded state dict that have parameter groups in them, by a number.
+    """Return the sharded objects in a state dict that hold parameter groups, by "0", "1", ...
 
-    The distributed optimizer keeps its groups so in formats that are of one parallelism; in the
-    others they are in what all ranks have in common.
+    The distributed optimizer saves its groups in such objects if the format is bound to one
+    parallelism. In other formats they are in the part of the checkpoint that all ranks share.
     """
-    objects = [found for found in _walk(state) if _inside(found) is not None]
-    holding = [found for found in objects if any(True for _ in _groups(_inside(found)))]
-    return {str(number): found for number, found in enumerate(holding)}
+    objects = [value for value in _walk(state) if _inside(value) is not None]
+    holders = [value for value in objects if any(True for _ in _groups(_inside(value)))]
+    return {str(index): value for index, value in enumerate(holders)}
 
 
 def _groups(state: Any) -> Iterator[list[Any]]:
-    """Yield the lists of parameter groups anywhere in a state dict, sharded or not."""
+    """Yield every list of parameter groups in a state dict, those in sharded objects included."""
     for value in _walk(state):
         if isinstance(value, Mapping) and isinstance(value.get("param_groups"), list):
             yield value["param_groups"]
@@ -73,7 +74,7 @@ def _groups(state: Any) -> Iterator[list[Any]]:
 
 
 def _walk(state: Any) -> Iterator[Any]:
-    """Yield a nested state dict and all that is in it, but for what is in sharded objects."""
+    """Yield a nested state dict and all values in it, but not those inside of sharded objects."""
     yield state
     if isinstance(state, Mapping):
         for value in state.values():
@@ -84,6 +85,6 @@ def _walk(state: Any) -> Iterator[Any]:
 
 
 def _inside(value: Any) -> Any:
-    """Return the dict or list that a sharded object holds; None for all else."""
+    """Return the dict or list that a sharded object holds; None for any other value."""
     data = getattr(value, "data", None)
     return data if isinstance(data, Mapping | list) else None

@@ -1,8 +1,8 @@
-"""Matrix state in Megatron's distributed checkpoints: saved by owners, loaded by other ones.
+"""Matrix state in Megatron's distributed checkpoints, which any number of other ranks can load.
 
-Each quantity has a key of its own, made of the matrix's name in the whole model, and is saved in
-the boxes in which ranks keep it; at load every rank asks for the boxes that it is to keep, however
-they were cut. Nothing of this is known to the parameter that the matrix is in.
+Each quantity of each matrix has a key of its own, made of the matrix's name in the whole model. It
+is saved in the boxes in which ranks keep it. At load every rank asks for the boxes that it has to
+keep, however the saved ones were cut. The parameter that a matrix is in plays no part in this.
 """
 
 from __future__ import annotations
@@ -21,35 +21,43 @@ from spectral_dist.core.matrix_state import Part
 from spectral_dist.integrations.megatron import _compat
 
 ENTRY = "spectral_matrices"
-"""Key of the state in the state dict of one of Megatron's optimizers."""
+"""The key of matrix state in the state dict of one of Megatron's optimizers."""
 PREFIX = "optimizer.spectral"
-"""Of keys in checkpoints, where the parameters' states begin with ``optimizer.state``."""
+"""The prefix of keys in checkpoints; those of parameters' states begin with ``optimizer.state``."""
 
 
-def sharded(parts: Iterable[Part], copies: Collection[str], loading: bool) -> ShardedTensorFactory:
-    """The parts, for Megatron to save, or to load into; all ranks give one.
+def sharded(parts: Iterable[Part], copied: Collection[str], loading: bool) -> ShardedTensorFactory:
+    """Return an entry of a sharded state dict that saves matrix state, or loads it.
 
-    ``copies``: matrices of which an earlier pipeline stage keeps the same, and saves it.
+    Every rank has to have one in its state dict. It is a factory because ``ChainedOptimizer``
+    prefixes all keys in its optimizers' state dicts with the optimizer's number, which depends on
+    the layout; keys that a factory makes afterwards stay as they are.
 
-    A factory, because ``ChainedOptimizer`` puts its optimizers' numbers before the keys of all that
-    is in their state dicts, and these depend on the layout: keys made afterwards stay as they are.
+    Args:
+        parts: the matrix state that this rank keeps.
+        copied: the matrices whose state another pipeline stage keeps as well, and saves.
+        loading: whether Megatron loads into the parts, rather than saves them.
     """
-    mine = [part for part in parts if loading or (part.is_primary and part.matrix not in copies)]
+    chosen = [part for part in parts if loading or (part.is_primary and part.matrix not in copied)]
 
-    def build(*args: Any) -> dict[str, Any]:
-        found: dict[str, Any] = {_label(part): _tensor(part, copies) for part in mine}
-        # without anything here the entry would be missing after loading, which is an error
-        found[""] = LocalNonpersistentObject(None)
-        return found
+    def build(*_: Any) -> dict[str, Any]:
+        tensors: dict[str, Any] = {_label(part): _sharded_tensor(part, copied) for part in chosen}
+        # an empty entry would be missing after loading, which is an error
+        tensors[""] = LocalNonpersistentObject(None)
+        return tensors
 
     return ShardedTensorFactory(ENTRY, None, build, lambda loaded: loaded)
 
 
 def fill(parts: Iterable[Part], loaded: Mapping[str, Tensor]) -> None:
-    """Copy what Megatron has loaded for ``sharded`` into the parts.
+    """Copy what Megatron has loaded for ``sharded`` into the optimizer's matrix state.
+
+    Args:
+        parts: the matrix state that this rank keeps; its values are written.
+        loaded: the entry of the loaded state dict.
 
     Raises:
-        ValueError: something was not in the checkpoint.
+        ValueError: a part is not in it; nothing has been written then.
     """
     parts = list(parts)
     missing = [part for part in parts if _label(part) not in loaded]
@@ -64,17 +72,19 @@ def fill(parts: Iterable[Part], loaded: Mapping[str, Tensor]) -> None:
 
 
 def _key(part: Part) -> str:
+    """Return the checkpoint's key of a quantity of a matrix."""
     return f"{PREFIX}.{part.name}.{part.matrix}"
 
 
 def _label(part: Part) -> str:
-    """Megatron takes boxes that begin at one place for the same."""
+    """Return a key of the part in the state dict, which holds several of one quantity."""
     return f"{_key(part)}@{','.join(map(str, part.offsets))}"
 
 
-def _tensor(part: Part, copies: Collection[str]) -> ShardedTensor:
+def _sharded_tensor(part: Part, copied: Collection[str]) -> ShardedTensor:
+    """Return Megatron's description of a part: its box in the whole quantity, and its values."""
     shape = tuple(part.values.shape)
-    # None: boxes of any size, of which torch checks that they cover the whole once, as it saves
+    # None allows boxes of any size; torch checks at saving that they cover the whole exactly once
     grid = (1,) * len(shape) if shape == part.shape else None
-    again = not part.is_primary or part.matrix in copies
-    return _compat.sharded_tensor(_key(part), part.values, part.shape, part.offsets, grid, again)
+    is_copy = not part.is_primary or part.matrix in copied
+    return _compat.sharded_tensor(_key(part), part.values, part.shape, part.offsets, grid, is_copy)

@@ -1,4 +1,4 @@
-"""When POET's rotations are merged: after Megatron's step has written the model."""
+"""The merge of POET's rotations, which comes after Megatron's step has written the model."""
 
 from __future__ import annotations
 
@@ -12,13 +12,18 @@ from spectral_dist.integrations.megatron import _compat
 from spectral_dist.integrations.megatron.optimizer import SpectralPOET
 
 
-def keep_merging(built: Any, config: Any, chunks: Sequence[nn.Module]) -> None:
-    """Have Megatron's optimizer merge in the steps that are due, and clip by the ramp.
+def merge_after_steps(built: Any, config: Any, chunks: Sequence[nn.Module]) -> None:
+    """Make Megatron's optimizer merge after steps in which that is due, and clip by the ramp.
 
-    A step that Megatron skips (an overflow, too large a norm) neither counts nor merges.
+    A step that Megatron skips (an overflow, too large a norm) is not counted, and merges nothing.
+
+    Args:
+        built: what Megatron's ``get_megatron_optimizer`` has returned, with our optimizers inside.
+        config: its OptimizerConfig, whose ``clip_grad`` is changed during each step.
+        chunks: this rank's parts of the model.
     """
-    inside = [leaf.optimizer for leaf in _compat.leaves(built)]
-    poets = [optimizer for optimizer in inside if isinstance(optimizer, SpectralPOET)]
+    optimizers = [leaf.optimizer for leaf in _compat.leaves(built)]
+    poets = [optimizer for optimizer in optimizers if isinstance(optimizer, SpectralPOET)]
     for poet in poets:
         poet.placement.has_master_weights = True
     step = built.step
@@ -38,11 +43,14 @@ def keep_merging(built: Any, config: Any, chunks: Sequence[nn.Module]) -> None:
         finally:
             config.clip_grad = limit
 
-    _compat.after_update(built, merge)
+    _compat.call_after_update(built, merge)
     built.step = clipped_step
 
 
 def gather_parameters(chunks: Sequence[nn.Module]) -> None:
-    """Finish what the next forward pass would else gather. A collective call of data ranks."""
+    """Gather the parameters that the next forward pass would otherwise gather.
+
+    With overlap_param_gather it is a collective call of the data-parallel ranks.
+    """
     for chunk in chunks:
-        _compat.finish_gathers(chunk)
+        _compat.finish_param_gathers(chunk)

@@ -1,4 +1,4 @@
-"""Megatron's process groups, as a tensor-parallel x data-parallel grid."""
+"""Megatron's process groups, as a grid of tensor-parallel times data-parallel ranks."""
 
 from __future__ import annotations
 
@@ -14,81 +14,87 @@ from spectral_dist.sharding.collectives import Group
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """The ranks that hold the same parameters of one pipeline stage (or the same experts).
+class MegatronRanks:
+    """The ranks that hold the same parameters of one pipeline stage, or the same experts.
 
-    ``tensor_group`` cuts matrices into tiles; ``data_group`` (context-parallel ranks included)
-    holds copies of each tile, or with the distributed optimizer flat ranges of it.
+    They are a grid: the job's rank in row t and column d has tensor-parallel rank t and
+    data-parallel rank d.
+
+    Attributes:
+        tensor_group: the ranks that cut matrices into tiles; None for a single rank.
+        data_group: the ranks that hold copies of each tile, or with the distributed optimizer flat
+            ranges of it. Context-parallel ranks are among them. None for a single rank.
     """
 
     tensor_group: Group
     data_group: Group
 
     @property
-    def tensor(self) -> int:
-        """Tensor-parallel ranks."""
+    def tensor_size(self) -> int:
+        """Return the number of tensor-parallel ranks."""
         return collectives.size(self.tensor_group)
 
     @property
-    def data(self) -> int:
-        """Data-parallel ranks."""
+    def data_size(self) -> int:
+        """Return the number of data-parallel ranks."""
         return collectives.size(self.data_group)
 
     @property
     def tensor_rank(self) -> int:
-        """This rank's number among tensor-parallel ranks."""
+        """Return this process's rank in ``tensor_group``."""
         return collectives.rank(self.tensor_group)
 
     @property
     def data_rank(self) -> int:
-        """This rank's number among data-parallel ranks."""
+        """Return this process's rank in ``data_group``."""
         return collectives.rank(self.data_group)
 
     @cached_property
-    def grid(self) -> list[list[int]]:
-        """[t][d]: the job's rank number of data-parallel rank d of tensor-parallel rank t.
+    def global_ranks(self) -> list[list[int]]:
+        """Return [t][d]: the rank in the job of tensor rank t and data rank d.
 
-        A collective call, once.
+        The first access is a collective call.
         """
-        mine = ",".join(map(str, _members(self.data_group)))
-        rows = collectives.gather_texts(mine, self.tensor_group)
+        own_row = ",".join(map(str, _global_ranks_of(self.data_group)))
+        rows = collectives.gather_texts(own_row, self.tensor_group)
         return [[int(r) for r in row.split(",")] for row in rows]
 
     @cached_property
-    def both(self) -> Group:
-        """The group of all of them. A collective call, once."""
-        if self.tensor == 1:
+    def joint_group(self) -> Group:
+        """Return the group of all ranks of the grid. The first access is a collective call."""
+        if self.tensor_size == 1:
             return self.data_group
-        if self.data == 1:
+        if self.data_size == 1:
             return self.tensor_group
-        ranks = sorted(r for row in self.grid for r in row)
+        ranks = sorted(r for row in self.global_ranks for r in row)
         if len(ranks) == dist.get_world_size():
             return dist.group.WORLD
-        known = parallel_state.get_tensor_and_data_parallel_group(
+        existing = parallel_state.get_tensor_and_data_parallel_group(
             check_initialized=False, with_context_parallel=True
         )
-        if known is not None and sorted(dist.get_process_group_ranks(known)) == ranks:
-            group: dist.ProcessGroup = known
+        if existing is not None and sorted(dist.get_process_group_ranks(existing)) == ranks:
+            group: dist.ProcessGroup = existing
             return group
-        made: Group = dist.new_group(ranks, use_local_synchronization=True)
-        return made
+        new_group: Group = dist.new_group(ranks, use_local_synchronization=True)
+        return new_group
 
     @cached_property
-    def numbers(self) -> list[list[int]]:
-        """[t][d]: as ``grid``, but the rank's number in ``both``."""
-        place = {rank: i for i, rank in enumerate(_members(self.both))}
-        return [[place[r] for r in row] for row in self.grid]
+    def joint_ranks(self) -> list[list[int]]:
+        """Return [t][d]: the rank in ``joint_group`` of tensor rank t and data rank d."""
+        joint_rank_of = {rank: i for i, rank in enumerate(_global_ranks_of(self.joint_group))}
+        return [[joint_rank_of[r] for r in row] for row in self.global_ranks]
 
     @property
-    def number(self) -> int:
-        """This rank's number in ``both``."""
-        return collectives.rank(self.both)
+    def joint_rank(self) -> int:
+        """Return this process's rank in ``joint_group``."""
+        return collectives.rank(self.joint_group)
 
 
-def alone(group: Any) -> Group:
-    """The group, or None if it is of this rank only."""
+def group_or_none(group: Any) -> Group:
+    """Return the group, or None if there is none or this process is alone in it."""
     return None if group is None or group.size() == 1 else group
 
 
-def _members(group: Group) -> list[int]:
+def _global_ranks_of(group: Group) -> list[int]:
+    """Return the ranks in the job of a group's members; a group None is this process alone."""
     return [dist.get_rank()] if group is None else dist.get_process_group_ranks(group)

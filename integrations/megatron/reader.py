@@ -1,4 +1,4 @@
-"""Which parameters of a Megatron model are matrices, and how they hold them, by its own modules."""
+"""Which parameters of a Megatron model are matrices, and which of them hold several."""
 
 from __future__ import annotations
 
@@ -9,97 +9,115 @@ from torch import nn
 
 from spectral_dist.integrations.megatron import _compat
 from spectral_dist.integrations.megatron._compat import cut_dimension, is_expert
-from spectral_dist.integrations.megatron.ranks import Ranks
+from spectral_dist.integrations.megatron.ranks import MegatronRanks
 from spectral_dist.params.classify import NORMS
 from spectral_dist.params.spec import Reader, Reading
 from spectral_dist.params.splits import Split
 
 GATE_AND_UP = 2
-"""Parts of a gated layer's first weight."""
+"""The number of matrices in a gated layer's first weight: gate above up."""
 
 
 class MegatronReader:
-    """Reads parameters by Megatron's attributes and the modules that they are found in.
+    """Reads parameters by the attributes that Megatron sets on them, and by their modules.
 
     Args:
-        ranks: of the dense parameters, and of the experts.
-        names: of parameters in the whole model, by their ids.
+        ranks: those that hold the dense parameters.
+        expert_ranks: those that hold the experts.
+        names: the name in the whole model of each parameter, by its id.
     """
 
-    def __init__(self, ranks: Ranks, expert_ranks: Ranks, names: Mapping[int, str]) -> None:
+    def __init__(
+        self, ranks: MegatronRanks, expert_ranks: MegatronRanks, names: Mapping[int, str]
+    ) -> None:
         self.ranks, self.expert_ranks, self.names = ranks, expert_ranks, names
         self._gated: set[int] = set()
 
     def __call__(self, model: nn.Module) -> Reader:
-        """What each parameter of the model is, by itself."""
-        splits = fused(model)
+        """Return a function that says what each parameter of the model is."""
+        splits = fused_splits(model)
         self._gated |= {key for key, split in splits.items() if split == GATE_AND_UP}
 
         def read(name: str, parameter: nn.Parameter, module: nn.Module) -> Reading:
-            shape = self._whole(parameter)
-            kind, reason = _kind(name, parameter, module, len(shape))
-            split, known_as = splits.get(id(parameter)), self.names[id(parameter)]
-            return Reading(shape, kind, reason, split=split, name=known_as)
+            shape = self._full_shape(parameter)
+            kind, reason = _kind_and_reason(name, parameter, module, len(shape))
+            split, global_name = splits.get(id(parameter)), self.names[id(parameter)]
+            return Reading(shape, kind, reason, split=split, name=global_name)
 
         return read
 
-    def of(self, parameter: nn.Parameter) -> Ranks:
-        """The ranks that a parameter is spread over."""
+    def ranks_of(self, parameter: nn.Parameter) -> MegatronRanks:
+        """Return the ranks that hold a parameter, or shards of it."""
         return self.expert_ranks if is_expert(parameter) else self.ranks
 
     def stride(self, parameter: nn.Parameter) -> int:
-        """How many parts of the cut dimension each rank stores a piece of, one after the other."""
+        """Return the number of parts of the cut dimension that each rank stores a piece of.
+
+        Gate and up in one weight are two parts: a rank stores its rows of gate, then those of up.
+        """
         if id(parameter) in self._gated:
             return GATE_AND_UP  # grouped experts' weights say 1
         return _compat.stride(parameter)
 
-    def _whole(self, parameter: nn.Parameter) -> tuple[int, ...]:
+    def _full_shape(self, parameter: nn.Parameter) -> tuple[int, ...]:
+        """Return the shape of the whole parameter, which tensor parallelism may have cut."""
         shape, dim = list(parameter.shape), cut_dimension(parameter)
         if dim is not None:
-            shape[dim] *= self.of(parameter).tensor
+            shape[dim] *= self.ranks_of(parameter).tensor_size
         return tuple(shape)
 
 
-def _kind(name: str, parameter: Any, module: nn.Module, ndim: int) -> tuple[str, str]:
-    kind = type(module).__name__
+def _kind_and_reason(name: str, parameter: Any, module: nn.Module, ndim: int) -> tuple[str, str]:
+    """Return a parameter's kind, "matrix" or "scalar", and the reason for it.
+
+    Raises:
+        ValueError: a weight that packs matrices in a way that is not supported.
+    """
+    module_type = type(module).__name__
     if ndim != 2:
         return "scalar", f"{ndim}-D"
     if _compat.is_embedding_or_output(parameter):
         return "scalar", "embedding or output head"
-    if isinstance(module, nn.Embedding) or "Embedding" in kind:
+    if isinstance(module, nn.Embedding) or "Embedding" in module_type:
         return "scalar", "embedding"
     if isinstance(module, NORMS):
-        return "scalar", kind
+        return "scalar", module_type
     if _compat.packs_parts(parameter):
         raise ValueError(
-            f"{name} of {kind} packs parts of different sizes, each cut over tensor-parallel ranks,"
-            f' which is not supported; leave it to AdamW: scalars=["{name.split(".")[-2]}"]'
+            f"{name} of {module_type} packs parts of different sizes, each cut over tensor-parallel"
+            f' ranks, which is not supported; leave it to AdamW: scalars=["{name.split(".")[-2]}"]'
         )
-    if kind == "GroupedMLP":
+    if module_type == "GroupedMLP":
         raise ValueError(
             f"{name}: Megatron's GroupedMLP packs all experts into one weight, column by column;"
             " use TEGroupedMLP, or SequentialMLP (moe_grouped_gemm=False), which keep one each"
         )
-    return "matrix", kind
+    return "matrix", module_type
 
 
-def fused(model: nn.Module) -> dict[int, Split]:
-    """ids of weights that hold several matrices one above the other, and how."""
+def fused_splits(model: nn.Module) -> dict[int, Split]:
+    """Return the split of each weight that holds several matrices above each other, by its id.
+
+    Those are linear_qkv of attention, and linear_fc1 of gated MLPs.
+    """
     splits: dict[int, Split] = {}
     for module in model.modules():
         config: Any = getattr(module, "config", None)
         qkv, fc1 = (getattr(module, child, None) for child in ("linear_qkv", "linear_fc1"))
         if isinstance(qkv, nn.Module) and config is not None:
-            parts = _query_key_value(module, config)
-            splits.update((id(weight), parts) for weight in _weights(qkv))
+            rows = _query_key_value(module, config)
+            splits.update((id(weight), rows) for weight in _linear_weights(qkv))
         if isinstance(fc1, nn.Module) and getattr(config, "gated_linear_unit", False):
             _check_interleave(config)
-            splits.update((id(weight), GATE_AND_UP) for weight in _weights(fc1))
+            splits.update((id(weight), GATE_AND_UP) for weight in _linear_weights(fc1))
     return splits
 
 
 def _query_key_value(attention: Any, config: Any) -> list[int]:
-    """Rows of q, (gate,) k and v in each query group: the weight repeats them group by group."""
+    """Return the rows of q, (gate,) k and v in each query group of an attention's linear_qkv.
+
+    The weight holds the query groups one after the other, each with these rows.
+    """
     width = _compat.head_size(attention)
     queries = config.num_attention_heads // config.num_query_groups * width
     gate = [queries] if getattr(config, "attention_output_gate", False) else []
@@ -107,6 +125,7 @@ def _query_key_value(attention: Any, config: Any) -> list[int]:
 
 
 def _check_interleave(config: Any) -> None:
+    """Raise a ValueError if rows of gate and up are interleaved in blocks."""
     for setting in ("moe_mlp_glu_interleave_size", "moe_shared_expert_glu_interleave_size"):
         if getattr(config, setting, None) is not None:
             raise ValueError(
@@ -115,6 +134,6 @@ def _check_interleave(config: Any) -> None:
             )
 
 
-def _weights(linear: nn.Module) -> list[nn.Parameter]:
-    """Of a linear layer, or of each expert of a grouped one."""
+def _linear_weights(linear: nn.Module) -> list[nn.Parameter]:
+    """Return the weight of a linear layer, or of each expert in a grouped one."""
     return [p for name, p in linear.named_parameters() if p.ndim == 2 and "weight" in name]

@@ -1,1 +1,1 @@
-"""Plain torch: what is beside placement/dtensor.py, which is part of the core."""
+"""Extras for plain torch, whose sharding (``placement.dtensor``) is part of the package itself."""

@@ -127,7 +127,7 @@ def load(folder: str, *args: Any, sharding: str | None = None, **kwargs: Any) ->
     keys = sorted({key for state in restored.state.values() for key in state})
     return {
         "losses": losses,
-        "steps": restored.taken - 3,
+        "steps": restored.num_steps - 3,
         "coefficients": [table for table in tables if table],
         "keys": keys,
         "matrix keys": sorted(

@@ -137,7 +137,7 @@ def train(
         "reports": reports,
         "gradients": grads,
         "merges": {layer.merges for layer in layers(ddp).values()},
-        "since": inner(optimizer).since,
+        "since": inner(optimizer).num_steps_since_merge,
         "bytes": inner(optimizer).comm_bytes,
     }
 
@@ -196,7 +196,7 @@ def proceed(data: Any, ddp: Any, optimizer: Any) -> dict[str, Any]:
     steps = range(SAVED, SAVED + 4)  # with the second merge
     losses = [models.train_step(ddp, optimizer, models.batch(s, *data))[0] for s in steps]
     merges = {layer.merges for layer in layers(ddp).values()}
-    since = inner(optimizer).since
+    since = inner(optimizer).num_steps_since_merge
     return {"losses": losses, "parameters": whole(ddp), "merges": merges, "since": since}
 
 
@@ -222,7 +222,7 @@ def load(folder: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
     optimizer.load_state_dict(state["optimizer"])
     leaves = [leaf.optimizer for leaf in optimizer.chained_optimizers]
     steps = {float(ours.state[p]["step"]) for ours in leaves for p in masters(ours)}
-    assert {ours.since for ours in leaves} == {1} or len(leaves) == 1
+    assert {ours.num_steps_since_merge for ours in leaves} == {1} or len(leaves) == 1
     return {**proceed(data, ddp, optimizer), "steps": steps}
 
 
@@ -328,4 +328,8 @@ def limits(version: str, ramp: int) -> dict[str, Any]:
             models.train_step(ddp, optimizer, models.batch(s, *data))
         except TypeError:  # the norm of a skipped step is None
             assert s in skipped
-    return {"limits": seen, "after": optimizer.config.clip_grad, "since": inner(optimizer).since}
+    return {
+        "limits": seen,
+        "after": optimizer.config.clip_grad,
+        "since": inner(optimizer).num_steps_since_merge,
+    }

@@ -149,12 +149,12 @@ def renamed() -> list[str]:
     built = engine.engine_for(engine.config(3, 2), odd=False)
     flat = built.optimizer.fp32_partitioned_groups_flat[0]
     assert _compat.sub_groups(built)
-    assert _compat.ends_of(built, flat)
+    assert _compat.sub_group_ends(built, flat)
     texts = []
     for owner, name, call in (
         (built.optimizer, "fp32_partitioned_groups_flat", lambda: _compat.sub_groups(built)),
         (built.optimizer, "sub_group_to_group_id", lambda: _compat.sub_groups(built)),
-        (flat, "ds_id", lambda: _compat.ends_of(built, flat)),
+        (flat, "ds_id", lambda: _compat.sub_group_ends(built, flat)),
     ):
         value = getattr(owner, name)
         delattr(owner, name)

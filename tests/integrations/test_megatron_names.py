@@ -70,9 +70,9 @@ def mixed(specs, plain, freq, given):
 def named(version, groups, model):
     """{name: which weight it is, by what the test's own naming has filled it with}."""
     parts = chunks(version, groups, model)
-    from spectral_dist.integrations.megatron.names import copies, global_names
+    from spectral_dist.integrations.megatron.names import global_names, stage_copies
 
-    names, copied = global_names(parts), copies(parts)
+    names, copied = global_names(parts), stage_copies(parts)
     found, twice = {}, []
     for part in parts:
         for name, parameter in models.named_parameters(part):
