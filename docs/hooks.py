@@ -1,0 +1,29 @@
+"""What mkdocs does to the pages, so that they read well on GitHub and on the site."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+PICTURES = ("benchmarks/memory.png",)
+"""Files away from docs/ that pages show."""
+FENCE = re.compile(r"^```(\w+) ([\w.]+)$", re.MULTILINE)
+"""A block of code with a label: a file's name, or what its test calls it."""
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add the pictures."""
+    root = Path(config.config_file_path).parent
+    for path in PICTURES:
+        files.append(File.generated(config, path, abs_src_path=str(root / path)))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Return a page with its labels as titles, and its pictures where the site has them."""
+    for path in PICTURES:
+        markdown = markdown.replace(f"](../{path})", f"]({path})")
+    return FENCE.sub(r'```\1 title="\2"', markdown)
