@@ -171,8 +171,12 @@ class DeepSpeedEngine(Engine):
         with deepspeed_config.named_errors(config):
             under = deepspeed.zero.Init(config_dict_or_path=str(config)) if zero_init else None
         built = llama.build(model, seed, under)
-        with deepspeed_config.named_errors(config):
-            self.model, *_ = deepspeed.initialize(model=built, config=str(config))
+        noted = deepspeed_config.Noted(fields)
+        with deepspeed_config.named_errors(config, noted):
+            self.model, *_ = deepspeed.initialize(model=built, config=noted)
+        for note in noted.ignored(config):
+            if ranks.first:
+                print(f"pretrain: {note}", flush=True)
         self.engine: Any = self.model
         if self.engine.checkpoint_engine.is_decoupled():
             raise ValueError(

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
 
+from spectral_dist._errors import nearest
+from spectral_dist.launch import files
+
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
     *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
@@ -29,12 +32,16 @@ NO_MATTER = ("_name_or_path", "architectures", "dtype", "torch_dtype", "use_cach
 def load_config(path: Path) -> Any:
     """The LlamaConfig in a JSON file. ValueError: unreadable, of another model type, or wrong."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        fields = files.read_json(path)
+    except ValueError as error:
         raise ValueError(f"cannot read the model {path}: {error}") from None
     if not isinstance(fields, dict) or fields.get("model_type") != "llama":
         raise ValueError(f'{path}: expected a LlamaConfig, with "model_type": "llama"')
+    known = {*LlamaConfig().to_dict(), *SIZES, *NUMBERS, *TOKENS, *NO_MATTER, "rope_scaling"}
     for name, value in fields.items():
+        meant = None if name in known else nearest(name, known)
+        if meant:  # what else transformers does not know, it keeps without a word
+            raise ValueError(f"{path}: unknown field {name!r}; did you mean {meant!r}?")
         wrong = _wrong(name, value)
         if wrong:
             raise ValueError(f"{path}: {name} is {value!r}; it must be {wrong}")

@@ -10,6 +10,7 @@ torchrun --standalone --nproc_per_node 4 launch/pretrain.py --engine megatron \
 
 from __future__ import annotations
 
+import math
 import os
 from enum import StrEnum
 from pathlib import Path
@@ -76,7 +77,7 @@ def main(
         Option(min=1, help="deepspeed; default: total_num_steps of the JSON's scheduler"),
     ] = None,
     seq_len: Annotated[int, Option(min=1)] = 256,
-    seed: Annotated[int, Option(min=0)] = 0,
+    seed: Annotated[int, Option(min=0, max=2**32 - 1)] = 0,
     eval_every: Annotated[int, Option(min=0, help="steps; 0: at the start and the end only")] = 50,
     eval_batches: Annotated[int, Option(min=1, help="of the training batch's size")] = 8,
     save_every: Annotated[
@@ -128,6 +129,9 @@ def main(
         except ValueError as error:
             raise BadParameter(str(error)) from None
     options = dict(locals())
+    for flag, number in (("--save-minutes", save_minutes), ("--grace", grace)):
+        if not math.isfinite(number):
+            raise BadParameter(f"{flag} is {number}: write a number of them")
     if engine is not EngineName.deepspeed:
         for flag, given in (("--steps", steps is not None), ("--zero-init", zero_init)):
             if given:
@@ -236,6 +240,9 @@ def _run(run: trainer.Trainer, grace: float) -> int:
             if run.ranks.first:
                 trainer.write_summary(out, summary)
                 report.show([out], out / "loss.png")
+    except (FloatingPointError, ValueError) as error:  # of gradients, losses, a disk that is full
+        typer.echo(f"pretrain: error: {error}", err=True)
+        return 1
     finally:
         ranks.stop()
     return 0

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from spectral_dist.launch import megatron_config, torch_config
+from spectral_dist.launch.yaml_config import Loader
 from spectral_dist.rules import registry
 from spectral_dist.rules.fields import specs_of
 from spectral_dist.rules.options import ROUTING
@@ -108,9 +109,16 @@ class Case:
         return [str(places.get(option, option)) for option in self.options]
 
 
+class Dumper(yaml.SafeDumper):
+    """Quotes what Loader would read as a number."""
+
+
+Dumper.yaml_implicit_resolvers = Loader.yaml_implicit_resolvers
+
+
 def _text(content: Any, is_yaml: bool) -> str:
     if is_yaml:
-        text = yaml.safe_dump(content, allow_unicode=True, sort_keys=False)
+        text = yaml.dump(content, Dumper=Dumper, allow_unicode=True, sort_keys=False)
     else:
         text = json.dumps(content, ensure_ascii=False)
     for quote in "'\"":
