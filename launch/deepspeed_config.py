@@ -62,6 +62,13 @@ FOREIGN_RULES: dict[str, Rule] = {
     "optimizer.params.amsgrad": FLAG,
 }
 """Of optimizers that are not ours; ours know their options."""
+BATCH = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+)
+OTHER_BATCHES = ("elasticity", "sequence_parallel_size", "tensor_parallel", "expert_parallel")
+"""With them a batch is not divided by all ranks."""
 KEYS = {"optimizer": ("type", "params", "legacy_fusion"), "scheduler": ("type", "params")}
 """All that DeepSpeed reads of what it does not check."""
 
@@ -122,6 +129,19 @@ def identity(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
         "gradient_clipping": float(config.get("gradient_clipping", 0.0)),
         **halves,
     }
+
+
+def check_batch(path: Path, config: Mapping[str, Any], ranks: int) -> None:
+    """Raise a ValueError if a batch cannot be divided, which DeepSpeed says of derived numbers."""
+    if any(name in config for name in OTHER_BATCHES) or BATCH[0] not in config:
+        return
+    batch, micro, accumulated = (config.get(name, 1) for name in BATCH)
+    parts = micro * accumulated * ranks
+    if batch % parts or (parts != batch and all(name in config for name in BATCH)):
+        raise ValueError(
+            f"{path}: {BATCH[0]} {batch} is not what {BATCH[1]} {micro} x {BATCH[2]}"
+            f" {accumulated} x {ranks} rank(s) come to, nor can one that is left out make it so"
+        )
 
 
 class Noted(dict[str, Any]):

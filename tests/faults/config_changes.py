@@ -258,21 +258,38 @@ def _extra(chance: random.Random, case: Case, which: str, place: Place) -> str |
     if len(path) == 2 and path[0] not in case.config:
         case.config[path[0]] = content
     case.names += [*path, *_keys(value)]
-    if kind(value) == "no number":
+    default = _defaults(case).get(path[-1]) if which == "config" else None
+    other = isinstance(default, bool | int | float | str) and kind(value) != kind(default)
+    if kind(value) == "no number" or other:
         case.must_fail = True
     return f"{'.'.join(path)} = {value!r} is added"
+
+
+def _defaults(case: Case) -> dict[str, Any]:
+    """What settings are that the file leaves out, by name; of those whose default says a kind."""
+    declared = [torch_config.TorchConfig, megatron_config.MegatronConfig]
+    classes: list[Any] = [] if case.room == "deepspeed" else declared
+    options = {name: entry.options for name, entry in _entries().items()}
+    optimizer = case.config.get("optimizer")
+    chosen = options.get(str(optimizer.get("type"))) if isinstance(optimizer, dict) else None
+    classes += [chosen] if chosen else []
+    return {each.name: each.default for cls in classes for each in fields(cls)}
+
+
+def _entries() -> dict[str, Any]:
+    """Our rules by every name that a type can have."""
+    return {
+        name: entry
+        for entry in registry.entries()
+        for name in (entry.title, entry.deepspeed_type, entry.megatron_name)
+    }
 
 
 def _optimizer_options(case: Case) -> list[tuple[str, ...]]:
     optimizer = case.config.get("optimizer") if isinstance(case.config, dict) else None
     if not isinstance(optimizer, dict):
         return []
-    entries = {
-        name: entry
-        for entry in registry.entries()
-        for name in (entry.title, entry.deepspeed_type, entry.megatron_name)
-    }
-    entry = entries.get(str(optimizer.get("type")))
+    entry = _entries().get(str(optimizer.get("type")))
     if entry is None:
         return []
     where = ("optimizer", "params") if case.room == "deepspeed" else ("optimizer",)
