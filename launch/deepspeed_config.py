@@ -137,10 +137,12 @@ def check_batch(path: Path, config: Mapping[str, Any], ranks: int) -> None:
         return
     batch, micro, accumulated = (config.get(name, 1) for name in BATCH)
     parts = micro * accumulated * ranks
-    if batch % parts or (parts != batch and all(name in config for name in BATCH)):
+    exactly = all(name in config for name in BATCH)
+    if batch % parts or (exactly and batch != parts):
+        wanted = str(parts) if exactly else f"a multiple of {parts}"
         raise ValueError(
-            f"{path}: {BATCH[0]} {batch} is not what {BATCH[1]} {micro} x {BATCH[2]}"
-            f" {accumulated} x {ranks} rank(s) come to, nor can one that is left out make it so"
+            f"{path}: {BATCH[0]} is {batch}; with {BATCH[1]} {micro}, {BATCH[2]} {accumulated} and"
+            f" {ranks} rank(s) it must be {wanted}"
         )
 
 

@@ -60,14 +60,17 @@ def load_config(path: Path) -> Any:
 def _wrong(name: str, value: Any) -> str | None:
     """What a field of a LlamaConfig must be, if it is not."""
     whole = isinstance(value, int) and not isinstance(value, bool)
+    number = whole or isinstance(value, float)
     if name in SIZES and not (whole and value >= 1):
         return "a whole number, at least 1"
-    if name in NUMBERS and not ((whole or isinstance(value, float)) and 0 < value < math.inf):
+    if name in NUMBERS and not (number and 0 < value < math.inf):
         return "a number above 0"
     several = name == "eos_token_id" and isinstance(value, list) and value
     tokens = value if several else [value]
     if name in TOKENS and value is not None and not all(type(token) is int for token in tokens):
         return "a whole number, or null"
+    if name == "attention_dropout" and not (number and 0 <= value <= 1):
+        return "a number from 0 to 1"
     if name == "hidden_act" and value not in list(ACT2FN):
         return f"one of {', '.join(ACT2FN)}"
     if name == "architectures" and value != ["LlamaForCausalLM"]:

@@ -203,7 +203,9 @@ def _layer(status: int | str, line: str) -> str:
 
 
 def _says(line: str, names: Sequence[str]) -> bool:
-    return any(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", line) for name in names if name)
+    """Whether a line says a name, be it "hidden size" for hidden_size."""
+    words = [re.escape(name).replace("_", "[_ ]") for name in names if name]
+    return any(re.search(rf"(?<!\w){word}(?!\w)", line) for word in words)
 
 
 def _wrong_run(case: Case, out: Path) -> str:
