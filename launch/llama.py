@@ -25,6 +25,7 @@ SIZES = (
 )
 NUMBERS = ("rms_norm_eps", "initializer_range", "rope_theta")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+ROPE = ("rope_scaling", "rope_parameters")
 NO_MATTER = ("_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache")
 """Fields of a LlamaConfig that change nothing of what is trained here."""
 
@@ -37,7 +38,7 @@ def load_config(path: Path) -> Any:
         raise ValueError(f"cannot read the model {path}: {error}") from None
     if not isinstance(fields, dict) or fields.get("model_type") != "llama":
         raise ValueError(f'{path}: expected a LlamaConfig, with "model_type": "llama"')
-    known = {*LlamaConfig().to_dict(), *SIZES, *NUMBERS, *TOKENS, *NO_MATTER, "rope_scaling"}
+    known = {*LlamaConfig().to_dict(), *SIZES, *NUMBERS, *TOKENS, *NO_MATTER, *ROPE}
     for name, value in fields.items():
         meant = None if name in known else nearest(name, known)
         if meant:  # what else transformers does not know, it keeps without a word
@@ -71,6 +72,8 @@ def _wrong(name: str, value: Any) -> str | None:
         return "a whole number, or null"
     if name == "attention_dropout" and not (number and 0 <= value <= 1):
         return "a number from 0 to 1"
+    if name in ROPE and not (value is None or isinstance(value, dict)):
+        return "an object, or null"
     if name == "hidden_act" and value not in list(ACT2FN):
         return f"one of {', '.join(ACT2FN)}"
     if name == "architectures" and value != ["LlamaForCausalLM"]:

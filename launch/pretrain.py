@@ -28,13 +28,22 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+PATHS = ("--model", "--config", "--data", "--out")
+
+
 class Command(typer.core.TyperCommand):
-    """`--resume` may stand alone, which Typer has no option for: it is `--resume must` then."""
+    """`--resume` may stand alone, which Typer has no option for: it is `--resume must` then.
+
+    An empty path, as of a shell's variable that is not set, would be the folder that one is in.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Add the value that is left out."""
+        """Add the value that is left out. BadParameter: a path is empty."""
         whole: list[str] = []
         for place, argument in enumerate(args):
+            option, equals, value = argument.partition("=")
+            if option in PATHS and (value if equals else args[place + 1 : place + 2]) in ("", [""]):
+                raise BadParameter(f"{option} is empty; write a file or folder")
             whole.append(argument)
             alone = place + 1 == len(args) or args[place + 1].startswith("-")
             if argument == "--resume" and alone:

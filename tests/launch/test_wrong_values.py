@@ -205,6 +205,15 @@ def test_a_key_that_is_there_twice(tmp_path: Path) -> None:
         assert f"the key {key!r} is there twice" in said(read, tmp_path / name, text)
 
 
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+@pytest.mark.parametrize("value", [-float("inf"), 2, "linear", [], True])
+def test_rotations_of_a_model(tmp_path: Path, name: str, value: Any) -> None:
+    content = json.loads((ROOT / "configs/models/quickstart.json").read_text())
+    text = json.dumps({**content, name: value})
+    said_of = said(llama.load_config, tmp_path / "x.json", text)
+    assert f"{name} is {value!r}; it must be an object, or null" in said_of
+
+
 @pytest.mark.parametrize("value", [2, -1, "x", float("nan"), True, None])
 def test_dropouts_of_a_model(tmp_path: Path, value: Any) -> None:
     content = json.loads((ROOT / "configs/models/quickstart.json").read_text())
@@ -285,6 +294,16 @@ def test_numbers_of_the_command_line(job: Job, option: str, value: str) -> None:
     assert option in result.output
     assert "Traceback" not in result.output
     assert not (job.folder / "a").exists()
+
+
+@pytest.mark.parametrize("option", ["--model", "--config", "--data", "--out"])
+def test_an_empty_path_is_not_this_folder(job: Job, option: str) -> None:
+    config = job.config("muon", 1, MUON)
+    for given in ([option, ""], [f"{option}="]):
+        arguments = [*job.arguments("a"), "--config", str(config), *given]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 2
+        assert f"{option} is empty" in result.output
 
 
 def test_what_deepspeed_says_of_settings(job: Job) -> None:
