@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-
 CLOSE = 0.85
 """As SequenceMatcher counts; a slip of a letter in a name of seven leaves so much."""
 
