@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -78,6 +79,7 @@ def _hash(folder: Path, names: list[str]) -> dict[str, str]:
 
 def _seal(target: Path, run: State, content: Mapping[str, Any], keep: int) -> None:
     manifest = {"format": FORMAT, "run": run, "files": content}
+    manifest["sha256"] = _digest(manifest)
     for folder in {(target / name).parent for name in content}:
         files.sync_folder(folder)
     files.replace(target / MANIFEST, json.dumps(manifest, indent=1) + "\n")
@@ -88,6 +90,12 @@ def _seal(target: Path, run: State, content: Mapping[str, Any], keep: int) -> No
         whole = [folder for folder in done if (folder / MANIFEST).is_file()]
         for folder in set(done) - set(whole[:keep]):
             remove(folder)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all else that a manifest says."""
+    said = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def remove(folder: Path) -> None:
@@ -172,6 +180,8 @@ def read(folder: Path) -> Checkpoint:
         int(run["step"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{MANIFEST} cannot be read ({type(error).__name__}: {error})") from None
+    if manifest.get("sha256", _digest(manifest)) != _digest(manifest):  # older ones have none
+        raise Damaged(f"{MANIFEST} is not what was saved (its SHA-256 is another one)")
     wrong = files.wrong_size(folder, {name: size for name, (size, _) in content.items()})
     if wrong:
         raise Damaged(wrong)

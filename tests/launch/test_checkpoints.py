@@ -82,6 +82,11 @@ def other_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text("[5]")
 
 
+def other_step(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"step": 6', '"step": 7'))
+
+
 def gone(folder: Path) -> None:
     checkpoints.remove(folder)
 
@@ -96,6 +101,7 @@ def gone(folder: Path) -> None:
         (cut_manifest, "manifest.json cannot be read"),
         (empty_manifest, "manifest.json cannot be read"),
         (other_manifest, "manifest.json cannot be read"),
+        (other_step, "manifest.json is not what was saved"),
         (gone, "it is missing"),
     ],
 )
@@ -255,5 +261,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 def test_a_manifest_is_readable_by_others(tmp_path: Path) -> None:
     save(tmp_path, 1)
     path = tmp_path / "step_000001/manifest.json"
-    assert json.loads(path.read_text())["run"] == {"step": 1, "seed": 0}
+    manifest = json.loads(path.read_text())
+    assert manifest["run"] == {"step": 1, "seed": 0}
     assert path.stat().st_mode & 0o777 == 0o644
+    del manifest["sha256"]  # as of an older release
+    path.write_text(json.dumps(manifest))
+    assert load(tmp_path) == ("step_000001", [])

@@ -1,0 +1,27 @@
+"""Random kills, signals and restarts, one after the other; ``--soak`` for hundreds of them."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+
+from tests.faults.soak import Chain, kill, preempt, restart
+from tests.faults.trials import ENGINES, Trial
+
+KINDS: dict[str, tuple[Callable[[Chain], bool], int, int]] = {
+    "kills": (kill, 4, 34),
+    "preemptions": (preempt, 2, 4),
+    "restarts": (restart, 2, 4),
+}
+"""What ends a run, how often for each engine, and how often with --soak."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_left_goes_on(
+    trial: Trial, engine: str, kind: str, request: pytest.FixtureRequest
+) -> None:
+    blow, few, many = KINDS[kind]
+    chain = Chain(trial, engine, random.Random(f"{engine} {kind}"), blow)
+    chain.run(many if request.config.getoption("--soak") else few)
