@@ -18,6 +18,8 @@ SAVES = ("--resume", "auto", "--save-every", "1")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 STARTS = {True: 3.0, False: 10.0}
 """Seconds in which a run begins to train, forked or not."""
+TRAINS = {"megatron": 8.0}
+"""Seconds in which it is struck then, if not 2: Megatron's first save starts a process."""
 GOES_ON = re.compile(r"goes on from \S+/checkpoints/step_(\d+)")
 
 
@@ -59,7 +61,7 @@ class Chain:
         while self.counts.total() < count:
             if not self.blow(self):
                 self.ended()
-        if self.step:
+        if (self.trial.folder / self.out).exists():
             status, printed = self.start(forked=True).finish()
             assert status == 0, printed
             self.went_on(printed)
@@ -72,6 +74,16 @@ class Chain:
         assert begun is None or int(begun[1]) == self.step, printed
         # there may be a first one that is not complete
         assert self.step == 0 or "damaged" not in printed, printed
+
+    def waited(self, run: Run, start: float) -> bool:
+        """Let a run go on up to ``start`` seconds; 0: some seconds from when it trains.
+
+        Returns:
+            False: it has ended before.
+        """
+        if start == 0 and not run.until(run.training):
+            return False
+        return run.pause(self.chance.uniform(0.0, start or TRAINS.get(self.engine, 2.0)))
 
     def left(self) -> int:
         """Assert that what a run left can be gone on with."""
@@ -95,9 +107,7 @@ def kill(chain: Chain) -> bool:
     run = chain.start(forked=forked)
     one = chain.chance.random() < 0.5
     early = chain.chance.random() < 0.25
-    instant = chain.chance.uniform(0.0, STARTS[forked] if early else 2.0)
-    begun = early or run.until(run.training)
-    struck = begun and run.pause(instant)
+    struck = chain.waited(run, STARTS[forked] if early else 0.0)
     if struck and one:
         ranks = run.ranks()
         if ranks:
@@ -157,10 +167,7 @@ def restart(chain: Chain, most: int = 4) -> bool:
         seen = seen | ranks
         path = run.out / "metrics.jsonl"
         run.before = path.stat().st_mtime_ns if path.exists() else 0
-        early = chain.chance.random() < 0.4
-        if not (early or run.until(run.training)):
-            break
-        if not run.pause(chain.chance.uniform(0.0, STARTS[True] if early else 1.5)):
+        if not chain.waited(run, STARTS[True] if chain.chance.random() < 0.4 else 0.0):
             break
         saved = (run.out / "checkpoints/latest").exists()
         send(chain.chance.choice(sorted(ranks)), signal.SIGKILL)
