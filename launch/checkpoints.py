@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch.distributed.checkpoint.api import CheckpointException
+
 from spectral_dist.launch import files
 from spectral_dist.launch.ranks import Ranks
 
@@ -51,10 +53,11 @@ def save(engine: Engine, ranks: Ranks, folder: Path, run: State, keep: int = 0) 
 
     Raises:
         ValueError: on every rank: a file of it cannot be read again.
+        OSError: why a rank cannot write its part: the disk is full, say.
     """
     target = folder / f"step_{run['step']:06d}"
     ranks.on_first(lambda: _clear(target))
-    engine.write(target)
+    _write(engine, target)
     # The sum of all ranks' answers is also the barrier that no file is written after.
     names = ranks.on_first(lambda: sorted(files.below(target).items(), key=lambda item: -item[1]))
     share = [name for name, _ in names[ranks.rank :: ranks.world]]
@@ -71,6 +74,21 @@ def _clear(target: Path) -> None:
     if target.exists():
         remove(target)
     target.mkdir(parents=True)
+
+
+def _write(engine: Engine, target: Path) -> None:
+    """Have it written. Of a full disk torch may say no more than "unexpected pos 704 vs 598"."""
+    try:
+        engine.write(target)
+    except (Exception, CheckpointException) as error:
+        try:
+            files.probe(target)
+        except OSError as reason:
+            what = (
+                f"{reason.strerror}: this checkpoint is not whole, `{LATEST}` names one before it"
+            )
+            raise OSError(reason.errno, what, str(target)) from error
+        raise
 
 
 def _hash(folder: Path, names: list[str]) -> dict[str, str]:

@@ -31,6 +31,7 @@ class Chain:
     engine: str
     chance: random.Random
     blow: Callable[[Chain], bool]
+    count: int = 0  # of blows that are asked for
     counts: Counter[str] = field(default_factory=Counter)
     whole: int = 0  # runs that have come to their end
     step: int = 0  # of the checkpoint that is to be gone on from
@@ -57,6 +58,7 @@ class Chain:
 
     def run(self, count: int) -> None:
         """Strike so often, and have the last run end by itself."""
+        self.count = count
         self.undisturbed()
         while self.counts.total() < count:
             if not self.blow(self):
@@ -103,7 +105,7 @@ class Chain:
 
 def kill(chain: Chain) -> bool:
     """SIGKILL to one rank or to the whole group, sometimes before the first step."""
-    forked = chain.chance.random() < 0.8
+    forked = chain.chance.random() < 0.9
     run = chain.start(forked=forked)
     one = chain.chance.random() < 0.5
     early = chain.chance.random() < 0.25
@@ -121,9 +123,9 @@ def kill(chain: Chain) -> bool:
     if status == 0:
         return False
     assert status in ((1,) if one else (-signal.SIGKILL, 1)), printed
-    if struck:
-        kind = "one rank" if one else "whole group"
-        chain.counts[f"{kind}, {'training' if trained else 'starting'}"] += 1
+    assert struck, printed
+    kind = "one rank" if one else "whole group"
+    chain.counts[f"{kind}, {'training' if trained else 'starting'}"] += 1
     chain.left()
     return True
 
@@ -133,7 +135,7 @@ def preempt(chain: Chain) -> bool:
 
     torchrun's own is 1, whichever of them was signalled.
     """
-    run = chain.start()
+    run = chain.start(forked=chain.chance.random() < 0.5)
     to = chain.chance.choice(("one rank", "all ranks", "torchrun"))
     number = SIGNALS[chain.counts.total() % 3]
     started = chain.step
@@ -156,8 +158,9 @@ def preempt(chain: Chain) -> bool:
     return True
 
 
-def restart(chain: Chain, most: int = 4) -> bool:
+def restart(chain: Chain) -> bool:
     """SIGKILL to one rank, again and again, under a torchrun that starts all of them anew."""
+    most = min(4, chain.count - chain.counts.total())
     run = chain.start(forked=True, restarts=most)
     seen: set[int] = set()
     for _ in range(most):

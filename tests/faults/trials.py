@@ -154,7 +154,7 @@ class Run:
         try:
             if process.status() == psutil.STATUS_ZOMBIE:
                 return False
-            forked = os.getsid(process.pid) == self.process.pid
+            forked = self.process.pid in (process.pid, os.getsid(process.pid))
             return forked or process.environ().get(MARK) == str(self.out)
         except (psutil.Error, OSError):
             return False

@@ -1,5 +1,6 @@
 """Checkpoints of a run: `latest` names a whole one, a damaged one is noticed, settings stay."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -143,6 +144,27 @@ def test_what_was_there_of_the_step_goes(tmp_path: Path) -> None:
     (tmp_path / "step_000002/rank_3.pt").touch()
     save(tmp_path, 2)
     assert not (tmp_path / "step_000002/rank_3.pt").exists()
+
+
+def test_why_a_disk_cannot_be_written_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's own error has no word of it."""
+
+    def full(engine: Engine, target: Path) -> None:
+        raise RuntimeError("unexpected pos 704 vs 598")
+
+    def none_left(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    save(tmp_path, 2)
+    monkeypatch.setattr(Engine, "write", full)
+    with pytest.raises(RuntimeError, match="unexpected pos"):  # there is room: it is another thing
+        save(tmp_path, 4)
+    monkeypatch.setattr(files, "probe", none_left)
+    with pytest.raises(OSError, match=r"No space left on device: .*'.*/step_000004'"):
+        save(tmp_path, 4)
+    assert load(tmp_path) == ("step_000002", [])
 
 
 def test_a_flipped_bit_is_named(tmp_path: Path) -> None:
