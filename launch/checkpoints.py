@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,10 +85,11 @@ def _write(engine: Engine, target: Path) -> None:
         try:
             files.probe(target)
         except OSError as reason:
-            what = (
-                f"{reason.strerror}: this checkpoint is not whole, `{LATEST}` names one before it"
-            )
-            raise OSError(reason.errno, what, str(target)) from error
+            what = f"{reason.strerror}: this checkpoint is not whole, go on from one before it"
+            told = OSError(reason.errno, what, str(target))
+            # at once: this rank may be ended before it comes to its traceback
+            print(f"pretrain: {told}", file=sys.stderr, flush=True)
+            raise told from error
         raise
 
 

@@ -222,9 +222,10 @@ def _run(run: trainer.Trainer, grace: float) -> int:
     from spectral_dist.launch import ranks, report, trainer
 
     out = run.job.out
-    try:
-        with Preemption(grace) as run.preemption:
+    with Preemption(grace) as run.preemption:
+        try:
             summary = run.run()
+            run.preemption.over()
             if summary is None:
                 if run.ranks.first:
                     typer.echo(
@@ -236,8 +237,9 @@ def _run(run: trainer.Trainer, grace: float) -> int:
             if run.ranks.first:
                 trainer.write_summary(out, summary)
                 report.show([out], out / "loss.png")
-    finally:
-        ranks.stop()
+        finally:
+            # in here: one rank has failed, a launcher signals the others, and they may know why
+            ranks.stop()
     return 0
 
 

@@ -9,10 +9,20 @@ import multiprocessing
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
+from typing import Any
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.faults.preloaded"])
+FORKSERVER: Any = forkserver
+
+
+def preload(wanted: str) -> None:
+    """Have the server import for "megatron", whose stand-in for GPUs no other has, or "others"."""
+    if os.environ.get("PRELOADED", wanted) != wanted:
+        FORKSERVER._forkserver._stop()  # the next one is started anew
+    os.environ["PRELOADED"] = wanted
 
 
 def launch(arguments: Sequence[str], env: Mapping[str, str], folder: Path, printed: Path) -> None:

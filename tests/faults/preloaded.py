@@ -12,6 +12,12 @@ import transformers.models.llama.modeling_llama  # noqa: F401
 
 from spectral_dist.launch import corpus, engines, report, torch_engine, trainer  # noqa: F401
 
-engines.prepare_deepspeed()
-importlib.import_module("spectral_dist.integrations.deepspeed")  # which the line above prepares
 torch.set_num_threads(1)
+if os.environ.get("PRELOADED") == "megatron":
+    from tests.support import megatron_cpu
+
+    megatron_cpu.install(megatron_cpu.VERSIONS[0])
+    importlib.import_module("spectral_dist.launch.megatron_engine")
+else:
+    engines.prepare_deepspeed()
+    importlib.import_module("spectral_dist.integrations.deepspeed")

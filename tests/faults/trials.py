@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from spectral_dist.launch import checkpoints, files
-from tests.faults.forked import Forked
+from tests.faults.forked import Forked, preload
 from tests.launch.jobs import ROOT, STEPS, Job
 from tests.launch.torch_runs import write
 
@@ -68,6 +68,7 @@ class Trial(Job):
         before = metrics.stat().st_mtime_ns if metrics.exists() else 0
         process: subprocess.Popen[bytes] | Forked
         if forked:
+            preload("megatron" if "megatron" in options else "others")
             process = Forked(command, env, self.folder, printed)
         else:
             torchrun = ["-m", "torch.distributed.run"] if ranks > 1 else []
