@@ -81,6 +81,18 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def probe(folder: Path, size: int = 1 << 20) -> None:
+    """Write a file of so many bytes, and remove it.
+
+    Raises:
+        OSError: why there can be none: the disk is full, say.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(size))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def below(folder: Path) -> dict[str, int]:
     """Return the size of every file below a folder, by its path in it."""
     return {

@@ -235,9 +235,10 @@ def _run(run: trainer.Trainer, grace: float) -> int:
     from spectral_dist.launch import ranks, report, trainer
 
     out = run.job.out
-    try:
-        with Preemption(grace) as run.preemption:
+    with Preemption(grace) as run.preemption:
+        try:
             summary = run.run()
+            run.preemption.over()
             if summary is None:
                 if run.ranks.first:
                     typer.echo(
@@ -249,11 +250,12 @@ def _run(run: trainer.Trainer, grace: float) -> int:
             if run.ranks.first:
                 trainer.write_summary(out, summary)
                 report.show([out], out / "loss.png")
-    except (FloatingPointError, ValueError) as error:  # of gradients, losses, a disk that is full
-        typer.echo(f"pretrain: error: {error}", err=True)
-        return 1
-    finally:
-        ranks.stop()
+        except (FloatingPointError, ValueError, OSError) as error:  # gradients, losses, a full disk
+            typer.echo(f"pretrain: error: {error}", err=True)
+            return 1
+        finally:
+            # in here: one rank has failed, a launcher signals the others, and they may know why
+            ranks.stop()
     return 0
 
 
