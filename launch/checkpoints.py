@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -9,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch.distributed.checkpoint.api import CheckpointException
 
 from spectral_dist.launch import files
 from spectral_dist.launch.ranks import Ranks
@@ -50,10 +53,11 @@ def save(engine: Engine, ranks: Ranks, folder: Path, run: State, keep: int = 0) 
 
     Raises:
         ValueError: on every rank: a file of it cannot be read again.
+        OSError: why a rank cannot write its part: the disk is full, say.
     """
     target = folder / f"step_{run['step']:06d}"
     ranks.on_first(lambda: _clear(target))
-    engine.write(target)
+    _write(engine, target)
     # The sum of all ranks' answers is also the barrier that no file is written after.
     names = ranks.on_first(lambda: sorted(files.below(target).items(), key=lambda item: -item[1]))
     share = [name for name, _ in names[ranks.rank :: ranks.world]]
@@ -72,12 +76,26 @@ def _clear(target: Path) -> None:
     target.mkdir(parents=True)
 
 
+def _write(engine: Engine, target: Path) -> None:
+    """Have it written. Of a full disk torch may say no more than "unexpected pos 704 vs 598"."""
+    try:
+        engine.write(target)
+    except (Exception, CheckpointException) as error:
+        try:
+            files.probe(target)
+        except OSError as reason:
+            what = f"{reason.strerror}: this checkpoint is not whole, go on from one before it"
+            raise OSError(reason.errno, what, str(target)) from error
+        raise
+
+
 def _hash(folder: Path, names: list[str]) -> dict[str, str]:
     return dict(zip(names, files.hashes([folder / n for n in names], sync=True), strict=True))
 
 
 def _seal(target: Path, run: State, content: Mapping[str, Any], keep: int) -> None:
     manifest = {"format": FORMAT, "run": run, "files": content}
+    manifest["sha256"] = _digest(manifest)
     for folder in {(target / name).parent for name in content}:
         files.sync_folder(folder)
     files.replace(target / MANIFEST, json.dumps(manifest, indent=1) + "\n")
@@ -88,6 +106,12 @@ def _seal(target: Path, run: State, content: Mapping[str, Any], keep: int) -> No
         whole = [folder for folder in done if (folder / MANIFEST).is_file()]
         for folder in set(done) - set(whole[:keep]):
             remove(folder)
+
+
+def _digest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 of all else that a manifest says."""
+    said = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def remove(folder: Path) -> None:
@@ -172,6 +196,8 @@ def read(folder: Path) -> Checkpoint:
         int(run["step"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Damaged(f"{MANIFEST} cannot be read ({type(error).__name__}: {error})") from None
+    if manifest.get("sha256", _digest(manifest)) != _digest(manifest):  # older ones have none
+        raise Damaged(f"{MANIFEST} is not what was saved (its SHA-256 is another one)")
     wrong = files.wrong_size(folder, {name: size for name, (size, _) in content.items()})
     if wrong:
         raise Damaged(wrong)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from spectral_dist.launch import yaml_config
+from spectral_dist._errors import nearest, suggest
+from spectral_dist.launch import files, yaml_config
 from spectral_dist.launch.yaml_config import FLAG, Rule, is_number, whole
 from spectral_dist.rules import registry
 
@@ -62,17 +62,31 @@ FOREIGN_RULES: dict[str, Rule] = {
     "optimizer.params.amsgrad": FLAG,
 }
 """Of optimizers that are not ours; ours know their options."""
+BATCH = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+)
+OTHER_BATCHES = ("elasticity", "sequence_parallel_size", "tensor_parallel", "expert_parallel")
+"""With them a batch is not divided by all ranks."""
+KEYS = {"optimizer": ("type", "params", "legacy_fusion"), "scheduler": ("type", "params")}
+"""All that DeepSpeed reads of what it does not check."""
 
 
 def load(path: Path) -> dict[str, Any]:
     """A DeepSpeed JSON file as it is. ValueError: unreadable, or without an optimizer's type."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        config = files.read_json(path)
+    except ValueError as error:
         raise ValueError(f"cannot read the DeepSpeed configuration {path}: {error}") from None
     if not isinstance(config, dict) or "optimizer" not in config:
         raise ValueError(f'{path}: expected an object with "optimizer": {{"type": ...}}')
     _check(path, config, OPTIMIZER_RULES)
+    for folder, known in KEYS.items():
+        inner = config.get(folder)
+        for key in inner if isinstance(inner, dict) else ():
+            if key not in known:
+                raise ValueError(f"{path}: {folder}: unknown key {key!r}{suggest(key, known)}")
     if "type" not in config["optimizer"]:
         raise ValueError(f'{path}: optimizer has no "type"; write one, as in {EXAMPLE}')
     return config
@@ -117,9 +131,70 @@ def identity(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_batch(path: Path, config: Mapping[str, Any], ranks: int) -> None:
+    """Raise a ValueError if a batch cannot be divided, which DeepSpeed says of derived numbers."""
+    if any(name in config for name in OTHER_BATCHES) or BATCH[0] not in config:
+        return
+    batch, micro, accumulated = (config.get(name, 1) for name in BATCH)
+    parts = micro * accumulated * ranks
+    exactly = all(name in config for name in BATCH)
+    if batch % parts or (exactly and batch != parts):
+        wanted = str(parts) if exactly else f"a multiple of {parts}"
+        raise ValueError(
+            f"{path}: {BATCH[0]} is {batch}; with {BATCH[1]} {micro}, {BATCH[2]} {accumulated} and"
+            f" {ranks} rank(s) it must be {wanted}"
+        )
+
+
+class Noted(dict[str, Any]):
+    """A DeepSpeed configuration that knows which of its settings DeepSpeed has asked for."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self.asked: dict[str, None] = {}  # in the order in which each was asked for last
+
+    def _note(self, key: object) -> None:
+        self.asked.pop(str(key), None)
+        self.asked[str(key)] = None
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """As of a dict."""
+        self._note(key)
+        return super().get(key, default)
+
+    def __getitem__(self, key: str) -> Any:
+        self._note(key)
+        return super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self._note(key)
+        return super().__contains__(key)
+
+    def last(self) -> str | None:
+        """The setting of it that was asked for last."""
+        return next((key for key in reversed(self.asked) if dict.__contains__(self, key)), None)
+
+    def ignored(self, path: Path) -> list[str]:
+        """What there is to say of settings that nobody has asked for.
+
+        Raises:
+            ValueError: one is a slip of a setting that DeepSpeed has.
+        """
+        unread = [key for key in self if key not in self.asked]
+        for key in unread:
+            meant = nearest(key, self.asked)
+            if meant:
+                raise ValueError(f"{path}: unknown key {key!r}; did you mean {meant!r}?")
+        return [f"{path}: DeepSpeed has no setting {key!r}: ignored" for key in unread]
+
+
 @contextlib.contextmanager
-def named_errors(path: Path) -> Iterator[None]:
+def named_errors(path: Path, noted: Noted | None = None) -> Iterator[None]:
     """Say in one line, with the file, what DeepSpeed or torch does not take of a configuration.
+
+    Args:
+        path: of the file.
+        noted: what DeepSpeed reads of it, for errors that name no setting.
 
     Raises:
         ValueError: instead of what they raise for a wrong setting.
@@ -129,6 +204,9 @@ def named_errors(path: Path) -> Iterator[None]:
     except (ValueError, TypeError, AssertionError, AttributeError, KeyError) as error:
         what = " ".join(str(error).split()) or "it gives no reason"
         kind = "" if type(error) is ValueError else f"DeepSpeed: {type(error).__name__}: "
+        last = noted and noted.last()
+        if noted and last and not any(key in what for key in noted):
+            what += f" (the last setting that it has read is {last!r}: {dict.get(noted, last)!r})"
         raise ValueError(f"{path}: {kind}{what}") from error
 
 

@@ -165,14 +165,19 @@ class DeepSpeedEngine(Engine):
         stage = fields.get("zero_optimization", {}).get("stage", 0)
         if zero_init and stage != 3:
             raise ValueError(f"--zero-init needs ZeRO stage 3; {config} asks for stage {stage}")
+        deepspeed_config.check_batch(config, fields, ranks.world)
         deepspeed = prepare_deepspeed()
         if self.kind.lower().startswith("spectral"):
             import spectral_dist.integrations.deepspeed  # noqa: F401  registers the name
         with deepspeed_config.named_errors(config):
-            under = deepspeed.zero.Init(config_dict_or_path=str(config)) if zero_init else None
+            under = deepspeed.zero.Init(config_dict_or_path=fields) if zero_init else None
         built = llama.build(model, seed, under)
-        with deepspeed_config.named_errors(config):
-            self.model, *_ = deepspeed.initialize(model=built, config=str(config))
+        noted = deepspeed_config.Noted(fields)
+        with deepspeed_config.named_errors(config, noted):
+            self.model, *_ = deepspeed.initialize(model=built, config=noted)
+        for note in noted.ignored(config):
+            if ranks.first:
+                print(f"pretrain: {note}", flush=True)
         self.engine: Any = self.model
         if self.engine.checkpoint_engine.is_decoupled():
             raise ValueError(

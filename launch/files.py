@@ -3,16 +3,48 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 PART = ".part"
 """How the name of a file that is being written ends."""
+LARGEST = 2.0**63
 THREADS = 4
 """Of one rank that hashes: a file is read and hashed outside of Python's lock."""
+
+
+def whole_number(text: str) -> int | float:
+    """The whole number that a text says; a float if no tensor holds it, as 1 with 30 zeros."""
+    value = float(text)
+    return int(text) if abs(value) < LARGEST else value
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file says; its whole numbers are ``whole_number``s.
+
+    Raises:
+        ValueError: it cannot be read, is no JSON, or has a key twice, of which one would be lost.
+    """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {twice!r} is there twice")
+        return content
+
+    try:
+        return json.loads(
+            path.read_text(encoding="utf-8"), object_pairs_hook=once, parse_int=whole_number
+        )
+    except (OSError, RecursionError) as error:
+        raise ValueError(str(error)) from None
 
 
 def replace(path: Path, content: str | bytes) -> None:
@@ -47,6 +79,18 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def probe(folder: Path, size: int = 1 << 20) -> None:
+    """Write a file of so many bytes, and remove it.
+
+    Raises:
+        OSError: why there can be none: the disk is full, say.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(size))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def below(folder: Path) -> dict[str, int]:

@@ -16,12 +16,16 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
 
+from spectral_dist._errors import nearest
+from spectral_dist.launch import files
+
 SIZES = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
     *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
 )
 NUMBERS = ("rms_norm_eps", "initializer_range", "rope_theta")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+ROPE = ("rope_scaling", "rope_parameters")
 NO_MATTER = ("_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache")
 """Fields of a LlamaConfig that change nothing of what is trained here."""
 
@@ -29,12 +33,16 @@ NO_MATTER = ("_name_or_path", "architectures", "dtype", "torch_dtype", "use_cach
 def load_config(path: Path) -> Any:
     """The LlamaConfig in a JSON file. ValueError: unreadable, of another model type, or wrong."""
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        fields = files.read_json(path)
+    except ValueError as error:
         raise ValueError(f"cannot read the model {path}: {error}") from None
     if not isinstance(fields, dict) or fields.get("model_type") != "llama":
         raise ValueError(f'{path}: expected a LlamaConfig, with "model_type": "llama"')
+    known = {*LlamaConfig().to_dict(), *SIZES, *NUMBERS, *TOKENS, *NO_MATTER, *ROPE}
     for name, value in fields.items():
+        meant = None if name in known else nearest(name, known)
+        if meant:  # what else transformers does not know, it keeps without a word
+            raise ValueError(f"{path}: unknown field {name!r}; did you mean {meant!r}?")
         wrong = _wrong(name, value)
         if wrong:
             raise ValueError(f"{path}: {name} is {value!r}; it must be {wrong}")
@@ -53,14 +61,19 @@ def load_config(path: Path) -> Any:
 def _wrong(name: str, value: Any) -> str | None:
     """What a field of a LlamaConfig must be, if it is not."""
     whole = isinstance(value, int) and not isinstance(value, bool)
+    number = whole or isinstance(value, float)
     if name in SIZES and not (whole and value >= 1):
         return "a whole number, at least 1"
-    if name in NUMBERS and not ((whole or isinstance(value, float)) and 0 < value < math.inf):
+    if name in NUMBERS and not (number and 0 < value < math.inf):
         return "a number above 0"
     several = name == "eos_token_id" and isinstance(value, list) and value
     tokens = value if several else [value]
     if name in TOKENS and value is not None and not all(type(token) is int for token in tokens):
         return "a whole number, or null"
+    if name == "attention_dropout" and not (number and 0 <= value <= 1):
+        return "a number from 0 to 1"
+    if name in ROPE and not (value is None or isinstance(value, dict)):
+        return "an object, or null"
     if name == "hidden_act" and value not in list(ACT2FN):
         return f"one of {', '.join(ACT2FN)}"
     if name == "architectures" and value != ["LlamaForCausalLM"]:

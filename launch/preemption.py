@@ -29,6 +29,7 @@ class Preemption:
     def __init__(self, grace: float) -> None:
         self.grace = grace
         self.received: signal.Signals | None = None
+        self._over = False
         self._former: dict[signal.Signals, Any] = {}
         os.register_at_fork(
             before=self._hold, after_in_parent=self._release, after_in_child=self._forget
@@ -38,6 +39,10 @@ class Preemption:
     def requested(self) -> bool:
         """Whether this process was asked to end."""
         return self.received is not None
+
+    def over(self) -> None:
+        """Have no signal end this process from now on: all is saved, and it ends by itself."""
+        self._over = True
 
     def __enter__(self) -> Self:
         self._reader, self._writer = socket.socketpair()
@@ -93,7 +98,10 @@ class Preemption:
             try:
                 numbers = self._reader.recv(64)
             except TimeoutError:
-                self._end(f"no checkpoint within --grace {self.grace:g} seconds after")
+                if not self._over:
+                    self._end(f"no checkpoint within --grace {self.grace:g} seconds after")
+                deadline = None
+                continue
             if not numbers:
                 return
             for number in numbers:
@@ -106,7 +114,7 @@ class Preemption:
         if deadline is None:
             self.received = self.received or received
             return now + self.grace
-        if now - (deadline - self.grace) >= AGAIN:
+        if now - (deadline - self.grace) >= AGAIN and not self._over:
             self._end(f"{received.name} after")
         return deadline
 

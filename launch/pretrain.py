@@ -10,6 +10,7 @@ torchrun --standalone --nproc_per_node 4 launch/pretrain.py --engine megatron \
 
 from __future__ import annotations
 
+import math
 import os
 from enum import StrEnum
 from pathlib import Path
@@ -27,13 +28,22 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
+PATHS = ("--model", "--config", "--data", "--out")
+
+
 class Command(typer.core.TyperCommand):
-    """`--resume` may stand alone, which Typer has no option for: it is `--resume must` then."""
+    """`--resume` may stand alone, which Typer has no option for: it is `--resume must` then.
+
+    An empty path, as of a shell's variable that is not set, would be the folder that one is in.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Add the value that is left out."""
+        """Add the value that is left out. BadParameter: a path is empty."""
         whole: list[str] = []
         for place, argument in enumerate(args):
+            option, equals, value = argument.partition("=")
+            if option in PATHS and (value if equals else args[place + 1 : place + 2]) in ("", [""]):
+                raise BadParameter(f"{option} is empty; write a file or folder")
             whole.append(argument)
             alone = place + 1 == len(args) or args[place + 1].startswith("-")
             if argument == "--resume" and alone:
@@ -76,7 +86,7 @@ def main(
         Option(min=1, help="deepspeed; default: total_num_steps of the JSON's scheduler"),
     ] = None,
     seq_len: Annotated[int, Option(min=1)] = 256,
-    seed: Annotated[int, Option(min=0)] = 0,
+    seed: Annotated[int, Option(min=0, max=2**32 - 1)] = 0,
     eval_every: Annotated[int, Option(min=0, help="steps; 0: at the start and the end only")] = 50,
     eval_batches: Annotated[int, Option(min=1, help="of the training batch's size")] = 8,
     save_every: Annotated[
@@ -128,6 +138,9 @@ def main(
         except ValueError as error:
             raise BadParameter(str(error)) from None
     options = dict(locals())
+    for flag, number in (("--save-minutes", save_minutes), ("--grace", grace)):
+        if not math.isfinite(number):
+            raise BadParameter(f"{flag} is {number}: write a number of them")
     if engine is not EngineName.deepspeed:
         for flag, given in (("--steps", steps is not None), ("--zero-init", zero_init)):
             if given:
@@ -222,9 +235,10 @@ def _run(run: trainer.Trainer, grace: float) -> int:
     from spectral_dist.launch import ranks, report, trainer
 
     out = run.job.out
-    try:
-        with Preemption(grace) as run.preemption:
+    with Preemption(grace) as run.preemption:
+        try:
             summary = run.run()
+            run.preemption.over()
             if summary is None:
                 if run.ranks.first:
                     typer.echo(
@@ -236,8 +250,12 @@ def _run(run: trainer.Trainer, grace: float) -> int:
             if run.ranks.first:
                 trainer.write_summary(out, summary)
                 report.show([out], out / "loss.png")
-    finally:
-        ranks.stop()
+        except (FloatingPointError, ValueError, OSError) as error:  # gradients, losses, a full disk
+            typer.echo(f"pretrain: error: {error}", err=True)
+            return 1
+        finally:
+            # in here: one rank has failed, a launcher signals the others, and they may know why
+            ranks.stop()
     return 0
 
 

@@ -2,7 +2,8 @@
 # Installs what the tests need into .venv and runs them; arguments go to pytest. With
 # --torch VERSION or --deepspeed VERSION before them, another release is installed beside .venv, and
 # the tests that rest on it are run with it: TORCH_TESTS or DEEPSPEED_TESTS of common.sh, unless
-# the arguments name others. With --faults, all of tests/faults, fast and slow.
+# the arguments name others. With --faults, all of tests/faults, fast and slow; with --faults --soak,
+# of those 200 random kills, 20 signals and 20 restarts, over all engines: an hour.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

@@ -4,7 +4,8 @@
 #   NODES=2 NODE_RANK=0 MASTER_ADDR=node0 RANKS_PER_NODE=8 launch/torchrun.sh    (on node0)
 #   NODES=2 NODE_RANK=1 MASTER_ADDR=node0 RANKS_PER_NODE=8 launch/torchrun.sh    (on node1)
 # Arguments go to launch/pretrain.py (--help lists them), e.g. --out runs/a --save-every 500. With
-# MAX_RESTARTS=3 and --resume auto a run whose rank has failed comes back by itself.
+# MAX_RESTARTS=3 and --resume auto a run whose rank has failed comes back by itself. SIGTERM, SIGINT
+# and SIGUSR1 to it go to all ranks, which save and end; its own exit status is 1 then.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
@@ -21,6 +22,6 @@ CONFIG=${CONFIG:-$(shipped_config "$ENGINE")}
 fit "$RANKS_PER_NODE"
 exec "$PYTHON" -m torch.distributed.run \
   --nnodes "$NODES" --node_rank "$NODE_RANK" --nproc_per_node "$RANKS_PER_NODE" \
-  --max_restarts "$MAX_RESTARTS" \
+  --max_restarts "$MAX_RESTARTS" --signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
   --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
   "$ROOT/launch/pretrain.py" --engine "$ENGINE" --model "$MODEL" --config "$CONFIG" "$@"

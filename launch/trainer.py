@@ -235,7 +235,10 @@ class Trainer:
         self.done += 1
         self.validated = False
         if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss of step {self.done} is {loss}")
+            raise FloatingPointError(
+                f"the loss of step {self.done} is {loss}: look for the cause (lr, which is {lr:g}"
+                " here, or the model's initial weights, or the data)"
+            )
         targets = rows[:, 1:]
         return {
             "loss": loss,

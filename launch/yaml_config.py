@@ -12,6 +12,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 
 from spectral_dist._errors import suggest
+from spectral_dist.launch import files
 from spectral_dist.poet.convert import SETTINGS, settings_of
 from spectral_dist.poet.options import POETOptions
 from spectral_dist.rules.options import ROUTING, BaseOptions, MatrixOptions
@@ -21,6 +22,9 @@ DTYPES = ("float32", "bfloat16")
 
 Rule = tuple[Callable[[Any], bool], str]
 """Whether a value holds, and what it must be."""
+
+
+LONG_NUMBER = re.compile(r"[-+]?[1-9]\d{17,}")
 
 
 class Loader(yaml.SafeLoader):  # type: ignore[misc]
@@ -35,6 +39,17 @@ class Loader(yaml.SafeLoader):  # type: ignore[misc]
                     None, None, f"the key {key!r} is there twice", node.start_mark
                 )
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: Any) -> int | float:
+        """Decimal ones as in a JSON: a float for what no tensor holds."""
+        text = str(self.construct_scalar(node)).replace("_", "")
+        if LONG_NUMBER.fullmatch(text):
+            return files.whole_number(text)
+        value: int = super().construct_yaml_int(node)
+        return value
+
+
+Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
 
 
 Loader.add_implicit_resolver(

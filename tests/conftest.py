@@ -27,6 +27,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run only the slow tests, and of those only the K-th of N parts; a test of a whole"
         " collection is always in the same part",
     )
+    parser.addoption(
+        "--soak",
+        action="store_true",
+        help="tests/faults/test_soak.py with 200 kills, 20 signals and 20 restarts: an hour",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:

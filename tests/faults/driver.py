@@ -1,4 +1,4 @@
-"""launch/pretrain.py as a rank that ends, or is told to, at a place that $FAULT names."""
+"""launch/pretrain.py as a rank that ends, is told to, or waits, at a place that $FAULT names."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import dataclasses
 import functools
 import json
 import os
+import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,10 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from spectral_dist.launch import checkpoints, pretrain, torch_engine
+from spectral_dist.launch import checkpoints, megatron_config, pretrain, torch_engine
 from spectral_dist.launch.engines import DeepSpeedEngine
 from spectral_dist.launch.trainer import Trainer
+from tests.support import megatron_cpu
 
 PHASES = ("forward", "exchange", "save", "shard", "manifest", "latest", "evaluate", "nan")
 """Before a step's forward; before its optimizer step; before a save; before this rank's part of it
@@ -34,13 +37,21 @@ class Fault:
     ranks: tuple[int, ...]
     once: str
     number: int = signal.SIGKILL
+    seconds: float = 0.0  # to wait, and no signal
+    limit: int = 0  # bytes that a file may have from now on, and no signal
 
     def strike(self) -> None:
-        """Signal this process, if it is one of those and has not been."""
+        """Have it happen to this process, if it is one of those and it has not."""
         rank = int(os.environ.get("RANK", "0"))
         once = Path(f"{self.once}.{rank}")
-        if rank in self.ranks and not once.exists():
-            once.touch()
+        if rank not in self.ranks or once.exists():
+            return
+        once.touch()
+        if self.seconds:
+            time.sleep(self.seconds)
+        elif self.limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.limit, self.limit))
+        else:
             os.kill(os.getpid(), self.number)
 
 
@@ -85,13 +96,23 @@ def install(fault: Fault) -> None:
 
         DeepSpeedEngine.losses = bad  # type: ignore[method-assign]
     assert fault.phase in PHASES
-    if fault.phase == "shard" and os.environ.get("DS_ACCELERATOR"):
+    if "megatron" in sys.argv:
+        from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+        from spectral_dist.launch.megatron_engine import MegatronEngine
+
+        before(MegatronEngine, "step", "exchange")
+        before(filesystem_async.FileSystemWriterAsync, "write_preloaded_data", "shard")
+    elif fault.phase == "shard" and os.environ.get("DS_ACCELERATOR"):
         from deepspeed.runtime.checkpoint_engine import torch_checkpoint_engine
 
         before(torch_checkpoint_engine.TorchCheckpointEngine, "save", "shard")
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # a multiprocessing manager imports this again
+    if "megatron" in sys.argv:  # where there is no GPU
+        megatron_cpu.install(megatron_cpu.VERSIONS[0])
+        megatron_config.prepare = lambda: None
     if "FAULT" in os.environ:
         said = json.loads(os.environ["FAULT"])
         install(Fault(**{**said, "ranks": tuple(said["ranks"])}))

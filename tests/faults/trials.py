@@ -1,36 +1,48 @@
-"""Runs of launch/pretrain.py that are killed at a named phase or at a random instant."""
+"""Runs of launch/pretrain.py that are killed, or told to end, at a named phase or at random."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from tests.launch.jobs import ROOT, Job
+from spectral_dist.launch import checkpoints, files
+from tests.faults.forked import Forked, preload
+from tests.launch.jobs import ROOT, STEPS, Job
 from tests.launch.torch_runs import write
 
 DRIVER = str(ROOT / "tests/faults/driver.py")
+ENGINES = ("ddp", "fsdp", "ds1", "ds2", "ds3", "megatron")
 MUON = {"type": "SpectralMuon", "params": {"lr": 0.01, "weight_decay": 0.1}}
+HANDED_ON = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+"""Signals that torchrun is to hand on to its ranks; the last one is no default of it."""
+MARK = "SPECTRAL_DIST_TRIAL"
+"""What all processes of a run have in their environment, and no others."""
 
 
 @dataclass
 class Trial(Job):
     """A job whose ranks can be struck."""
 
-    def options(self, engine: str, steps: int = 6) -> list[str]:
-        """Of ddp, fsdp or ds1, ds3 for a stage of ZeRO; Muon."""
+    def options(self, engine: str, steps: int = STEPS) -> list[str]:
+        """Of ddp, fsdp, megatron, or ds1 to ds3 for a stage of ZeRO; Muon."""
         if engine.startswith("ds"):
-            return ["--config", str(self.config(engine, int(engine[2:]), MUON))]
-        config = write(self.folder, {"type": "Muon", "lr": 0.01}, engine, steps=steps)
+            return ["--config", str(self.config(engine, int(engine[2:]), MUON, steps))]
+        optimizer: dict[str, Any] = {"type": "Muon", "lr": 0.01}
+        keys: dict[str, Any] = {"steps": steps}
+        if engine == "megatron":
+            optimizer["type"] = "spectral_muon"
+            keys |= {"tensor_parallel": 2, "use_distributed_optimizer": True}
+        config = write(self.folder, optimizer, engine, **keys)
         return ["--engine", engine, "--config", str(config)]
 
     def start(
@@ -40,62 +52,164 @@ class Trial(Job):
         ranks: int = 2,
         restarts: int = 0,
         fault: dict[str, Any] | None = None,
-    ) -> subprocess.Popen[str]:
-        """Begin a run; `fault` is of driver.Fault."""
-        elastic = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-        elastic += ["--max_restarts", str(restarts)]
-        command = [sys.executable, *(elastic if ranks > 1 else []), DRIVER]
-        env = dict(self.env)
+        forked: bool = False,
+    ) -> Run:
+        """Begin a run; `fault` is of driver.Fault, `forked`: by forked.py."""
+        elastic = ["--standalone", "--nproc_per_node", str(ranks)]
+        elastic += ["--max_restarts", str(restarts), "--signals_to_handle", HANDED_ON]
+        command = [DRIVER, *self.arguments(out), *options]
+        if ranks > 1:
+            command = [*elastic, *command]
+        env = {**self.env, MARK: str(self.folder / out)}
         if fault:
             env["FAULT"] = json.dumps({"once": str(self.folder / f"{out}.struck"), **fault})
-        return subprocess.Popen(
-            [*command, *self.arguments(out), *options],
-            env=env,
-            cwd=self.folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    def finish(self, process: subprocess.Popen[str]) -> tuple[int, str]:
-        """Wait for a run: its exit status, and what it printed."""
-        try:
-            printed, _ = process.communicate(timeout=240)
-        except subprocess.TimeoutExpired:
-            kill_all(process)
-            raise
-        return process.returncode, printed
+        printed = self.folder / f"{out}.txt"
+        metrics = self.folder / out / "metrics.jsonl"
+        before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+        process: subprocess.Popen[bytes] | Forked
+        if forked:
+            preload("megatron" if "megatron" in options else "others")
+            process = Forked(command, env, self.folder, printed)
+        else:
+            torchrun = ["-m", "torch.distributed.run"] if ranks > 1 else []
+            with printed.open("w") as file:
+                process = subprocess.Popen(
+                    [sys.executable, *torchrun, *command],
+                    env=env,
+                    cwd=self.folder,
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                )
+        return Run(process, self.folder / out, printed, before)
 
     def once(self, out: str, *options: str, **keys: Any) -> tuple[int, str]:
         """A run from its start to its end."""
-        return self.finish(self.start(out, *options, **keys))
+        return self.start(out, *options, **keys).finish()
 
     def latest(self, out: str) -> str:
         """What `latest` names."""
         return (self.folder / out / "checkpoints/latest").read_text()
 
+    def check(self, out: str, losses: list[float]) -> int:
+        """Assert that what a run left can be gone on with; the step of what is to be taken, or 0.
 
-def kill_all(process: subprocess.Popen[str]) -> None:
-    """SIGKILL to a launcher and all that it has started, at once."""
-    launcher = psutil.Process(process.pid)
-    everyone = [*launcher.children(recursive=True), launcher]
-    for each in everyone:
+        `losses` are those of a run that nobody has disturbed.
+        """
+        folder = self.folder / out / "checkpoints"
+        for path in checkpoints.steps(folder):
+            if (path / checkpoints.MANIFEST).exists():
+                whole = checkpoints.read(path)
+                digests = files.hashes([path / name for name in whole.files])
+                assert digests == [digest for _, digest in whole.files.values()], path
+                assert whole.run["step"] == int(path.name.removeprefix("step_"))
+        checkpoint, notes = checkpoints.find(folder)
+        if checkpoint is None:
+            return 0
+        assert notes == []  # what `latest` names is whole
+        step = int(checkpoint.run["step"])
+        lines = (self.folder / out / "metrics.jsonl").read_text().splitlines()
+        for line in lines[:-1]:
+            json.loads(line)
+        records = [r for r in map(_record, lines) if r["part"] == "train" and r["step"] <= step]
+        assert [record["step"] for record in records] == list(range(1, step + 1))
+        assert [record["loss"] for record in records] == losses[:step]
+        return step
+
+
+def _record(line: str) -> dict[str, Any]:
+    try:
+        return dict(json.loads(line))
+    except ValueError:  # the last one, which a kill has cut
+        return {"part": ""}
+
+
+@dataclass
+class Run:
+    """A launcher and its ranks: what they have printed, and when `metrics.jsonl` was last new."""
+
+    process: subprocess.Popen[bytes] | Forked
+    out: Path
+    printed: Path
+    before: int
+
+    def finish(self, timeout: float = 240) -> tuple[int, str]:
+        """Wait for its end: exit status, and what it printed."""
         try:
-            os.kill(each.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    process.communicate(timeout=60)
+            status = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            print(self.text())
+            raise
+        finally:
+            self.kill()  # what the launcher has left, too
+        return status, self.text()
+
+    def text(self) -> str:
+        """What it has printed."""
+        return self.printed.read_text(errors="replace") if self.printed.exists() else ""
+
+    def everyone(self) -> list[int]:
+        """All processes, those that have lost their launcher as well."""
+        return [each.pid for each in psutil.process_iter() if self._has(each)]
+
+    def _has(self, process: psutil.Process) -> bool:
+        try:
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return False
+            forked = self.process.pid in (process.pid, os.getsid(process.pid))
+            return forked or process.environ().get(MARK) == str(self.out)
+        except (psutil.Error, OSError):
+            return False
+
+    def ranks(self) -> list[int]:
+        """Ranks that the launcher has now, in their order."""
+        try:
+            children = psutil.Process(self.process.pid).children()
+            lines = {each.pid: " ".join(each.cmdline()) for each in children}
+        except psutil.Error:
+            return []
+        return sorted(pid for pid, line in lines.items() if "resource_tracker" not in line)
+
+    def kill(self) -> None:
+        """SIGKILL to the launcher and all that it has started, at once."""
+        while everyone := self.everyone():
+            for pid in everyone:
+                send(pid, signal.SIGKILL)
+            self.process.poll()
+            time.sleep(0.01)
+        self.process.wait(60)
+
+    def training(self) -> bool:
+        """Whether its log is open, just before the first step."""
+        path = self.out / "metrics.jsonl"
+        return path.exists() and path.stat().st_mtime_ns != self.before
+
+    def trained(self) -> int:
+        """The last step that its log has."""
+        path = self.out / "metrics.jsonl"
+        records = map(_record, path.read_text().splitlines() if path.exists() else [])
+        return max((record["step"] for record in records if record["part"] == "train"), default=0)
+
+    def until(self, met: Callable[[], bool], timeout: float = 240) -> bool:
+        """Wait until something is so; False: the run ended before."""
+        end = time.monotonic() + timeout
+        while not met():
+            if self.process.poll() is not None:
+                return False
+            if time.monotonic() > end:
+                self.kill()
+                raise TimeoutError(self.text())
+            time.sleep(0.01)
+        return self.process.poll() is None
+
+    def pause(self, seconds: float) -> bool:
+        """Let it go on for so long; False: it ended before."""
+        end = time.monotonic() + seconds
+        return self.until(lambda: time.monotonic() >= end)
 
 
-def kill_at_random(process: subprocess.Popen[str], run: Path, chance: random.Random) -> bool:
-    """Kill a run some time after it has begun to train; False if it ended before."""
-    begun = (run / "metrics.jsonl").stat().st_mtime_ns if (run / "metrics.jsonl").exists() else 0
-    metrics = run / "metrics.jsonl"
-    while process.poll() is None:
-        if metrics.exists() and metrics.stat().st_mtime_ns != begun:
-            time.sleep(chance.uniform(0.0, 1.5))
-            kill_all(process)
-            return True
-        time.sleep(0.01)
-    process.communicate(timeout=60)
-    return False
+def send(pid: int, number: int) -> None:
+    """Signal a process, if there still is one."""
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        return

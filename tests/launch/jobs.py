@@ -61,13 +61,15 @@ class Job:
             "SPECTRAL_DIST_CACHE": str(self.folder / "cache"),
         }
 
-    def config(self, name: str, stage: int, optimizer: dict[str, object]) -> Path:
+    def config(
+        self, name: str, stage: int, optimizer: dict[str, object], steps: int = STEPS
+    ) -> Path:
         """A DeepSpeed JSON: the shipped one at this stage, with another optimizer and length."""
         shipped = json.loads((ROOT / f"configs/deepspeed/zero{stage}.json").read_text())
         shipped["optimizer"] = optimizer
         shipped["train_batch_size"] = 8
         shipped["gradient_accumulation_steps"] = 2
-        shipped["scheduler"]["params"] |= {"total_num_steps": STEPS, "warmup_num_steps": 2}
+        shipped["scheduler"]["params"] |= {"total_num_steps": steps, "warmup_num_steps": 2}
         path = self.folder / f"{name}.json"
         path.write_text(json.dumps(shipped))
         return path

@@ -1,5 +1,6 @@
 """Checkpoints of a run: `latest` names a whole one, a damaged one is noticed, settings stay."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -82,6 +83,11 @@ def other_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text("[5]")
 
 
+def other_step(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"step": 6', '"step": 7'))
+
+
 def gone(folder: Path) -> None:
     checkpoints.remove(folder)
 
@@ -96,6 +102,7 @@ def gone(folder: Path) -> None:
         (cut_manifest, "manifest.json cannot be read"),
         (empty_manifest, "manifest.json cannot be read"),
         (other_manifest, "manifest.json cannot be read"),
+        (other_step, "manifest.json is not what was saved"),
         (gone, "it is missing"),
     ],
 )
@@ -137,6 +144,27 @@ def test_what_was_there_of_the_step_goes(tmp_path: Path) -> None:
     (tmp_path / "step_000002/rank_3.pt").touch()
     save(tmp_path, 2)
     assert not (tmp_path / "step_000002/rank_3.pt").exists()
+
+
+def test_why_a_disk_cannot_be_written_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's own error has no word of it."""
+
+    def full(engine: Engine, target: Path) -> None:
+        raise RuntimeError("unexpected pos 704 vs 598")
+
+    def none_left(folder: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    save(tmp_path, 2)
+    monkeypatch.setattr(Engine, "write", full)
+    with pytest.raises(RuntimeError, match="unexpected pos"):  # there is room: it is another thing
+        save(tmp_path, 4)
+    monkeypatch.setattr(files, "probe", none_left)
+    with pytest.raises(OSError, match=r"No space left on device: .*'.*/step_000004'"):
+        save(tmp_path, 4)
+    assert load(tmp_path) == ("step_000002", [])
 
 
 def test_a_flipped_bit_is_named(tmp_path: Path) -> None:
@@ -255,5 +283,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 def test_a_manifest_is_readable_by_others(tmp_path: Path) -> None:
     save(tmp_path, 1)
     path = tmp_path / "step_000001/manifest.json"
-    assert json.loads(path.read_text())["run"] == {"step": 1, "seed": 0}
+    manifest = json.loads(path.read_text())
+    assert manifest["run"] == {"step": 1, "seed": 0}
     assert path.stat().st_mode & 0o777 == 0o644
+    del manifest["sha256"]  # as of an older release
+    path.write_text(json.dumps(manifest))
+    assert load(tmp_path) == ("step_000001", [])

@@ -90,3 +90,19 @@ with module["Preemption"](60) as noticed:
     assert not noticed.requested
 """)
     assert status == 0, said
+
+
+def test_no_signal_ends_what_is_saved() -> None:
+    """As when a launcher, one of whose ranks has ended, signals the others again."""
+    status, said, _ = ended("""
+with module["Preemption"](1.2) as noticed:
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.3)
+    noticed.over()
+    time.sleep(1.5)
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(1.3)
+    sys.exit(75)
+""")
+    assert (status, said) == (75, "")

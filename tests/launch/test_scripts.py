@@ -73,6 +73,10 @@ def test_command_lines_of_the_engines(name: str, engine: str) -> None:
     assert f"configs/models/quickstart.json --config {ROOT}/configs/{config} " in line
     assert line.rstrip().endswith(" --seed 7")
     assert ("--resume auto --grace 120 " in line) == (name == "slurm.sbatch")
+    # slurm.sbatch hands torchrun SIGTERM in its place
+    assert ("--signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 " in line) == (
+        name == "torchrun.sh"
+    )
 
 
 RUN = """#!/usr/bin/env bash
