@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from spectral_dist.sharding import boxes, slabs
 from spectral_dist.sharding.boxes import Ranges
-from spectral_dist.sharding.layout import Boxes, Cut, Matrix, flat_layout, grid_layout, holders_of
+from spectral_dist.sharding.layout import (
+    Cut,
+    Matrix,
+    StackBoxes,
+    flat_layout,
+    grid_layout,
+    holders_of,
+)
 from spectral_dist.sharding.plan import make_plan
 
 RANKS = 16384
@@ -24,7 +31,7 @@ def by_rows(layers, ranks, shapes=SHAPES):
     for i, (m, n) in enumerate(shapes * layers):
         chunk = -(-m // ranks)
         edges = [min(m, r * chunk) for r in range(ranks + 1)]
-        cuts = Boxes(((0, 1), (edges[r], edges[r + 1]), (0, n)) for r in range(ranks))
+        cuts = StackBoxes(((0, 1), (edges[r], edges[r + 1]), (0, n)) for r in range(ranks))
         layouts.append(grid_layout(Matrix(f"w{i}", (m, n), ((0, m),)), m * n, cuts, 5, i))
     return layouts
 
@@ -175,7 +182,7 @@ def test_boxes_are_hashed_once_and_as_a_tuple():
             Counted.hashed += 1
             return int(self)
 
-    cuts = Boxes([((0, 1), (0, 4), (Counted(0), 2)), ((0, 1), (0, 4), (2, 4))])
+    cuts = StackBoxes([((0, 1), (0, 4), (Counted(0), 2)), ((0, 1), (0, 4), (2, 4))])
     assert hash(cuts) == hash(tuple(cuts))
     Counted.hashed = 0
     for i in range(3):

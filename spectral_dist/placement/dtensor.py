@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from spectral_dist.params.spec import Route
 from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement, check_contiguous
 from spectral_dist.sharding.collectives import Group, Meter, all_equal, sum_ranks
-from spectral_dist.sharding.layout import Box, Boxes, Located, grid_layout
+from spectral_dist.sharding.layout import Located, StackBox, StackBoxes, grid_layout
 
 
 @dataclass(frozen=True)
@@ -342,7 +342,7 @@ def _boxes(
     mesh: DeviceMesh,
     dims: tuple[int, ...],
     cuts: tuple[tuple[int, int], ...],
-) -> Boxes:
+) -> StackBoxes:
     """What each rank along ``dims`` stores, in the order of their coordinates."""
     shape = route.shape
     if not route.stacked and any(axis > 1 for _, axis in cuts):
@@ -359,7 +359,7 @@ def _boxes_of(
     stacked: bool,
     sizes: tuple[tuple[int, int], ...],
     cuts: tuple[tuple[int, int], ...],
-) -> Boxes:
+) -> StackBoxes:
     """``_boxes`` of all parameters of one shape that are cut alike; ``sizes``: (dim, ranks)."""
     boxes, ranks_along = [], dict(sizes)
     for place in product(*(range(size) for _, size in sizes)):
@@ -371,10 +371,10 @@ def _boxes_of(
             first = min(end, begin + at[dim] * chunk)
             ranges[axis] = first, min(end, first + chunk)
         boxes.append(_as_stack(ranges, stacked, math.prod(shape[2:])))
-    return Boxes(boxes)
+    return StackBoxes(boxes)
 
 
-def _as_stack(ranges: list[tuple[int, int]], stacked: bool, rest: int) -> Box:
+def _as_stack(ranges: list[tuple[int, int]], stacked: bool, rest: int) -> StackBox:
     """A box of the parameter seen as (stack, rows, columns); ``rest``: of a convolution."""
     if stacked:
         return ranges[0], ranges[1], ranges[2]

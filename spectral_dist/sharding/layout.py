@@ -229,11 +229,11 @@ def flat_layout(
     return Layout(matrix, tuple(tiles))
 
 
-Box: TypeAlias = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+StackBox: TypeAlias = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 """What a rank stores of a (stack, rows, columns) parameter: [begin, end) of each."""
 
 
-class Boxes(tuple[Box, ...]):
+class StackBoxes(tuple[StackBox, ...]):
     """Boxes by rank, of which the hash is computed once: many matrices are cut by the same."""
 
     _hash: int
@@ -245,7 +245,7 @@ class Boxes(tuple[Box, ...]):
 
 
 def grid_layout(
-    matrix: Matrix, stack: int, boxes: tuple[Box, ...], rank: int, tensor: int = 0
+    matrix: Matrix, stack: int, boxes: tuple[StackBox, ...], rank: int, tensor: int = 0
 ) -> Layout:
     """The layout of a matrix whose parameter each rank stores one box of.
 
@@ -266,7 +266,7 @@ def grid_layout(
 
 
 @lru_cache(maxsize=4096)
-def _strips(boxes: tuple[Box, ...], number: int) -> tuple[tuple[int, int, Cut], ...]:
+def _strips(boxes: tuple[StackBox, ...], number: int) -> tuple[tuple[int, int, Cut], ...]:
     """(first column, last, how its rows are cut) of each strip of matrix ``number`` of a stack."""
     strips: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     for rank, (layers, rows, columns) in enumerate(boxes):
