@@ -15,7 +15,7 @@ from torch import Tensor
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.integrations.deepspeed import _compat
 from spectral_dist.integrations.deepspeed.adam_moments import drop_moments
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement
 from spectral_dist.sharding.collectives import Meter
 from spectral_dist.sharding.layout import Cut, Located, flat_layout
@@ -57,7 +57,7 @@ class ZeroPlacement(ReplicatedPlacement):
         return self._started
 
     def prepare(
-        self, optimizer: torch.optim.Optimizer, routes: Sequence[Route], meter: Meter
+        self, optimizer: torch.optim.Optimizer, routes: Sequence[ParamSpec], meter: Meter
     ) -> None:
         """Undo what loading a universal checkpoint does to groups and states."""
         groups = optimizer.param_groups
@@ -90,13 +90,13 @@ class ZeroPlacement(ReplicatedPlacement):
         """Return the sub-group at stage 3, the group elsewhere."""
         return _compat.ends_of(self.engine, tensors[0]) or group["id"]
 
-    def check(self, routes: Sequence[Route], tensors: Sequence[Tensor]) -> None:
+    def check(self, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]) -> None:
         """Raise for plain parameters that are not contiguous; flat tensors always are."""
         if self._are_whole(routes, tensors):
             super().check(routes, tensors)
 
     def locate(
-        self, group: ParamGroup, routes: Sequence[Route], tensors: Sequence[Tensor]
+        self, group: ParamGroup, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]
     ) -> list[Located]:
         """Return the layouts of the group's (or stage 3's sub-group's) matrices."""
         device = torch.device(get_accelerator().current_device_name())
@@ -108,12 +108,12 @@ class ZeroPlacement(ReplicatedPlacement):
         assert self.group is not None
         return [_place_flat(routes, tensors[0], self.group, device)]
 
-    def _are_whole(self, routes: Sequence[Route], tensors: Sequence[Tensor]) -> bool:
+    def _are_whole(self, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]) -> bool:
         return [tuple(t.shape) for t in tensors] == [route.shape for route in routes]
 
 
 def _place_flat(
-    routes: Sequence[Route], flat: Tensor, group: dist.ProcessGroup, device: torch.device
+    routes: Sequence[ParamSpec], flat: Tensor, group: dist.ProcessGroup, device: torch.device
 ) -> Located:
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     cut = Cut.even(flat.numel(), ranks)
@@ -134,7 +134,7 @@ def _place_flat(
 
 
 def _place_stage3(
-    routes: Sequence[Route], flat: Tensor, ends: tuple[int, int], device: torch.device
+    routes: Sequence[ParamSpec], flat: Tensor, ends: tuple[int, int], device: torch.device
 ) -> Located:
     ids = [_compat.id_of(route.parameter) for route in routes]
     first, last = (ids.index(end) for end in ends)

@@ -30,7 +30,7 @@ from spectral_dist.integrations.megatron.ranks import Ranks, alone
 from spectral_dist.integrations.megatron.reader import MegatronReader
 from spectral_dist.params.classify import classify
 from spectral_dist.params.param_groups import EXACT
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.params.table import show
 from spectral_dist.rules.options import ROUTING
 from spectral_dist.sharding import collectives
@@ -133,7 +133,7 @@ def expert_ranks(collection: Any) -> int:
 
 def _routes(
     chunks: Sequence[nn.Module], reader: MegatronReader, given: Mapping[str, Any]
-) -> dict[int, Route]:
+) -> dict[int, ParamSpec]:
     """The route of every parameter of all chunks, by its id."""
     model = nn.Module()
     for index, chunk in enumerate(chunks):
@@ -154,7 +154,7 @@ def on_any_stage(here: list[bool]) -> list[bool]:
     return [any(text[i] == "1" for text in texts) for i in range(len(here))]
 
 
-def _kinds(routes: Mapping[int, Route]) -> dict[ParamKey, dict[str, Any]]:
+def _kinds(routes: Mapping[int, ParamSpec]) -> dict[ParamKey, dict[str, Any]]:
     """Overrides that keep matrices, those whose polar factor is exact, and skews in own groups."""
 
     def among(wanted: str) -> Callable[[Any], bool]:
@@ -171,7 +171,7 @@ def _kinds(routes: Mapping[int, Route]) -> dict[ParamKey, dict[str, Any]]:
     return overrides
 
 
-def _kind(route: Route) -> str:
+def _kind(route: ParamSpec) -> str:
     return ONE_SIDED if route.kind == "matrix" and route.one_sided else route.kind
 
 
@@ -180,7 +180,7 @@ def _swap(
     members: Sequence[Sequence[nn.Parameter]],
     cls: type[InsideMegatron],
     options: Mapping[str, Any],
-    routes: Mapping[int, Route],
+    routes: Mapping[int, ParamSpec],
     reader: MegatronReader,
 ) -> InsideMegatron:
     """Put ours in the place of the Adam of one of Megatron's optimizers; it."""

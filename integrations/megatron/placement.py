@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spectral_dist.integrations.megatron._compat import cut_dimension
 from spectral_dist.integrations.megatron.ranks import Ranks
 from spectral_dist.integrations.megatron.reader import MegatronReader
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement
 from spectral_dist.sharding.collectives import Group, Meter
 from spectral_dist.sharding.layout import Cut, Layout, Located, Matrix, Tile
@@ -64,28 +64,28 @@ class MegatronPlacement(ReplicatedPlacement):
         self._ranks: Ranks | None = None
 
     def prepare(
-        self, optimizer: torch.optim.Optimizer, routes: Sequence[Route], meter: Meter
+        self, optimizer: torch.optim.Optimizer, routes: Sequence[ParamSpec], meter: Meter
     ) -> None:
         """Find the ranks; Megatron gives dense parameters and experts optimizers of their own."""
         if routes:
             self._ranks = self.reader.of(routes[0].parameter)
 
-    def check(self, routes: Sequence[Route], tensors: Sequence[Tensor]) -> None:
+    def check(self, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]) -> None:
         """Do nothing: Megatron's buffers are contiguous."""
 
     def locate(
-        self, group: ParamGroup, routes: Sequence[Route], tensors: Sequence[Tensor]
+        self, group: ParamGroup, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]
     ) -> list[Located]:
         """Return one for what is cut into tiles, one for what every tensor-parallel rank has."""
         ranks = self.reader.of(routes[0].parameter)
-        cut: list[Route] = []
-        copied: list[Route] = []
+        cut: list[ParamSpec] = []
+        copied: list[ParamSpec] = []
         for route in routes:
             tiled = cut_dimension(route.parameter) is not None and ranks.tensor > 1
             (cut if tiled or group["kind"] != "matrix" else copied).append(route)
         return [self._place(alike, ranks, alike is cut) for alike in (cut, copied) if alike]
 
-    def _place(self, routes: Sequence[Route], ranks: Ranks, tiled: bool) -> Located:
+    def _place(self, routes: Sequence[ParamSpec], ranks: Ranks, tiled: bool) -> Located:
         layouts: list[Layout] = []
         spans: list[tuple[str, int, int, int]] = []
         indices: list[int] = []
@@ -139,7 +139,7 @@ class MegatronPlacement(ReplicatedPlacement):
         return [Cut(tuple(bounds), tuple(ranks.numbers[t][d] for d in data)) for t in tensor]
 
     def _tiles(
-        self, matrix: Matrix, route: Route, cuts: Sequence[Cut], tensor: int
+        self, matrix: Matrix, route: ParamSpec, cuts: Sequence[Cut], tensor: int
     ) -> Iterator[Tile]:
         """The rectangles of a matrix that tensor-parallel ranks have, from top to bottom."""
         dim, width, row = cut_dimension(route.parameter), matrix.shape[1], 0

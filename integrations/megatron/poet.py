@@ -26,7 +26,7 @@ from spectral_dist.integrations.megatron.poet_merge import gather_parameters
 from spectral_dist.integrations.megatron.ranks import alone
 from spectral_dist.integrations.megatron.reader import GATE_AND_UP, MegatronReader, fused
 from spectral_dist.params.classify import classify
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.params.splits import Split
 from spectral_dist.poet.convert import initial, rotations, settings_of
 from spectral_dist.poet.layer import PoetLayer, Settings
@@ -225,7 +225,7 @@ def _check_plain(model: nn.Module) -> None:
         raise ValueError("poet.convert: this model has been converted already")
 
 
-def _linears(model: nn.Module, routes: Sequence[Route]) -> list[Any]:
+def _linears(model: nn.Module, routes: Sequence[ParamSpec]) -> list[Any]:
     """The layers to rotate. ValueError: one that was asked for, or met, is not supported."""
     found, left = [], []
     for route in routes:

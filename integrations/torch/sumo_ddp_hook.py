@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.core.units import MatrixUnit
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.rules.sumo import SUMOOptions, rank_of, refreshes
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Meter
@@ -97,7 +97,7 @@ class Projection:
         optimizer.register_step_post_hook(self._after_step)
         model.register_comm_hook(self, Projection.reduce)
 
-    def _known(self, model: DistributedDataParallel) -> list[tuple[Route, Projected]]:
+    def _known(self, model: DistributedDataParallel) -> list[tuple[ParamSpec, Projected]]:
         """Every matrix, with its owner."""
         mine = {id(p) for p in model.parameters()}
         found = []

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from spectral_dist.core.units import MatrixUnit
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.layout import Layout, Tile
 
@@ -96,7 +96,7 @@ class Runs(torch.Tensor):
         return self.parts[index.offset]
 
 
-def momentum_runs(unit: MatrixUnit, index: int, route: Route, momentum: Tensor) -> Runs:
+def momentum_runs(unit: MatrixUnit, index: int, route: ParamSpec, momentum: Tensor) -> Runs:
     """Return the momentum that this rank keeps of tensor ``index``, run by run."""
     located = unit.located
     rank = collectives.rank(located.group)
@@ -111,7 +111,7 @@ def momentum_runs(unit: MatrixUnit, index: int, route: Route, momentum: Tensor) 
     return Runs(route.shape, momentum, parts)
 
 
-def _chunk(layout: Layout, tile: Tile, rank: int, route: Route) -> Chunk:
+def _chunk(layout: Layout, tile: Tile, rank: int, route: ParamSpec) -> Chunk:
     """Return which box of the parameter this rank's run of a tile is: some of its rows."""
     width, shape = layout.matrix.shape[1], route.shape
     rows_of_stack = route.stack // width

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from spectral_dist.core.first_step import matrix_of
 from spectral_dist.core.sharded import ShardedOptimizer
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group, Meter
 from spectral_dist.sharding.layout import Located
@@ -52,7 +52,9 @@ def _raise_together(error: Exception | None, groups: Sequence[Group]) -> None:
         raise AssertionError(str(raised)) from raised
 
 
-def _check_spans(located: Located, local: Sequence[Tensor], routes: Mapping[str, Route]) -> None:
+def _check_spans(
+    located: Located, local: Sequence[Tensor], routes: Mapping[str, ParamSpec]
+) -> None:
     for name, index, start, numel in located.spans:
         if name not in routes:
             raise AssertionError(f"{name} is no parameter of this group")
@@ -63,7 +65,7 @@ def _check_spans(located: Located, local: Sequence[Tensor], routes: Mapping[str,
 def _check_tiles(
     located: Located,
     local: Sequence[Tensor],
-    routes: Mapping[str, Route],
+    routes: Mapping[str, ParamSpec],
     whole: Mapping[str, Tensor],
 ) -> list[int]:
     """Return how many elements of each matrix are here, all of which are what they are said to be.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.base import ParamGroup, Placement
 from spectral_dist.placement.dtensor import MeshPlacement
 from spectral_dist.rules.fields import plain
@@ -33,7 +33,7 @@ class Loading(torch.optim.Optimizer):
     options: Any
     placement: Placement
     _warned: set[str]
-    routes: list[list[Route]]
+    routes: list[list[ParamSpec]]
 
     @abstractmethod
     def begin(self, placement: Placement | None) -> None:

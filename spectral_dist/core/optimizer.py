@@ -19,7 +19,7 @@ from spectral_dist.core.matrix_state import MatrixState, elements
 from spectral_dist.core.matrix_step import MatrixStep
 from spectral_dist.core.monitor import Watch
 from spectral_dist.core.units import MatrixUnit, Unit, bucket_numel, wire_dtype
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.base import ParamGroup, Placement
 from spectral_dist.rules.base import Pooling, Shape
 from spectral_dist.rules.fields import betas_problem, plain
@@ -54,7 +54,7 @@ class SpectralOptimizer(MatrixCheckpoints):
 
     # -- options
 
-    def complete(self, carried: ParamGroup, routes: Sequence[Route]) -> ParamGroup:
+    def complete(self, carried: ParamGroup, routes: Sequence[ParamSpec]) -> ParamGroup:
         """Return what a group carries, with what the rule makes of its matrices.
 
         ``betas`` of a group of matrices is for schedulers that cycle it: its first number and
@@ -68,7 +68,7 @@ class SpectralOptimizer(MatrixCheckpoints):
         self._momenta[len(self.routes)] = carried["momentum"]
         return {**carried, "betas": (carried["momentum"], self.options.betas[1])}
 
-    def _prepared(self, options: MatrixOptions, routes: Sequence[Route]) -> dict[str, Any]:
+    def _prepared(self, options: MatrixOptions, routes: Sequence[ParamSpec]) -> dict[str, Any]:
         """Return what a group of these matrices carries of options, as the rule has them."""
         shapes = {m.name: m.read_shape for route in routes for m in route.matrices}
         prepared = self.rule.prepare(options, shapes)

@@ -20,7 +20,7 @@ from spectral_dist.core.unique_names import told_apart
 from spectral_dist.core.units import Unit
 from spectral_dist.core.written_options import WrittenOptions
 from spectral_dist.params.param_groups import grouped
-from spectral_dist.params.spec import WRONG_KIND, Route
+from spectral_dist.params.spec import WRONG_KIND, ParamSpec
 from spectral_dist.placement.base import ParamGroup, Placement
 from spectral_dist.placement.dtensor import MeshPlacement
 from spectral_dist.rules import adamw
@@ -83,7 +83,7 @@ class ShardedOptimizer(Rates):
         self.begin(placement or self._placement(process_group))
         self._has_one_lr = placement is not None
         self._built_rates = {}
-        self.routes: list[list[Route]] = []
+        self.routes: list[list[ParamSpec]] = []
         self._warned: set[str] = set()
         self._agreement = Agreement()
         scheduled = ("lr", "weight_decay", "betas", "momentum")  # what schedulers look for
@@ -123,7 +123,7 @@ class ShardedOptimizer(Rates):
             for name in self.defaults.keys() - carried.keys():
                 del self.param_groups[-1][name]  # torch gives every group all defaults
 
-    def complete(self, carried: ParamGroup, routes: Sequence[Route]) -> ParamGroup:
+    def complete(self, carried: ParamGroup, routes: Sequence[ParamSpec]) -> ParamGroup:
         """Return what a group carries, with what depends on its parameters."""
         return carried
 
@@ -133,7 +133,7 @@ class ShardedOptimizer(Rates):
         return sum(self.meter.bytes.values())
 
     @property
-    def all_routes(self) -> list[Route]:
+    def all_routes(self) -> list[ParamSpec]:
         """Return the route of every parameter in the optimizer."""
         return [route for routes in self.routes for route in routes]
 
@@ -305,7 +305,7 @@ class ShardedOptimizer(Rates):
         return self._units[key]
 
     def _locate(
-        self, group: ParamGroup, routes: Sequence[Route], tensors: Sequence[Tensor]
+        self, group: ParamGroup, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]
     ) -> list[Unit]:
         groups = self.placement.world_groups()
         error: Exception | None = None

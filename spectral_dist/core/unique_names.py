@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 
 
-def told_apart(routes: Sequence[Route], known: Sequence[Route]) -> list[Route]:
+def told_apart(routes: Sequence[ParamSpec], known: Sequence[ParamSpec]) -> list[ParamSpec]:
     """Return routes with names that no other one has: "weight", then "weight#2".
 
     State of matrices and checkpoints are by name, and two models (actor and critic) have the same.
@@ -29,7 +29,7 @@ def told_apart(routes: Sequence[Route], known: Sequence[Route]) -> list[Route]:
     return result
 
 
-def _renamed(route: Route, name: str, number: int) -> Route:
+def _renamed(route: ParamSpec, name: str, number: int) -> ParamSpec:
     """Return a route by another name; its matrices' names are made of it, or get the number."""
     matrices = tuple(
         replace(

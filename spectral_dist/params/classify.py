@@ -15,7 +15,7 @@ from torch.utils.weak import TensorWeakRef
 
 from spectral_dist.params.heads import full_shape, output_heads
 from spectral_dist.params.patterns import Patterns
-from spectral_dist.params.spec import Reader, Reading, Route, plain_name
+from spectral_dist.params.spec import ParamSpec, Reader, Reading, plain_name
 from spectral_dist.params.splits import Split, matrices_of
 from spectral_dist.params.table import table
 from spectral_dist.params.wrappers import check as check_wrappers
@@ -126,7 +126,7 @@ def classify(
     reader: Callable[[nn.Module], Reader] = torch_reader,
     anywhere: Callable[[list[bool]], list[bool]] = list,
     later: bool = False,
-) -> list[Route]:
+) -> list[ParamSpec]:
     """The route of every parameter of ``model``, in its order, tied parameters once.
 
     Args:
@@ -212,7 +212,7 @@ def _route(
     matched: tuple[str, str] | None,
     splits: Patterns,
     split: Mapping[str, Split],
-) -> Route:
+) -> ParamSpec:
     """The route of a parameter that is trained.
 
     Raises:
@@ -238,7 +238,7 @@ def _route(
         raise ValueError(f"split: {pattern!r} matches {name}, which is no matrix ({reason})")
     exact = kind == "matrix" and option == "one_sided"
     stacked = bool(held) and len(view) == 3
-    return Route(
+    return ParamSpec(
         name, TensorWeakRef(parameter), found.shape, kind, reason, held,
         one_sided=exact, stacked=stacked,
     )  # fmt: skip
@@ -251,14 +251,14 @@ def _frozen(
     matched: tuple[str, str] | None,
     splits: Patterns,
     split: Mapping[str, Split],
-) -> Route:
+) -> ParamSpec:
     """The route of a parameter that is not trained now, with what it will be if it is later."""
     later, problem = None, ""
     try:
         later = _route(name, parameter, found, matched, splits, split)
     except ValueError as error:  # nobody may ever train it
         problem = str(error)
-    return Route(
+    return ParamSpec(
         name, TensorWeakRef(parameter), found.shape, "frozen", "requires_grad is False",
         later=later, problem=problem,
     )  # fmt: skip
@@ -315,7 +315,7 @@ def _check_usable(name: str, parameter: nn.Parameter) -> None:
         raise ValueError(f"{name} is {parameter.dtype}; only real floating-point can be trained")
 
 
-def _check_some_matrix(routes: Sequence[Route], later: bool) -> None:
+def _check_some_matrix(routes: Sequence[ParamSpec], later: bool) -> None:
     if later and any(route.later and route.later.kind == "matrix" for route in routes):
         return
     if not any(route.kind != "frozen" for route in routes):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from spectral_dist.params.classify import classify
-from spectral_dist.params.spec import TAGS, Route
+from spectral_dist.params.spec import TAGS, ParamSpec
 from spectral_dist.params.splits import Split
 from spectral_dist.params.table import show
 from spectral_dist.rules.options import BaseOptions
@@ -69,11 +69,11 @@ def _brief(given: object) -> str:
     return "None" if given is None else f"a {type(given).__name__}"
 
 
-def _route_of(item: Any, known: dict[int, Route]) -> Route:
+def _route_of(item: Any, known: dict[int, ParamSpec]) -> ParamSpec:
     name, parameter = item if isinstance(item, tuple) else ("", item)
     if not isinstance(parameter, torch.Tensor):
         raise ValueError(f"{parameter!r} is no parameter; {WRITE}")
-    route: Route | None = known.get(id(parameter)) or TAGS.get(parameter)  # type: ignore[no-untyped-call]
+    route: ParamSpec | None = known.get(id(parameter)) or TAGS.get(parameter)  # type: ignore[no-untyped-call]
     if route is None:
         what = name or f"a parameter of shape {tuple(parameter.shape)}"
         raise ValueError(
@@ -95,7 +95,7 @@ def _route_of(item: Any, known: dict[int, Route]) -> Route:
 
 def grouped(
     params: Iterable[Any],
-    routes: Sequence[Route] = (),
+    routes: Sequence[ParamSpec] = (),
     options: type[BaseOptions] = BaseOptions,
 ) -> list[dict[str, Any]]:
     """Split parameters, or groups of them, into groups of one kind, by ``routes`` or tags.
@@ -130,7 +130,7 @@ def grouped(
             continue
         parameters = group["params"]
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        halves: dict[tuple[str, torch.dtype, bool], list[Route]] = {}
+        halves: dict[tuple[str, torch.dtype, bool], list[ParamSpec]] = {}
         for item in parameters:
             route = _route_of(item, known)
             # float64 parameters keep float64 states, so they are exchanged on their own

@@ -30,7 +30,7 @@ WRONG_KIND = {
 
 
 @dataclass(frozen=True)
-class Route:
+class ParamSpec:
     """What becomes of one parameter: 'matrix', 'scalar' (AdamW), 'skew' (POET's) or 'frozen'."""
 
     name: str
@@ -50,7 +50,7 @@ class Route:
     """whether the first of three dimensions counts matrices"""
     layer: Any = None
     """the ``poet.layer.PoetLayer`` whose skew parameter this is"""
-    later: Route | None = None
+    later: ParamSpec | None = None
     """of a frozen parameter: what becomes of it if it is unfrozen"""
     problem: str = ""
     """of a frozen parameter: why nothing can, then"""
@@ -78,7 +78,7 @@ class Route:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a parameter is by itself, before any pattern: see ``Route``.
+    """What a parameter is by itself, before any pattern: see ``ParamSpec``.
 
     ``shape``: whole and unsharded; ``view``: as its matrices are read, if otherwise. ``split``: how
     it holds several matrices, unless the user says otherwise. ``name``: in the whole model, if a

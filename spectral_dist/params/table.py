@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import torch
 
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.sharding import collectives
 
 
-def table(routes: Sequence[Route]) -> str:
+def table(routes: Sequence[ParamSpec]) -> str:
     """Which parameters are matrices, and why the others are not, as text."""
-    rows: dict[tuple[str, str], list[Route]] = {}
+    rows: dict[tuple[str, str], list[ParamSpec]] = {}
     for route in routes:
         rows.setdefault((route.kind, route.reason), []).append(route)
     lines = [f"{'goes to':<16}{'params':>7}{'matrices':>9}{'numbers':>15}  why (example)"]
@@ -26,7 +26,7 @@ def table(routes: Sequence[Route]) -> str:
     return "\n".join(lines)
 
 
-def show(routes: Sequence[Route]) -> None:
+def show(routes: Sequence[ParamSpec]) -> None:
     """Write the table to stderr on the job's first rank."""
     if collectives.is_first():
         sys.stderr.write(f"spectral_dist: which parameters are matrices\n{table(routes)}\n")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group, Meter
 from spectral_dist.sharding.layout import Cut, Located, flat_layout
@@ -50,7 +50,7 @@ class Placement(ABC):
         return True
 
     def prepare(  # noqa: B027  most have nothing to look at
-        self, optimizer: torch.optim.Optimizer, routes: Sequence[Route], meter: Meter
+        self, optimizer: torch.optim.Optimizer, routes: Sequence[ParamSpec], meter: Meter
     ) -> None:
         """Look at the optimizer's groups as they are now; called first in every step."""
 
@@ -73,7 +73,7 @@ class Placement(ABC):
         """
 
     def check(  # noqa: B027  some take any
-        self, routes: Sequence[Route], tensors: Sequence[Tensor]
+        self, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]
     ) -> None:
         """Raise for parameters that cannot be located, without asking another rank.
 
@@ -83,7 +83,7 @@ class Placement(ABC):
 
     @abstractmethod
     def locate(
-        self, group: ParamGroup, routes: Sequence[Route], tensors: Sequence[Tensor]
+        self, group: ParamGroup, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]
     ) -> list[Located]:
         """Return where the parameters of ``routes`` live, given the group's current tensors.
 
@@ -122,7 +122,7 @@ class ReplicatedPlacement(Placement):
         self._ddp_group: Group = None
 
     def prepare(
-        self, optimizer: torch.optim.Optimizer, routes: Sequence[Route], meter: Meter
+        self, optimizer: torch.optim.Optimizer, routes: Sequence[ParamSpec], meter: Meter
     ) -> None:
         """Find the group of the model's DDP wrapper.
 
@@ -145,7 +145,7 @@ class ReplicatedPlacement(Placement):
         """Return the replicas."""
         return [self.replicas]
 
-    def check(self, routes: Sequence[Route], tensors: Sequence[Tensor]) -> None:
+    def check(self, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]) -> None:
         """Raise for a parameter that something has sharded, or that is not contiguous."""
         for route, tensor in zip_longest(routes, tensors):
             now = None if tensor is None else tuple(tensor.shape)
@@ -159,7 +159,7 @@ class ReplicatedPlacement(Placement):
             check_contiguous(route, tensor)
 
     def locate(
-        self, group: ParamGroup, routes: Sequence[Route], tensors: Sequence[Tensor]
+        self, group: ParamGroup, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]
     ) -> list[Located]:
         """Return one run per parameter."""
         if self.replicas is None and group["kind"] == "matrix" and collectives.job_size() > 1:
@@ -192,7 +192,7 @@ class ReplicatedPlacement(Placement):
         return nullcontext([tensor.detach() for tensor in tensors])
 
 
-def check_contiguous(route: Route, local: Tensor) -> None:
+def check_contiguous(route: ParamSpec, local: Tensor) -> None:
     """Raise a ValueError if the elements lie neither in row-major order nor as channels_last."""
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(local.ndim)
     if not local.is_contiguous() and not (

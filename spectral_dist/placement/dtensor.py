@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement, check_contiguous
 from spectral_dist.sharding.collectives import Group, Meter, all_equal, sum_ranks
 from spectral_dist.sharding.layout import Located, StackBox, StackBoxes, grid_layout
@@ -57,7 +57,7 @@ class MeshPlacement(ReplicatedPlacement):
         self._meter = Meter()
 
     def prepare(
-        self, optimizer: torch.optim.Optimizer, routes: Sequence[Route], meter: Meter
+        self, optimizer: torch.optim.Optimizer, routes: Sequence[ParamSpec], meter: Meter
     ) -> None:
         """Find the widest mesh, once.
 
@@ -80,7 +80,7 @@ class MeshPlacement(ReplicatedPlacement):
             meshes = [p.device_mesh for p in tensors if isinstance(p, DTensor)]
             self._mesh = max(meshes, key=lambda mesh: mesh.size(), default=None)
 
-    def check(self, routes: Sequence[Route], tensors: Sequence[Tensor]) -> None:
+    def check(self, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]) -> None:
         """Raise for local tensors that are not contiguous, or whose sharding is not supported."""
         if self._mesh is None:
             super().check(routes, tensors)
@@ -90,7 +90,7 @@ class MeshPlacement(ReplicatedPlacement):
             self._spread(route.name, tensor)
 
     def locate(
-        self, group: ParamGroup, routes: Sequence[Route], tensors: Sequence[Tensor]
+        self, group: ParamGroup, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]
     ) -> list[Located]:
         """Return one for each way in which parameters lie."""
         if self._mesh is None:
@@ -143,7 +143,7 @@ class MeshPlacement(ReplicatedPlacement):
         mesh: DeviceMesh,
         dims: tuple[int, ...],
         copied: tuple[int, ...],
-        parameters: Sequence[tuple[Route, Tensor, Spread]],
+        parameters: Sequence[tuple[ParamSpec, Tensor, Spread]],
     ) -> Located:
         """Of parameters that the mesh dimensions ``dims`` cut and ``copied`` copy."""
         group = self._group(mesh, dims)
@@ -338,7 +338,7 @@ def _cuts(name: str, tensor: DTensor) -> tuple[tuple[int, int], ...]:
 
 
 def _boxes(
-    route: Route,
+    route: ParamSpec,
     mesh: DeviceMesh,
     dims: tuple[int, ...],
     cuts: tuple[tuple[int, int], ...],

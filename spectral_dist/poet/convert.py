@@ -15,7 +15,7 @@ from spectral_dist import polar
 from spectral_dist._errors import suggest
 from spectral_dist.params import classify as classifying
 from spectral_dist.params.patterns import Patterns
-from spectral_dist.params.spec import Route, plain_name
+from spectral_dist.params.spec import ParamSpec, plain_name
 from spectral_dist.placement.dtensor import MeshPlacement
 from spectral_dist.poet.layer import Block, PoetLayer, PoetLinear, Settings
 from spectral_dist.poet.permutation import generator
@@ -149,7 +149,7 @@ def _block(settings: Settings, patterns: Patterns, key: str, side: str) -> Block
     return size[side != "in"]
 
 
-def _linears(model: nn.Module, matrices: Iterable[str], scalars: Iterable[str]) -> list[Route]:
+def _linears(model: nn.Module, matrices: Iterable[str], scalars: Iterable[str]) -> list[ParamSpec]:
     """The weights to rotate: matrices that are a plain nn.Linear's.
 
     Raises:

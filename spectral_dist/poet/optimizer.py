@@ -14,7 +14,7 @@ from spectral_dist.core.agreement import Grads
 from spectral_dist.core.precision import without_autocast
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.core.units import Unit
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.base import ParamGroup
 from spectral_dist.poet import report
 from spectral_dist.poet.layer import PoetLayer
@@ -93,7 +93,7 @@ class POET(ShardedOptimizer):
         merged = self.layers[0].merges > 0
         return merged and (not totals or max(totals) > self.steps_since_merge())
 
-    def complete(self, carried: ParamGroup, routes: Sequence[Route]) -> ParamGroup:
+    def complete(self, carried: ParamGroup, routes: Sequence[ParamSpec]) -> ParamGroup:
         """Refuse a group of rotations that asks for decay."""
         if carried["kind"] == "skew" and carried["weight_decay"]:
             raise ValueError(

@@ -69,7 +69,7 @@ class Batch:
 
 
 class Packing(Protocol):
-    """Between runs in the order of ``Route.send_runs`` and batches of matrices, on both sides."""
+    """Between runs in the order of ``BucketRoute.send_runs`` and batches of matrices, on both sides."""
 
     def pack_to_send(self, runs: Tensor) -> Tensor:
         """Flat runs in the order in which they are sent."""
