@@ -11,7 +11,7 @@ from spectral_dist.integrations.megatron import _compat
 from spectral_dist.integrations.megatron._compat import cut_dimension, is_expert
 from spectral_dist.integrations.megatron.ranks import Ranks
 from spectral_dist.params.classify import NORMS
-from spectral_dist.params.spec import Reader, Reading
+from spectral_dist.params.spec import Inspector, ParamInfo
 from spectral_dist.params.splits import Split
 
 GATE_AND_UP = 2
@@ -30,16 +30,16 @@ class MegatronReader:
         self.ranks, self.expert_ranks, self.names = ranks, expert_ranks, names
         self._gated: set[int] = set()
 
-    def __call__(self, model: nn.Module) -> Reader:
+    def __call__(self, model: nn.Module) -> Inspector:
         """What each parameter of the model is, by itself."""
         splits = fused(model)
         self._gated |= {key for key, split in splits.items() if split == GATE_AND_UP}
 
-        def read(name: str, parameter: nn.Parameter, module: nn.Module) -> Reading:
+        def read(name: str, parameter: nn.Parameter, module: nn.Module) -> ParamInfo:
             shape = self._whole(parameter)
             kind, reason = _kind(name, parameter, module, len(shape))
             split, known_as = splits.get(id(parameter)), self.names[id(parameter)]
-            return Reading(shape, kind, reason, split=split, name=known_as)
+            return ParamInfo(shape, kind, reason, split=split, name=known_as)
 
         return read
 

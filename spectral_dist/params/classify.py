@@ -15,7 +15,7 @@ from torch.utils.weak import TensorWeakRef
 
 from spectral_dist.params.heads import full_shape, output_heads
 from spectral_dist.params.patterns import Patterns
-from spectral_dist.params.spec import ParamSpec, Reader, Reading, plain_name
+from spectral_dist.params.spec import Inspector, ParamInfo, ParamSpec, plain_name
 from spectral_dist.params.splits import Split, matrices_of
 from spectral_dist.params.table import table
 from spectral_dist.params.wrappers import check as check_wrappers
@@ -89,7 +89,7 @@ def _plain_class(module: nn.Module) -> str:
     return str(type_before_parametrizations(module).__name__)
 
 
-def torch_reader(model: nn.Module) -> Reader:
+def torch_inspector(model: nn.Module) -> Inspector:
     """Reads parameters of torch's own modules, and of those made of them."""
     heads = output_heads(model)
     parametrized = {
@@ -98,7 +98,7 @@ def torch_reader(model: nn.Module) -> Reader:
         for leaf, each in getattr(module, "parametrizations", {}).items()
     }
 
-    def read(name: str, parameter: nn.Parameter, module: nn.Module) -> Reading:
+    def read(name: str, parameter: nn.Parameter, module: nn.Module) -> ParamInfo:
         leaf, shape = name.rsplit(".", 1)[-1], full_shape(parameter)
         kind, reason = _kind(module, name, shape)
         layer, weight = parametrized.get(id(module), (module, leaf))
@@ -111,7 +111,7 @@ def torch_reader(model: nn.Module) -> Reader:
             view = shape[0], math.prod(shape[1:])
         packed = isinstance(module, nn.MultiheadAttention) and leaf == "in_proj_weight"
         transposed = _stored_transposed(module, leaf)
-        return Reading(shape, kind, reason, view, 3 if packed else None, transposed=transposed)
+        return ParamInfo(shape, kind, reason, view, 3 if packed else None, transposed=transposed)
 
     return read
 
@@ -123,7 +123,7 @@ def classify(
     scalars: Iterable[str] = (),
     split: Mapping[str, Split] | None = None,
     one_sided: Iterable[str] = (),
-    reader: Callable[[nn.Module], Reader] = torch_reader,
+    reader: Callable[[nn.Module], Inspector] = torch_inspector,
     anywhere: Callable[[list[bool]], list[bool]] = list,
     later: bool = False,
 ) -> list[ParamSpec]:
@@ -192,7 +192,7 @@ def classify(
     return routes
 
 
-def _matched(name: str, found: Reading, forced: Mapping[str, Patterns]) -> tuple[str, str] | None:
+def _matched(name: str, found: ParamInfo, forced: Mapping[str, Patterns]) -> tuple[str, str] | None:
     """The option and the pattern of it that overrides a reading, if one does."""
     asked = [(o, hit) for o, patterns in forced.items() if (hit := patterns.find(name)) is not None]
     if len(asked) > 1:
@@ -208,7 +208,7 @@ def _matched(name: str, found: Reading, forced: Mapping[str, Patterns]) -> tuple
 def _route(
     name: str,
     parameter: nn.Parameter,
-    found: Reading,
+    found: ParamInfo,
     matched: tuple[str, str] | None,
     splits: Patterns,
     split: Mapping[str, Split],
@@ -247,7 +247,7 @@ def _route(
 def _frozen(
     name: str,
     parameter: nn.Parameter,
-    found: Reading,
+    found: ParamInfo,
     matched: tuple[str, str] | None,
     splits: Patterns,
     split: Mapping[str, Split],

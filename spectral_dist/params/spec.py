@@ -77,7 +77,7 @@ class ParamSpec:
 
 
 @dataclass(frozen=True)
-class Reading:
+class ParamInfo:
     """What a parameter is by itself, before any pattern: see ``ParamSpec``.
 
     ``shape``: whole and unsharded; ``view``: as its matrices are read, if otherwise. ``split``: how
@@ -95,7 +95,7 @@ class Reading:
     transposed: bool = False
 
 
-Reader: TypeAlias = Callable[[str, nn.Parameter, nn.Module], Reading]
+Inspector: TypeAlias = Callable[[str, nn.Parameter, nn.Module], ParamInfo]
 """Called with a parameter's name, itself and the module that has it."""
 
 
