@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from torch import Tensor
 
-from spectral_dist.core.matrix_state import Part
+from spectral_dist.core.matrix_state import MatrixStatePart
 from spectral_dist.integrations.megatron import _compat
 
 ENTRY = "spectral_matrices"
@@ -26,7 +26,9 @@ PREFIX = "optimizer.spectral"
 """Of keys in checkpoints, where the parameters' states begin with ``optimizer.state``."""
 
 
-def sharded(parts: Iterable[Part], copies: Collection[str], loading: bool) -> ShardedTensorFactory:
+def sharded(
+    parts: Iterable[MatrixStatePart], copies: Collection[str], loading: bool
+) -> ShardedTensorFactory:
     """The parts, for Megatron to save, or to load into; all ranks give one.
 
     ``copies``: matrices of which an earlier pipeline stage keeps the same, and saves it.
@@ -45,7 +47,7 @@ def sharded(parts: Iterable[Part], copies: Collection[str], loading: bool) -> Sh
     return ShardedTensorFactory(ENTRY, None, build, lambda loaded: loaded)
 
 
-def fill(parts: Iterable[Part], loaded: Mapping[str, Tensor]) -> None:
+def fill(parts: Iterable[MatrixStatePart], loaded: Mapping[str, Tensor]) -> None:
     """Copy what Megatron has loaded for ``sharded`` into the parts.
 
     Raises:
@@ -63,16 +65,16 @@ def fill(parts: Iterable[Part], loaded: Mapping[str, Tensor]) -> None:
         part.values.data.copy_(loaded[_label(part)])
 
 
-def _key(part: Part) -> str:
+def _key(part: MatrixStatePart) -> str:
     return f"{PREFIX}.{part.name}.{part.matrix}"
 
 
-def _label(part: Part) -> str:
+def _label(part: MatrixStatePart) -> str:
     """Megatron takes boxes that begin at one place for the same."""
     return f"{_key(part)}@{','.join(map(str, part.offsets))}"
 
 
-def _tensor(part: Part, copies: Collection[str]) -> ShardedTensor:
+def _tensor(part: MatrixStatePart, copies: Collection[str]) -> ShardedTensor:
     shape = tuple(part.values.shape)
     # None: boxes of any size, of which torch checks that they cover the whole once, as it saves
     grid = (1,) * len(shape) if shape == part.shape else None

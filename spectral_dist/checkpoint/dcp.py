@@ -26,7 +26,7 @@ from spectral_dist.checkpoint.chunked_tensor import Runs, momentum_runs
 from spectral_dist.checkpoint.files import failing_together
 from spectral_dist.checkpoint.names import MATRICES, STATE, Names, names_in, names_of
 from spectral_dist.checkpoint.plain import check_plain
-from spectral_dist.core.matrix_state import Part, check_saved
+from spectral_dist.core.matrix_state import MatrixStatePart, check_saved
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.core.units import MatrixUnit
@@ -84,7 +84,7 @@ def matrix_state(
     return content
 
 
-def _parts(optimizer: ShardedOptimizer) -> Iterator[Part]:
+def _parts(optimizer: ShardedOptimizer) -> Iterator[MatrixStatePart]:
     """Iterate over the optimizer's matrix state, if it has matrices."""
     if isinstance(optimizer, SpectralOptimizer):
         yield from optimizer.matrix_parts()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spectral_dist.core import matrix_state
 from spectral_dist.core.first_step import matrix_of
-from spectral_dist.core.matrix_state import Part
+from spectral_dist.core.matrix_state import MatrixStatePart
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.core.units import MatrixUnit
 from spectral_dist.placement.base import ParamGroup
@@ -34,7 +34,7 @@ class MatrixCheckpoints(ShardedOptimizer):
     def rule_options(self, group: ParamGroup) -> Any:
         """Return the rule's options of a group of matrices, as it is now."""
 
-    def matrix_parts(self) -> Iterator[Part]:
+    def matrix_parts(self) -> Iterator[MatrixStatePart]:
         """Iterate over what this rank keeps of matrices, beside momentum.
 
         Nothing before ``units`` was called.

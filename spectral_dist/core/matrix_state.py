@@ -17,7 +17,7 @@ from spectral_dist.sharding.layout import Layout
 
 
 @dataclass(frozen=True)
-class Part:
+class MatrixStatePart:
     """What this rank has of one quantity of one matrix.
 
     Attributes:
@@ -78,7 +78,7 @@ class MatrixState:
             copied.append((tensor, rows, tensor[rows]))
         return copied
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[MatrixStatePart]:
         """Iterate over what is here, matrix by matrix."""
         for which, tensors in self._tensors.items():
             reduction = self._reductions[which]
@@ -97,7 +97,9 @@ class MatrixState:
                     is_primary = dimension is not None or k in owned
                     matrix = self.layouts[i].matrix.name
                     if values.numel():
-                        yield Part(matrix, name, spec.shape, tuple(offsets), values, is_primary)
+                        yield MatrixStatePart(
+                            matrix, name, spec.shape, tuple(offsets), values, is_primary
+                        )
 
 
 def _stacked(spec: StateSpec, count: int, reduction: Reduction | None) -> tuple[int, ...]:
@@ -118,7 +120,7 @@ def elements(rule: Rule[Any], options: MatrixOptions, shape: Shape) -> int:
     return sum(int(torch.Size(s.shape).numel()) for s in specs if s.where != "all")
 
 
-def load(parts: Iterable[Part], saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+def load(parts: Iterable[MatrixStatePart], saved: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Copy whole quantities into the parts that are here.
 
     Raises:
@@ -131,7 +133,7 @@ def load(parts: Iterable[Part], saved: Mapping[str, Mapping[str, Tensor]]) -> No
         part.values.copy_(whole)
 
 
-def check(part: Part, saved: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+def check(part: MatrixStatePart, saved: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
     """Return the whole quantity of which a part is to be loaded.
 
     Raises:
@@ -147,7 +149,7 @@ def check(part: Part, saved: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
     return whole
 
 
-def check_saved(part: Part, shape: tuple[int, ...] | None) -> None:
+def check_saved(part: MatrixStatePart, shape: tuple[int, ...] | None) -> None:
     """Raise for what a checkpoint has in place of a part's quantity: its shape, None for nothing.
 
     Raises:
