@@ -142,7 +142,7 @@ def _routes(
             model = inside
         else:
             model.add_module(f"chunk{index}", inside)
-    found = classify(model, reader=reader, anywhere=on_any_stage, **given)
+    found = classify(model, make_inspector=reader, any_stage=on_any_stage, **given)
     show(found)
     return {id(route.parameter): route for route in found}
 

@@ -165,7 +165,7 @@ def convert(
     names = global_names([model])
     reader = MegatronReader(*ranks_of(None), names)
     routes = classify(
-        model, matrices=matrices, scalars=scalars, reader=reader, anywhere=on_any_stage
+        model, matrices=matrices, scalars=scalars, make_inspector=reader, any_stage=on_any_stage
     )
     found = _linears(model, routes)
     if not on_any_stage([bool(found)])[0]:

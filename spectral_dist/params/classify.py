@@ -123,8 +123,8 @@ def classify(
     scalars: Iterable[str] = (),
     split: Mapping[str, Split] | None = None,
     one_sided: Iterable[str] = (),
-    reader: Callable[[nn.Module], Inspector] = torch_inspector,
-    anywhere: Callable[[list[bool]], list[bool]] = list,
+    make_inspector: Callable[[nn.Module], Inspector] = torch_inspector,
+    any_stage: Callable[[list[bool]], list[bool]] = list,
     later: bool = False,
 ) -> list[ParamSpec]:
     """The route of every parameter of ``model``, in its order, tied parameters once.
@@ -135,8 +135,8 @@ def classify(
         one_sided: like matrices, for embeddings, heads and routers: their polar factor is exact, by
             the eigenvalues of the Gram matrix of the short side (arXiv 2505.21799's one-sided form:
             right for (vocabulary, width), left for (experts, width)).
-        reader: what tells parameters of this kind of model apart.
-        anywhere: of what is true here, what is true of any part of a model that is in several.
+        make_inspector: what tells parameters of this kind of model apart.
+        any_stage: of what is true here, what is true of any part of a model that is in several.
         later: whether what is frozen may be the only matrices, as it will be trained later.
 
     Raises:
@@ -161,11 +161,11 @@ def classify(
     splits = Patterns("split", split or {})
     for name, parameter, _ in _named(model):
         _check_usable(name, parameter)
-    read = reader(model)
+    inspect = make_inspector(model)
     rotated = any(_rotated(module) for module in model.modules())
     routes = []
     for name, parameter, module in _named(model):
-        found = read(name, parameter, module)
+        found = inspect(name, parameter, module)
         layer: Any = module if _rotated(module) and module.is_skew(name) else None  # type: ignore[operator]
         if layer is not None:
             found = replace(found, kind="skew", reason="rotates a frozen weight")
@@ -181,7 +181,7 @@ def classify(
     names = [route.name for route in routes if route.kind != "frozen"]
     every = (*forced.values(), splits)
     here = [used for patterns in every for used in patterns.used.values()]
-    *used, some = anywhere([*here, any(route.kind in ("matrix", "skew") for route in routes)])
+    *used, some = any_stage([*here, any(route.kind in ("matrix", "skew") for route in routes)])
     for patterns in every:
         patterns.used = {pattern: used.pop(0) for pattern in patterns.used}
         patterns.check(names)
