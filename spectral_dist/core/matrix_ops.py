@@ -181,31 +181,31 @@ class SlabMatrixOps:
         """Count polar factors; ``places`` are among the matrices that are owned here."""
         reduction, context = self._reduction, self.context
         if places is not None:
-            which = [reduction.matrices[k] for k in reduction.mine]
+            which = [reduction.matrices[k] for k in reduction.owned]
             owned = WholeMatrixOps(context, which, self.shape, {})
             owned.count_polar(places, matrices, factors)
             return
-        context.polar_calls += len(reduction.mine)
+        context.polar_calls += len(reduction.owned)
         if context.watch:
             grams = torch.stack([reduction.gram(x.float()) for x in (matrices, factors)])
             of_both = reduction.add(grams)
             nuclear = self.inner(matrices, factors)
-            if reduction.mine:
-                here = (x[reduction.mine] for x in (*of_both, nuclear))
+            if reduction.owned:
+                here = (x[reduction.owned] for x in (*of_both, nuclear))
                 context.watch.grams(self._owned(), *here)
 
     def note(self, name: str, values: Callable[[], Tensor]) -> None:
         """Tell the monitor, if one watches this step."""
         if self.context.watch:
             numbers = values()  # a call of all the group
-            if self._reduction.mine:
-                self.context.watch.note(self._owned(), name, numbers[self._reduction.mine])
+            if self._reduction.owned:
+                self.context.watch.note(self._owned(), name, numbers[self._reduction.owned])
 
     def pool(self, values: Callable[[], Tensor]) -> None:
         """Do nothing: where numbers are pooled, matrices are whole (``strategy.in_slabs``)."""
 
     def _owned(self) -> list[int]:
-        return [self._reduction.matrices[k] for k in self._reduction.mine]
+        return [self._reduction.matrices[k] for k in self._reduction.owned]
 
 
 def spec_of(context: StepContext, shape: Shape) -> PolarSpec:

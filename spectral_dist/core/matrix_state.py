@@ -82,7 +82,7 @@ class MatrixState:
         """Iterate over what is here, matrix by matrix."""
         for which, tensors in self._tensors.items():
             reduction = self._reductions[which]
-            owned = list(range(len(which))) if reduction is None else reduction.mine
+            owned = list(range(len(which))) if reduction is None else reduction.owned
             for k, i in enumerate(which):
                 for name, spec in self._specs[which].items():
                     offsets, place = [0] * len(spec.shape), k
@@ -107,7 +107,7 @@ def _stacked(spec: StateSpec, count: int, reduction: Reduction | None) -> tuple[
     if reduction is None:
         return (count, *spec.shape)
     if spec.where == "owner":
-        return (len(reduction.mine), *spec.shape)
+        return (len(reduction.owned), *spec.shape)
     shape, dimension = list(spec.shape), spec.cut_dimension(reduction.along)
     if dimension is not None:
         shape[dimension] = reduction.length

@@ -88,7 +88,7 @@ class MatrixStep(MatrixTask):
         if self._matrix(which[0]).transposed:
             reduction = reduction.transposed()
         slabs = self._read(slabs, which)
-        with self._state_of(which, reduction.mine) as state:
+        with self._state_of(which, reduction.owned) as state:
             ops = SlabMatrixOps(self.context, reduction, state)
             direction = self._checked(self.rule.direction(self.options, slabs, ops), slabs)
             return self._read(direction, which)

@@ -15,7 +15,7 @@ from spectral_dist.polar import of_gram, resolve_dtype
 from spectral_dist.rules.base import PolarSpec, Shape
 from spectral_dist.rules.options import MatrixOptions
 from spectral_dist.sharding import collectives
-from spectral_dist.sharding.boxes import slabs, tiles_alone
+from spectral_dist.sharding.boxes import block_layouts, slabs
 from spectral_dist.sharding.cost import (
     CostContext,
     cheaper_in_slabs,
@@ -161,10 +161,14 @@ def add_blocks(unit: MatrixUnit, options: MatrixOptions, numel: int) -> MatrixUn
             "strategy is 'block', but the rule keeps state of whole matrices, which blocks have"
             " not; write strategy='owner' or 'gram'"
         )
-    by_matrix = [tiles_alone(layout) for layout in located.layouts]
+    by_matrix = [block_layouts(layout) for layout in located.layouts]
     layouts = tuple(block for matrix in by_matrix for block in matrix)
-    homes = [owner // ranks for owner, m in zip(plan.owners, by_matrix, strict=True) for _ in m]
-    block_plan = make_plan(layouts, ranks, numel, exchange.num_replicas, homes=homes)
+    required_replicas = [
+        owner // ranks for owner, m in zip(plan.owners, by_matrix, strict=True) for _ in m
+    ]
+    block_plan = make_plan(
+        layouts, ranks, numel, exchange.num_replicas, required_replicas=required_replicas
+    )
     block_exchange = Exchange(
         layouts,
         block_plan,
