@@ -117,8 +117,9 @@ class Reduction:
         return product.to(x.dtype)
 
     def _bounded(self, wide: Tensor, narrow: torch.dtype) -> Tensor:
-        """Divide slabs by the largest entry of their matrix, so that squares neither overflow nor vanish.
+        """Divide slabs by the largest entry of their matrix.
 
+        So squares neither overflow nor vanish.
         They are returned unscaled if squares of the narrow dtype cannot overflow in the wide one.
 
         Args:
