@@ -19,7 +19,7 @@ from spectral_dist.core.rates import Rates
 from spectral_dist.core.unique_names import told_apart
 from spectral_dist.core.units import Unit
 from spectral_dist.core.written_options import WrittenOptions
-from spectral_dist.params.param_groups import grouped
+from spectral_dist.params.param_groups import split_by_kind
 from spectral_dist.params.spec import WRONG_KIND, ParamSpec
 from spectral_dist.placement.base import ParamGroup, Placement
 from spectral_dist.placement.dtensor import MeshPlacement
@@ -90,7 +90,7 @@ class ShardedOptimizer(Rates):
         defaults = {n: getattr(self.options, n) for n in scheduled if hasattr(self.options, n)}
         if isinstance(options.get("lr"), Tensor):  # as torch's, for those who write into it
             defaults["lr"] = options["lr"]
-        super().__init__(grouped(params, options=self.options_type), defaults)
+        super().__init__(split_by_kind(params, options=self.options_type), defaults)
 
     def begin(self, placement: Placement | None) -> None:
         """Set what an optimizer has that has taken no step and that nobody watches."""
@@ -110,7 +110,7 @@ class ShardedOptimizer(Rates):
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add parameters; a group of both kinds becomes two."""
-        for group in grouped([param_group], options=self.options_type):
+        for group in split_by_kind([param_group], options=self.options_type):
             group = {**group, "routes": told_apart(group["routes"], self.all_routes)}
             if group["kind"] not in self.options_type.kinds():
                 raise ValueError(WRONG_KIND[group["kind"]])

@@ -137,7 +137,7 @@ def _by_kind(problems: Iterable[str]) -> str:
 def _block(settings: Settings, patterns: Patterns, key: str, side: str) -> Block:
     """The size of one side's blocks. ValueError: two sizes for a part, which has one side."""
     part = side.partition("_")[2]
-    pattern = patterns.find(f"{key}.{part}" if part else key, alone=True)
+    pattern = patterns.find(f"{key}.{part}" if part else key, unique=True)
     size = settings.block if pattern is None else settings.blocks[pattern]
     if isinstance(size, int | float):
         return size
