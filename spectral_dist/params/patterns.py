@@ -51,7 +51,11 @@ class Patterns:
         return matches[0] if matches else None
 
     def check(self, names: Sequence[str]) -> None:
-        """Raise a ValueError if a pattern has matched none of ``names``, which it shows."""
+        """Raise a ValueError for a pattern that no parameter's name has matched.
+
+        Args:
+            names: of trainable parameters, of which the error shows some.
+        """
         for pattern, used in self.used.items():
             if not used:
                 raise ValueError(
