@@ -38,7 +38,7 @@ def keep_matrix_state(engine: Any, optimizer: SpectralOptimizer) -> None:
         rule = {RULE: optimizer.rule_name}
         if not keeps_state:
             return rule
-        optimizer.locate()
+        optimizer.initialize_state()
         beside = (folder / FOLDER).absolute()
         name = checkpoint.save_matrix_state(beside, optimizer)
         return {**rule, FOLDER: {"folder": str(beside), "id": name}}
@@ -71,7 +71,7 @@ def keep_matrix_state(engine: Any, optimizer: SpectralOptimizer) -> None:
                     " load_optimizer_states=False"
                 )
         if source is not None:
-            optimizer.locate()
+            optimizer.initialize_state()
             checkpoint.load_matrix_state(source, optimizer, written and written["id"])
 
     around_checkpoints(engine, after_load, before_save, before_load)

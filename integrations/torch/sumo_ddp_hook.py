@@ -101,7 +101,7 @@ class Projection:
         """Every matrix, with its owner."""
         mine = {id(p) for p in model.parameters()}
         found = []
-        self.optimizer.locate()
+        self.optimizer.initialize_state()
         for group in self.optimizer.param_groups:
             if group["kind"] != "matrix":
                 continue

@@ -236,7 +236,7 @@ def load(folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer) -> d
     """
     checked = files.verify(folder)
     model_state = get_model_state_dict(model)
-    optimizer.locate()
+    optimizer.initialize_state()
     with failing_together():
         saved = files.read_metadata(folder).state_dict_metadata
         names = names_in(names_of(optimizer, model), saved)

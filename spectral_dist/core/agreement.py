@@ -210,7 +210,9 @@ def flag_of(
     return flag
 
 
-def go_on_alone(error: Exception | None, status: Status, agreed: Status, warned: set[str]) -> None:
+def check_without_agreement(
+    error: Exception | None, status: Status, agreed: Status, warned: set[str]
+) -> None:
     """Look at this rank alone, by what was agreed in the first step, as with check_finite=False.
 
     Args:

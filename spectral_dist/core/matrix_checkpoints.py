@@ -79,7 +79,7 @@ class MatrixCheckpoints(ShardedOptimizer):
         whole = state.get("matrix_state")
         super().__setstate__({k: v for k, v in state.items() if k != "matrix_state"})
         if whole:
-            self.locate()
+            self.initialize_state()
             matrix_state.load(self.matrix_parts(), whole)
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,7 +125,7 @@ class MatrixCheckpoints(ShardedOptimizer):
         """Raise a ValueError if a state dict is not of this optimizer."""
         super().check_loaded(state_dict)
         if "matrix_state" in state_dict:
-            self.locate()
+            self.initialize_state()
             for part in self.matrix_parts():
                 matrix_state.check(part, state_dict["matrix_state"])
         elif not self.placement.saves_matrix_state and self.keeps_matrix_state:
@@ -189,7 +189,7 @@ class MatrixCheckpoints(ShardedOptimizer):
             for matrix in route.matrices
             if whole.get(route.name)
         }
-        self.locate()
+        self.initialize_state()
         parts = [part for part in self.matrix_parts() if part.matrix in saved]
         matrix_state.load(parts, saved)
 

@@ -75,7 +75,7 @@ class WholeMatrixOps:
         self.context.observe(self.names, matrices)
         factors = polar(matrices, method=spec.method, steps=spec.steps, compute_dtype=spec.dtype)
         if self.context.watch:
-            self.context.watch.factors(self.which, matrices, factors)
+            self.context.watch.record_polar(self.which, matrices, factors)
         return factors
 
     def inner(self, a: Tensor, b: Tensor) -> Tensor:
@@ -110,12 +110,12 @@ class WholeMatrixOps:
         if places:
             self.context.observe([self.names[k] for k in places], matrices)
         if self.context.watch and places:
-            self.context.watch.factors([self.which[k] for k in places], matrices, factors)
+            self.context.watch.record_polar([self.which[k] for k in places], matrices, factors)
 
     def note(self, name: str, values: Callable[[], Tensor]) -> None:
         """Tell the monitor, if one watches this step."""
         if self.context.watch:
-            self.context.watch.note(self.which, name, values())
+            self.context.watch.record_scalar(self.which, name, values())
 
     def pool(self, values: Callable[[], Tensor]) -> None:
         """Add numbers to those of this shape, if they count in this step."""
@@ -192,14 +192,16 @@ class SlabMatrixOps:
             nuclear = self.inner(matrices, factors)
             if reduction.owned:
                 here = (x[reduction.owned] for x in (*of_both, nuclear))
-                context.watch.grams(self._owned(), *here)
+                context.watch.record_grams(self._owned(), *here)
 
     def note(self, name: str, values: Callable[[], Tensor]) -> None:
         """Tell the monitor, if one watches this step."""
         if self.context.watch:
             numbers = values()  # a call of all the group
             if self._reduction.owned:
-                self.context.watch.note(self._owned(), name, numbers[self._reduction.owned])
+                self.context.watch.record_scalar(
+                    self._owned(), name, numbers[self._reduction.owned]
+                )
 
     def pool(self, values: Callable[[], Tensor]) -> None:
         """Do nothing: where numbers are pooled, matrices are whole (``strategy.in_slabs``)."""

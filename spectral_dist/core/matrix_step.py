@@ -142,7 +142,7 @@ class MatrixStep(MatrixTask):
             return
         if self.context.watch:
             owned = [i for i in present if pieces[i] in self.unit.owned_runs]
-            self.context.watch.runs(
+            self.context.watch.record_update(
                 [pieces[i].matrix for i in owned],
                 [self.weight_of[pieces[i]] for i in owned],
                 [directions[i] for i in owned],

@@ -47,7 +47,7 @@ class Watch:
         shape = (len(located.layouts), len(self.columns))
         self.table = torch.zeros(shape, dtype=torch.float32, device=located.device)
 
-    def note(self, which: Sequence[int], name: str, values: Tensor) -> None:
+    def record_scalar(self, which: Sequence[int], name: str, values: Tensor) -> None:
         """Note numbers of matrices that this rank owns, (k,).
 
         Raises:
@@ -60,25 +60,25 @@ class Watch:
         rows = torch.tensor(which, device=self.table.device)
         self.table[rows, self.columns.index(name)] = values.to(self.table)
 
-    def factors(self, which: Sequence[int], matrices: Tensor, factors: Tensor) -> None:
+    def record_polar(self, which: Sequence[int], matrices: Tensor, factors: Tensor) -> None:
         """What was orthogonalized, and what came out."""
         x, u = matrices.float(), factors.float()
         if x.shape[-2] > x.shape[-1]:
             x, u = x.mT, u.mT
-        self.grams(which, x @ x.mT, u @ u.mT, reductions.inner(x, u))
+        self.record_grams(which, x @ x.mT, u @ u.mT, reductions.inner(x, u))
 
-    def grams(
+    def record_grams(
         self, which: Sequence[int], of_matrices: Tensor, of_factors: Tensor, nuclear: Tensor
     ) -> None:
         """The Grams of both, of the short side, and <X, U>."""
         side = of_factors.shape[-1]
         eye = torch.eye(side, dtype=torch.float32, device=of_factors.device)
         error = torch.linalg.matrix_norm(of_factors - eye) / side**0.5
-        self.note(which, "orthogonality_error", error)
-        self.note(which, "nuclear_norm", nuclear)
-        self.note(which, "stable_rank", _stable_rank(of_matrices))
+        self.record_scalar(which, "orthogonality_error", error)
+        self.record_scalar(which, "nuclear_norm", nuclear)
+        self.record_scalar(which, "stable_rank", _stable_rank(of_matrices))
 
-    def runs(
+    def record_update(
         self, which: Sequence[int], weights: Sequence[Tensor], directions: Sequence[Tensor]
     ) -> None:
         """Runs of the weights, before they are changed, and of the directions."""

@@ -54,7 +54,7 @@ class SpectralOptimizer(MatrixCheckpoints):
 
     # -- options
 
-    def complete(self, carried: ParamGroup, routes: Sequence[ParamSpec]) -> ParamGroup:
+    def finalize_group(self, carried: ParamGroup, routes: Sequence[ParamSpec]) -> ParamGroup:
         """Return what a group carries, with what the rule makes of its matrices.
 
         ``betas`` of a group of matrices is for schedulers that cycle it: its first number and

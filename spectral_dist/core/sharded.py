@@ -16,7 +16,7 @@ from spectral_dist.core.matrix_ops import Observer
 from spectral_dist.core.monitor import Monitor, Watch, add_up
 from spectral_dist.core.precision import without_autocast
 from spectral_dist.core.rates import Rates
-from spectral_dist.core.unique_names import told_apart
+from spectral_dist.core.unique_names import with_unique_names
 from spectral_dist.core.units import Unit
 from spectral_dist.core.written_options import WrittenOptions
 from spectral_dist.params.param_groups import split_by_kind
@@ -111,11 +111,11 @@ class ShardedOptimizer(Rates):
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add parameters; a group of both kinds becomes two."""
         for group in split_by_kind([param_group], options=self.options_type):
-            group = {**group, "routes": told_apart(group["routes"], self.all_routes)}
+            group = {**group, "routes": with_unique_names(group["routes"], self.all_routes)}
             if group["kind"] not in self.options_type.kinds():
                 raise ValueError(WRONG_KIND[group["kind"]])
             given = group_options(group, self.options, self._has_one_lr)
-            carried = self.complete(given, group["routes"])
+            carried = self.finalize_group(given, group["routes"])
             carried["id"], carried[RULE] = len(self.routes), self.rule_name
             self.rate(carried)
             self.routes.append(group["routes"])
@@ -123,7 +123,7 @@ class ShardedOptimizer(Rates):
             for name in self.defaults.keys() - carried.keys():
                 del self.param_groups[-1][name]  # torch gives every group all defaults
 
-    def complete(self, carried: ParamGroup, routes: Sequence[ParamSpec]) -> ParamGroup:
+    def finalize_group(self, carried: ParamGroup, routes: Sequence[ParamSpec]) -> ParamGroup:
         """Return what a group carries, with what depends on its parameters."""
         return carried
 
@@ -274,7 +274,7 @@ class ShardedOptimizer(Rates):
         """Have the placement look at the groups as they are now."""
         self.placement.prepare(self, self.all_routes, self.meter)
 
-    def locate(self) -> None:
+    def initialize_state(self) -> None:
         """Find where everything lives, and make all states. A collective call, the first time."""
         self.prepare_placement()
         for group, tensors in self.placement.param_batches(self):
@@ -352,7 +352,7 @@ class ShardedOptimizer(Rates):
         )
         check = self.options.check_finite
         if not check and known.is_made:
-            agreeing.go_on_alone(error, status, known.status, self._warned)
+            agreeing.check_without_agreement(error, status, known.status, self._warned)
             return True
         dense = check and error is None  # or else they may be sparse
         present = [g for some in grads for g in some if g is not None and g.numel()] * dense

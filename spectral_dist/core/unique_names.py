@@ -8,7 +8,7 @@ from dataclasses import replace
 from spectral_dist.params.spec import ParamSpec
 
 
-def told_apart(routes: Sequence[ParamSpec], known: Sequence[ParamSpec]) -> list[ParamSpec]:
+def with_unique_names(routes: Sequence[ParamSpec], known: Sequence[ParamSpec]) -> list[ParamSpec]:
     """Return routes with names that no other one has: "weight", then "weight#2".
 
     State of matrices and checkpoints are by name, and two models (actor and critic) have the same.
