@@ -164,7 +164,9 @@ def copies(folder: str) -> None:
         first.step(0)
         state = checkpoint.state_dict(first.optimizer)["state"]
         runs = next(
-            s["exp_avg"] for s in state.values() if isinstance(s["exp_avg"], checkpoint.Runs)
+            s["exp_avg"]
+            for s in state.values()
+            if isinstance(s["exp_avg"], checkpoint.ChunkedTensor)
         )
         for made_so in (
             copy.deepcopy,

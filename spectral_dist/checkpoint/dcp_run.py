@@ -17,7 +17,7 @@ from spectral_dist.checkpoint.run import Run, no_place
 
 def read_dcp(folder: Path) -> Run:
     """Return the run in a folder of ``spectral_dist.checkpoint.save``."""
-    files.verify(folder, alone=True)
+    files.verify(folder, single_process=True)
     metadata = files.read_metadata(folder)
     content: dict[str, Any] = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -56,4 +56,4 @@ def write_dcp(folder: Path, run: Run) -> None:
         "optimizer": {"state": run.state, "groups": json.dumps(groups)},
         "extra": file.getvalue(),
     }
-    files.write(folder, content, alone=True)
+    files.write(folder, content, single_process=True)

@@ -151,7 +151,7 @@ def replace(path: Path, text: str) -> None:
         raise
 
 
-def write(folder: str | Path, content: Mapping[str, Any], *, alone: bool = False) -> str:
+def write(folder: str | Path, content: Mapping[str, Any], *, single_process: bool = False) -> str:
     """Write a checkpoint; a collective call. Return its id, the same on every rank.
 
     Args:
@@ -162,17 +162,20 @@ def write(folder: str | Path, content: Mapping[str, Any], *, alone: bool = False
     Raises:
         RuntimeError: on every rank, if one of them could not write: names the file.
     """
-    with _quietly():
-        return write_in(None, folder, content, alone)
+    with _no_dist_warning_suppressed():
+        return write_in(None, folder, content, single_process)
 
 
 def write_in(
-    group: Group, folder: str | Path, content: Mapping[str, Any], alone: bool = False
+    group: Group, folder: str | Path, content: Mapping[str, Any], single_process: bool = False
 ) -> str:
     """Write as ``write`` does, by ranks that talk in ``group``; None: in that of the job."""
     with _told(f"{folder} was not saved", RuntimeError):
         saved = dcp_save(
-            dict(content), storage_writer=Writer(folder), process_group=group, no_dist=alone
+            dict(content),
+            storage_writer=Writer(folder),
+            process_group=group,
+            no_dist=single_process,
         )
     return save_id(saved)
 
@@ -185,7 +188,7 @@ def save_id(metadata: Metadata) -> str:
 # -- checking
 
 
-def verify(folder: str | Path, *, alone: bool = False) -> bool:
+def verify(folder: str | Path, *, single_process: bool = False) -> bool:
     """Raise if files are missing or are not what was written; a collective call.
 
     Returns:
@@ -194,8 +197,8 @@ def verify(folder: str | Path, *, alone: bool = False) -> bool:
     Raises:
         ValueError: on every rank; names the file.
     """
-    rank, ranks = (0, 1) if alone else (collectives.job_rank(), collectives.job_size())
-    with failing_together(alone):
+    rank, ranks = (0, 1) if single_process else (collectives.job_rank(), collectives.job_size())
+    with failing_together(single_process):
         if not Path(folder, METADATA).is_file():
             raise ValueError(f"{folder} holds no checkpoint: there is no {METADATA} in it")
         if not Path(folder, MANIFEST).is_file():
@@ -325,7 +328,7 @@ def read(
         ValueError: on every rank, if one of them could not read what it needs: names the file.
     """
     planner: LoadPlanner = _Planner(folder, flat, rehearse)
-    with _quietly(), _told(f"{folder} was not loaded", ValueError):
+    with _no_dist_warning_suppressed(), _told(f"{folder} was not loaded", ValueError):
         dcp_load(content, storage_reader=Reader(folder), planner=planner, no_dist=not flat)
 
 
@@ -333,14 +336,14 @@ def read(
 
 
 @contextlib.contextmanager
-def failing_together(alone: bool = False) -> Iterator[None]:
+def failing_together(single_process: bool = False) -> Iterator[None]:
     """Raise on every rank of the job what any of them raises inside, where none may wait."""
     error: Exception | None = None
     try:
         yield
     except Exception as raised:
         error = raised
-    collectives.raise_together(error, [] if alone else [collectives.world()])
+    collectives.raise_together(error, [] if single_process else [collectives.world()])
 
 
 @contextlib.contextmanager
@@ -360,7 +363,7 @@ def _tell(what: str, kind: Callable[[str], Exception], raised: CheckpointExcepti
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def _no_dist_warning_suppressed() -> Iterator[None]:
     """Without torch's warning that one process saves and loads by itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is")

@@ -16,7 +16,7 @@ from spectral_dist.rules.group_options import FRAMEWORK_KEYS
 
 
 @dataclass(frozen=True)
-class Words:
+class KeyMapping:
     """How another optimizer writes its groups and states of one kind.
 
     ``options``, ``state``: theirs -> ours. ``fixed``: what an option must be, for there is nothing
@@ -47,7 +47,7 @@ class Words:
                 raise ValueError(f"{where}: unknown option {key!r}")
         return ours
 
-    def group_back(self, ours: Mapping[str, Any]) -> dict[str, Any]:
+    def to_theirs(self, ours: Mapping[str, Any]) -> dict[str, Any]:
         """The options it knows of our group, its own learning rate among them."""
         back = {ours_: theirs for theirs, ours_ in self.options.items()}
         found = {back.get(k, k): v for k, v in ours.items() if k in back or k in FRAMEWORK_KEYS}
@@ -76,7 +76,7 @@ class Words:
             run.state[name] = state
 
 
-TORCH_MUON = Words(
+TORCH_MUON = KeyMapping(
     "matrix",
     {k: k for k in ("lr", "weight_decay", "momentum", "nesterov")} | {"adjust_lr_fn": "scale"},
     {"momentum_buffer": "exp_avg"},
@@ -84,7 +84,7 @@ TORCH_MUON = Words(
 )
 
 
-TORCH_ADAMW = Words(
+TORCH_ADAMW = KeyMapping(
     "scalar",
     {k: k for k in ("lr", "weight_decay", "betas", "eps")},
     {k: k for k in ("step", "exp_avg", "exp_avg_sq")},
@@ -93,7 +93,7 @@ TORCH_ADAMW = Words(
 )
 
 
-DION_MUON = Words(
+DION_MUON = KeyMapping(
     "matrix",
     {"lr": "lr", "weight_decay": "weight_decay", "mu": "momentum", "nesterov": "nesterov"}
     | {"adjust_lr": "scale"},
@@ -103,7 +103,7 @@ DION_MUON = Words(
 )
 
 
-DION_ADAMW = Words(
+DION_ADAMW = KeyMapping(
     "scalar",
     {"lr": "lr", "weight_decay": "weight_decay", "epsilon": "eps"},
     {"momentum": "exp_avg", "variance": "exp_avg_sq"},
@@ -174,21 +174,21 @@ def read_torch(path: Path) -> Run:
     """{"model", "muon", "adamw", "extra"}; the last two may be missing."""
     content = _load(path, ("model", "muon"), ("adamw", "extra"))
     run = Run(content["model"], extra=content.get("extra", {}), rule="Muon")
-    for part, words in (("muon", TORCH_MUON), ("adamw", TORCH_ADAMW)):
+    for part, mapping in (("muon", TORCH_MUON), ("adamw", TORCH_ADAMW)):
         where = f"{path}: {part}"
         for group, names, states in _groups(content.get(part, {"param_groups": []}), where):
-            ours = words.group(group, where)
+            ours = mapping.group(group, where)
             if part == "muon":
                 ours["scale"] = ours["scale"] or "original"
                 row, steps = tuple(group["ns_coefficients"]), group["ns_steps"]
                 ours["polar"] = "jordan" if row == JORDAN else [list(row)] * steps
                 ours["polar_steps"] = steps if row == JORDAN else None
             run.groups.append({**ours, "names": names})
-            words.add_states(run, states, 1.0)
+            mapping.add_states(run, states, 1.0)
     _own_rates(run.groups)
     taken = max((float(run.state[n]["step"]) for n in run.names("scalar")), default=0.0)
     for name in run.names("matrix"):
-        run.state[name]["step"] = torch.tensor(taken if run.trained(name) else 0.0)
+        run.state[name]["step"] = torch.tensor(taken if run.has_moments(name) else 0.0)
     return run
 
 
@@ -199,12 +199,12 @@ def write_torch(path: Path, run: Run) -> None:
         "muon": torch.optim.Muon,
         "adamw": torch.optim.AdamW,
     }
-    for (part, make), words in zip(optimizers.items(), (TORCH_MUON, TORCH_ADAMW), strict=True):
+    for (part, make), mapping in zip(optimizers.items(), (TORCH_MUON, TORCH_ADAMW), strict=True):
         groups = []
-        parameters = {n: nn.Parameter(run.model[n].detach()) for n in run.names(words.kind)}
+        parameters = {n: nn.Parameter(run.model[n].detach()) for n in run.names(mapping.kind)}
         for group in run.groups:
-            if group["kind"] == words.kind:
-                theirs = words.group_back(group)
+            if group["kind"] == mapping.kind:
+                theirs = mapping.to_theirs(group)
                 if part == "muon":
                     theirs |= _torch_options(group, run)
                 named = [(name, parameters[name]) for name in group["names"]]
@@ -212,8 +212,8 @@ def write_torch(path: Path, run: Run) -> None:
         if groups:
             optimizer = make(groups)
             for name, p in parameters.items():
-                if run.trained(name) or run.state[name]["step"]:
-                    back = {theirs: run.state[name][ours] for theirs, ours in words.state.items()}
+                if run.has_moments(name) or run.state[name]["step"]:
+                    back = {theirs: run.state[name][ours] for theirs, ours in mapping.state.items()}
                     optimizer.state[p] = back
             content[part] = optimizer.state_dict()
     _save(path, content)
@@ -241,19 +241,19 @@ def read_dion(path: Path) -> Run:
     content = _load(path, ("model", "dion"), ("extra",))
     run = Run(content["model"], extra=content.get("extra", {}), rule="Muon")
     for group, names, states in _groups(content["dion"], f"{path}: dion"):
-        words = {"muon": DION_MUON, "adamw": DION_ADAMW}.get(group["algorithm"])
-        if words is None:
+        mapping = {"muon": DION_MUON, "adamw": DION_ADAMW}.get(group["algorithm"])
+        if mapping is None:
             raise ValueError(
                 f"{path}: {names[0]} is trained by {group['algorithm']!r}, not by Muon"
             )
-        ours = words.group(group, f"{path}: dion")
-        if words.kind == "matrix":
+        ours = mapping.group(group, f"{path}: dion")
+        if mapping.kind == "matrix":
             scales = {theirs: ours for ours, theirs in DION_SCALES.items()}
             ours["scale"] = scales[ours["scale"]]
         else:
             ours["betas"] = [group["beta1"], group["beta2"]]
         run.groups.append({**ours, "names": names})
-        words.add_states(run, states, 1.0 - group["mu"] if words.kind == "matrix" else 1.0)
+        mapping.add_states(run, states, 1.0 - group["mu"] if mapping.kind == "matrix" else 1.0)
         for name in names:
             run.state[name]["step"] = torch.tensor(float(group["step"]))
     _own_rates(run.groups)
@@ -266,16 +266,16 @@ def write_dion(path: Path, run: Run) -> None:
     states: list[dict[str, Tensor]] = []
     betas = next((g["betas"] for g in run.groups if g["kind"] == "scalar"), (0.9, 0.95))
     for group in run.groups:
-        words = DION_MUON if group["kind"] == "matrix" else DION_ADAMW
+        mapping = DION_MUON if group["kind"] == "matrix" else DION_ADAMW
         theirs: dict[str, Any] = {
             **{"mu": 0.95, "beta1": betas[0], "beta2": betas[1], "weight_decay": 0.01},
             **{"cautious_wd": False, "algorithm": "muon", "epsilon": 1e-8, "nesterov": False},
             **{"flatten": any(run.model[name].ndim > 3 for name in group["names"])},
-            **{"adjust_lr": None, **words.group_back(group)},
+            **{"adjust_lr": None, **mapping.to_theirs(group)},
             "step": int(run.steps(group["kind"], group["names"], "dion")),
         }
         factor = 1.0
-        if words.kind == "matrix":
+        if mapping.kind == "matrix":
             _muon_only(group, DION_SCALES, "dion")
             theirs["adjust_lr"] = DION_SCALES[group["scale"]]
             factor = 1.0 / (1.0 - theirs["mu"])
@@ -284,7 +284,7 @@ def write_dion(path: Path, run: Run) -> None:
         theirs["params"] = list(range(len(states), len(states) + len(group["names"])))
         groups.append({**theirs, "param_names": list(group["names"])})
         for name in group["names"]:
-            state = {back: run.state[name][ours] for back, ours in words.state.items()}
+            state = {back: run.state[name][ours] for back, ours in mapping.state.items()}
             momentum = state["momentum"]
             state["momentum"] = (momentum.double() * factor).to(momentum.dtype)
             states.append(state)

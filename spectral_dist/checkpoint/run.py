@@ -70,7 +70,7 @@ class Run:
         """The parameters of one kind."""
         return [name for group in self.groups if group["kind"] == kind for name in group["names"]]
 
-    def trained(self, name: str) -> bool:
+    def has_moments(self, name: str) -> bool:
         """Whether it has moments to speak of: without a gradient so far, it has none."""
         return any(
             bool(self.state[name][k].any()) for k in MOMENTS["scalar"] if k in self.state[name]
@@ -83,7 +83,7 @@ class Run:
             ValueError: AdamW has taken more steps on one than on another.
         """
         counts = {name: float(self.state[name]["step"]) for name in names}
-        used = {name: count for name, count in counts.items() if self.trained(name)}
+        used = {name: count for name, count in counts.items() if self.has_moments(name)}
         if kind == "scalar" and len(set(used.values())) > 1:
             few, many = (pick(used, key=used.__getitem__) for pick in (min, max))
             raise ValueError(
@@ -93,7 +93,7 @@ class Run:
         return max((used or counts).values(), default=0.0)
 
 
-def rated(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def with_lr_ratios(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """With the lr of the first that is not AdamW's in all of them, and their own as ratios to it.
 
     Not those that have it so already.

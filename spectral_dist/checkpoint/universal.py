@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from spectral_dist.checkpoint.plain import load_plain
-from spectral_dist.checkpoint.run import Run, no_place, rated
+from spectral_dist.checkpoint.run import Run, no_place, with_lr_ratios
 
 ENGINE_KEYS = {
     *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "ds_version"),
@@ -27,7 +27,7 @@ ENGINE_KEYS = {
 MODEL_FILE = "mp_rank_00_model_states.pt"
 
 
-BESIDE = "spectral_dist"
+MATRIX_STATE_KEY = "spectral_dist"
 """In DeepSpeed's files: that matrix state was saved beside them."""
 
 
@@ -75,7 +75,7 @@ def _numbers(path: Path) -> list[int]:
 def read_universal(folder: Path) -> Run:
     """Return the run in a universal checkpoint: the folder with zero/ in it."""
     engines = _engine_files(folder)
-    if BESIDE in engines[0]:
+    if MATRIX_STATE_KEY in engines[0]:
         raise ValueError(no_place(folder))
     common = load_plain(folder / "zero" / "optimizer_state.pt", STAND_INS)
     if common.get("dynamic_loss_scale"):
@@ -149,7 +149,7 @@ def write_universal(folder: Path, run: Run) -> None:
             state = run.state[name] | {"step": torch.tensor(step)}
             _write_zero(folder / "zero" / name, run.model[name], state)
     groups = []
-    for i, group in enumerate(rated([dict(group) for group in run.groups])):
+    for i, group in enumerate(with_lr_ratios([dict(group) for group in run.groups])):
         options = {k: tuple(v) if k == "betas" else v for k, v in group.items() if k != "names"}
         groups.append({**options, "params": [i], "id": i})  # by which the optimizer knows them
     first = scalar if run.names("scalar") else steps[0]
