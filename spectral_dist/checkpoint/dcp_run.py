@@ -16,7 +16,11 @@ from spectral_dist.checkpoint.run import Run, no_place
 
 
 def read_dcp(folder: Path) -> Run:
-    """Return the run in a folder of ``spectral_dist.checkpoint.save``."""
+    """Return the run in a folder of ``spectral_dist.checkpoint.save``.
+
+    Raises:
+        ValueError: it is damaged, holds matrix state, or keys that ``save`` does not write.
+    """
     files.verify(folder, single_process=True)
     metadata = files.read_metadata(folder)
     content: dict[str, Any] = {
@@ -47,7 +51,7 @@ def read_dcp(folder: Path) -> Run:
 
 
 def write_dcp(folder: Path, run: Run) -> None:
-    """Write a folder that ``spectral_dist.checkpoint.load`` takes."""
+    """Write a run as a folder that ``spectral_dist.checkpoint.load`` takes."""
     file = io.BytesIO()
     torch.save(run.extra, file)
     groups = [{**group, "rule": run.rule} for group in run.groups]

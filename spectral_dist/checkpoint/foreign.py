@@ -17,10 +17,14 @@ from spectral_dist.rules.group_options import FRAMEWORK_KEYS
 
 @dataclass(frozen=True)
 class KeyMapping:
-    """How another optimizer writes its groups and states of one kind.
+    """How another optimizer's keys of groups and states map to ours, for one kind of parameters.
 
-    ``options``, ``state``: theirs -> ours. ``fixed``: what an option must be, for there is nothing
-    like it here. ``dropped``: what is said where an optimizer is built, or said otherwise here.
+    Attributes:
+        kind: of the parameters, 'matrix' or 'scalar'.
+        options, state: their key -> our key.
+        fixed: their options that must have this value, because there is nothing like them here.
+        dropped: their options that are left out: given where our optimizer is built, or expressed
+            by other options.
     """
 
     kind: str
@@ -30,7 +34,11 @@ class KeyMapping:
     dropped: tuple[str, ...] = ()
 
     def group(self, theirs: Mapping[str, Any], where: str) -> dict[str, Any]:
-        """Its options in our words.
+        """Return the options of one of their groups under our keys.
+
+        Args:
+            theirs: their group.
+            where: the file, for errors.
 
         Raises:
             ValueError: an option that has no place here.
@@ -48,17 +56,31 @@ class KeyMapping:
         return ours
 
     def to_theirs(self, ours: Mapping[str, Any]) -> dict[str, Any]:
-        """The options it knows of our group, its own learning rate among them."""
-        back = {ours_: theirs for theirs, ours_ in self.options.items()}
-        found = {back.get(k, k): v for k, v in ours.items() if k in back or k in FRAMEWORK_KEYS}
-        for key in found.keys() & {"lr", "initial_lr"}:
-            found[key] *= ours.get("lr_ratio", 1.0)
-        if "betas" in found:
-            found["betas"] = tuple(found["betas"])
-        return found
+        """Return those options of our group that they have, under their keys.
+
+        Learning rates are multiplied by the group's ``lr_ratio``.
+        """
+        their_key = {ours_: theirs for theirs, ours_ in self.options.items()}
+        theirs = {
+            their_key.get(k, k): v for k, v in ours.items() if k in their_key or k in FRAMEWORK_KEYS
+        }
+        for key in theirs.keys() & {"lr", "initial_lr"}:
+            theirs[key] *= ours.get("lr_ratio", 1.0)
+        if "betas" in theirs:
+            theirs["betas"] = tuple(theirs["betas"])
+        return theirs
 
     def add_states(self, run: Run, states: Mapping[str, Mapping[str, Any]], factor: float) -> None:
-        """Put them into ``run``: zeros where a parameter has none. ``factor``: of exp_avg."""
+        """Add their states to a run, in float32 at least; zeros for a parameter that has none.
+
+        Args:
+            run: that has the parameters already.
+            states: theirs, by parameter.
+            factor: by which ``exp_avg`` is multiplied.
+
+        Raises:
+            ValueError: a state of no parameter of the model.
+        """
         for name, theirs in states.items():
             if name not in run.model:
                 raise ValueError(f"{name} has an optimizer state, but is not in the model")
@@ -113,18 +135,16 @@ DION_ADAMW = KeyMapping(
 
 
 TORCH_SCALES = {"original": "original", "match_rms_adamw": "match_rms_adamw"}
-
-
+"""Our option ``scale`` -> adjust_lr_fn of torch.optim.Muon."""
 DION_SCALES = {"spectral": "spectral_norm", "match_rms_adamw": "rms_norm", "none": None}
-
-
+"""Our option ``scale`` -> adjust_lr of dion's Muon."""
 JORDAN = (3.4445, -4.7750, 2.0315)
-
-
+"""(a, b, c) of every step of ``polar='jordan'``."""
 JORDAN_STEPS = 5
 
 
 def _load(path: Path, required: Sequence[str], allowed: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the dict in a file of torch.save; raise a ValueError for missing or unknown keys."""
     content = load_plain(path)
     if not isinstance(content, dict):
         content = {}
@@ -136,6 +156,7 @@ def _load(path: Path, required: Sequence[str], allowed: Sequence[str] = ()) -> d
 
 
 def _save(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file of torch.save; raise a ValueError if its folder does not exist."""
     if not path.parent.is_dir():
         raise ValueError(f"there is no folder {path.parent} for {path.name}; make it first")
     torch.save(dict(content), path)
@@ -144,7 +165,11 @@ def _save(path: Path, content: Mapping[str, Any]) -> None:
 def _groups(
     state_dict: Mapping[str, Any], where: str
 ) -> Iterator[tuple[dict[str, Any], list[str], dict[str, dict[str, Any]]]]:
-    """(group, names of its parameters, their states)."""
+    """Yield (group, names of its parameters, their states by name) of a torch optimizer's state.
+
+    Raises:
+        ValueError: the groups have no names of parameters.
+    """
     for group in state_dict["param_groups"]:
         names = group.get("param_names")
         if names is None:
@@ -157,13 +182,19 @@ def _groups(
 
 
 def _own_rates(groups: list[dict[str, Any]]) -> None:
-    """Take each group's lr as it is; KeyError or TypeError if it is none."""
+    """Set each group's lr_ratio to 1; raise a KeyError or TypeError if its lr is no number."""
     for group in groups:
         group["lr"], group["lr_ratio"] = group["lr"] * 1.0, 1.0
 
 
 def _muon_only(group: Mapping[str, Any], scales: Mapping[str, Any], where: str) -> None:
-    """ValueError for matrices that Muon does not train."""
+    """Raise a ValueError for a group of matrices that Muon did not train.
+
+    Args:
+        group: of ours.
+        scales: those values of its option ``scale`` that the other optimizer has.
+        where: the other optimizer, for errors.
+    """
     if "scale" not in group or "quantile" in group:
         raise ValueError(f"{where} has Muon only, and the run is another rule's: {dict(group)}")
     if group["scale"] not in scales:
@@ -171,7 +202,10 @@ def _muon_only(group: Mapping[str, Any], scales: Mapping[str, Any], where: str) 
 
 
 def read_torch(path: Path) -> Run:
-    """{"model", "muon", "adamw", "extra"}; the last two may be missing."""
+    """Return the run in a file of torch's optimizers: {"model", "muon", "adamw", "extra"}.
+
+    "adamw" and "extra" may be missing.
+    """
     content = _load(path, ("model", "muon"), ("adamw", "extra"))
     run = Run(content["model"], extra=content.get("extra", {}), rule="Muon")
     for part, mapping in (("muon", TORCH_MUON), ("adamw", TORCH_ADAMW)):
@@ -193,7 +227,10 @@ def read_torch(path: Path) -> Run:
 
 
 def write_torch(path: Path, run: Run) -> None:
-    """Built by torch's own optimizers, so that nothing of theirs is missing."""
+    """Write a run as a file of torch's optimizers.
+
+    States are written by torch's own classes, so that nothing in them is missing.
+    """
     content: dict[str, Any] = {"model": run.model, "extra": run.extra}
     optimizers: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "muon": torch.optim.Muon,
@@ -213,13 +250,15 @@ def write_torch(path: Path, run: Run) -> None:
             optimizer = make(groups)
             for name, p in parameters.items():
                 if run.has_moments(name) or run.state[name]["step"]:
-                    back = {theirs: run.state[name][ours] for theirs, ours in mapping.state.items()}
-                    optimizer.state[p] = back
+                    optimizer.state[p] = {
+                        theirs: run.state[name][ours] for theirs, ours in mapping.state.items()
+                    }
             content[part] = optimizer.state_dict()
     _save(path, content)
 
 
 def _torch_options(group: Mapping[str, Any], run: Run) -> dict[str, Any]:
+    """Return how torch.optim.Muon writes a group's polar factor; ValueError if it has no such."""
     _muon_only(group, TORCH_SCALES, "torch.optim.Muon")
     for name in group["names"]:
         if run.model[name].ndim != 2:
@@ -237,7 +276,7 @@ def _torch_options(group: Mapping[str, Any], run: Run) -> dict[str, Any]:
 
 
 def read_dion(path: Path) -> Run:
-    """{"model", "dion", "extra"}; the last may be missing."""
+    """Return the run in a file of dion's Muon: {"model", "dion", and maybe "extra"}."""
     content = _load(path, ("model", "dion"), ("extra",))
     run = Run(content["model"], extra=content.get("extra", {}), rule="Muon")
     for group, names, states in _groups(content["dion"], f"{path}: dion"):
@@ -261,7 +300,10 @@ def read_dion(path: Path) -> Run:
 
 
 def write_dion(path: Path, run: Run) -> None:
-    """As dion's Muon would write it; it makes the moments the parameters' dtype on loading."""
+    """Write a run as a file of dion's Muon.
+
+    On loading, dion casts moments to the parameters' dtype.
+    """
     groups: list[dict[str, Any]] = []
     states: list[dict[str, Tensor]] = []
     betas = next((g["betas"] for g in run.groups if g["kind"] == "scalar"), (0.9, 0.95))
@@ -284,7 +326,7 @@ def write_dion(path: Path, run: Run) -> None:
         theirs["params"] = list(range(len(states), len(states) + len(group["names"])))
         groups.append({**theirs, "param_names": list(group["names"])})
         for name in group["names"]:
-            state = {back: run.state[name][ours] for back, ours in mapping.state.items()}
+            state = {theirs: run.state[name][ours] for theirs, ours in mapping.state.items()}
             momentum = state["momentum"]
             state["momentum"] = (momentum.double() * factor).to(momentum.dtype)
             states.append(state)
