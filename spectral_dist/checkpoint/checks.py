@@ -63,10 +63,10 @@ def check_entries(
                     " parameter on the other of the rule and AdamW (matrices, scalars)"
                 )
     for name, tensor in model_state.items():
-        entry = saved.get(f"model.{name}")
-        if entry is None and not any(key.startswith(f"model.{name}.") for key in saved):
+        metadata = saved.get(f"model.{name}")
+        if metadata is None and not any(key.startswith(f"model.{name}.") for key in saved):
             raise ValueError(f"{folder} has no {name}, which is here: it is of another model")
-        size = getattr(entry, "size", None)
+        size = getattr(metadata, "size", None)
         if isinstance(tensor, Tensor) and size != tensor.shape:
             raise ValueError(
                 f"{name} is {tuple(tensor.shape)} here, but {tuple(size or ())} in {folder}: it was"

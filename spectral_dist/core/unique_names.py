@@ -1,4 +1,4 @@
-"""Names of parameters of several models in one optimizer, told apart."""
+"""Unique names for the parameters of several models in one optimizer."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from spectral_dist.params.spec import ParamSpec
 
 
 def with_unique_names(routes: Sequence[ParamSpec], known: Sequence[ParamSpec]) -> list[ParamSpec]:
-    """Return routes with names that no other one has: "weight", then "weight#2".
+    """Return specs with names that no other spec has: "weight", then "weight#2".
 
-    State of matrices and checkpoints are by name, and two models (actor and critic) have the same.
+    Matrix state and checkpoints are keyed by name, and two models (actor and critic) may have
+    parameters of one name.
 
     Args:
-        routes: of a new group.
-        known: of the groups before it.
+        routes: the specs of a new group.
+        known: the specs of the groups before it.
     """
     taken = {route.name for route in known}
     result = []
@@ -30,7 +31,13 @@ def with_unique_names(routes: Sequence[ParamSpec], known: Sequence[ParamSpec]) -
 
 
 def _renamed(route: ParamSpec, name: str, number: int) -> ParamSpec:
-    """Return a route by another name; its matrices' names are made of it, or get the number."""
+    """Return a spec under another name, with its matrices renamed.
+
+    Args:
+        route: the spec.
+        name: its new name, which replaces the old one at the beginning of the matrices' names.
+        number: that is added to a matrix's name which does not begin with the old one.
+    """
     matrices = tuple(
         replace(
             matrix,
