@@ -133,7 +133,8 @@ def _subspaces(
 ) -> list[bool]:
     """Return ``select_gram`` for a rule that works in a subspace of each matrix.
 
-    A square matrix's subspace is one of its rows, so its slabs must be cut along the columns' side.
+    The subspace of a square matrix is one of the rows, so such a matrix that is cut by columns
+    goes to its owner.
 
     Args:
         options: of the parameter group.
