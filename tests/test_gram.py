@@ -114,7 +114,7 @@ def test_a_run_of_a_tile_meets_a_box_in_at_most_three(rows, cols, data):
 
 
 @pytest.mark.parametrize(
-    ("parts", "shape", "along", "ranges", "still"),
+    ("parts", "shape", "along", "ranges", "in_place"),
     [
         (laid.strips((4, 12), 3, 1, [0, 5, 5, 12]), (4, 12), 1, ((0, 5), (0, 0), (5, 12)), True),
         (laid.strips((12, 4), 3, 0, [0, 1, 9, 12]), (12, 4), 0, ((0, 1), (1, 9), (9, 12)), True),

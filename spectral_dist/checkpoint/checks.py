@@ -27,12 +27,12 @@ def check_rule(where: str, saved: str | None, optimizer: ShardedOptimizer) -> No
     Raises:
         ValueError: it is another rule's.
     """
-    here = optimizer.rule_name
-    if saved is not None and saved != here:
+    rule_name = optimizer.rule_name
+    if saved is not None and saved != rule_name:
         raise ValueError(
-            f"{where} was saved with another optimizer: {saved}, and this one is {here}, which"
+            f"{where} was saved with another optimizer: {saved}, and this one is {rule_name}, which"
             f" means other things by its states and options; load it with {saved}, or load only the"
-            f" weights of it and begin anew with {here}"
+            f" weights of it and begin anew with {rule_name}"
         )
 
 

@@ -384,9 +384,9 @@ def _told(what: str, kind: Callable[[str], Exception]) -> Iterator[None]:
 def _tell(what: str, kind: Callable[[str], Exception], raised: CheckpointException) -> NoReturn:
     """Raise an error of ``kind`` with the message of the first rank that failed."""
     rank, (error, _) = min(raised.failures.items())
-    here = f" (on rank {rank} of {collectives.job_size()})" if collectives.job_size() > 1 else ""
-    said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    raise kind(f"{what}: {said}{here}") from raised
+    on_rank = f" (on rank {rank} of {collectives.job_size()})" if collectives.job_size() > 1 else ""
+    reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    raise kind(f"{what}: {reason}{on_rank}") from raised
 
 
 @contextlib.contextmanager

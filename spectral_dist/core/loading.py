@@ -57,8 +57,8 @@ class Loading(torch.optim.Optimizer):
             [replace(route, reference=None, replicas=None, wrapper=None) for route in routes]
             for routes in self.routes
         ]
-        own = {name: self.__dict__[name] for name in self.copied}
-        return {**super().__getstate__(), **own, "routes": routes}
+        attributes = {name: self.__dict__[name] for name in self.copied}
+        return {**super().__getstate__(), **attributes, "routes": routes}
 
     def _check_single_process(self) -> None:
         """Raise a ValueError if a framework has the parameters, or other ranks take part."""

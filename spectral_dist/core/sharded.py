@@ -180,7 +180,7 @@ class ShardedOptimizer(Rates):
 
         A collective call of the ranks that train the model together. It waits for the device once,
         to know that every rank's gradients are finite and that all go on; with check_finite=False
-        in the first step only, after which a rank raises by itself for what it finds in its options.
+        in the first step only, after which a rank raises by itself for an error in its options.
 
         Raises:
             ValueError: on every rank and before anything has changed, if a gradient is NaN or
