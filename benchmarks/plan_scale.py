@@ -23,10 +23,18 @@ from collections.abc import Callable, Sequence
 from itertools import product
 from multiprocessing import get_context
 
-from spectral_dist.sharding.boxes import tiles_alone
+from spectral_dist.sharding.boxes import block_layouts
 from spectral_dist.sharding.bucket_routes import route_to_owners
 from spectral_dist.sharding.cost import CostContext, Machine, cheaper_in_slabs
-from spectral_dist.sharding.layout import Boxes, Cut, Layout, Matrix, Tile, flat_layout, grid_layout
+from spectral_dist.sharding.layout import (
+    Cut,
+    Layout,
+    Matrix,
+    StackBoxes,
+    Tile,
+    flat_layout,
+    grid_layout,
+)
 from spectral_dist.sharding.plan import make_plan
 from spectral_dist.sharding.slabs import route_to_slabs
 
@@ -70,7 +78,7 @@ def fsdp(ranks: int) -> Callable[[], list[Layout]]:
     for m, n in set(SHAPES):
         chunk = -(-m // ranks)
         edges = [min(m, r * chunk) for r in range(ranks + 1)]
-        boxes[m, n] = Boxes(((0, 1), (edges[r], edges[r + 1]), (0, n)) for r in range(ranks))
+        boxes[m, n] = StackBoxes(((0, 1), (edges[r], edges[r + 1]), (0, n)) for r in range(ranks))
 
     def layouts() -> list[Layout]:
         return [
@@ -121,8 +129,8 @@ def set_up(layouts: Sequence[Layout], strategy: str, ranks: int) -> tuple[float,
         gram = cheaper_in_slabs(layouts, [True] * len(layouts), job, Machine())
     plan = make_plan(layouts, ranks, BUCKET, gram=gram)
     if strategy == "block":
-        layouts = [block for layout in layouts for block in tiles_alone(layout)]
-        plan = make_plan(layouts, ranks, BUCKET, homes=[0] * len(layouts))
+        layouts = [block for layout in layouts for block in block_layouts(layout)]
+        plan = make_plan(layouts, ranks, BUCKET, required_replicas=[0] * len(layouts))
     lines = [layout.describe() for layout in layouts] + [str(bucket) for bucket in plan.buckets]
     hashlib.sha256("\n".join(lines).encode()).digest()  # what ranks compare
     planned = time.process_time()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.sharding.layout import Matrix
 
 
@@ -29,7 +29,7 @@ def whole_dtype(engine: Any) -> torch.dtype:
     return dtype
 
 
-def matrices_of(optimizer: Any) -> Iterator[tuple[Route, Matrix, Any]]:
+def matrices_of(optimizer: Any) -> Iterator[tuple[ParamSpec, Matrix, Any]]:
     """Iterate over the matrices of an optimizer: (route, matrix, the rule's options of it)."""
     for group in optimizer.param_groups:
         if group["kind"] == "matrix":

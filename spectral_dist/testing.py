@@ -32,7 +32,7 @@ from spectral_dist.core.check_placement import check_placement
 from spectral_dist.core.named import class_of
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.params.param_groups import param_groups
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement
 from spectral_dist.rules import registry
 from spectral_dist.rules.base import Rule
@@ -83,7 +83,7 @@ class FlatPlacement(ReplicatedPlacement):
         """Return the group."""
         return [self.shard_group]
 
-    def check(self, routes: Sequence[Route], tensors: Sequence[Tensor]) -> None:
+    def check(self, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]) -> None:
         """Do nothing: runs are contiguous."""
 
     def cut(self, numel: int) -> Cut:
@@ -93,7 +93,7 @@ class FlatPlacement(ReplicatedPlacement):
         )
 
     def locate(
-        self, group: ParamGroup, routes: Sequence[Route], tensors: Sequence[Tensor]
+        self, group: ParamGroup, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]
     ) -> list[Located]:
         """Return one layout for each matrix."""
         layouts, spans = [], []

@@ -178,7 +178,7 @@ rules: import scipy
 rules: from spectral_dist.sharding.layout import Matrix
 rules: from spectral_dist import sharding
 rules: from ..sharding import plan
-rules: from spectral_dist.params.spec import Route
+rules: from spectral_dist.params.spec import ParamSpec
 rules: from spectral_dist import Muon
 rules: from spectral_dist.no_such_module import Muon
 sharding: import scipy

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from spectral_dist.sharding.boxes import tiles_alone
+from spectral_dist.sharding.boxes import block_layouts
 from tests import harness, laid
 from tests.reference import polar as reference
 
@@ -182,17 +182,17 @@ def test_flat_parts_are_no_blocks():
 
 def test_blocks_of_a_layout():
     parts = laid.strips((6, 10), 2, 1, [0, 4, 10], groups=2)
-    first, second = tiles_alone(laid.layout("w", parts, (6, 10), 0, 0))
+    first, second = block_layouts(laid.layout("w", parts, (6, 10), 0, 0))
     assert (first.matrix.name, first.matrix.shape) == ("w@0", (6, 4))
     assert (second.matrix.name, second.matrix.shape) == ("w@1", (6, 6))
     where = [(t.row, t.col, t.rows, t.cols) for t in second.tiles]
     assert where == [(0, 0, 3, 6), (3, 0, 3, 6)]
     # rows of one tile that ranks share
     shared = [laid.Part(0, 0, 6, 4, (0, 8, 24), (1, 0))]
-    second, first = tiles_alone(laid.layout("w", shared, (6, 4), 0, 0))
+    second, first = block_layouts(laid.layout("w", shared, (6, 4), 0, 0))
     assert (second.matrix.name, second.matrix.shape) == ("w@0", (4, 4))
     assert (first.matrix.name, first.matrix.shape, first.holders()) == ("w@1", (2, 4), [1])
     assert second.tiles[0].run(0) == (0, 16)
     assert second.tiles[0].run(1)[1] == 0
     alone = laid.layout("w", laid.strips((6, 4), 1, 0), (6, 4), 0, 0)
-    assert tiles_alone(alone) == [alone]
+    assert block_layouts(alone) == [alone]

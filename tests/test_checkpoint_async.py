@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_asyn
 import spectral_dist
 from spectral_dist import checkpoint, poet
 from spectral_dist.checkpoint import files as checkpoint_files
+from spectral_dist.checkpoint.chunked_tensor import ChunkedTensor
 from spectral_dist.rules import registry
 from tests import harness
 from tests.support import together
@@ -163,9 +164,7 @@ def copies(folder: str) -> None:
         first = trial("ddp", "Muon")
         first.step(0)
         state = checkpoint.state_dict(first.optimizer)["state"]
-        runs = next(
-            s["exp_avg"] for s in state.values() if isinstance(s["exp_avg"], checkpoint.Runs)
-        )
+        runs = next(s["exp_avg"] for s in state.values() if isinstance(s["exp_avg"], ChunkedTensor))
         for made_so in (
             copy.deepcopy,
             torch.clone,

@@ -114,7 +114,7 @@ def test_a_run_of_a_tile_meets_a_box_in_at_most_three(rows, cols, data):
 
 
 @pytest.mark.parametrize(
-    ("parts", "shape", "along", "ranges", "still"),
+    ("parts", "shape", "along", "ranges", "in_place"),
     [
         (laid.strips((4, 12), 3, 1, [0, 5, 5, 12]), (4, 12), 1, ((0, 5), (0, 0), (5, 12)), True),
         (laid.strips((12, 4), 3, 0, [0, 1, 9, 12]), (12, 4), 0, ((0, 1), (1, 9), (9, 12)), True),
@@ -128,9 +128,9 @@ def test_a_run_of_a_tile_meets_a_box_in_at_most_three(rows, cols, data):
         ([laid.Part(0, 0, 6, 2, (0, 4, 12), (1, 0))], (6, 2), 0, ((2, 6), (0, 2)), True),
     ],
 )
-def test_slabs_are_as_the_matrix_lies_if_it_can_be(parts, shape, along, ranges, still):
+def test_slabs_are_as_the_matrix_lies_if_it_can_be(parts, shape, along, ranges, in_place):
     found = slabs(laid.layout("w", parts, shape, 0, 0), len(ranges))
-    assert (found.along, found.ranges, found.still) == (along, ranges, still)
+    assert (found.along, found.ranges, found.in_place) == (along, ranges, in_place)
 
 
 def test_halves_of_symmetric_matrices():
@@ -388,9 +388,9 @@ def test_bad_values_stay_in_their_matrix_and_hang_nobody(value):
 # -- what it costs
 
 
-def bytes_sent(ranks, count, still):
+def bytes_sent(ranks, count, in_place):
     shape = (8, 30)
-    along = 1 if still else 0
+    along = 1 if in_place else 0
     found = {f"w{i}": (shape, laid.strips(shape, ranks, along)) for i in range(count)}
     here = laid.Trial(found, ranks=ranks, strategy="gram", check_finite=False)
     here.step(0)

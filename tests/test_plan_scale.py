@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 
 from spectral_dist.sharding import boxes, slabs
 from spectral_dist.sharding.boxes import Ranges
-from spectral_dist.sharding.layout import Boxes, Cut, Matrix, flat_layout, grid_layout, holders_of
+from spectral_dist.sharding.layout import (
+    Cut,
+    Matrix,
+    StackBoxes,
+    flat_layout,
+    grid_layout,
+    holders_of,
+)
 from spectral_dist.sharding.plan import make_plan
 
 RANKS = 16384
@@ -24,7 +31,7 @@ def by_rows(layers, ranks, shapes=SHAPES):
     for i, (m, n) in enumerate(shapes * layers):
         chunk = -(-m // ranks)
         edges = [min(m, r * chunk) for r in range(ranks + 1)]
-        cuts = Boxes(((0, 1), (edges[r], edges[r + 1]), (0, n)) for r in range(ranks))
+        cuts = StackBoxes(((0, 1), (edges[r], edges[r + 1]), (0, n)) for r in range(ranks))
         layouts.append(grid_layout(Matrix(f"w{i}", (m, n), ((0, m),)), m * n, cuts, 5, i))
     return layouts
 
@@ -60,7 +67,7 @@ def test_slabs_are_found_once_for_matrices_that_are_cut_alike():
 
 def runs_looked_at(layouts, ranks, monkeypatch):
     """How many runs of cuts the plans and one rank's routes go through."""
-    for cached in (boxes._slabs, slabs._ends, holders_of):
+    for cached in (boxes._slabs, slabs._transfers, holders_of):
         cached.cache_clear()
     count = 0
     original = Cut.runs
@@ -145,15 +152,22 @@ def test_equal_ranges_say_the_same_and_hash_alike(one, other):
 def test_owners_of_given_replicas_are_the_least_loaded_that_may(data):
     """Replayed one by one over all candidates; of equal loads, who holds more, then the first."""
     ranks, replicas = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 3))
-    layouts, homes = [], []
+    layouts, required_replicas = [], []
     for i in range(data.draw(st.integers(1, 8))):
         shape = data.draw(st.sampled_from([(2, 3), (3, 2), (4, 4), (6, 1)]))
         numel = shape[0] * shape[1]
         inner = sorted(data.draw(st.integers(0, numel)) for _ in range(ranks - 1))
         matrix = Matrix(f"w{i}", shape, ((0, shape[0]),))
         layouts.append(flat_layout(matrix, Cut((0, *inner, numel))))
-        homes.append(data.draw(st.integers(0, replicas - 1)))
-    plan = make_plan(layouts, ranks, 1 << 30, replicas, homes=homes, load=lambda shape: shape[0])
+        required_replicas.append(data.draw(st.integers(0, replicas - 1)))
+    plan = make_plan(
+        layouts,
+        ranks,
+        1 << 30,
+        replicas,
+        required_replicas=required_replicas,
+        load=lambda shape: shape[0],
+    )
     loads = [0] * (ranks * replicas)
     held = [[x.tiles[0].run(r)[1] for r in range(ranks)] for x in layouts]
     alone = [sum(map(bool, h)) == 1 and replicas == 1 for h in held]
@@ -162,8 +176,8 @@ def test_owners_of_given_replicas_are_the_least_loaded_that_may(data):
         holders = [r for r in range(ranks) if held[i][r]]
         if len(holders) > max(2, ranks // 2):
             holders = list(range(ranks))
-        rank = min(holders, key=lambda r: (loads[homes[i] * ranks + r], -held[i][r], r))
-        assert plan.owners[i] == homes[i] * ranks + rank
+        rank = min(holders, key=lambda r: (loads[required_replicas[i] * ranks + r], -held[i][r], r))
+        assert plan.owners[i] == required_replicas[i] * ranks + rank
         loads[plan.owners[i]] += layouts[i].matrix.shape[0]
 
 
@@ -175,7 +189,7 @@ def test_boxes_are_hashed_once_and_as_a_tuple():
             Counted.hashed += 1
             return int(self)
 
-    cuts = Boxes([((0, 1), (0, 4), (Counted(0), 2)), ((0, 1), (0, 4), (2, 4))])
+    cuts = StackBoxes([((0, 1), (0, 4), (Counted(0), 2)), ((0, 1), (0, 4), (2, 4))])
     assert hash(cuts) == hash(tuple(cuts))
     Counted.hashed = 0
     for i in range(3):

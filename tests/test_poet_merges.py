@@ -130,7 +130,7 @@ def merge_now(optimizer):
 
 def test_large_rotations_warn_and_name_the_layer():
     model, optimizer = made()
-    optimizer.locate()
+    optimizer.initialize_state()
     fill(model, {"0": 0.3, "2": 0.7})
     with pytest.warns(UserWarning, match=r"\|\|Q\|\| was 0\.(69|70) in 2, above 0\.5 in 1 of 2"):
         assert merge_now(optimizer)
@@ -146,7 +146,7 @@ def test_the_monitor_reports_merges(order, tmp_path):
     model, optimizer = made(settings={"order": order})
     seen = []
     optimizer.monitor = Monitor(1, [lambda step, report: seen.append(step), to_jsonl(path)])
-    optimizer.locate()
+    optimizer.initialize_state()
     fill(model, {"0": 0.2, "2": 0.4})
     expected = {name: {} for name in QUANTITIES}
     for key in BLOCKS:

@@ -244,10 +244,10 @@ def test_ranks_that_disagree_on_the_strategy_say_so():
         assert "`strategy 'owner'` on rank 0 but `strategy 'gram'` on rank 1" in text
 
 
-def test_homes():
+def test_required_replicas():
     """Blocks are done in the replica of their matrix."""
     layouts = tiled(6, (8, 24), 2)
-    plan = make_plan(layouts, 2, 1 << 30, 2, homes=[0, 0, 0, 0, 1, 1])
+    plan = make_plan(layouts, 2, 1 << 30, 2, required_replicas=[0, 0, 0, 0, 1, 1])
     assert [owner // 2 for owner in plan.owners] == [0, 0, 0, 0, 1, 1]
     assert plan.loads[0] == plan.loads[1]
 

@@ -145,7 +145,7 @@ def test_bytes_of_a_language_model_of_one_billion():
     }
     assert list(found.values()) == sorted(found.values())
     optimizer = sumo(model, rank=512)
-    optimizer.locate()  # on the meta device, too: a float64 norm and an int64 count of each beside
+    optimizer.initialize_state()  # meta device: also a float64 norm and an int64 count each
     kept = [x for state in optimizer.matrix_state().values() for x in state.values()]
     assert sum(x.nbytes for x in kept) == found["SUMO"] + 168 * 8
     others = sum(p.numel() for p in model.parameters()) - found["Muon"] // 4

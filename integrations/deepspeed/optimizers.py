@@ -14,7 +14,7 @@ from spectral_dist.integrations.deepspeed import _compat, poet
 from spectral_dist.integrations.deepspeed._compat import DeepSpeedEngine
 from spectral_dist.integrations.deepspeed.placement import ZeroPlacement
 from spectral_dist.params.classify import classify
-from spectral_dist.params.param_groups import grouped
+from spectral_dist.params.param_groups import split_by_kind
 from spectral_dist.params.table import show
 from spectral_dist.poet.optimizer import POET
 from spectral_dist.rules import registry
@@ -44,7 +44,7 @@ class FromJSON(ShardedOptimizer):
         self.options_type.from_user(options, type(self).__name__)  # before the table is shown
         routes = classify(engine.module, **routing)
         show(routes)
-        groups = grouped(_trainable(params), routes, self.options_type)
+        groups = split_by_kind(_trainable(params), routes, self.options_type)
         super().__init__(groups, placement=ZeroPlacement(engine), **options)
 
 

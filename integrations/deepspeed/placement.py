@@ -15,7 +15,7 @@ from torch import Tensor
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.integrations.deepspeed import _compat
 from spectral_dist.integrations.deepspeed.adam_moments import drop_moments
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement
 from spectral_dist.sharding.collectives import Meter
 from spectral_dist.sharding.layout import Cut, Located, flat_layout
@@ -60,7 +60,7 @@ class ZeroPlacement(ReplicatedPlacement):
         return self._started
 
     def prepare(
-        self, optimizer: torch.optim.Optimizer, routes: Sequence[Route], meter: Meter
+        self, optimizer: torch.optim.Optimizer, routes: Sequence[ParamSpec], meter: Meter
     ) -> None:
         """Restore groups and states that the loading of a universal checkpoint has overwritten."""
         groups = optimizer.param_groups
@@ -99,13 +99,13 @@ class ZeroPlacement(ReplicatedPlacement):
         """Return a key of the sub-group at stage 3, the group's id at other stages."""
         return _compat.sub_group_ends(self.engine, tensors[0]) or group["id"]
 
-    def check(self, routes: Sequence[Route], tensors: Sequence[Tensor]) -> None:
+    def check(self, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]) -> None:
         """Raise for plain parameters that are not contiguous; flat tensors always are."""
         if self._are_whole(routes, tensors):
             super().check(routes, tensors)
 
     def locate(
-        self, group: ParamGroup, routes: Sequence[Route], tensors: Sequence[Tensor]
+        self, group: ParamGroup, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]
     ) -> list[Located]:
         """Return one ``Located`` for the matrices of a group, or at stage 3 of a sub-group."""
         device = torch.device(get_accelerator().current_device_name())
@@ -123,7 +123,7 @@ class ZeroPlacement(ReplicatedPlacement):
 
 
 def _place_flat(
-    routes: Sequence[Route], flat: Tensor, group: dist.ProcessGroup, device: torch.device
+    routes: Sequence[ParamSpec], flat: Tensor, group: dist.ProcessGroup, device: torch.device
 ) -> Located:
     """Locate parameters that lie in a flat tensor which ranks have cut into equal runs.
 
@@ -155,7 +155,7 @@ def _place_flat(
 
 
 def _place_stage3(
-    routes: Sequence[Route], flat: Tensor, ends: tuple[int, int], device: torch.device
+    routes: Sequence[ParamSpec], flat: Tensor, ends: tuple[int, int], device: torch.device
 ) -> Located:
     """Locate the parameters of a stage-3 sub-group.
 

@@ -34,7 +34,7 @@ from spectral_dist.integrations.megatron.ranks import MegatronRanks, group_or_no
 from spectral_dist.integrations.megatron.reader import MegatronReader
 from spectral_dist.params.classify import classify
 from spectral_dist.params.param_groups import EXACT
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.params.table import show
 from spectral_dist.rules.options import ROUTING
 from spectral_dist.sharding import collectives
@@ -224,7 +224,7 @@ def _replace_adam(
     members: Sequence[Sequence[nn.Parameter]],
     cls: type[MegatronInnerOptimizer],
     options: Mapping[str, Any],
-    routes: Mapping[int, Route],
+    routes: Mapping[int, ParamSpec],
     reader: MegatronReader,
 ) -> MegatronInnerOptimizer:
     """Replace the Adam inside one of Megatron's optimizers by ours, and return ours.

@@ -17,7 +17,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from torch import Tensor
 
-from spectral_dist.core.matrix_state import Part
+from spectral_dist.core.matrix_state import MatrixStatePart
 from spectral_dist.integrations.megatron import _compat
 
 ENTRY = "spectral_matrices"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from spectral_dist.integrations.megatron._compat import cut_dimension
 from spectral_dist.integrations.megatron.ranks import MegatronRanks
 from spectral_dist.integrations.megatron.reader import MegatronReader
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement
 from spectral_dist.sharding.collectives import Group, Meter
 from spectral_dist.sharding.layout import Cut, Layout, Located, Matrix, Tile
@@ -75,7 +75,7 @@ class MegatronPlacement(ReplicatedPlacement):
         self._ranks: MegatronRanks | None = None
 
     def prepare(
-        self, optimizer: torch.optim.Optimizer, routes: Sequence[Route], meter: Meter
+        self, optimizer: torch.optim.Optimizer, routes: Sequence[ParamSpec], meter: Meter
     ) -> None:
         """Find the ranks that hold this optimizer's parameters.
 
@@ -84,11 +84,11 @@ class MegatronPlacement(ReplicatedPlacement):
         if routes:
             self._ranks = self.reader.ranks_of(routes[0].parameter)
 
-    def check(self, routes: Sequence[Route], tensors: Sequence[Tensor]) -> None:
+    def check(self, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]) -> None:
         """Do nothing: Megatron's buffers are contiguous."""
 
     def locate(
-        self, group: ParamGroup, routes: Sequence[Route], tensors: Sequence[Tensor]
+        self, group: ParamGroup, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]
     ) -> list[Located]:
         """Return a ``Located`` of tiled parameters, and one of matrices that no tensor rank cuts.
 
@@ -164,7 +164,7 @@ class MegatronPlacement(ReplicatedPlacement):
         return [Cut(tuple(bounds), tuple(ranks.joint_ranks[t][d] for d in data)) for t in tensor]
 
     def _tiles(
-        self, matrix: Matrix, route: Route, cuts: Sequence[Cut], tensor: int
+        self, matrix: Matrix, route: ParamSpec, cuts: Sequence[Cut], tensor: int
     ) -> Iterator[Tile]:
         """Yield the tiles of a matrix, from top to bottom.
 

@@ -19,7 +19,7 @@ from spectral_dist.integrations.megatron.poet_merge import gather_parameters
 from spectral_dist.integrations.megatron.ranks import group_or_none
 from spectral_dist.integrations.megatron.reader import GATE_AND_UP, MegatronReader, fused_splits
 from spectral_dist.params.classify import classify
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.params.splits import Split
 from spectral_dist.poet.convert import initial, rotations, settings_of
 from spectral_dist.poet.layer import PoetLayer, Settings
@@ -66,7 +66,7 @@ def convert(
     names = global_names([model])
     reader = MegatronReader(*parallel_ranks(None), names)
     routes = classify(
-        model, matrices=matrices, scalars=scalars, reader=reader, anywhere=on_any_stage
+        model, matrices=matrices, scalars=scalars, make_inspector=reader, any_stage=on_any_stage
     )
     linears = _layers_to_rotate(model, routes)
     if not on_any_stage([bool(linears)])[0]:

@@ -15,7 +15,7 @@ from spectral_dist.sharding.collectives import Group
 
 
 class Background:
-    """The thread that writes, and the group of ranks that it talks in, which no other may use."""
+    """A thread that writes checkpoints, with a process group that nothing else uses."""
 
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -23,13 +23,17 @@ class Background:
         self._groups: tuple[Group, Group] = (None, None)
 
     def write(self, folder: str | Path, content: Mapping[str, Any]) -> Future[str]:
-        """Copy ``content`` to the host, and write it while training goes on; a collective call.
+        """Copy a checkpoint's content to the host, and write it in the thread; a collective call.
 
-        One after the other: it first waits for the one before, so that there is one copy at a time.
-        A process that ends waits for its last.
+        It first waits for the write before this one, so that there is one copy at a time. A process
+        that ends waits for its last write.
+
+        Args:
+            folder: what is in it is overwritten.
+            content: as in ``checkpoint.files.write``.
 
         Returns:
-            What ``checkpoint_files.write`` returns or raises.
+            A future of what ``checkpoint.files.write`` returns or raises.
         """
         if self._pending is not None:
             wait([self._pending])
@@ -42,7 +46,7 @@ class Background:
         return self._pending
 
     def _group(self) -> Group:
-        """Return the thread's group, of the job as it is now. A collective call, the first time."""
+        """Return the thread's group of all ranks of the job; a collective call the first time."""
         world = collectives.world()
         if world is not self._groups[0]:
             self._groups = (world, collectives.host_group() if world is not None else None)

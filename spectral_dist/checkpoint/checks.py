@@ -1,4 +1,4 @@
-"""Whether a checkpoint is of this model and this optimizer, by what is said in it of both."""
+"""Check that a checkpoint is of this model and this optimizer, by its keys, shapes and groups."""
 
 from __future__ import annotations
 
@@ -13,17 +13,26 @@ from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.params.spec import plain_name
 
 NOT_OPTIONS = ("rule", "names")
-"""What is saved of a group beside its options."""
+"""Keys of a saved group that are no options."""
 
 
 def check_rule(where: str, saved: str | None, optimizer: ShardedOptimizer) -> None:
-    """Raise a ValueError if a checkpoint is another rule's; ``saved``: None if it does not say."""
-    here = optimizer.rule_name
-    if saved is not None and saved != here:
+    """Check that a checkpoint was saved by an optimizer of the same rule.
+
+    Args:
+        where: the checkpoint, for the error.
+        saved: the rule's name in it; None if it has none, which is accepted.
+        optimizer: that is to be loaded.
+
+    Raises:
+        ValueError: it is another rule's.
+    """
+    rule_name = optimizer.rule_name
+    if saved is not None and saved != rule_name:
         raise ValueError(
-            f"{where} was saved with another optimizer: {saved}, and this one is {here}, which"
+            f"{where} was saved with another optimizer: {saved}, and this one is {rule_name}, which"
             f" means other things by its states and options; load it with {saved}, or load only the"
-            f" weights of it and begin anew with {here}"
+            f" weights of it and begin anew with {rule_name}"
         )
 
 
@@ -34,7 +43,7 @@ def check_entries(
     state: Mapping[str, Mapping[str, Any]],
     saved: Mapping[str, Any],
 ) -> None:
-    """Raise if a checkpoint has more, fewer or other entries than a model and its optimizer.
+    """Check that a checkpoint has the entries of a model and its optimizer, and no others.
 
     Args:
         folder: of the checkpoint.
@@ -54,16 +63,16 @@ def check_entries(
                     " parameter on the other of the rule and AdamW (matrices, scalars)"
                 )
     for name, tensor in model_state.items():
-        there = saved.get(f"model.{name}")
-        if there is None and not any(key.startswith(f"model.{name}.") for key in saved):
+        metadata = saved.get(f"model.{name}")
+        if metadata is None and not any(key.startswith(f"model.{name}.") for key in saved):
             raise ValueError(f"{folder} has no {name}, which is here: it is of another model")
-        size = getattr(there, "size", None)
+        size = getattr(metadata, "size", None)
         if isinstance(tensor, Tensor) and size != tensor.shape:
             raise ValueError(
                 f"{name} is {tuple(tensor.shape)} here, but {tuple(size or ())} in {folder}: it was"
                 " saved of another model"
             )
-    # torch.distributed.checkpoint takes dicts apart, as modules have for their extra state
+    # torch.distributed.checkpoint flattens dicts, which modules may have as extra state
     nested = tuple(f"{name}." for name, v in model_state.items() if not isinstance(v, Tensor))
     prefix = "model."
     for name in (key[len(prefix) :] for key in saved if key.startswith(prefix)):
@@ -75,9 +84,12 @@ def check_entries(
 def _check_states(
     folder: str | Path, model: nn.Module, state: Mapping[str, Any], saved: Mapping[str, Any]
 ) -> None:
-    """Raise a ValueError if parameters have states in the checkpoint that nothing here takes."""
+    """Raise a ValueError for states in a checkpoint of parameters that the optimizer has not.
+
+    Arguments are as in ``check_entries``.
+    """
     parameters = named(model)
-    # a state of what is frozen by now is of no use
+    # states of parameters that are frozen now are ignored
     frozen = {name for name, p in parameters.items() if not p.requires_grad}
     for key in (key[len(STATE) :] for key in saved if key.startswith(STATE)):
         name = key.rpartition(".")[0]
@@ -101,7 +113,7 @@ def _check_states(
 def check_groups(
     optimizer: ShardedOptimizer, names: Mapping[str, str], saved: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Raise if parameters were in other groups than here.
+    """Check that the checkpoint's groups divide parameters as the optimizer's groups do.
 
     Args:
         optimizer: whose groups are compared.
@@ -113,9 +125,9 @@ def check_groups(
     """
     by_name = _by_name(saved)
     for group in optimizer.param_groups:
-        called = [names[route.name] for route in optimizer.routes[group["id"]]]
-        for name in called:
-            old, first = by_name.get(name), by_name.get(called[0])
+        param_names = [names[route.name] for route in optimizer.routes[group["id"]]]
+        for name in param_names:
+            old, first = by_name.get(name), by_name.get(param_names[0])
             if old is None or old["kind"] != group["kind"]:
                 was = "not in it" if old is None else f"of kind {old['kind']!r}"
                 raise ValueError(
@@ -124,7 +136,7 @@ def check_groups(
                 )
             if old != first:
                 raise ValueError(
-                    f"{name} and {called[0]} are in one parameter group here, but in two"
+                    f"{name} and {param_names[0]} are in one parameter group here, but in two"
                     " with different options in the checkpoint; build the groups as they were"
                 )
 
@@ -132,7 +144,10 @@ def check_groups(
 def take_groups(
     optimizer: ShardedOptimizer, names: Mapping[str, str], saved: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Take over the options of groups that ``check_groups`` has found right."""
+    """Set the options of an optimizer's groups from saved ones that ``check_groups`` has checked.
+
+    Arguments are as in ``check_groups``.
+    """
     by_name = _by_name(saved)
     for group in optimizer.param_groups:
         routes = optimizer.routes[group["id"]]
@@ -144,7 +159,7 @@ def take_groups(
 
 
 def _by_name(saved: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the options of every parameter's group."""
+    """Return the options of its group for every parameter's name."""
     by_name = {}
     for group in saved:
         options = {key: value for key, value in group.items() if key not in NOT_OPTIONS}

@@ -1,4 +1,4 @@
-"""Tensors of which each rank has some boxes, as torch.distributed.checkpoint takes them."""
+"""Tensors of which each rank stores some boxes, in the form of torch.distributed.checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from spectral_dist.core.units import MatrixUnit
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.layout import Layout, Tile
 
@@ -24,16 +24,19 @@ COPIES = {
     *(aten.clone.default, aten.detach.default, aten._to_copy.default, aten.empty_like.default),
     *(aten.alias.default, aten.lift_fresh.default),
 }
-"""What is done to every part in the same way."""
+"""Operations that are applied to each of a tensor's parts."""
 Chunk = tuple[tuple[int, ...], tuple[int, ...]]
 """(offsets, sizes) in the whole parameter."""
 
 
-class Runs(torch.Tensor):
-    """Boxes of a tensor, as torch.distributed.checkpoint reads and writes them: its protocol.
+class ChunkedTensor(torch.Tensor):
+    """A tensor of which this rank stores some boxes, which torch.distributed.checkpoint saves.
 
-    ``parts``: (offsets, sizes) in the whole tensor of shape ``shape``, and the values on this rank,
-    of that many elements; no part may overlap another one, here or on another rank.
+    The double-underscore methods are the protocol by which it asks a tensor for its chunks.
+
+    Attributes:
+        parts: the values of each box on this rank, by the box's offsets in the whole tensor. Boxes
+            must not overlap, on this or on other ranks.
     """
 
     parts: dict[torch.Size, Tensor]
@@ -41,28 +44,40 @@ class Runs(torch.Tensor):
     @staticmethod
     def __new__(
         cls, shape: Sequence[int], like: Tensor, parts: Sequence[tuple[Chunk, Tensor]]
-    ) -> Runs:
-        """Of the dtype and device of ``like``."""
-        self: Runs = torch.Tensor._make_wrapper_subclass(
+    ) -> ChunkedTensor:
+        """Make a tensor of boxes.
+
+        Args:
+            shape: of the whole tensor.
+            like: a tensor of its dtype and device.
+            parts: ((offsets, sizes) in the whole tensor, values of that many elements) of each box.
+        """
+        self: ChunkedTensor = torch.Tensor._make_wrapper_subclass(
             cls, torch.Size(shape), dtype=like.dtype, device=like.device
         )
         self.parts = {torch.Size(offsets): values.view(sizes) for (offsets, sizes), values in parts}
         return self
 
     def __repr__(self) -> str:  # type: ignore[override]
-        """The boxes that are here."""
-        return f"Runs(of {tuple(self.shape)}, here {self.__create_chunk_list__()})"
+        """Return the shape and the boxes of this rank."""
+        return f"ChunkedTensor(of {tuple(self.shape)}, here {self.__create_chunk_list__()})"
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Copy: what is to be saved while training goes on is copied first, here or to the host."""
+        """Run an operation that copies the tensor, to its device or to the host; refuse any other.
+
+        A save in the background copies what it writes first.
+
+        Raises:
+            NotImplementedError: another operation.
+        """
         kwargs = kwargs or {}
         if func is aten.copy_.default and all(isinstance(each, cls) for each in args[:2]):
             target, source = args[:2]
-            for at, values in target.parts.items():
-                values.copy_(source.parts[at])
+            for offsets, values in target.parts.items():
+                values.copy_(source.parts[offsets])
             return target
         if func is aten.new_empty.default and list(args[1]) == list(args[0].shape):
             func, args = aten.empty_like.default, args[:1]
@@ -73,9 +88,9 @@ class Runs(torch.Tensor):
             )
         source = args[0]
         kwargs = {k: v for k, v in kwargs.items() if k != "memory_format"}
-        parts = {at: func(values, *args[1:], **kwargs) for at, values in source.parts.items()}
+        parts = {o: func(values, *args[1:], **kwargs) for o, values in source.parts.items()}
         like = func(torch.empty(0, dtype=source.dtype, device=source.device), *args[1:], **kwargs)
-        return cls(source.shape, like, [((at, v.shape), v) for at, v in parts.items()])
+        return cls(source.shape, like, [((o, v.shape), v) for o, v in parts.items()])
 
     def __create_write_items__(self, fqn: str, object: object) -> list[WriteItem]:
         properties = TensorProperties(dtype=self.dtype)
@@ -89,30 +104,46 @@ class Runs(torch.Tensor):
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [ChunkStorageMetadata(at, values.shape) for at, values in self.parts.items()]
+        return [ChunkStorageMetadata(o, values.shape) for o, values in self.parts.items()]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         assert index.offset is not None
         return self.parts[index.offset]
 
 
-def momentum_runs(unit: MatrixUnit, index: int, route: Route, momentum: Tensor) -> Runs:
-    """Return the momentum that this rank keeps of tensor ``index``, run by run."""
+def momentum_runs(
+    unit: MatrixUnit, index: int, route: ParamSpec, momentum: Tensor
+) -> ChunkedTensor:
+    """Return the momentum that this rank stores of a parameter, as boxes of the parameter.
+
+    Args:
+        unit: that has the parameter.
+        index: of the parameter among the unit's tensors.
+        route: the parameter's spec.
+        momentum: its packed runs on this rank (``MatrixUnit.new_momentum``).
+    """
     located = unit.located
     rank = collectives.rank(located.group)
-    where: dict[tuple[int, int], Chunk] = {}
+    chunks: dict[tuple[int, int], Chunk] = {}  # by (start, length) of the run
     for layout in located.layouts:
         for tile in layout.tiles:
             begin, length = tile.run(rank)
             if tile.tensor == index and length:
-                where[begin, length] = _chunk(layout, tile, rank, route)
+                chunks[begin, length] = _chunk(layout, tile, rank, route)
     views = unit.momentum_runs.packed_views(index, momentum)
-    parts = [(where[piece.start, piece.length], view) for piece, view in views.items()]
-    return Runs(route.shape, momentum, parts)
+    parts = [(chunks[piece.start, piece.length], view) for piece, view in views.items()]
+    return ChunkedTensor(route.shape, momentum, parts)
 
 
-def _chunk(layout: Layout, tile: Tile, rank: int, route: Route) -> Chunk:
-    """Return which box of the parameter this rank's run of a tile is: some of its rows."""
+def _chunk(layout: Layout, tile: Tile, rank: int, route: ParamSpec) -> Chunk:
+    """Return the box of a parameter that this rank's run of a tile is; it must be whole rows.
+
+    Args:
+        layout: of the matrix.
+        tile: of the layout.
+        rank: this rank in the layout's group.
+        route: the parameter's spec.
+    """
     width, shape = layout.matrix.shape[1], route.shape
     rows_of_stack = route.stack // width
     first, skipped = tile.row, 0

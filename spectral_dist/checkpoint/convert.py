@@ -35,7 +35,15 @@ from spectral_dist.checkpoint.universal import read_universal, write_universal
 
 
 def convert(from_format: str, source: str | Path, to_format: str, target: str | Path) -> Run:
-    """Write the checkpoint ``source`` as ``target``, which must not exist; what was in it.
+    """Write a checkpoint in another format.
+
+    Args:
+        from_format, to_format: keys of ``FORMATS``.
+        source: the checkpoint.
+        target: what is written; it must not exist.
+
+    Returns:
+        The content of the checkpoint.
 
     Raises:
         ValueError: an unknown format, a checkpoint that is not whole, or one that the other format
@@ -54,7 +62,7 @@ def convert(from_format: str, source: str | Path, to_format: str, target: str | 
     try:
         with _told(f"{target} was not written"):
             FORMATS[to_format][1](target, run)
-    except BaseException:  # what is there of it is none, and would be in the way
+    except BaseException:  # a part of a checkpoint is none, and would be in the way of the next try
         if target.is_dir():
             shutil.rmtree(target, ignore_errors=True)
         else:
@@ -66,7 +74,7 @@ def convert(from_format: str, source: str | Path, to_format: str, target: str | 
 
 @contextlib.contextmanager
 def _told(what: str) -> Iterator[None]:
-    """Raise a ValueError for whatever junk in a file, or the file system, makes of the code."""
+    """Turn any error inside into a ValueError: junk in a file can make the code raise anything."""
     try:
         yield
     except ValueError:
@@ -75,16 +83,10 @@ def _told(what: str) -> Iterator[None]:
         raise ValueError(f"{what}: {first(error)}") from error
 
 
-# -- dcp
-
-
-# -- universal
-
-
 FORMATS: dict[str, tuple[Callable[[Path], Run], Callable[[Path, Run], None]]] = {
     "dcp": (read_dcp, write_dcp),
     "universal": (read_universal, write_universal),
     "torch": (read_torch, write_torch),
     "dion": (read_dion, write_dion),
 }
-"""name -> (its reader, its writer)"""
+"""The reader and the writer of each format, by its name."""

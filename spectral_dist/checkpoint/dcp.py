@@ -1,9 +1,9 @@
 """Checkpoints by torch.distributed.checkpoint: save on n ranks of one layout, load on m of another.
 
 Optimizer state is keyed by parameter name, with global offsets: DTensors where parameters are
-DTensors, whole tensors where every rank has them, ``Runs`` where momentum is at its owner alone;
-matrix state by matrix name, as ``Runs``. Of parameters, all ranks have the same keys, from before
-the first step. What the files are, and how they are checked, is in ``checkpoint_files``.
+DTensors, whole tensors where every rank has them, a ``ChunkedTensor`` where only the owner stores
+momentum; matrix state is keyed by matrix name, as ``ChunkedTensor``. All ranks have the same keys
+of parameters, from before the first step. ``checkpoint.files`` writes and checks the files.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from spectral_dist.checkpoint import files
 from spectral_dist.checkpoint.background import BACKGROUND
 from spectral_dist.checkpoint.checks import check_entries, check_groups, check_rule, take_groups
-from spectral_dist.checkpoint.chunked_tensor import Runs, momentum_runs
+from spectral_dist.checkpoint.chunked_tensor import ChunkedTensor, momentum_runs
 from spectral_dist.checkpoint.files import failing_together
 from spectral_dist.checkpoint.names import MATRICES, STATE, Names, names_in, names_of
 from spectral_dist.checkpoint.plain import check_plain
-from spectral_dist.core.matrix_state import Part, check_saved
+from spectral_dist.core.matrix_state import MatrixStatePart, check_saved
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.core.units import MatrixUnit
@@ -37,19 +37,26 @@ from spectral_dist.sharding import collectives
 
 NOT_SAVED = ("params", "id", "routes")
 SKEW = "skew_in"
-"""What every layer of POET has, and no other."""
+"""The name of a parameter that every layer of POET has, and no other module."""
 
 
 def state_dict(optimizer: ShardedOptimizer, *, saving: bool = True) -> dict[str, Any]:
-    """Return {"state": {parameter: {"step", "exp_avg", ...}}, "groups": JSON}, for DCP.
+    """Return an optimizer's state for torch.distributed.checkpoint; collective the first time.
 
-    Also {"matrices": ``matrix_state``} if there is any. Its tensors are the optimizer's own. A
-    collective call the first time.
+    Args:
+        optimizer: whose tensors are in it, not copies of them.
+        saving: whether it is to be saved: then a rank that shares matrix state with its owner
+            leaves it out. To load, each rank has all its own.
+
+    Returns:
+        {"state": {parameter: {"step", "exp_avg", ...}}, "groups": JSON}, and {"matrices":
+        ``matrix_state``} if there is any.
     """
     return _state_dict(optimizer, names_of(optimizer), saving)
 
 
 def _state_dict(optimizer: ShardedOptimizer, names: Names, saving: bool) -> dict[str, Any]:
+    """Return ``state_dict`` with these names of parameters and matrices."""
     state: dict[str, dict[str, Any]] = {}
     groups = []
     for group in optimizer.param_groups:
@@ -61,8 +68,8 @@ def _state_dict(optimizer: ShardedOptimizer, names: Names, saving: bool) -> dict
                     entry["exp_avg"] = momentum_runs(unit, index, routes[i], entry["exp_avg"])
                 state[names.of_parameters[routes[i].name]] = entry
         plain = {k: v for k, v in group.items() if k not in NOT_SAVED}
-        called = [names.of_parameters[route.name] for route in routes]
-        groups.append({**plain, "names": called})
+        param_names = [names.of_parameters[route.name] for route in routes]
+        groups.append({**plain, "names": param_names})
     content: dict[str, Any] = {"state": state, "groups": json.dumps(groups, default=float)}
     matrices = matrix_state(optimizer, names, saving)
     return {**content, "matrices": matrices} if matrices else content
@@ -70,28 +77,33 @@ def _state_dict(optimizer: ShardedOptimizer, names: Names, saving: bool) -> dict
 
 def matrix_state(
     optimizer: ShardedOptimizer, names: Names, saving: bool
-) -> dict[str, dict[str, Runs]]:
-    """Return {matrix: {quantity: what this rank keeps of it}}, for DCP to save or load.
+) -> dict[str, dict[str, ChunkedTensor]]:
+    """Return {matrix: {quantity: this rank's part of it}}, for torch.distributed.checkpoint.
 
-    What several ranks have is among what each of them loads, and what its owner saves.
+    What several ranks store is loaded by each of them, and saved by its owner.
+
+    Args:
+        optimizer: whose tensors are in it.
+        names: of parameters and matrices in the checkpoint.
+        saving: whether it is to be saved, and not loaded.
     """
-    content: dict[str, dict[str, Runs]] = {}
+    content: dict[str, dict[str, ChunkedTensor]] = {}
     for part in _parts(optimizer):
         if part.is_primary or not saving:
-            where = (part.offsets or (0,), tuple(part.values.shape) or (1,))  # DCP cuts no scalars
-            whole = Runs(part.shape or (1,), part.values, [(where, part.values)])
-            content.setdefault(names.of_matrices[part.matrix], {})[part.name] = whole
+            chunk = (part.offsets or (0,), tuple(part.values.shape) or (1,))  # DCP cuts no scalars
+            tensor = ChunkedTensor(part.shape or (1,), part.values, [(chunk, part.values)])
+            content.setdefault(names.of_matrices[part.matrix], {})[part.name] = tensor
     return content
 
 
-def _parts(optimizer: ShardedOptimizer) -> Iterator[Part]:
+def _parts(optimizer: ShardedOptimizer) -> Iterator[MatrixStatePart]:
     """Iterate over the optimizer's matrix state, if it has matrices."""
     if isinstance(optimizer, SpectralOptimizer):
         yield from optimizer.matrix_parts()
 
 
 def save_matrix_state(folder: str | Path, optimizer: ShardedOptimizer) -> str:
-    """Write the matrix state alone, for a framework that saves the rest. A collective call.
+    """Write only the matrix state, for a framework that saves the rest; a collective call.
 
     Returns:
         The id of what was written, for ``load_matrix_state``.
@@ -102,16 +114,16 @@ def save_matrix_state(folder: str | Path, optimizer: ShardedOptimizer) -> str:
 def load_matrix_state(
     folder: str | Path, optimizer: ShardedOptimizer, saved_as: str | None = None
 ) -> None:
-    """Restore what ``save_matrix_state`` has written, on any number of ranks. A collective call.
+    """Load what ``save_matrix_state`` has written, on any number of ranks; a collective call.
 
     Args:
-        folder: where it is.
-        optimizer: whose it is.
-        saved_as: the id that was returned, if it is known.
+        folder: of the checkpoint.
+        optimizer: whose matrix state is loaded.
+        saved_as: the id that ``save_matrix_state`` returned, if it is known.
 
     Raises:
-        ValueError: before anything has changed; it is damaged, another save's, of other matrices,
-            or of another rank.
+        ValueError: before anything has changed, if the checkpoint is damaged, of another save, of
+            other matrices, or of another option ``rank``.
     """
     checked = files.verify(folder)
     with failing_together():
@@ -132,7 +144,13 @@ def load_matrix_state(
 def check_matrix_state(
     optimizer: ShardedOptimizer, names: Names, saved: Mapping[str, Any], prefix: str
 ) -> None:
-    """Raise if a checkpoint's metadata has other matrix state than this rank's.
+    """Check that a checkpoint's metadata has this rank's matrix state, and no other.
+
+    Args:
+        optimizer: that is to be loaded.
+        names: of matrices in the checkpoint.
+        saved: the checkpoint's metadata by key.
+        prefix: of the keys of matrix state.
 
     Raises:
         ValueError: names the matrix, and what must have been changed.
@@ -141,13 +159,13 @@ def check_matrix_state(
         entry = saved.get(f"{prefix}{names.of_matrices[part.matrix]}.{part.name}")
         shape = None if entry is None else tuple(entry.size)
         check_saved(part, () if shape == (1,) and not part.shape else shape)
-    own = optimizer.kept_names() if isinstance(optimizer, SpectralOptimizer) else {}
-    kept = {names.of_matrices[matrix]: quantities for matrix, quantities in own.items()}
+    quantities = optimizer.kept_names() if isinstance(optimizer, SpectralOptimizer) else {}
+    known = {names.of_matrices[matrix]: kept for matrix, kept in quantities.items()}
     for key in saved:
         matrix, _, name = key.removeprefix(prefix).rpartition(".")
-        if not key.startswith(prefix) or name in kept.get(matrix, ()):
+        if not key.startswith(prefix) or name in known.get(matrix, ()):
             continue
-        if matrix not in kept:
+        if matrix not in known:
             raise ValueError(
                 f"the checkpoint has {name} of {matrix}, which is not here: it is of another model"
             )
@@ -158,12 +176,16 @@ def check_matrix_state(
 
 
 def load_state_dict(optimizer: ShardedOptimizer, loaded: Mapping[str, Any]) -> None:
-    """Take the options of the groups of a ``state_dict`` that DCP has filled.
+    """Set the options of groups from a ``state_dict`` that torch.distributed.checkpoint has filled.
 
-    Its tensors are the optimizer's own, so they are in place already.
+    Its tensors are the optimizer's own, so they are loaded already.
+
+    Args:
+        optimizer: whose options are set.
+        loaded: the ``state_dict``.
 
     Raises:
-        ValueError: another rule's, a parameter that is of another kind now, or groups that were
+        ValueError: it is of another rule, a parameter is of another kind now, or groups were
             divided otherwise.
     """
     with failing_together():
@@ -177,11 +199,17 @@ def load_state_dict(optimizer: ShardedOptimizer, loaded: Mapping[str, Any]) -> N
 
 
 def save(folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer, **extra: Any) -> None:
-    """Write the model, the optimizer and what else is given (schedules, counters) into ``folder``.
+    """Write a model, its optimizer and other values into a folder; a collective call.
 
-    A collective call. Any layout can be loaded from it again: one process, DDP, FSDP2, HSDP, TP.
-    ``extra`` is that of rank 0, and may hold what ``torch.load(weights_only=True)`` accepts. The
-    save is complete when ``checkpoint_files.MANIFEST`` is in the folder, which is written last.
+    It can be loaded under any layout: one process, DDP, FSDP2, HSDP, TP. The save is complete when
+    ``checkpoint.files.MANIFEST`` is in the folder, which is written last.
+
+    Args:
+        folder: that all ranks see; what is in it is overwritten.
+        model: as the user has it, in its wrappers.
+        optimizer: of the model.
+        extra: other values (schedules, counters), of which those of rank 0 are saved: what
+            ``torch.load(weights_only=True)`` accepts.
 
     Raises:
         ValueError: on every rank and before anything was written, if there is something in
@@ -194,10 +222,11 @@ def save(folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer, **ex
 def async_save(
     folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer, **extra: Any
 ) -> Future[str]:
-    """Save as ``save`` does, while training goes on: with the numbers of this call.
+    """Save as ``save`` does, but in the background; a collective call.
 
-    A collective call, which copies everything to the host's memory and first waits for the one
-    before. Ranks write in a thread and a process group of their own.
+    Saved are the values at the time of the call: it waits for the save before this one, and copies
+    everything to the host's memory. Ranks then write in a thread and a process group of their own,
+    while training goes on. Arguments are those of ``save``.
 
     Returns:
         A future, done when the save is complete; its ``result()`` raises what ``save`` would.
@@ -211,6 +240,7 @@ def async_save(
 def _content(
     model: nn.Module, optimizer: ShardedOptimizer, extra: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """Return what a checkpoint holds, checked to be loadable; a collective call."""
     content: dict[str, Any] = {
         "model": get_model_state_dict(model),
         "optimizer": _state_dict(optimizer, names_of(optimizer, model), True),
@@ -227,21 +257,28 @@ def _content(
 
 
 def load(folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer) -> dict[str, Any]:
-    """Restore what ``save`` has written, on any number of ranks; its ``extra``. A collective call.
+    """Load what ``save`` has written, on any number of ranks; a collective call.
+
+    Args:
+        folder: of the checkpoint.
+        model, optimizer: built as those that were saved, under any layout; they are written.
+
+    Returns:
+        The ``extra`` values that were saved.
 
     Raises:
-        ValueError: on every rank and before anything has changed: no checkpoint there, one that is
-            damaged or not complete, or one of another optimizer, of other parameters or kinds, or
-            rotated otherwise.
+        ValueError: on every rank and before anything has changed, if there is no checkpoint, if it
+            is damaged or not complete, or if it is of another optimizer, of other parameters or
+            kinds, or rotated otherwise.
     """
     checked = files.verify(folder)
     model_state = get_model_state_dict(model)
-    optimizer.locate()
+    optimizer.initialize_state()
     with failing_together():
         saved = files.read_metadata(folder).state_dict_metadata
         names = names_in(names_of(optimizer, model), saved)
         layers = _rotated_layers(folder, model, saved)
-    _check_settings(folder, layers, model_state)  # which says more than shapes do
+    _check_settings(folder, layers, model_state)  # first, as it says more than other shapes would
     plain: dict[str, Any] = {"optimizer": {"groups": ""}, "extra": b""}
     files.read(folder, plain)
     ours = _state_dict(optimizer, names, False)
@@ -275,12 +312,21 @@ def load(folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer) -> d
 def _former_state(
     optimizer: ShardedOptimizer, names: Names, saved: Mapping[str, Any]
 ) -> dict[str, dict[str, Tensor]]:
-    """Return whole tensors to load what is matrix state now, and was shard state when saved."""
+    """Return empty whole tensors for matrix state that an older release saved as shard state.
+
+    Args:
+        optimizer: that is to be loaded.
+        names: of parameters in the checkpoint.
+        saved: the checkpoint's metadata by key.
+
+    Returns:
+        {parameter: {shard state: whole tensor}}; nothing if the checkpoint has matrix state.
+    """
     if not isinstance(optimizer, SpectralOptimizer):
         return {}
     former = optimizer.former_state()
-    there = any(key.startswith(MATRICES) for key in saved)
-    if not former or there:
+    has_matrix_state = any(key.startswith(MATRICES) for key in saved)
+    if not former or has_matrix_state:
         return {}
     return {
         route.name: {old: torch.empty(route.shape) for old in former.values()}
@@ -295,19 +341,19 @@ def _former_state(
 def _rotated_layers(
     folder: str | Path, model: nn.Module, saved: Mapping[str, Any]
 ) -> dict[str, PoetLayer]:
-    """Return POET's layers by prefix of their parameters' names.
+    """Return POET's layers by the prefix of their parameters' names.
 
     Raises:
-        ValueError: other layers are POET's than in the checkpoint.
+        ValueError: the checkpoint has other layers of POET's than the model.
     """
     layers = {
         f"{plain_name(name)}.".lstrip("."): module
         for name, module in unwrap(model)[0].named_modules()
         if isinstance(module, PoetLayer)
     }
-    there = {name[len("model.") : -len(SKEW)] for name in saved if name.endswith(SKEW)}
-    for prefix in sorted(there ^ layers.keys()):
-        if prefix in there:
+    saved_prefixes = {name[len("model.") : -len(SKEW)] for name in saved if name.endswith(SKEW)}
+    for prefix in sorted(saved_prefixes ^ layers.keys()):
+        if prefix in saved_prefixes:
             raise ValueError(
                 f"{prefix}weight is rotated by POET in {folder}, and not here; call"
                 " spectral_dist.poet.convert(model, ...) as it was called then, and load that; or"
@@ -321,15 +367,20 @@ def _rotated_layers(
 
 
 def _check_settings(
-    folder: str | Path, layers: Mapping[str, PoetLayer], here: Mapping[str, Any]
+    folder: str | Path, layers: Mapping[str, PoetLayer], model_state: Mapping[str, Any]
 ) -> None:
-    """Raise a ValueError if layers were rotated by other settings. A collective call.
+    """Raise a ValueError if POET's layers were saved with other settings; a collective call.
 
-    Before anything is loaded, as the model's tensors are written in place.
+    It must be called before anything is loaded, as the model's tensors are written in place.
+
+    Args:
+        folder: of the checkpoint.
+        layers: POET's layers by the prefix of their parameters' names.
+        model_state: of the model, by name.
     """
     if not layers:
         return
-    states = {name: here[name] for name in (f"{prefix}_extra_state" for prefix in layers)}
+    states = {name: model_state[name] for name in (f"{prefix}_extra_state" for prefix in layers)}
     content = {"model": states}
     files.read(folder, content)
     with failing_together():

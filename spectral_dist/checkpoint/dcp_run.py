@@ -16,8 +16,12 @@ from spectral_dist.checkpoint.run import Run, no_place
 
 
 def read_dcp(folder: Path) -> Run:
-    """Return the run in a folder of ``spectral_dist.checkpoint.save``."""
-    files.verify(folder, alone=True)
+    """Return the run in a folder of ``spectral_dist.checkpoint.save``.
+
+    Raises:
+        ValueError: it is damaged, holds matrix state, or keys that ``save`` does not write.
+    """
+    files.verify(folder, single_process=True)
     metadata = files.read_metadata(folder)
     content: dict[str, Any] = {
         key: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -47,7 +51,7 @@ def read_dcp(folder: Path) -> Run:
 
 
 def write_dcp(folder: Path, run: Run) -> None:
-    """Write a folder that ``spectral_dist.checkpoint.load`` takes."""
+    """Write a run as a folder that ``spectral_dist.checkpoint.load`` takes."""
     file = io.BytesIO()
     torch.save(run.extra, file)
     groups = [{**group, "rule": run.rule} for group in run.groups]
@@ -56,4 +60,4 @@ def write_dcp(folder: Path, run: Run) -> None:
         "optimizer": {"state": run.state, "groups": json.dumps(groups)},
         "extra": file.getvalue(),
     }
-    files.write(folder, content, alone=True)
+    files.write(folder, content, single_process=True)

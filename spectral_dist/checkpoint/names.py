@@ -1,4 +1,4 @@
-"""What a checkpoint calls parameters: as the model has them, without what wrappers add."""
+"""Names of parameters in checkpoints: those of the plain model, without what wrappers add."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ WRAPPED = tuple(wrapper.removesuffix(".") for wrapper in WRAPPERS)
 
 @dataclass(frozen=True)
 class Names:
-    """The names of a checkpoint, by those that the optimizer knows."""
+    """The names in a checkpoint, by the names that the optimizer has.
+
+    Attributes:
+        of_parameters: for each parameter.
+        of_matrices: for each matrix.
+    """
 
     of_parameters: Mapping[str, str]
     of_matrices: Mapping[str, str]
 
 
 def named(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters by their names in the plain model, tied ones by each of theirs."""
+    """Return a model's parameters by their names without wrappers; tied ones by each name."""
     parameters: dict[str, nn.Parameter] = {}
 
     def walk(module: nn.Module, prefix: str) -> None:
@@ -55,7 +60,7 @@ def names_of(optimizer: ShardedOptimizer, model: nn.Module | None = None) -> Nam
     matrices: dict[str, str] = {}
     for group in optimizer.param_groups:
         routes = optimizer.routes[group["id"]]
-        # of what a framework has cut, a rank may have other tensors than routes
+        # where a framework has sharded parameters, a rank may have other tensors than specs
         tensors = group["params"] if len(group["params"]) == len(routes) else [None] * len(routes)
         for route, p in zip(routes, tensors, strict=True):
             name = by_parameter.get(id(p), plain_name(route.name))
@@ -68,27 +73,29 @@ def names_of(optimizer: ShardedOptimizer, model: nn.Module | None = None) -> Nam
 
 
 def names_in(names: Names, saved: Iterable[str]) -> Names:
-    """Return the names that a checkpoint has, which an older release may have written otherwise.
+    """Return the names that are in a checkpoint, which differ if an older release has saved it.
 
-    They were those of the wrapped model, and those of a part of it, if groups were of that.
+    Older releases wrote the names in the wrapped model, or in a part of the model if groups were
+    made of that part.
 
     Args:
-        names: as they would be saved.
+        names: as this release would save them.
         saved: the keys of the checkpoint.
     """
-    spelled: dict[str, dict[str, str]] = {STATE: {}, MATRICES: {}}
+    saved_names: dict[str, dict[str, str]] = {STATE: {}, MATRICES: {}}  # by plain name
     for key in saved:
-        for prefix, known in spelled.items():
+        for prefix, by_plain_name in saved_names.items():
             if key.startswith(prefix):
                 name = key.removeprefix(prefix).rpartition(".")[0]
-                known.setdefault(plain_name(name), name)
+                by_plain_name.setdefault(plain_name(name), name)
 
-    def spell(names: Mapping[str, str], known: Mapping[str, str]) -> dict[str, str]:
+    def translate(names: Mapping[str, str], by_plain_name: Mapping[str, str]) -> dict[str, str]:
         return {
-            own: known.get(name) or known.get(plain_name(own)) or name
-            for own, name in names.items()
+            known: by_plain_name.get(name) or by_plain_name.get(plain_name(known)) or name
+            for known, name in names.items()
         }
 
     return Names(
-        spell(names.of_parameters, spelled[STATE]), spell(names.of_matrices, spelled[MATRICES])
+        translate(names.of_parameters, saved_names[STATE]),
+        translate(names.of_matrices, saved_names[MATRICES]),
     )

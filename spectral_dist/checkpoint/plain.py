@@ -1,4 +1,4 @@
-"""Checkpoints without code: what may be in one, and how it is read so that nothing in it runs.
+"""Checkpoints without code: what may be in one, and how to read it so that nothing in it runs.
 
 Values are what ``torch.load(weights_only=True)`` takes; metadata is unpickled with the classes of
 torch.distributed.checkpoint alone.
@@ -30,11 +30,12 @@ CLASSES = {
     ("collections", "OrderedDict"),
     *((m, n) for m in ("pathlib", "pathlib._local") for n in ("PosixPath", "WindowsPath")),
 }
-"""What metadata of torch.distributed.checkpoint is made of, beside dtypes."""
+"""(module, name) of the classes in metadata of torch.distributed.checkpoint; dtypes are allowed
+as well."""
 
 
 class NotPlain(ValueError):
-    """A file with more than plain data in it."""
+    """The error for a file with more than plain data in it."""
 
 
 def load_plain(path: Path, stand_ins: Mapping[str, Callable[..., Any]] | None = None) -> Any:
@@ -44,7 +45,7 @@ def load_plain(path: Path, stand_ins: Mapping[str, Callable[..., Any]] | None = 
 
     Args:
         path: the file.
-        stand_ins: what is made in place of classes whose names may be in it.
+        stand_ins: callables that take the place of classes, by the names that the file may have.
 
     Raises:
         NotPlain: there is more than plain data in it.
@@ -59,11 +60,12 @@ def load_plain(path: Path, stand_ins: Mapping[str, Callable[..., Any]] | None = 
         if unsafe := sorted(set(_unsafe(path)) - {name for _, name in named}):
             raise NotPlain(f"{path} {NOT_PLAIN}: {', '.join(unsafe)}") from None
         raise ValueError(f"{path} is damaged, or no file of torch.save: {first(error)}") from None
-    except Exception as error:  # whatever junk makes of an unpickler
+    except Exception as error:  # junk can make an unpickler raise anything
         raise ValueError(f"{path} is damaged, or no file of torch.save: {first(error)}") from error
 
 
 def _unsafe(path: Path) -> list[str]:
+    """Return the names of classes in a file that torch would not load, if they can be told."""
     try:
         return torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:
@@ -76,10 +78,10 @@ def first(error: Exception) -> str:
 
 
 class Unpickler(pickle.Unpickler):
-    """Reads metadata."""
+    """An unpickler of metadata, which makes objects of ``CLASSES`` and dtypes only."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return a class, if metadata may be made of it."""
+        """Return a class or dtype that metadata may have; raise an UnpicklingError for others."""
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if (module, name) not in CLASSES:
@@ -90,10 +92,14 @@ class Unpickler(pickle.Unpickler):
 
 
 def check_plain(values: Mapping[str, Any], where: str) -> None:
-    """Raise for values that a load would refuse: see ``NOT_PLAIN``.
+    """Check that values are plain data, which a load accepts.
+
+    Args:
+        values: nested dicts.
+        where: they come from, for the error.
 
     Raises:
-        ValueError: names the key, and those in it.
+        ValueError: names the path of keys to the first value that is not.
     """
     value: Any = values
     error = _not_plain(value)
@@ -113,11 +119,12 @@ def check_plain(values: Mapping[str, Any], where: str) -> None:
 
 
 def _not_plain(value: Any) -> Exception | None:
+    """Return the error of saving a value and loading it as plain data; None if that works."""
     file = io.BytesIO()
     try:
         torch.save(value, file)
         file.seek(0)
         torch.load(file, weights_only=True)
-    except Exception as error:  # what pickle says of its own
+    except Exception as error:  # pickle's own errors are of many types
         return error
     return None

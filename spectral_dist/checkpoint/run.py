@@ -1,4 +1,4 @@
-"""A run's checkpoint in no framework's form: what ``convert`` reads and writes."""
+"""A run's checkpoint in no framework's format, between those that ``convert`` reads and writes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,15 @@ MOMENTS = {"matrix": ("exp_avg",), "scalar": ("exp_avg", "exp_avg_sq")}
 
 @dataclass
 class Run:
-    """Whole tensors by the model's names, on the CPU.
+    """The state of a run: whole tensors on the CPU, by the model's names.
 
-    ``state``: {parameter: {"step", "exp_avg", and of AdamW's "exp_avg_sq"}}. ``groups``: options in
-    our words, with "kind" and "names"; an option that is not there is left to the optimizer.
-    ``extra``: plain data, as ``spectral_dist.checkpoint.save`` takes it. ``rule``: whose it is, as
-    "Muon"; None if that is not known.
+    Attributes:
+        model: weights and buffers by name.
+        state: {parameter: {"step", "exp_avg", and of AdamW's "exp_avg_sq"}}.
+        groups: options under our names, with "kind" and "names"; an option that is missing is left
+            to the optimizer.
+        extra: plain data, as ``spectral_dist.checkpoint.save`` takes it.
+        rule: whose state it is, as "Muon"; None if that is not known.
     """
 
     model: dict[str, Tensor] = field(default_factory=dict)
@@ -32,13 +35,16 @@ class Run:
     rule: str | None = None
 
     def check(self, where: object) -> Run:
-        """Itself, if it is whole; groups become what JSON would make of them.
+        """Validate the run and return it; groups are normalized through JSON.
+
+        Args:
+            where: the checkpoint, for errors.
 
         Raises:
             ValueError: names the parameter or key that is missing, unknown, or of another shape.
         """
         self.groups = json.loads(json.dumps(self.groups, default=float))
-        found: set[str] = set()
+        in_groups: set[str] = set()
         for group in self.groups:
             if group["kind"] not in MOMENTS:
                 raise ValueError(
@@ -46,17 +52,18 @@ class Run:
                     " with POET, and take plain weights out with spectral_dist.poet.export"
                 )
             for name in group["names"]:
-                if name in found or name not in self.model:
-                    what = "is in two groups" if name in found else "is not in the model"
+                if name in in_groups or name not in self.model:
+                    what = "is in two groups" if name in in_groups else "is not in the model"
                     raise ValueError(f"{where}: {name} {what}")
-                found.add(name)
+                in_groups.add(name)
                 self._check_state(where, name, MOMENTS[group["kind"]])
-        for name in sorted(self.state.keys() - found):
+        for name in sorted(self.state.keys() - in_groups):
             raise ValueError(f"{where}: {name} has a state, but is in no group")
         check_plain(self.extra, str(where))
         return self
 
     def _check_state(self, where: object, name: str, moments: tuple[str, ...]) -> None:
+        """Raise a ValueError if a parameter's state lacks a moment, or has another key or shape."""
         state = self.state.get(name, {})
         for key in sorted({"step", *moments} ^ state.keys()):
             what = f"unknown state {key!r}" if key in state else f"no {key}"
@@ -67,23 +74,31 @@ class Run:
                 raise ValueError(f"{where}: {name} is {shapes[1]}, but its {key} is {shapes[0]}")
 
     def names(self, kind: str) -> list[str]:
-        """The parameters of one kind."""
+        """Return the parameters of one kind, 'matrix' or 'scalar', in the order of groups."""
         return [name for group in self.groups if group["kind"] == kind for name in group["names"]]
 
-    def trained(self, name: str) -> bool:
-        """Whether it has moments to speak of: without a gradient so far, it has none."""
+    def has_moments(self, name: str) -> bool:
+        """Return whether any of a parameter's moments is not zero.
+
+        All are zero if it has had no gradient yet.
+        """
         return any(
             bool(self.state[name][k].any()) for k in MOMENTS["scalar"] if k in self.state[name]
         )
 
     def steps(self, kind: str, names: Iterable[str], where: object) -> float:
-        """The one number of steps of parameters, for formats that count them together.
+        """Return the number of steps of parameters, for formats that count them together.
+
+        Args:
+            kind: of the parameters.
+            names: of the parameters.
+            where: the format or checkpoint, for errors.
 
         Raises:
             ValueError: AdamW has taken more steps on one than on another.
         """
         counts = {name: float(self.state[name]["step"]) for name in names}
-        used = {name: count for name, count in counts.items() if self.trained(name)}
+        used = {name: count for name, count in counts.items() if self.has_moments(name)}
         if kind == "scalar" and len(set(used.values())) > 1:
             few, many = (pick(used, key=used.__getitem__) for pick in (min, max))
             raise ValueError(
@@ -93,10 +108,11 @@ class Run:
         return max((used or counts).values(), default=0.0)
 
 
-def rated(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With the lr of the first that is not AdamW's in all of them, and their own as ratios to it.
+def with_lr_ratios(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Write one lr into all groups, and each group's own as its ratio to that one; return them.
 
-    Not those that have it so already.
+    The one lr is that of the first group that is not AdamW's. Groups that have ratios already are
+    returned as they are.
     """
     if any(group.get("lr_ratio", 1.0) != 1.0 for group in groups):
         return groups
@@ -110,14 +126,8 @@ def rated(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return groups
 
 
-# -- torch.optim.Muon and AdamW
-
-
-# -- microsoft/dion
-
-
 def no_place(folder: Path) -> str:
-    """Return the error of a checkpoint with matrix state."""
+    """Return the error for a checkpoint with matrix state, which no other format can hold."""
     return (
         f"{folder} holds matrix state (SUMO's bases and moments), for which no other format has a"
         " place; load it with the optimizer that saved it, on any number of ranks"

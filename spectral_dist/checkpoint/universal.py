@@ -14,32 +14,32 @@ import torch
 from torch import Tensor
 
 from spectral_dist.checkpoint.plain import load_plain
-from spectral_dist.checkpoint.run import Run, no_place, rated
+from spectral_dist.checkpoint.run import Run, no_place, with_lr_ratios
 
 ENGINE_KEYS = {
     *("module", "buffer_names", "optimizer", "param_shapes", "frozen_param_shapes", "ds_version"),
     *("shared_params", "frozen_param_fragments", "dp_world_size", "mp_world_size", "ds_config"),
     "checkpoint_parallel_dimensions",
 }
-"""In DeepSpeed's files: what is no state, or is read from elsewhere."""
+"""Keys of DeepSpeed's files that are no state of the run, or are read from another place."""
 
 
 MODEL_FILE = "mp_rank_00_model_states.pt"
 
 
-BESIDE = "spectral_dist"
-"""In DeepSpeed's files: that matrix state was saved beside them."""
+MATRIX_STATE_KEY = "spectral_dist"
+"""The key of DeepSpeed's files that says that matrix state was saved beside them."""
 
 
 RULE = "spectral_rule"
-"""In DeepSpeed's files: the name of the rule."""
+"""The key of DeepSpeed's files for the name of the rule."""
 
 
 class Ignored:
-    """What takes the place of an object of DeepSpeed that says nothing of a run."""
+    """A stand-in for an object of DeepSpeed that holds nothing of a run."""
 
-    def __init__(self, *given: Any) -> None:
-        """Take and leave whatever it was made of."""
+    def __init__(self, *arguments: Any) -> None:
+        """Ignore all arguments."""
 
 
 STAND_INS: dict[str, Callable[..., Any]] = {
@@ -48,11 +48,15 @@ STAND_INS: dict[str, Callable[..., Any]] = {
     "deepspeed.utils.tensor_fragment.fragment_address": Ignored,
     "deepspeed.runtime.zero.config.ZeroStageEnum": int,
 }
-"""Classes that are named in the state of ZeRO's optimizers."""
+"""What takes the place of classes that are named in the state of ZeRO's optimizers."""
 
 
 def _engine_files(folder: Path) -> list[dict[str, Any]]:
-    """What each of the engine's files holds; more than one at stage 3."""
+    """Return the content of each of the engine's files, of which stage 3 has more than one.
+
+    Raises:
+        ValueError: no universal checkpoint, or one with tensor or pipeline parallelism.
+    """
     if not Path(folder, "zero", "optimizer_state.pt").is_file():
         raise ValueError(
             f"{folder} is no universal checkpoint: there is no zero/optimizer_state.pt in it; make"
@@ -69,13 +73,18 @@ def _engine_files(folder: Path) -> list[dict[str, Any]]:
 
 
 def _numbers(path: Path) -> list[int]:
+    """Return the numbers in a file's name, to sort files by."""
     return [int(part) for part in path.stem.split("_") if part.isdigit()]
 
 
 def read_universal(folder: Path) -> Run:
-    """Return the run in a universal checkpoint: the folder with zero/ in it."""
+    """Return the run in a universal checkpoint, which is the folder that has zero/ in it.
+
+    Raises:
+        ValueError: it is not whole, has matrix state, or is of more than data parallelism.
+    """
     engines = _engine_files(folder)
-    if BESIDE in engines[0]:
+    if MATRIX_STATE_KEY in engines[0]:
         raise ValueError(no_place(folder))
     common = load_plain(folder / "zero" / "optimizer_state.pt", STAND_INS)
     if common.get("dynamic_loss_scale"):
@@ -100,11 +109,11 @@ def read_universal(folder: Path) -> Run:
         run.groups.append({**options, "names": sorted(names, key=order.__getitem__)})
         for i in indices:
             for name, shape in shapes[i].items():
-                found = _read_zero(folder / "zero" / name, shape, group["kind"])
-                whole[name] = found.pop("fp32")
-                run.state[name] = (
-                    found if not stage3 else found | {"step": stage3["state"][i]["step"]}
-                )
+                state = _read_zero(folder / "zero" / name, shape, group["kind"])
+                whole[name] = state.pop("fp32")
+                if stage3:
+                    state["step"] = stage3["state"][i]["step"]
+                run.state[name] = state
     for name, source in (engines[0].get("shared_params") or {}).items():
         whole[name] = whole[source]
     for path in Path(folder, "zero").iterdir():
@@ -115,23 +124,38 @@ def read_universal(folder: Path) -> Run:
 
 
 def _read_zero(folder: Path, shape: torch.Size, kind: str) -> dict[str, Tensor]:
-    """A parameter's files; the second moment of a matrix, which is there as zeros, is none."""
-    found = {}
+    """Return the tensors in a parameter's files, {"fp32", "step", "exp_avg", ...}.
+
+    The second moment of a matrix is left out: the file has zeros, and the optimizer has none.
+
+    Args:
+        folder: of the parameter.
+        shape: of the parameter.
+        kind: 'matrix' or 'scalar'.
+
+    Raises:
+        ValueError: there is no weight.
+    """
+    tensors = {}
     for path in sorted(folder.glob("*.pt")):
         value = load_plain(path)
         value = value["param"] if isinstance(value, dict) else torch.as_tensor(value)
-        found[path.stem] = value if path.stem == "step" else value.reshape(shape)
-    if "fp32" not in found:
+        tensors[path.stem] = value if path.stem == "step" else value.reshape(shape)
+    if "fp32" not in tensors:
         raise ValueError(f"{folder} has no fp32.pt")
-    if kind == "matrix" and not found.get("exp_avg_sq", torch.zeros(())).any():
-        found.pop("exp_avg_sq", None)
-    return found
+    if kind == "matrix" and not tensors.get("exp_avg_sq", torch.zeros(())).any():
+        tensors.pop("exp_avg_sq", None)
+    return tensors
 
 
 def write_universal(folder: Path, run: Run) -> None:
-    """Write it for any stage.
+    """Write a run as a universal checkpoint, which engines of any ZeRO stage load.
 
-    It holds frozen weights and buffers, too, though engines do not load them.
+    Frozen weights and buffers are written as well, although engines do not load them.
+
+    Raises:
+        ValueError: a float64 tensor, keys of ``extra`` that DeepSpeed uses itself, or steps that
+            differ between AdamW's parameters.
     """
     latest = _latest_universal(folder)
     for name in run.state:
@@ -149,14 +173,14 @@ def write_universal(folder: Path, run: Run) -> None:
             state = run.state[name] | {"step": torch.tensor(step)}
             _write_zero(folder / "zero" / name, run.model[name], state)
     groups = []
-    for i, group in enumerate(rated([dict(group) for group in run.groups])):
+    for i, group in enumerate(with_lr_ratios([dict(group) for group in run.groups])):
         options = {k: tuple(v) if k == "betas" else v for k, v in group.items() if k != "names"}
-        groups.append({**options, "params": [i], "id": i})  # by which the optimizer knows them
+        groups.append({**options, "params": [i], "id": i})  # the optimizer knows groups by "id"
     first = scalar if run.names("scalar") else steps[0]
     common = {
         "ds_version": "0.19.8",  # from which on the files are like this
         "param_groups": groups,
-        # where stage 3 looks; it takes the first step for all
+        # read by stage 3, which takes the first group's step for all
         "optimizer_state_dict": {
             "state": {i: {"step": torch.tensor(first)} for i in range(len(groups))},
             "param_groups": groups,
@@ -164,7 +188,7 @@ def write_universal(folder: Path, run: Run) -> None:
     }
     torch.save(common, folder / "zero" / "optimizer_state.pt")
     torch.save(_engine_state(run, int(max(steps))), folder / MODEL_FILE)
-    try:  # stage 3's name for it
+    try:  # stage 3 looks for another name
         os.link(folder / MODEL_FILE, folder / f"zero_pp_rank_0_{MODEL_FILE}")
     except OSError:
         shutil.copyfile(folder / MODEL_FILE, folder / f"zero_pp_rank_0_{MODEL_FILE}")
@@ -188,9 +212,9 @@ def _latest_universal(folder: Path) -> Path:
 
 
 def _engine_state(run: Run, step: int) -> dict[str, Any]:
-    """What an engine reads of its own; schedulers of DeepSpeed and of torch are at ``step``."""
+    """Return an engine's own state; its scheduler, DeepSpeed's or torch's, is at ``step``."""
     schedule = {"last_batch_iteration": step - 1, "last_epoch": step, "_step_count": step + 1}
-    given = run.extra.get("lr_scheduler")
+    saved_schedule = run.extra.get("lr_scheduler")
     return {
         "module": run.model,
         "buffer_names": [],
@@ -199,11 +223,12 @@ def _engine_state(run: Run, step: int) -> dict[str, Any]:
         **{"dp_world_size": 1, "mp_world_size": 1, "global_steps": step, "skipped_steps": 0},
         **run.extra,
         **({RULE: run.rule} if run.rule else {}),
-        "lr_scheduler": {**schedule, **given} if isinstance(given, dict) else schedule,
+        "lr_scheduler": schedule | (saved_schedule if isinstance(saved_schedule, dict) else {}),
     }
 
 
 def _write_zero(folder: Path, weight: Tensor, state: Mapping[str, Tensor]) -> None:
+    """Write a parameter's files: its weight and its state, in float32."""
     folder.mkdir(parents=True)
     values = {key: value.float().clone() for key, value in {**state, "fp32": weight}.items()}
     # zeros without memory: stage 3 reads a second moment of matrices, too

@@ -1,7 +1,7 @@
 """What the ranks agree on before a step changes anything: one number, and more if it differs.
 
-A rank that finds something wrong, or other than what was agreed last, sends 1 in place of 0. Then
-every rank knows, all tell what they have seen, and all decide the same.
+A rank that finds something wrong, or something other than what was agreed last, sends 1 in place of
+0. Then every rank knows that one did, all send a report, and all decide the same.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ Grads: TypeAlias = Sequence[Tensor | None]
 
 @dataclass(frozen=True)
 class Status:
-    """What one rank has seen; by default nothing that the others need to know.
+    """What one rank has found before a step; by default nothing that the others need to know.
 
     Attributes:
-        missing: parameters that have no gradient here, but could have, on this and other ranks.
-        lacks_gradients: whether there are parameters here, and none has a gradient.
+        missing: parameters without a gradient on this rank, of which other ranks may have one.
+        lacks_gradients: whether this rank has parameters, and none has a gradient.
         monitor_every: the period of this rank's monitor, 0 without one.
         is_observed: whether there are observers.
     """
@@ -46,10 +46,10 @@ class Status:
 
 @dataclass
 class Agreement:
-    """What all ranks know.
+    """What the ranks have agreed on.
 
     Attributes:
-        status: this rank's when they agreed last.
+        status: of this rank when they agreed last.
         monitor_every: the period of the monitor that any rank has.
         is_observed: whether any rank has observers.
         has_gradients: whether any rank has a gradient.
@@ -64,14 +64,16 @@ class Agreement:
 
 
 @dataclass
-class Report:
-    """One rank's status with what it finds wrong, as it is sent to the others.
+class RankReport:
+    """One rank's status and the errors that it found, as they are sent to the others.
 
     Attributes:
-        steps: that were taken before.
+        rank: of the job.
+        steps: the number of steps that were taken before.
+        missing, lacks_gradients, monitor_every, is_observed: as in ``Status``.
         options: of each parameter group, as ``option_lines`` says them after the group's name.
         bad: parameters with a gradient that is not finite.
-        error: "Type\nmessage" of an error of its own, or nothing.
+        error: "Type\nmessage" of an error of this rank, or empty.
     """
 
     rank: int
@@ -86,47 +88,48 @@ class Report:
 
 
 def extremes(grads: Sequence[Tensor]) -> list[Tensor]:
-    """Return numbers that are finite exactly if the gradients are (sums would overflow)."""
-    if grads[0].device.type == "cpu":  # where the norm takes twenty times as long
+    """Return 0-d tensors that are all finite exactly if the gradients are (sums would overflow)."""
+    if grads[0].device.type == "cpu":  # on CPUs the norm takes twenty times as long
         return [extreme for grad in grads for extreme in torch.aminmax(grad)]
     return list(torch._foreach_norm(list(grads), ord=math.inf))
 
 
 def without_gradient(units: Sequence[Unit], grads: Sequence[Grads]) -> list[str]:
-    """Return the parameters without a gradient."""
+    """Return the names of parameters without a gradient; ``grads``: those of each unit."""
     return [
         name
-        for unit, some in zip(units, grads, strict=True)
+        for unit, unit_grads in zip(units, grads, strict=True)
         for name, index, _, _ in unit.located.spans
-        if some[index] is None
+        if unit_grads[index] is None
     ]
 
 
 def missing(units: Sequence[Unit], grads: Sequence[Grads]) -> list[str]:
-    """Return the parameters without a gradient that other ranks have as well."""
-    shared = [max(map(collectives.size, (u.located.group, u.located.replicas))) > 1 for u in units]
-    pairs = [
-        pair for pair, here in zip(zip(units, grads, strict=True), shared, strict=True) if here
+    """Return the names of parameters without a gradient that other ranks have as well."""
+    shared = [
+        (unit, unit_grads)
+        for unit, unit_grads in zip(units, grads, strict=True)
+        if max(map(collectives.size, (unit.located.group, unit.located.replicas))) > 1
     ]
-    return without_gradient([unit for unit, _ in pairs], [some for _, some in pairs])
+    return without_gradient([unit for unit, _ in shared], [g for _, g in shared])
 
 
 def with_gradient(names: Iterable[str], units: Sequence[Unit], grads: Sequence[Grads]) -> list[str]:
-    """Return those of ``names`` that have a gradient here."""
+    """Return those of some parameters that have a gradient on this rank."""
     wanted = set(names)
     return [
         name
-        for unit, some in zip(units, grads, strict=True)
+        for unit, unit_grads in zip(units, grads, strict=True)
         for name, index, _, _ in unit.located.spans
-        if name in wanted and some[index] is not None
+        if name in wanted and unit_grads[index] is not None
     ]
 
 
 def check_dense(units: Sequence[Unit], grads: Sequence[Grads]) -> None:
     """Raise a ValueError for a sparse gradient, which neither AdamW nor any rule could take."""
-    for unit, some in zip(units, grads, strict=True):
+    for unit, unit_grads in zip(units, grads, strict=True):
         for name, index, _, _ in unit.located.spans:
-            grad = some[index]
+            grad = unit_grads[index]
             if grad is not None and grad.layout is not torch.strided:
                 raise ValueError(
                     f"the gradient of {name} is sparse ({grad.layout}), which is not supported;"
@@ -135,11 +138,11 @@ def check_dense(units: Sequence[Unit], grads: Sequence[Grads]) -> None:
 
 
 def not_finite(units: Sequence[Unit], grads: Sequence[Grads]) -> list[str]:
-    """Return the parameters whose gradient here has NaN or infinity in it."""
+    """Return the names of parameters whose gradient on this rank has NaN or infinity in it."""
     names = []
-    for unit, some in zip(units, grads, strict=True):
+    for unit, unit_grads in zip(units, grads, strict=True):
         for name, index, start, numel in unit.located.spans:
-            grad = some[index]
+            grad = unit_grads[index]
             if grad is not None:
                 part = grad.reshape(-1)[start : start + numel]
                 if not bool(part.isfinite().all()):
@@ -150,10 +153,17 @@ def not_finite(units: Sequence[Unit], grads: Sequence[Grads]) -> list[str]:
 def status_of(
     units: Sequence[Unit], grads: Sequence[Grads], monitor_every: int, is_observed: bool
 ) -> Status:
-    """Return what this rank has seen."""
-    every = [grad for some in grads for grad in some]
-    absent = missing(units, grads) if any(grad is None for grad in every) else []
-    lacks = bool(every) and all(grad is None for grad in every)
+    """Return this rank's status before a step.
+
+    Args:
+        units: that are stepped.
+        grads: of each unit's tensors.
+        monitor_every: the period of this rank's monitor, 0 without one.
+        is_observed: whether this rank has observers.
+    """
+    all_grads = [grad for unit_grads in grads for grad in unit_grads]
+    absent = missing(units, grads) if any(grad is None for grad in all_grads) else []
+    lacks = bool(all_grads) and all(grad is None for grad in all_grads)
     return Status(tuple(absent), lacks, monitor_every, is_observed)
 
 
@@ -163,9 +173,17 @@ def report_of(
     options: list[list[str]],
     bad: list[str],
     error: Exception | None,
-) -> Report:
-    """Return what this rank tells the others."""
-    return Report(
+) -> RankReport:
+    """Return the report that this rank sends to the others.
+
+    Args:
+        status: of this rank.
+        steps: the number of steps that were taken before.
+        options: of each parameter group, after the group's name.
+        bad: parameters with a gradient that is not finite.
+        error: of this rank.
+    """
+    return RankReport(
         collectives.job_rank(),
         steps,
         list(status.missing),
@@ -179,12 +197,18 @@ def report_of(
 
 
 def option_lines(name: str, options: BaseOptions, group: Mapping[str, object]) -> list[str]:
-    """Return lines that are equal on ranks with the same optimizer and options of a group."""
+    """Return lines that are equal on ranks with the same optimizer and options of a group.
+
+    Args:
+        name: of the optimizer.
+        options: of the optimizer.
+        group: the parameter group.
+    """
     specs = specs_of(type(options))
-    whole = [option for option, spec in specs.items() if spec.scope == "optimizer"]
+    of_optimizer = [option for option, spec in specs.items() if spec.scope == "optimizer"]
     return [
         f"optimizer {name}",
-        *(f"{option} {getattr(options, option)!r}" for option in whole),
+        *(f"{option} {getattr(options, option)!r}" for option in of_optimizer),
         *group_lines(type(options), group),
     ]
 
@@ -203,26 +227,36 @@ def number_of(lines: Sequence[Sequence[str]]) -> int:
 def flag_of(
     grads: Sequence[Tensor], differs: bool, device: torch.device, check_finite: bool
 ) -> Tensor:
-    """Return the 0-d bool tensor that this rank sends: whether the ranks must talk."""
+    """Return the 0-d bool tensor that this rank sends: whether the ranks must send reports.
+
+    Args:
+        grads: of this rank.
+        differs: whether this rank has an error, or another status than was agreed on.
+        device: of the result.
+        check_finite: whether gradients that are not finite set the flag.
+    """
     flag = torch.full((), differs, dtype=torch.bool, device=device)
     if check_finite and grads:
         flag |= (~torch.isfinite(torch.stack(extremes(grads))).all()).to(device)
     return flag
 
 
-def go_on_alone(error: Exception | None, status: Status, agreed: Status, warned: set[str]) -> None:
-    """Look at this rank alone, by what was agreed in the first step, as with check_finite=False.
+def check_without_agreement(
+    error: Exception | None, status: Status, agreed: Status, warned: set[str]
+) -> None:
+    """Check only this rank, by what was agreed in the first step, as check_finite=False has it.
 
     Args:
         error: of this rank, which is raised.
         status: of this rank.
-        agreed: that of the first step.
-        warned: what has been warned of, which is brought up to date.
+        agreed: this rank's status in the first step.
+        warned: the warnings that were given, to which this adds its own.
     """
     if error is not None:
         raise error
     watched, before = ((s.monitor_every, s.is_observed) for s in (status, agreed))
-    if watched != before and "monitor" not in warned:  # an error would be this rank's alone
+    # a warning, because an error would be raised on this rank only
+    if watched != before and "monitor" not in warned:
         warned.add("monitor")
         warnings.warn(
             "a monitor or an observer was set or removed after the first step, which has no"
@@ -234,26 +268,27 @@ def go_on_alone(error: Exception | None, status: Status, agreed: Status, warned:
 
 def agree(
     agreement: Agreement,
-    report: Report,
+    report: RankReport,
     with_gradient: Callable[[Iterable[str]], list[str]],
     groups: Sequence[Group],
 ) -> None:
-    """Tell each other everything, and bring the agreement up to date; a collective call.
+    """Gather the reports of all ranks, and update the agreement or raise; a collective call.
 
     Args:
+        agreement: which is updated.
         report: of this rank.
-        with_gradient: which of some parameters have a gradient here.
+        with_gradient: from names of parameters to those that have a gradient on this rank.
         groups: that span the ranks, one after the other.
 
     Raises:
         ValueError: on every rank, if any has an error or a bad gradient, or if they differ.
     """
-    reports = [Report(**content) for content in _gathered(asdict(report), groups)]
+    reports = [RankReport(**content) for content in _gathered(asdict(report), groups)]
     failed = [r for r in reports if r.error]
     if failed:
         kind, message = failed[0].error.split("\n", 1)
-        here = f" (on rank {failed[0].rank})" if len(failed) < len(reports) else ""
-        raise collectives.ERRORS.get(kind, ValueError)(f"{message}{here}")
+        on_rank = f" (on rank {failed[0].rank})" if len(failed) < len(reports) else ""
+        raise collectives.ERRORS.get(kind, ValueError)(f"{message}{on_rank}")
     _check_options(reports)
     _check_finite(reports)
     if any(not r.lacks_gradients for r in reports):
@@ -279,17 +314,20 @@ def agree(
 
 
 def _gathered(content: dict[str, Any], groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Return what every rank of the groups has, sent as JSON; a collective call."""
     return [json.loads(text) for text in collectives.gather_all(json.dumps(content), groups)]
 
 
-def _check_options(reports: Sequence[Report]) -> None:
+def _check_options(reports: Sequence[RankReport]) -> None:
+    """Raise a ValueError for the first group or option that differs between ranks."""
     first = reports[0]
     for report in reports:
-        here, there = ([lines[0] for lines in r.options] for r in (first, report))
-        if here != there:
+        names, other_names = ([lines[0] for lines in r.options] for r in (first, report))
+        if names != other_names:
             raise ValueError(
-                f"the parameter groups begin with {', '.join(here)} on rank {first.rank}, but with"
-                f" {', '.join(there)} on rank {report.rank}; add the same groups on every rank"
+                f"the parameter groups begin with {', '.join(names)} on rank {first.rank}, but with"
+                f" {', '.join(other_names)} on rank {report.rank}; add the same groups on every"
+                " rank"
             )
         for lines, others in zip(first.options, report.options, strict=True):
             for line, other in zip(lines, others, strict=True):
@@ -303,7 +341,8 @@ def _check_options(reports: Sequence[Report]) -> None:
                     )
 
 
-def _check_finite(reports: Sequence[Report]) -> None:
+def _check_finite(reports: Sequence[RankReport]) -> None:
+    """Raise a ValueError if a gradient of any rank is not finite."""
     bad = list(dict.fromkeys(name for r in reports for name in r.bad))
     if bad:
         shown = ", ".join(bad[:5]) + f" and {len(bad) - 5} more" * (len(bad) > 5)
@@ -314,7 +353,8 @@ def _check_finite(reports: Sequence[Report]) -> None:
         )
 
 
-def _check_presence(reports: Sequence[Report]) -> None:
+def _check_presence(reports: Sequence[RankReport]) -> None:
+    """Raise a ValueError if some ranks have gradients, and others have none at all."""
     without = [r.rank for r in reports if r.lacks_gradients]
     if without:
         other = next(r.rank for r in reports if not r.lacks_gradients)
@@ -325,6 +365,12 @@ def _check_presence(reports: Sequence[Report]) -> None:
 
 
 def _check_missing(missing: Mapping[str, int], present: Sequence[dict[str, Any]]) -> None:
+    """Raise a ValueError for a parameter that has a gradient on some ranks only.
+
+    Args:
+        missing: the rank on which each parameter has no gradient.
+        present: {"rank": of a rank, "names": of those parameters that have a gradient there}.
+    """
     for content in present:
         for name in content["names"]:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Whether a placement tells the truth; ``spectral_dist.testing`` shows it to whoever writes one."""
+"""Check that a placement's layouts are true; public in ``spectral_dist.testing``."""
 
 from __future__ import annotations
 
@@ -9,39 +9,39 @@ from torch import Tensor
 
 from spectral_dist.core.first_step import matrix_of
 from spectral_dist.core.sharded import ShardedOptimizer
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group, Meter
 from spectral_dist.sharding.layout import Located
 
 
 def check_placement(optimizer: ShardedOptimizer, whole: Mapping[str, Tensor]) -> None:
-    """Check that a placement tells the truth about where parameters are. Call it on every rank.
+    """Check that a placement's layouts are true; a collective call.
 
-    Every run of every layout must be those elements of the matrix on this rank, and all ranks of a
-    group together must have each element once.
+    The run that a layout has for this rank must hold those elements of the matrix, and all ranks of
+    a group together must have each element once.
 
     Args:
         optimizer: built with the placement, on parameters that have their values.
         whole: the whole parameters by name, equal on all ranks.
 
     Raises:
-        AssertionError: on every rank, whichever sees it; names the matrix.
+        AssertionError: on every rank, if it fails on any; names the matrix.
     """
     optimizer.prepare_placement()
     placement = optimizer.placement
     for group, tensors in placement.param_batches(optimizer):
         routes = {route.name: route for route in optimizer.routes[group["id"]]}
         for unit in optimizer.units(group, tensors):
-            located, error, held = unit.located, None, [0] * len(unit.located.layouts)
+            located, error, counts = unit.located, None, [0] * len(unit.located.layouts)
             local = [placement.local(tensors[i]).detach().reshape(-1) for i in unit.tensors]
             try:
                 _check_spans(located, local, routes)
-                held = _check_tiles(located, local, routes, whole)
+                counts = _check_tiles(located, local, routes, whole)
             except (AssertionError, LookupError, RuntimeError) as raised:
                 error = raised
             _raise_together(error, placement.world_groups())
-            _raise_together(_count_problem(located, held), placement.world_groups())
+            _raise_together(_count_problem(located, counts), placement.world_groups())
 
 
 def _raise_together(error: Exception | None, groups: Sequence[Group]) -> None:
@@ -52,7 +52,10 @@ def _raise_together(error: Exception | None, groups: Sequence[Group]) -> None:
         raise AssertionError(str(raised)) from raised
 
 
-def _check_spans(located: Located, local: Sequence[Tensor], routes: Mapping[str, Route]) -> None:
+def _check_spans(
+    located: Located, local: Sequence[Tensor], routes: Mapping[str, ParamSpec]
+) -> None:
+    """Raise an AssertionError for a span of no parameter, or of more than its local tensor has."""
     for name, index, start, numel in located.spans:
         if name not in routes:
             raise AssertionError(f"{name} is no parameter of this group")
@@ -63,39 +66,50 @@ def _check_spans(located: Located, local: Sequence[Tensor], routes: Mapping[str,
 def _check_tiles(
     located: Located,
     local: Sequence[Tensor],
-    routes: Mapping[str, Route],
+    routes: Mapping[str, ParamSpec],
     whole: Mapping[str, Tensor],
 ) -> list[int]:
-    """Return how many elements of each matrix are here, all of which are what they are said to be.
+    """Return how many elements of each matrix this rank stores, after comparing all of them.
+
+    Args:
+        located: where parameters live, by the placement.
+        local: their flat local tensors.
+        routes: specs of all parameters of the group, by name.
+        whole: the whole parameters by name.
 
     Raises:
-        AssertionError: names the matrix.
+        AssertionError: an element is not the one that the layout says; names the matrix.
     """
     rank = collectives.rank(located.group)
     by_matrix = {m.name: r.name for r in routes.values() for m in r.matrices}
-    held = []
+    counts = []
     for layout in located.layouts:
-        matrix, here = layout.matrix, 0
-        truth = matrix_of(matrix, whole[by_matrix[matrix.name]])
+        matrix, count = layout.matrix, 0
+        values = matrix_of(matrix, whole[by_matrix[matrix.name]])
         for tile in layout.tiles:
             start, length = tile.run(rank)
             begin, end = tile.part(rank)
-            here += length
-            box = truth[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols]
-            wanted = box.reshape(-1)[begin : begin + length]
-            stored = local[tile.tensor][start : start + length] if length else wanted
-            if not torch.equal(stored.to(wanted), wanted):
+            count += length
+            box = values[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols]
+            expected = box.reshape(-1)[begin : begin + length]
+            stored = local[tile.tensor][start : start + length] if length else expected
+            if not torch.equal(stored.to(expected), expected):
                 raise AssertionError(
                     f"{matrix.name}: what this rank stores is not [{begin}, {end}) of its tile at"
                     f" row {tile.row}, column {tile.col}"
                 )
-        held.append(here)
-    return held
+        counts.append(count)
+    return counts
 
 
-def _count_problem(located: Located, held: Sequence[int]) -> AssertionError | None:
-    """Return what is wrong if the ranks of a group do not have every element once; collective."""
-    totals = torch.tensor(held, dtype=torch.int64, device=located.device)
+def _count_problem(located: Located, counts: Sequence[int]) -> AssertionError | None:
+    """Return an error if the ranks of a group do not store every element once; a collective call.
+
+    Args:
+        located: where parameters live, by the placement.
+        counts: how many elements of each matrix this rank stores.
+    """
+    totals = torch.tensor(counts, dtype=torch.int64, device=located.device)
     collectives.sum_ranks(totals, located.group, Meter())
     for layout, total in zip(located.layouts, totals.tolist(), strict=True):
         if total != layout.matrix.numel:

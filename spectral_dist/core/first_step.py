@@ -1,4 +1,4 @@
-"""A rule's first step on one whole matrix, by the rule itself, for sharded ones to agree with."""
+"""A rule's first step on one whole matrix, with which a step on shards must agree."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ def first_step(
     """Take the first step of a rule on a whole matrix, in float64.
 
     Args:
+        rule: whose step is taken.
         options: of its parameter group.
         gradient: (m, n).
-        name: the matrix's, which a rule may make random numbers of.
+        name: of the matrix, from which a rule may make random numbers.
 
     Returns:
-        What is subtracted from the weight over lr (decay aside), and the Frobenius norms of the
-        momentum and of what the rule keeps of the matrix, by name.
+        What is subtracted from the weight, over lr and without weight decay, (m, n); and the
+        Frobenius norms of the momentum and of the matrix state, by name.
     """
     if isinstance(options, ComputedOptions):
         options = replace(options, polar_dtype="auto")
@@ -48,14 +49,14 @@ def first_step(
 
 
 def matrix_of(matrix: Matrix, parameter: Tensor) -> Tensor:
-    """Return the matrix's elements of its whole parameter, float64, as rules read them."""
+    """Return a matrix out of its whole parameter, in float64, transposed if rules read it so."""
     flat, n = parameter.reshape(-1), matrix.shape[1]
     stored = torch.cat([flat[s : s + r * n] for s, r in matrix.blocks]).view(matrix.shape).double()
     return stored.mT if matrix.transposed else stored
 
 
 def describe_method(rule: Rule[Any], options: MatrixOptions, matrix: Matrix) -> str:
-    """Say in a few words how a rule finds the polar factor of a matrix."""
+    """Return a few words on how a rule computes the polar factor of a matrix."""
     spec = rule.polar(options, matrix.shape)
     if spec is None:
         return "of which the rule takes none"

@@ -1,4 +1,4 @@
-"""What every optimizer here copies and loads: the part of ``ShardedOptimizer`` that does so."""
+"""Copying, pickling and loading: the part of ``ShardedOptimizer`` that does so."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.base import ParamGroup, Placement
 from spectral_dist.placement.dtensor import MeshPlacement
 from spectral_dist.rules.fields import plain
@@ -22,10 +22,11 @@ from spectral_dist.sharding import collectives
 
 
 class Loading(torch.optim.Optimizer):
-    """An optimizer that can be copied and pickled, and loads state dicts.
+    """An optimizer that can be copied and pickled, and that loads state dicts.
 
     Attributes:
-        copied: attributes that a copy has as well; the others it begins anew.
+        options_type: the class of its options.
+        copied: the attributes that a copy takes over; ``begin`` sets the others.
     """
 
     options_type: ClassVar[type[BaseOptions]]
@@ -33,7 +34,7 @@ class Loading(torch.optim.Optimizer):
     options: Any
     placement: Placement
     _warned: set[str]
-    routes: list[list[Route]]
+    routes: list[list[ParamSpec]]
 
     @abstractmethod
     def begin(self, placement: Placement | None) -> None:
@@ -41,25 +42,26 @@ class Loading(torch.optim.Optimizer):
 
     @abstractmethod
     def prepare_placement(self) -> None:
-        """Have the placement look at the groups as they are now."""
+        """Bring the placement up to date with the parameter groups."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy is made of: all but what was added from outside.
+        """Return what a copy or pickle is made of.
 
-        As torch leaves out hooks, observers, the monitor and ``after_load`` stay with the original.
+        Observers, the monitor and ``after_load`` are left out, as torch leaves out hooks.
 
         Raises:
-            ValueError: the optimizer works together with other ranks.
+            ValueError: the optimizer takes its steps together with other ranks.
         """
-        self._check_alone()
+        self._check_single_process()
         routes = [
             [replace(route, reference=None, replicas=None, wrapper=None) for route in routes]
             for routes in self.routes
         ]
-        own = {name: self.__dict__[name] for name in self.copied}
-        return {**super().__getstate__(), **own, "routes": routes}
+        attributes = {name: self.__dict__[name] for name in self.copied}
+        return {**super().__getstate__(), **attributes, "routes": routes}
 
-    def _check_alone(self) -> None:
+    def _check_single_process(self) -> None:
+        """Raise a ValueError if a framework has the parameters, or other ranks take part."""
         self.prepare_placement()
         why = ""
         if type(self.placement) is not MeshPlacement:
@@ -74,7 +76,7 @@ class Loading(torch.optim.Optimizer):
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over what ``__getstate__`` has returned, or at the end of a load torch's part."""
+        """Restore what ``__getstate__`` has returned; also called by torch at the end of a load."""
         if "options" in self.__dict__:
             super().__setstate__(state)
             return
@@ -101,11 +103,11 @@ class Loading(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, but keep the dtype that states were saved in.
 
-        Under plain torch a collective call of the ranks that train the model together.
+        Under plain torch it is a collective call of the ranks that train the model together.
 
         Raises:
-            ValueError: on every rank, if on any it is of another optimizer, does not fit this one
-                or is not finite; then nothing has changed.
+            ValueError: on every rank, if on any of them the state is of another optimizer, does not
+                fit this one or is not finite; then nothing has changed.
         """
         error: Exception | None = None
         try:
@@ -113,8 +115,8 @@ class Loading(torch.optim.Optimizer):
         except (ValueError, TypeError) as raised:
             error = raised
         self.prepare_placement()
-        alone = type(self.placement) is not MeshPlacement  # a framework may load rank by rank
-        collectives.raise_together(error, () if alone else self.placement.world_groups())
+        by_rank = type(self.placement) is not MeshPlacement  # a framework may load rank by rank
+        collectives.raise_together(error, () if by_rank else self.placement.world_groups())
         before = [dict(group) for group in self.param_groups]
         super().load_state_dict(state_dict)
         for group, old in zip(self.param_groups, before, strict=True):
@@ -123,8 +125,8 @@ class Loading(torch.optim.Optimizer):
         loaded = [p for group in self.param_groups for p in group["params"]]
         for i, p in zip(saved, loaded, strict=True):
             for name, value in state_dict["state"].get(i, {}).items():
-                kept = self.state[p].get(name)  # None if a hook has dropped it
-                if kept is not None and isinstance(value, Tensor) and value.dtype != kept.dtype:
+                cast = self.state[p].get(name)  # by torch; None if a hook has dropped it
+                if cast is not None and isinstance(value, Tensor) and value.dtype != cast.dtype:
                     self.state[p][name] = value.to(p.device, copy=True)
 
     def check_loaded(self, state_dict: Mapping[str, Any]) -> None:
@@ -137,14 +139,14 @@ class Loading(torch.optim.Optimizer):
             )
         for group in groups:
             self.check_rule(group)
-        here, there = (
-            [f"{len(group['params'])} {group['kind']}" for group in some]
-            for some in (self.param_groups, groups)
+        kinds, saved_kinds = (
+            [f"{len(group['params'])} {group['kind']}" for group in param_groups]
+            for param_groups in (self.param_groups, groups)
         )
-        if here != there:
+        if kinds != saved_kinds:
             raise ValueError(
-                f"this state dict's groups are of {there} parameters, and this optimizer's of"
-                f" {here}; build it as it was built when that was saved, with the same matrices,"
+                f"this state dict's groups are of {saved_kinds} parameters, and this optimizer's of"
+                f" {kinds}; build it as it was built when that was saved, with the same matrices,"
                 " scalars and groups"
             )
         check_shaping_options(self.options_type, self.param_groups, groups)
@@ -156,7 +158,7 @@ class Loading(torch.optim.Optimizer):
                 self._check_state(name, group["kind"], p, state_dict["state"].get(i, {}))
 
     def check_rule(self, group: Mapping[str, Any]) -> None:
-        """Raise a ValueError if a group was saved by another optimizer, as far as it says so."""
+        """Raise a ValueError if a saved group is another optimizer's; one without a rule passes."""
         if not isinstance(group, Mapping) or "kind" not in group or "params" not in group:
             raise ValueError(
                 f"this state dict was saved by another optimizer than {self.rule_name}: its groups"
@@ -170,7 +172,14 @@ class Loading(torch.optim.Optimizer):
             )
 
     def _check_state(self, name: str, kind: str, p: Tensor, state: Any) -> None:
-        """Raise a ValueError for a state that the next step could not go on from."""
+        """Raise a ValueError for a saved state that a step cannot continue from.
+
+        Args:
+            name: of the parameter.
+            kind: of its group.
+            p: the parameter.
+            state: that was saved.
+        """
         if not isinstance(state, Mapping):
             raise ValueError(f"{name}: its state is {state!r:.60}, and no dict")
         step = plain(state.get("step", 0.0))
@@ -197,11 +206,16 @@ class Loading(torch.optim.Optimizer):
                 raise ValueError(f"{name}: its {key} is NaN or infinite")
 
     def wanted_state(self, kind: str) -> tuple[str, ...]:
-        """Return the moments of a parameter of this kind that has been stepped."""
+        """Return the names of the moments of a parameter of this kind that has been stepped."""
         return ("exp_avg", "exp_avg_sq")
 
     def fill_in(self, group: ParamGroup, before: ParamGroup) -> None:
-        """Give a group what it has not, as an older release has saved it; a load ends with it."""
+        """Add options to a loaded group that an older release did not save.
+
+        Args:
+            group: that was loaded.
+            before: the group before it was loaded.
+        """
         self.check_rule({"params": (), **group})
         for name, value in before.items():
             group.setdefault(name, value)

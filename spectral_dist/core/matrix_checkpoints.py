@@ -10,7 +10,7 @@ from torch import Tensor
 
 from spectral_dist.core import matrix_state
 from spectral_dist.core.first_step import matrix_of
-from spectral_dist.core.matrix_state import Part
+from spectral_dist.core.matrix_state import MatrixStatePart
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.core.units import MatrixUnit
 from spectral_dist.placement.base import ParamGroup
@@ -34,17 +34,14 @@ class MatrixCheckpoints(ShardedOptimizer):
     def rule_options(self, group: ParamGroup) -> Any:
         """Return the rule's options of a group of matrices, as it is now."""
 
-    def matrix_parts(self) -> Iterator[Part]:
-        """Iterate over what this rank keeps of matrices, beside momentum.
-
-        Nothing before ``units`` was called.
-        """
+    def matrix_parts(self) -> Iterator[MatrixStatePart]:
+        """Yield the matrix state that this rank stores; none before ``units`` was called."""
         for unit in self.all_units:
             if isinstance(unit, MatrixUnit) and unit.state is not None:
                 yield from unit.state.parts()
 
     def matrix_state(self) -> dict[str, dict[str, Tensor]]:
-        """Return {matrix: {quantity: what this rank keeps of it}}; ``rules.base.StateSpec``."""
+        """Return {matrix: {quantity: this rank's part}}; see ``rules.base.StateSpec``."""
         by_matrix: dict[str, dict[str, Tensor]] = {}
         for part in self.matrix_parts():
             by_matrix.setdefault(part.matrix, {})[part.name] = part.values
@@ -56,7 +53,7 @@ class MatrixCheckpoints(ShardedOptimizer):
         return any(self.kept_names().values())
 
     def kept_names(self) -> dict[str, set[str]]:
-        """Return the names of what the rule keeps of each matrix, on any rank."""
+        """Return the names of the quantities that the rule keeps of each matrix, on any rank."""
         kept: dict[str, set[str]] = {}
         for group in self.param_groups:
             if group["kind"] == "matrix":
@@ -71,23 +68,23 @@ class MatrixCheckpoints(ShardedOptimizer):
         return self.rule.has_momentum(self.options)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy is made of, with what the rule keeps of matrices."""
+        """Return what a copy or pickle is made of, matrix state included."""
         return {**super().__getstate__(), "matrix_state": self.matrix_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take over what ``__getstate__`` has returned."""
+        """Restore what ``__getstate__`` has returned."""
         whole = state.get("matrix_state")
         super().__setstate__({k: v for k, v in state.items() if k != "matrix_state"})
         if whole:
-            self.locate()
+            self.initialize_state()
             matrix_state.load(self.matrix_parts(), whole)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dict; with "matrix_state" beside "state" if there is some.
+        """Return torch's state dict, with "matrix_state" beside "state" if the rule has any.
 
         Raises:
-            ValueError: momentum (DistributedDataParallel) or matrix state is at owners alone, so
-                that no rank has the whole of it.
+            ValueError: only owners store momentum (under DistributedDataParallel) or matrix state,
+                so that no rank has all of it.
         """
         units = [unit for unit in self.all_units if isinstance(unit, MatrixUnit)]
         if any(unit.momentum_at_owner for unit in units):
@@ -110,8 +107,8 @@ class MatrixCheckpoints(ShardedOptimizer):
         """Load what ``state_dict`` has returned, in the dtype that it was saved in.
 
         Raises:
-            ValueError: it is of another optimizer, of other matrices, or was saved with another
-                value of an option that shapes it; then nothing has changed.
+            ValueError: the state is of another optimizer, of other matrices, or was saved with
+                another value of an option that shapes it; then nothing has changed.
         """
         super().load_state_dict(state_dict)
         if "matrix_state" in state_dict:
@@ -125,20 +122,20 @@ class MatrixCheckpoints(ShardedOptimizer):
         """Raise a ValueError if a state dict is not of this optimizer."""
         super().check_loaded(state_dict)
         if "matrix_state" in state_dict:
-            self.locate()
+            self.initialize_state()
             for part in self.matrix_parts():
                 matrix_state.check(part, state_dict["matrix_state"])
         elif not self.placement.saves_matrix_state and self.keeps_matrix_state:
             self._check_without_matrix_state(state_dict)
 
     def wanted_state(self, kind: str) -> tuple[str, ...]:
-        """Return the moments of a parameter of this kind that has been stepped."""
+        """Return the names of the moments of a parameter of this kind that has been stepped."""
         if kind != "matrix":
             return super().wanted_state(kind)
         return ("exp_avg",) if self.has_momentum else ()
 
     def _check_without_matrix_state(self, state_dict: Mapping[str, Any]) -> None:
-        """Raise a ValueError if steps have been taken whose matrix state is not there."""
+        """Raise a ValueError if a parameter has taken steps and its matrix state is missing."""
         former, missing = self.former_state(), []
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for route, i in zip(self.routes[group["id"]], saved["params"], strict=True):
@@ -155,7 +152,7 @@ class MatrixCheckpoints(ShardedOptimizer):
             )
 
     def _load_without_matrix_state(self) -> None:
-        """Take matrix state out of the shard state that an older release has kept in its place."""
+        """Load matrix state from the shard state in which an older release has saved it."""
         whole: dict[str, dict[str, Tensor]] = {}
         former = self.former_state()
         for group in self.param_groups:
@@ -168,7 +165,7 @@ class MatrixCheckpoints(ShardedOptimizer):
             self.load_former_state(whole)
 
     def former_state(self) -> dict[str, str]:
-        """Return {quantity: shard state} of what older releases had as shard state."""
+        """Return {quantity: name} of matrix state that older releases kept as shard state."""
         former: dict[str, str] = {}
         for group in self.param_groups:
             if group["kind"] == "matrix":
@@ -179,7 +176,11 @@ class MatrixCheckpoints(ShardedOptimizer):
         return former
 
     def load_former_state(self, whole: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Load matrix state from {parameter: {shard state: its whole tensor}}."""
+        """Load matrix state from what older releases kept as shard state.
+
+        Args:
+            whole: {parameter: {shard state: its whole tensor}}.
+        """
         former = self.former_state()
         saved = {
             matrix.name: {
@@ -189,7 +190,7 @@ class MatrixCheckpoints(ShardedOptimizer):
             for matrix in route.matrices
             if whole.get(route.name)
         }
-        self.locate()
+        self.initialize_state()
         parts = [part for part in self.matrix_parts() if part.matrix in saved]
         matrix_state.load(parts, saved)
 

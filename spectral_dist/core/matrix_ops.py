@@ -21,17 +21,17 @@ Observer: TypeAlias = Callable[[Sequence[str], Tensor], None]
 
 @dataclass
 class StepContext:
-    """One step of one unit, as all its batches share it.
+    """What all batches of one unit share in one step.
 
     Attributes:
         rule, options: of the parameter group.
         names: of all the unit's matrices.
         observers: of the optimizer.
-        watch: what the monitor wants to see of this step, if anything.
-        pooled: numbers of ``MatrixOps.pool`` by (short, long) side, in a step in which they count.
-        polar_calls: matrices that were orthogonalized here.
-        observer_error: the first that an observer raised; not raised inside of the exchange, where
-            other ranks would wait for this one.
+        watch: where the monitor's quantities of this step are recorded; None: there is no report.
+        pooled: sums of ``MatrixOps.pool`` by (short, long) side; None: this step pools nothing.
+        polar_calls: how many matrices were orthogonalized on this rank.
+        observer_error: the first error of an observer, which must not be raised inside of the
+            exchange, where other ranks would wait for this one.
     """
 
     rule: Rule[Any]
@@ -44,7 +44,7 @@ class StepContext:
     observer_error: Exception | None = field(default=None, repr=False)
 
     def observe(self, names: Sequence[str], matrices: Tensor) -> None:
-        """Show matrices to every observer."""
+        """Call every observer with matrices, (k, m, n), and their names; keep its first error."""
         for observer in self.observers:
             try:
                 observer(names, matrices)
@@ -53,13 +53,13 @@ class StepContext:
 
 
 class WholeMatrixOps:
-    """``MatrixOps`` of whole matrices at their owner.
+    """``MatrixOps`` of a batch of whole matrices at their owner.
 
     Args:
         context: of the step.
         which: the batch, as indices of the unit's matrices.
-        shape: theirs.
-        state: theirs.
+        shape: (m, n) of each matrix.
+        state: the matrix state, stacked.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class WholeMatrixOps:
         self.context.observe(self.names, matrices)
         factors = polar(matrices, method=spec.method, steps=spec.steps, compute_dtype=spec.dtype)
         if self.context.watch:
-            self.context.watch.factors(self.which, matrices, factors)
+            self.context.watch.record_polar(self.which, matrices, factors)
         return factors
 
     def inner(self, a: Tensor, b: Tensor) -> Tensor:
@@ -100,25 +100,31 @@ class WholeMatrixOps:
         evaluate: Callable[[Tensor, list[int]], Tensor],
         among: Sequence[int] | None = None,
     ) -> Tensor:
-        """Evaluate the parts: there is one slab."""
+        """Return what ``evaluate`` makes of the parts: a whole matrix is its only slab."""
         return evaluate(parts, list(range(len(self.which)) if among is None else among))
 
     def count_polar(self, places: list[int] | None, matrices: Tensor, factors: Tensor) -> None:
-        """Count polar factors that were found without ``polar``; show them to those who watch."""
+        """Count polar factors that the rule computed itself; pass them to observers and monitor.
+
+        Args:
+            places: of the matrices in the batch; None: all.
+            matrices: what was orthogonalized.
+            factors: the polar factors.
+        """
         places = list(range(len(self.which))) if places is None else places
         self.context.polar_calls += len(places)
         if places:
             self.context.observe([self.names[k] for k in places], matrices)
         if self.context.watch and places:
-            self.context.watch.factors([self.which[k] for k in places], matrices, factors)
+            self.context.watch.record_polar([self.which[k] for k in places], matrices, factors)
 
     def note(self, name: str, values: Callable[[], Tensor]) -> None:
-        """Tell the monitor, if one watches this step."""
+        """Record a quantity for the monitor, if this step is reported."""
         if self.context.watch:
-            self.context.watch.note(self.which, name, values())
+            self.context.watch.record_scalar(self.which, name, values())
 
     def pool(self, values: Callable[[], Tensor]) -> None:
-        """Add numbers to those of this shape, if they count in this step."""
+        """Add values to the sums of matrices of this shape, if this step pools any."""
         pooled = self.context.pooled
         if pooled is not None:
             short, long = sorted(self.shape)
@@ -127,9 +133,14 @@ class WholeMatrixOps:
 
 
 class SlabMatrixOps:
-    """``MatrixOps`` of matrices that lie in slabs over a group; every call is one of the group.
+    """``MatrixOps`` of a batch of matrices in slabs; every call is a collective call of the group.
 
-    A matrix counts, and is told to the monitor, at the rank that evaluates its polynomial.
+    A matrix is counted, and recorded for the monitor, by the rank that owns it.
+
+    Args:
+        context: of the step.
+        reduction: of the batch.
+        state: the matrix state, stacked.
     """
 
     def __init__(
@@ -174,42 +185,52 @@ class SlabMatrixOps:
         evaluate: Callable[[Tensor, list[int]], Tensor],
         among: Sequence[int] | None = None,
     ) -> Tensor:
-        """Evaluate sums over slabs, each at its owner."""
+        """Sum parts over the slabs, evaluate each sum at its owner, and return all results."""
         return self._reduction.at_owner(parts, evaluate, among)
 
     def count_polar(self, places: list[int] | None, matrices: Tensor, factors: Tensor) -> None:
-        """Count polar factors; ``places`` are among the matrices that are owned here."""
+        """Count polar factors that the rule computed itself.
+
+        Args:
+            places: among the matrices that this rank owns, if ``matrices`` are whole; None:
+                ``matrices`` are the slabs of the batch.
+            matrices: what was orthogonalized.
+            factors: the polar factors.
+        """
         reduction, context = self._reduction, self.context
         if places is not None:
-            which = [reduction.matrices[k] for k in reduction.mine]
+            which = [reduction.matrices[k] for k in reduction.owned]
             owned = WholeMatrixOps(context, which, self.shape, {})
             owned.count_polar(places, matrices, factors)
             return
-        context.polar_calls += len(reduction.mine)
+        context.polar_calls += len(reduction.owned)
         if context.watch:
             grams = torch.stack([reduction.gram(x.float()) for x in (matrices, factors)])
-            of_both = reduction.add(grams)
+            gram_sums = reduction.add(grams)
             nuclear = self.inner(matrices, factors)
-            if reduction.mine:
-                here = (x[reduction.mine] for x in (*of_both, nuclear))
-                context.watch.grams(self._owned(), *here)
+            if reduction.owned:
+                owned_values = (x[reduction.owned] for x in (*gram_sums, nuclear))
+                context.watch.record_grams(self._owned(), *owned_values)
 
     def note(self, name: str, values: Callable[[], Tensor]) -> None:
-        """Tell the monitor, if one watches this step."""
+        """Record a quantity for the monitor, if this step is reported."""
         if self.context.watch:
-            numbers = values()  # a call of all the group
-            if self._reduction.mine:
-                self.context.watch.note(self._owned(), name, numbers[self._reduction.mine])
+            numbers = values()  # a collective call, so all ranks make it
+            if self._reduction.owned:
+                self.context.watch.record_scalar(
+                    self._owned(), name, numbers[self._reduction.owned]
+                )
 
     def pool(self, values: Callable[[], Tensor]) -> None:
-        """Do nothing: where numbers are pooled, matrices are whole (``strategy.in_slabs``)."""
+        """Do nothing: only whole matrices are pooled (``strategy.select_gram``)."""
 
     def _owned(self) -> list[int]:
-        return [self._reduction.matrices[k] for k in self._reduction.mine]
+        """Return the indices among the unit's matrices of those that this rank owns."""
+        return [self._reduction.matrices[k] for k in self._reduction.owned]
 
 
 def spec_of(context: StepContext, shape: Shape) -> PolarSpec:
-    """Return how polar factors of this shape are found.
+    """Return how the rule computes polar factors of matrices of a shape.
 
     Raises:
         NotImplementedError: the rule has no polar factor, and asks for one.

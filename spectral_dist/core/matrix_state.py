@@ -1,4 +1,4 @@
-"""State of whole matrices, at their owners or in slabs: a stacked tensor per batch."""
+"""State of whole matrices, at their owners or in slabs: one stacked tensor for each batch."""
 
 from __future__ import annotations
 
@@ -17,15 +17,17 @@ from spectral_dist.sharding.layout import Layout
 
 
 @dataclass(frozen=True)
-class Part:
-    """What this rank has of one quantity of one matrix.
+class MatrixStatePart:
+    """What this rank stores of one quantity of one matrix.
 
     Attributes:
-        matrix, name: the matrix and the quantity.
+        matrix: the matrix's name.
+        name: the quantity's name.
         shape: of the whole quantity.
-        offsets: of ``values`` in it.
+        offsets: of ``values`` in the whole quantity.
         values: a view of the state itself.
-        is_primary: whether no other rank has the same part, or this one is to save it.
+        is_primary: whether this is the rank that saves the part; no other one does, even if it has
+            the same part.
     """
 
     matrix: str
@@ -37,7 +39,14 @@ class Part:
 
 
 class MatrixState:
-    """The state of the matrices that this rank computes in one exchange, all zeros at first."""
+    """The state of the matrices that this rank computes in one exchange, all zeros at first.
+
+    Args:
+        rule: whose state it is.
+        options: of the parameter group.
+        layouts: of the matrices.
+        exchange: whose batches the state is stacked by.
+    """
 
     def __init__(
         self, rule: Rule[Any], options: MatrixOptions, layouts: Sequence[Layout], exchange: Exchange
@@ -63,13 +72,22 @@ class MatrixState:
             }
 
     def of(self, which: Sequence[int]) -> Mapping[str, Tensor]:
-        """Return the quantities of one batch, stacked."""
+        """Return {quantity: tensor stacked over the matrices} of one batch."""
         return self._tensors[tuple(which)]
 
     def copies(
         self, which: Sequence[int], owned: Sequence[int], wanted: Sequence[int]
     ) -> list[tuple[Tensor, list[int], Tensor]]:
-        """Return (tensor, rows, copies of them) of ``wanted`` of a batch; ``owned``: those here."""
+        """Return copies of the state of some matrices of a batch.
+
+        Args:
+            which: the batch.
+            owned: the places in the batch of the matrices that this rank owns.
+            wanted: the places in the batch of the matrices whose state is copied.
+
+        Returns:
+            (stacked tensor, its rows, copies of these rows) for each quantity.
+        """
         places = {k: place for place, k in enumerate(owned)}
         copied = []
         for name, tensor in self.of(which).items():
@@ -78,11 +96,11 @@ class MatrixState:
             copied.append((tensor, rows, tensor[rows]))
         return copied
 
-    def parts(self) -> Iterator[Part]:
-        """Iterate over what is here, matrix by matrix."""
+    def parts(self) -> Iterator[MatrixStatePart]:
+        """Yield the parts that this rank stores, matrix by matrix."""
         for which, tensors in self._tensors.items():
             reduction = self._reductions[which]
-            owned = list(range(len(which))) if reduction is None else reduction.mine
+            owned = list(range(len(which))) if reduction is None else reduction.owned
             for k, i in enumerate(which):
                 for name, spec in self._specs[which].items():
                     offsets, place = [0] * len(spec.shape), k
@@ -97,15 +115,23 @@ class MatrixState:
                     is_primary = dimension is not None or k in owned
                     matrix = self.layouts[i].matrix.name
                     if values.numel():
-                        yield Part(matrix, name, spec.shape, tuple(offsets), values, is_primary)
+                        yield MatrixStatePart(
+                            matrix, name, spec.shape, tuple(offsets), values, is_primary
+                        )
 
 
 def _stacked(spec: StateSpec, count: int, reduction: Reduction | None) -> tuple[int, ...]:
-    """Return the shape of a batch's quantity on this rank."""
+    """Return the shape of a batch's stacked quantity on this rank.
+
+    Args:
+        spec: of the quantity.
+        count: the number of matrices of the batch.
+        reduction: of the batch, if its matrices are in slabs.
+    """
     if reduction is None:
         return (count, *spec.shape)
     if spec.where == "owner":
-        return (len(reduction.mine), *spec.shape)
+        return (len(reduction.owned), *spec.shape)
     shape, dimension = list(spec.shape), spec.cut_dimension(reduction.along)
     if dimension is not None:
         shape[dimension] = reduction.length
@@ -113,13 +139,23 @@ def _stacked(spec: StateSpec, count: int, reduction: Reduction | None) -> tuple[
 
 
 def elements(rule: Rule[Any], options: MatrixOptions, shape: Shape) -> int:
-    """Count what a rule keeps of a matrix of this shape, those of every rank left out."""
+    """Count the elements of a matrix's state, without what every rank stores itself.
+
+    Args:
+        rule: whose state it is.
+        options: of the parameter group.
+        shape: of the matrix, as rules read it.
+    """
     specs = rule.state(options, shape).values()
     return sum(int(torch.Size(s.shape).numel()) for s in specs if s.where != "all")
 
 
-def load(parts: Iterable[Part], saved: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Copy whole quantities into the parts that are here.
+def load(parts: Iterable[MatrixStatePart], saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Load parts of quantities from whole ones.
+
+    Args:
+        parts: of this rank, which are written.
+        saved: {matrix: {quantity: whole tensor}}.
 
     Raises:
         ValueError: a matrix or quantity that is missing, or of another shape.
@@ -131,11 +167,15 @@ def load(parts: Iterable[Part], saved: Mapping[str, Mapping[str, Tensor]]) -> No
         part.values.copy_(whole)
 
 
-def check(part: Part, saved: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
-    """Return the whole quantity of which a part is to be loaded.
+def check(part: MatrixStatePart, saved: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+    """Return the saved whole quantity for a part, checked.
+
+    Args:
+        part: that is to be loaded.
+        saved: {matrix: {quantity: whole tensor}}.
 
     Raises:
-        ValueError: it is missing, of another shape, no tensor or not finite.
+        ValueError: the quantity is missing, of another shape, no tensor or not finite.
     """
     whole = saved.get(part.matrix, {}).get(part.name)
     if whole is not None and not isinstance(whole, Tensor):
@@ -147,8 +187,12 @@ def check(part: Part, saved: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
     return whole
 
 
-def check_saved(part: Part, shape: tuple[int, ...] | None) -> None:
-    """Raise for what a checkpoint has in place of a part's quantity: its shape, None for nothing.
+def check_saved(part: MatrixStatePart, shape: tuple[int, ...] | None) -> None:
+    """Check the shape of a quantity in a checkpoint.
+
+    Args:
+        part: that is to be loaded.
+        shape: of the saved quantity; None if there is none.
 
     Raises:
         ValueError: names the matrix, and what must have been changed.

@@ -17,11 +17,11 @@ from spectral_dist.sharding.layout import Matrix
 
 
 class MatrixStep(MatrixTask):
-    """A rule's part in one exchange of one unit.
+    """What a rule does with the matrices of one unit in one exchange.
 
     Args:
-        context: the rule, its options, and who watches.
-        unit: what is stepped.
+        context: the rule, its options, observers and monitor.
+        unit: that is stepped.
         lr: learning rate.
         weights, grads, momenta: local tensors, in the order of the unit's; a gradient may be None.
             Momenta are empty if the rule has none.
@@ -57,13 +57,13 @@ class MatrixStep(MatrixTask):
             self.momentum_of = exchange.local_runs.views(momenta)
 
     def update_input(self, pieces: list[Piece]) -> list[Tensor]:
-        """Accumulate, and return what must be orthogonalized."""
+        """Accumulate gradients of these runs, and return what is to be orthogonalized of them."""
         grads = self._accumulate(pieces)
         momenta = [self.momentum_of[p] for p in pieces] if self.has_momentum else []
         return self.rule.update_input(self.options, momenta, grads)
 
     def _accumulate(self, pieces: Sequence[Piece]) -> list[Tensor]:
-        """Put the gradients into the momentum, if there is one; return them, as wide as it."""
+        """Accumulate gradients into momentum, if there is one; return them in the state's dtype."""
         grads = [self.grad_of[p].to(*self.state_place) for p in pieces]
         if not self.has_momentum:
             return grads
@@ -83,24 +83,26 @@ class MatrixStep(MatrixTask):
             return self._read(direction, which)
 
     def slab_direction(self, slabs: Tensor, reduction: Reduction) -> Tensor:
-        """Return the rule's direction of a batch of slabs."""
+        """Return this rank's slabs of the rule's direction; a collective call of the group."""
         which = reduction.matrices
         if self._matrix(which[0]).transposed:
             reduction = reduction.transposed()
         slabs = self._read(slabs, which)
-        with self._state_of(which, reduction.mine) as state:
+        with self._state_of(which, reduction.owned) as state:
             ops = SlabMatrixOps(self.context, reduction, state)
             direction = self._checked(self.rule.direction(self.options, slabs, ops), slabs)
             return self._read(direction, which)
 
     def _matrix(self, index: int) -> Matrix:
+        """Return one of the unit's matrices."""
         return self.unit.located.layouts[index].matrix
 
     def _read(self, matrices: Tensor, which: Sequence[int]) -> Tensor:
-        """Turn a batch from what is stored to what rules read, or back; mostly that is the same."""
+        """Transpose a batch whose matrices are stored transposed; return any other unchanged."""
         return matrices.mT.contiguous() if self._matrix(which[0]).transposed else matrices
 
     def _checked(self, direction: Tensor, matrices: Tensor) -> Tensor:
+        """Return a rule's direction; raise a RuntimeError if its shape is not that of matrices."""
         if direction.shape != matrices.shape:
             raise RuntimeError(
                 f"{type(self.rule).__name__}.direction returned {tuple(direction.shape)} for"
@@ -112,7 +114,12 @@ class MatrixStep(MatrixTask):
     def _state_of(
         self, which: Sequence[int], owned: Sequence[int]
     ) -> Iterator[Mapping[str, Tensor]]:
-        """Give a batch's state; what has no gradient gets its own back afterwards."""
+        """Yield a batch's state, and afterwards restore that of matrices without a gradient.
+
+        Args:
+            which: the batch.
+            owned: the places in the batch of the matrices that this rank owns.
+        """
         state = self.unit.state
         if state is None:
             yield {}
@@ -124,13 +131,19 @@ class MatrixStep(MatrixTask):
             tensor[rows] = values
 
     def _matrices_without_gradient(self) -> set[int]:
-        """Return matrices of parameters that are here and have none, as they then have nowhere."""
+        """Return the indices of matrices of this rank's parameters that have no gradient.
+
+        The ranks have agreed that such a parameter has none on any rank.
+        """
         without = {i for i, present in enumerate(self.present) if not present}
         layouts = self.unit.located.layouts if without else ()
         return {i for i, layout in enumerate(layouts) if layout.tiles[0].tensor in without}
 
     def apply(self, pieces: list[Piece], directions: list[Tensor]) -> None:
-        """Update the weights, and momentum of others' matrices where every replica keeps it."""
+        """Update the weights of these runs by their directions.
+
+        Where every replica stores momentum, that of matrices of other replicas is updated as well.
+        """
         if (
             self.unit.exchange.num_replicas > 1
             and not self.unit.momentum_at_owner
@@ -142,7 +155,7 @@ class MatrixStep(MatrixTask):
             return
         if self.context.watch:
             owned = [i for i in present if pieces[i] in self.unit.owned_runs]
-            self.context.watch.runs(
+            self.context.watch.record_update(
                 [pieces[i].matrix for i in owned],
                 [self.weight_of[pieces[i]] for i in owned],
                 [directions[i] for i in owned],

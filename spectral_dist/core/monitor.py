@@ -1,4 +1,4 @@
-"""Numbers about every matrix, every k steps: computed where the matrix is, reduced once, written.
+"""Numbers about every matrix, every k steps: computed where it is, reduced once, written out.
 
 optimizer.monitor = Monitor(every=100, write=[to_jsonl("metrics.jsonl")])
 """
@@ -37,7 +37,16 @@ POWER_STEPS = 20
 
 
 class Watch:
-    """One step of matrices that lie alike: a table of partial sums, a row for each matrix."""
+    """What a monitor records of one step of one unit: partial sums, a row for each matrix.
+
+    Args:
+        located: the unit's matrices.
+        rule, options: of the parameter group.
+        lr: of the parameter group.
+
+    Attributes:
+        table: (matrices, columns), float32; ``add_up`` adds up the tables of all ranks.
+    """
 
     def __init__(
         self, located: Located, rule: Rule[Any], options: MatrixOptions, lr: float
@@ -47,11 +56,16 @@ class Watch:
         shape = (len(located.layouts), len(self.columns))
         self.table = torch.zeros(shape, dtype=torch.float32, device=located.device)
 
-    def note(self, which: Sequence[int], name: str, values: Tensor) -> None:
-        """Note numbers of matrices that this rank owns, (k,).
+    def record_scalar(self, which: Sequence[int], name: str, values: Tensor) -> None:
+        """Record a quantity of matrices that this rank owns.
+
+        Args:
+            which: indices of the matrices.
+            name: of the quantity.
+            values: (k,).
 
         Raises:
-            ValueError: no quantity of the rule.
+            ValueError: the rule has no such quantity.
         """
         if name not in self.columns:
             raise ValueError(
@@ -60,28 +74,47 @@ class Watch:
         rows = torch.tensor(which, device=self.table.device)
         self.table[rows, self.columns.index(name)] = values.to(self.table)
 
-    def factors(self, which: Sequence[int], matrices: Tensor, factors: Tensor) -> None:
-        """What was orthogonalized, and what came out."""
+    def record_polar(self, which: Sequence[int], matrices: Tensor, factors: Tensor) -> None:
+        """Record what polar factors are judged by, of matrices that this rank owns.
+
+        Args:
+            which: indices of the matrices.
+            matrices: (k, m, n), what was orthogonalized.
+            factors: (k, m, n), their polar factors.
+        """
         x, u = matrices.float(), factors.float()
         if x.shape[-2] > x.shape[-1]:
             x, u = x.mT, u.mT
-        self.grams(which, x @ x.mT, u @ u.mT, reductions.inner(x, u))
+        self.record_grams(which, x @ x.mT, u @ u.mT, reductions.inner(x, u))
 
-    def grams(
+    def record_grams(
         self, which: Sequence[int], of_matrices: Tensor, of_factors: Tensor, nuclear: Tensor
     ) -> None:
-        """The Grams of both, of the short side, and <X, U>."""
+        """Record what polar factors are judged by, given Gram matrices of the short side.
+
+        Args:
+            which: indices of the matrices.
+            of_matrices: (k, s, s), of what was orthogonalized.
+            of_factors: (k, s, s), of the polar factors.
+            nuclear: (k,), the inner products <X, U>.
+        """
         side = of_factors.shape[-1]
         eye = torch.eye(side, dtype=torch.float32, device=of_factors.device)
         error = torch.linalg.matrix_norm(of_factors - eye) / side**0.5
-        self.note(which, "orthogonality_error", error)
-        self.note(which, "nuclear_norm", nuclear)
-        self.note(which, "stable_rank", _stable_rank(of_matrices))
+        self.record_scalar(which, "orthogonality_error", error)
+        self.record_scalar(which, "nuclear_norm", nuclear)
+        self.record_scalar(which, "stable_rank", _stable_rank(of_matrices))
 
-    def runs(
+    def record_update(
         self, which: Sequence[int], weights: Sequence[Tensor], directions: Sequence[Tensor]
     ) -> None:
-        """Runs of the weights, before they are changed, and of the directions."""
+        """Record the norms of this rank's runs of weights and directions.
+
+        Args:
+            which: for each run, the index of its matrix; no run is recorded on two ranks.
+            weights: the runs, before they are updated.
+            directions: the same runs of the directions.
+        """
         if not which:
             return
         rows = torch.tensor(which, device=self.table.device)
@@ -91,7 +124,7 @@ class Watch:
             self.table[:, self.columns.index(column)].index_add_(0, rows, values)
 
     def report(self) -> Report:
-        """By quantity and matrix; after the tables of all ranks were added up."""
+        """Return {quantity: {matrix: value}}, once the tables of all ranks have been added up."""
         result: Report = {name: {} for name in (*QUANTITIES, *self.rule.quantities)}
         for layout, row in zip(self.located.layouts, self.table.tolist(), strict=True):
             columns = dict(zip(self.columns, row, strict=True))
@@ -106,15 +139,21 @@ class Watch:
 
 
 def stable_rank(x: Tensor) -> Tensor:
-    """||X||_F^2 / ||X||_2^2 of (k, s, l), s <= l, from POWER_STEPS of the power iteration.
+    """Return ||X||_F^2 / ||X||_2^2 of each matrix, from POWER_STEPS of the power iteration.
 
-    Never below the true value, which it nears from above; 0 for a zero matrix.
+    It is never below the true value, which it approaches from above; 0 for a zero matrix.
+
+    Args:
+        x: (k, s, l), s <= l.
+
+    Returns:
+        (k,)
     """
     return _stable_rank(x @ x.mT)
 
 
 def _stable_rank(gram: Tensor) -> Tensor:
-    """``stable_rank`` of X X^T."""
+    """Return ``stable_rank`` of X, given X X^T, (k, s, s)."""
     squares = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
     gram = gram / squares.clamp_min(torch.finfo(gram.dtype).tiny)[:, None, None]
     v = gram.sum(-1, keepdim=True)
@@ -126,9 +165,10 @@ def _stable_rank(gram: Tensor) -> Tensor:
 
 
 class Monitor:
-    """Attach one to ``optimizer.monitor``, on every rank or on rank 0 alone.
+    """A schedule of reports on all matrices, for ``optimizer.monitor``.
 
-    The ranks agree on it once; between its steps it costs nothing.
+    It is set on every rank, or on rank 0 only; the ranks agree on it once. Between its steps it
+    costs nothing.
 
     Args:
         every: steps from one report to the next; the first is that of step ``every``.
@@ -149,7 +189,12 @@ class Monitor:
 
 
 def add_up(watches: Sequence[Watch], meter: Meter) -> Report:
-    """Return what all ranks have seen in one step, by one reduction for each watch."""
+    """Return the report of one step over all ranks; a collective call, one reduction a watch.
+
+    Args:
+        watches: of the step's units, in the same order on all ranks.
+        meter: counts the bytes.
+    """
     report: Report = {name: {} for name in QUANTITIES}
     for watch in watches:
         groups: tuple[Group, Group] = (watch.located.group, watch.located.replicas)
@@ -161,7 +206,10 @@ def add_up(watches: Sequence[Watch], meter: Meter) -> Report:
 
 
 def to_jsonl(path: str | Path) -> Callable[[int, Report], None]:
-    """Append a line a report: {"kind": "matrices", "step": ..., quantity: {matrix: value}}."""
+    """Return a sink for ``Monitor`` that appends a line of JSON to a file for each report.
+
+    A line is {"kind": "matrices", "step": ..., quantity: {matrix: value}}.
+    """
 
     def write(step: int, report: Report) -> None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -172,7 +220,11 @@ def to_jsonl(path: str | Path) -> Callable[[int, Report], None]:
 
 
 def to_tensorboard(writer: Any) -> Callable[[int, Report], None]:
-    """Into a ``torch.utils.tensorboard.SummaryWriter``, as QUANTITY/MATRIX."""
+    """Return a sink for ``Monitor`` that writes scalars QUANTITY/MATRIX to TensorBoard.
+
+    Args:
+        writer: a ``torch.utils.tensorboard.SummaryWriter``.
+    """
 
     def write(step: int, report: Report) -> None:
         for name, values in report.items():

@@ -30,14 +30,14 @@ def class_of(entry: Entry) -> type[SpectralOptimizer]:
     """
     assert entry.rule is not None
     options = entry.options
-    own = [inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)]
+    self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
     def __init__(self: SpectralOptimizer, params: Any, *args: Any, **kwargs: Any) -> None:
         super(made, self).__init__(params, *args, **kwargs)
 
     signature = signature_of(entry)
     __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[*own, *signature.parameters.values()]
+        parameters=[self_parameter, *signature.parameters.values()]
     )
     __init__.__doc__ = "Build the optimizer; see the class."
     namespace = {
@@ -102,9 +102,9 @@ def stub() -> str:
         "from spectral_dist.core.optimizer import SpectralOptimizer",
         "from spectral_dist.placement.base import Placement",
         "from spectral_dist.sharding.collectives import Group",
-        f"__all__ = {[entry.title for entry in own]!r}",
+        f"__all__ = {[entry.title for entry in entries]!r}",
     ]
-    for entry in own:
+    for entry in entries:
         lines += [f"class {entry.title}(SpectralOptimizer):", "    def __init__(self, "]
         parameters = list(signature_of(entry).parameters.values())
         for before, each in zip([None, *parameters], parameters, strict=False):

@@ -19,7 +19,7 @@ from spectral_dist.core.matrix_state import MatrixState, elements
 from spectral_dist.core.matrix_step import MatrixStep
 from spectral_dist.core.monitor import Watch
 from spectral_dist.core.units import MatrixUnit, Unit, bucket_numel, wire_dtype
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.base import ParamGroup, Placement
 from spectral_dist.rules.base import Pooling, Shape
 from spectral_dist.rules.fields import betas_problem, plain
@@ -34,7 +34,7 @@ class SpectralOptimizer(MatrixCheckpoints):
     """A rule for matrices and AdamW for the rest; see ``ShardedOptimizer``.
 
     Attributes:
-        polar_calls: matrices this rank has orthogonalized.
+        polar_calls: how many matrices this rank has orthogonalized.
     """
 
     copied = (*MatrixCheckpoints.copied, "polar_calls", "_momenta")
@@ -45,7 +45,7 @@ class SpectralOptimizer(MatrixCheckpoints):
         super().__init__(params, lr, **options)
 
     def begin(self, placement: Placement | None) -> None:
-        """Set what an optimizer has that has taken no step and that nobody watches."""
+        """Set all attributes that are not copied, as before the first step."""
         super().begin(placement)
         self._watches: list[Watch] | None = None
         self._pooled: dict[Shape, Tensor] | None = None
@@ -54,38 +54,46 @@ class SpectralOptimizer(MatrixCheckpoints):
 
     # -- options
 
-    def complete(self, carried: ParamGroup, routes: Sequence[Route]) -> ParamGroup:
-        """Return what a group carries, with what the rule makes of its matrices.
+    def finalize_group(self, carried: ParamGroup, routes: Sequence[ParamSpec]) -> ParamGroup:
+        """Return a new group with the options that the rule prepares for its matrices.
 
-        ``betas`` of a group of matrices is for schedulers that cycle it: its first number and
-        ``momentum`` are one, whichever is written.
+        A group of matrices also gets ``betas``, for schedulers that cycle it: its first number and
+        ``momentum`` are kept equal, whichever is written.
+
+        Args:
+            carried: the options of the group.
+            routes: the specs of its parameters.
         """
         if carried["kind"] != "matrix":
             return carried
         names = self.options_type.names("matrix")
-        given = replace(self.options, **{name: carried[name] for name in names})
-        carried.update(self._prepared(given, routes))
+        options = replace(self.options, **{name: carried[name] for name in names})
+        carried.update(self._prepared(options, routes))
         self._momenta[len(self.routes)] = carried["momentum"]
         return {**carried, "betas": (carried["momentum"], self.options.betas[1])}
 
-    def _prepared(self, options: MatrixOptions, routes: Sequence[Route]) -> dict[str, Any]:
-        """Return what a group of these matrices carries of options, as the rule has them."""
+    def _prepared(self, options: MatrixOptions, routes: Sequence[ParamSpec]) -> dict[str, Any]:
+        """Return the options of a group of matrices, as the rule prepares them for their shapes."""
         shapes = {m.name: m.read_shape for route in routes for m in route.matrices}
         prepared = self.rule.prepare(options, shapes)
         return {name: getattr(prepared, name) for name in self.options_type.names("matrix")}
 
     def rule_options(self, group: ParamGroup) -> Any:
-        """Return the rule's options of a group of matrices, as it is now."""
+        """Return the rule's options for a group of matrices, from the group's current values."""
         names = self.options_type.names("matrix")
         values = [plain(group[name]) for name in names]
-        known = self._rule_options.get(group["id"])
-        if known is None or known[0] != values:
-            changed = replace(self.options, **dict(zip(names, values, strict=True)))
-            known = self._rule_options[group["id"]] = values, changed
-        return known[1]
+        cached = self._rule_options.get(group["id"])
+        if cached is None or cached[0] != values:
+            options = replace(self.options, **dict(zip(names, values, strict=True)))
+            cached = self._rule_options[group["id"]] = values, options
+        return cached[1]
 
     def check_group(self, group: ParamGroup) -> None:
-        """Take over what a scheduler has written into ``betas``, and check all."""
+        """Copy what a scheduler has written into ``betas`` to ``momentum``, and check all options.
+
+        Raises:
+            ValueError: a bad value.
+        """
         if group["kind"] == "matrix" and "betas" in group:
             problem = betas_problem(group["betas"])
             if problem:
@@ -98,23 +106,23 @@ class SpectralOptimizer(MatrixCheckpoints):
         super().check_group(group)
 
     def take_over(self, group: ParamGroup, options: BaseOptions) -> None:
-        """Have a rule that learns some options prepare what was written in their place."""
+        """Let a rule that learns some of its options prepare those that were written anew."""
         if group["kind"] == "matrix" and learned_names(self.options_type):
             assert isinstance(options, MatrixOptions)
             group.update(self._prepared(options, self.routes[group["id"]]))
 
     def fill_in(self, group: ParamGroup, before: ParamGroup) -> None:
-        """Give a group what it has not, as an older release has saved it."""
+        """Add options to a loaded group that an older release did not save."""
         if group["kind"] == "matrix":
             group.setdefault("betas", (group["momentum"], self.options.betas[1]))
-            # a scheduler writes it after the step, so that it is the newer one of the two
+            # a scheduler writes ``betas`` after the step, so it is newer than ``momentum``
             group["momentum"] = self._momenta[before["id"]] = group["betas"][0]
         super().fill_in(group, before)
 
     # -- one step
 
     def begin_step(self, watches: list[Watch] | None) -> None:
-        """Begin a step; in some, what matrices give is pooled."""
+        """Begin a step: set where the monitor records, and whether the step pools values."""
         self._watches = watches
         pooling = self._pooling()
         self._pooled = None
@@ -123,7 +131,7 @@ class SpectralOptimizer(MatrixCheckpoints):
             self._pooled = {}
 
     def end_step(self) -> None:
-        """Adapt rules to what was pooled, and raise what an observer has raised."""
+        """Adapt the rule's options to pooled values, and raise an error that an observer raised."""
         if self._pooled is not None:
             self._adapt(self._pooled)
         if self._agreement.is_observed:
@@ -133,7 +141,14 @@ class SpectralOptimizer(MatrixCheckpoints):
     def step_matrices(
         self, group: ParamGroup, unit: Unit, tensors: Sequence[Tensor], grads: Grads
     ) -> None:
-        """Step on a unit of matrices, by the rule."""
+        """Take the rule's step on a unit of matrices; a collective call.
+
+        Args:
+            group: the parameter group.
+            unit: of matrices.
+            tensors: the unit's parameters.
+            grads: their local gradients.
+        """
         assert isinstance(unit, MatrixUnit)
         for p, grad in zip(tensors, grads, strict=True):
             if grad is not None:
@@ -153,17 +168,17 @@ class SpectralOptimizer(MatrixCheckpoints):
         observers = tuple(self.observers) if self._agreement.is_observed else ()
         context = StepContext(self.rule, options, unit.names, observers, watch, self._pooled)
         stored = [self.placement.local(p) for p in tensors] + momenta
-        rows = [tensor.contiguous() for tensor in stored]  # itself, but of channels_last
-        weights, momenta = rows[: len(tensors)], rows[len(tensors) :]
+        row_major = [tensor.contiguous() for tensor in stored]  # copies of channels_last ones only
+        weights, momenta = row_major[: len(tensors)], row_major[len(tensors) :]
         unit.exchange.run(MatrixStep(context, unit, lr, weights, grads, momenta))
-        for tensor, contiguous in zip(stored, rows, strict=True):
+        for tensor, contiguous in zip(stored, row_major, strict=True):
             if contiguous is not tensor:
                 tensor.copy_(contiguous)
         self.polar_calls += context.polar_calls
         self._observer_error = self._observer_error or context.observer_error
 
     def check_observers(self) -> None:
-        """Raise a ValueError if there are observers, but no whole matrices to show them."""
+        """Raise a ValueError if there are observers, but matrices are in slabs or blocks."""
         units = [unit for unit in self.all_units if isinstance(unit, MatrixUnit)]
         if self.observers and not all(unit.has_whole_matrices for unit in units):
             raise ValueError(
@@ -175,7 +190,13 @@ class SpectralOptimizer(MatrixCheckpoints):
     # -- where everything is
 
     def make_unit(self, group: ParamGroup, located: Located, tensors: Sequence[Tensor]) -> Unit:
-        """Plan a unit of parameters that lie alike. A collective call."""
+        """Build a unit, with a plan and an exchange for matrices; a collective call.
+
+        Args:
+            group: the parameter group.
+            located: its parameters that are sharded alike.
+            tensors: all of the group's tensors.
+        """
         if group["kind"] != "matrix":
             return super().make_unit(group, located, tensors)
         options = self.rule_options(group)
@@ -185,21 +206,21 @@ class SpectralOptimizer(MatrixCheckpoints):
         shapes = {layout.matrix.shape for layout in located.layouts}
         specs = {shape: self.rule.polar(options, shape) for shape in sorted(shapes)}
         wire = wire_dtype(options, list(specs.values()), dtype, located.device)
-        ranks, copies = map(collectives.size, (located.group, located.replicas))
+        ranks, num_replicas = map(collectives.size, (located.group, located.replicas))
         if options.machine is not None and not self.placement.knows_blocks:
             warnings.warn(
                 "machine has no effect: strategy 'auto' has a choice under Megatron's tensor"
                 " parallelism only, and takes 'owner' here; write strategy='gram' for slabs",
                 stacklevel=5,
             )
-        if options.replicate_momentum and copies == 1:
+        if options.replicate_momentum and num_replicas == 1:
             warnings.warn(
                 "replicate_momentum has no effect: no other rank holds the same parameters",
                 stacklevel=5,
             )
         groups = (located.group, located.replicas)
         needs_whole = bool(self.observers)
-        if max(ranks, copies) > 1:
+        if max(ranks, num_replicas) > 1:
             observed = torch.tensor(needs_whole, device=located.device)
             needs_whole = collectives.any_rank(observed, groups, collectives.Meter())
         needs_whole = needs_whole or self.rule.pooling(options) is not None
@@ -210,7 +231,7 @@ class SpectralOptimizer(MatrixCheckpoints):
             located.layouts,
             ranks,
             bucket_numel(options, wire),
-            copies,
+            num_replicas,
             gram=gram,
             load=state_numel if self._balances_state(options, shapes) else None,
         )
@@ -229,16 +250,26 @@ class SpectralOptimizer(MatrixCheckpoints):
         return strategy.add_blocks(unit, options, bucket_numel(options, wire))
 
     def _balances_state(self, options: MatrixOptions, shapes: Iterable[Shape]) -> bool:
-        """Return whether owners share the rule's state evenly, rather than Newton-Schulz's work.
+        """Return whether owners are chosen to share the rule's state evenly, not its work.
 
-        Where that state is all there is; a few numbers beside a momentum are no memory.
+        They are if matrix state is all that the rule keeps; a few numbers beside a momentum take no
+        memory worth sharing.
         """
         if self.rule.has_momentum(options):
             return False
         return any(elements(self.rule, options, shape) for shape in shapes)
 
     def ensure_state(self, group: ParamGroup, unit: Unit, index: int, p: Tensor) -> None:
-        """Give a parameter its state from the start, so that all ranks have the same keys."""
+        """Create a parameter's state, before the first step, so that all ranks have equal keys.
+
+        Momentum that was loaded whole is cut to what this rank stores of it.
+
+        Args:
+            group: the parameter group.
+            unit: that has the parameter.
+            index: of the parameter in the unit.
+            p: the parameter.
+        """
         state = self.state[p]
         if not isinstance(unit, MatrixUnit):
             super().ensure_state(group, unit, index, p)
@@ -256,15 +287,16 @@ class SpectralOptimizer(MatrixCheckpoints):
     # -- what is pooled over all matrices
 
     def _pooling(self) -> Pooling | None:
+        """Return what the rule pools over all matrices, if anything."""
         groups = [group for group in self.param_groups if group["kind"] == "matrix"]
         return self.rule.pooling(self.rule_options(groups[0])) if groups else None
 
     def _check_whole(self, pooling: Pooling) -> None:
-        """Raise a ValueError if a step gets a part of a group: options would change within it."""
+        """Raise a ValueError if a step has only a part of a group: options would change within."""
         for group in self.param_groups:
             if group["kind"] == "matrix" and group["params"]:
-                here = sum(len(unit.located.layouts) for unit in self.units(group))
-                if here < sum(len(route.matrices) for route in self.routes[group["id"]]):
+                num_matrices = sum(len(unit.located.layouts) for unit in self.units(group))
+                if num_matrices < sum(len(r.matrices) for r in self.routes[group["id"]]):
                     raise ValueError(
                         f"{pooling.setting} is {pooling.every}, but ZeRO-3 steps on a part of"
                         " the matrices at a time; set zero_optimization.sub_group_size above the"
@@ -272,13 +304,13 @@ class SpectralOptimizer(MatrixCheckpoints):
                     )
 
     def _adapt(self, pooled: dict[Shape, Tensor]) -> None:
-        """Add up over ranks what was pooled, and have the rule adapt every group to it."""
+        """Sum pooled values over all ranks, and let the rule adapt every group's options."""
         pooling = self._pooling()
         assert pooling is not None
         matrices = [m for route in self.all_routes for m in route.matrices]
         shapes = sorted({(min(m.shape), max(m.shape)) for m in matrices})
-        none = torch.zeros(pooling.size, dtype=torch.float64)
-        table = torch.stack([pooled.get(shape, none).to(self.device) for shape in shapes])
+        zeros = torch.zeros(pooling.size, dtype=torch.float64)
+        table = torch.stack([pooled.get(shape, zeros).to(self.device) for shape in shapes])
         for ranks in self.placement.world_groups():
             collectives.sum_ranks(table, ranks, self.meter)
         sums = dict(zip(shapes, table.cpu().unbind(), strict=True))

@@ -1,4 +1,4 @@
-"""Learning rates of parameter groups: each its own, or one for all where a scheduler knows one."""
+"""Learning rates of parameter groups: one for each group, or one for all."""
 
 from __future__ import annotations
 
@@ -22,27 +22,29 @@ class Rates(Loading):
     _has_one_lr: bool
 
     def lr_of(self, group: ParamGroup) -> float:
-        """Return the learning rate of a group's parameters, as it is now."""
+        """Return the current learning rate of a group's parameters."""
         return float(plain(group["lr"]) * group["lr_ratio"])
 
     def rate(self, carried: ParamGroup) -> None:
-        """Remember what a new group begins with; one that takes the optimizer's shares its tensor.
+        """Remember the learning rate of a new group.
 
-        As with torch's optimizers, whoever has that tensor may write into it.
+        If the optimizer's lr is a tensor and the group has the same lr, the group shares the
+        tensor: as with torch's optimizers, the user may write into it.
         """
-        given = self.defaults["lr"]
+        lr = self.defaults["lr"]
         self._built_rates[carried["id"]] = self.lr_of(carried)
-        if isinstance(given, Tensor) and carried["lr"] == self.options.lr:
-            carried["lr"] = given
+        if isinstance(lr, Tensor) and carried["lr"] == self.options.lr:
+            carried["lr"] = lr
 
     def share_one_lr(self) -> None:
-        """Write one lr into every group, and what it is to be multiplied by there.
+        """Write the optimizer's lr into every group, and its ratio to that as ``lr_ratio``.
 
-        For a framework whose schedulers know one. Not if rates were written since, or a scheduler
-        of torch has seen the groups: then each keeps its own.
+        It is for frameworks whose schedulers have one lr. Nothing is written if learning rates were
+        changed since the optimizer was built, or a scheduler of torch has the groups: then each
+        group keeps its own lr.
 
         Raises:
-            ValueError: it is zero, and another is not.
+            ValueError: the optimizer's lr is zero, and a group's is not.
         """
         self._has_one_lr = True
         for group in self.param_groups:
@@ -53,7 +55,7 @@ class Rates(Loading):
             group["lr"], group["lr_ratio"] = self.options.lr, ratio
 
     def warn_of_one_lr(self) -> None:
-        """Say once that groups which were built with different rates have the same one now."""
+        """Warn, once, that groups which were built with different learning rates now have one."""
         if "lr" in self._warned or len(set(self._built_rates.values())) < 2:
             return
         if len(self.param_groups) < len(self._built_rates):

@@ -1,4 +1,4 @@
-"""What every optimizer here is: parameters that live anywhere, stepped the same on all ranks."""
+"""The base class of all optimizers: parameters under any layout, stepped alike on all ranks."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from spectral_dist.core.matrix_ops import Observer
 from spectral_dist.core.monitor import Monitor, Watch, add_up
 from spectral_dist.core.precision import without_autocast
 from spectral_dist.core.rates import Rates
-from spectral_dist.core.unique_names import told_apart
+from spectral_dist.core.unique_names import with_unique_names
 from spectral_dist.core.units import Unit
 from spectral_dist.core.written_options import WrittenOptions
-from spectral_dist.params.param_groups import grouped
-from spectral_dist.params.spec import WRONG_KIND, Route
+from spectral_dist.params.param_groups import split_by_kind
+from spectral_dist.params.spec import WRONG_KIND, ParamSpec
 from spectral_dist.placement.base import ParamGroup, Placement
 from spectral_dist.placement.dtensor import MeshPlacement
 from spectral_dist.rules import adamw
@@ -37,10 +37,10 @@ from spectral_dist.sharding.layout import Located
 class ShardedOptimizer(Rates):
     """An optimizer with the same numbers under every layout of its parameters.
 
-    In plain torch each group's ``lr`` is what it is stepped with: ``scalar_lr`` is that of AdamW's
-    groups, and schedulers multiply or write each group's own. Under DeepSpeed and Megatron, whose
-    schedulers write one lr into all groups, it is multiplied by the group's ``lr_ratio``. So it is
-    in groups that older releases have saved in plain torch, which go on as they were.
+    In plain torch a group is stepped with its ``lr``: ``scalar_lr`` is that of AdamW's groups, and
+    schedulers multiply or write each group's own. Under DeepSpeed and Megatron, whose schedulers
+    write one lr into all groups, it is multiplied by the group's ``lr_ratio``; likewise in groups
+    that older releases have saved in plain torch.
 
     Args:
         params: ``spectral_dist.param_groups(model)``; or parameters, or groups of them, that
@@ -53,7 +53,7 @@ class ShardedOptimizer(Rates):
         options: of ``options_type``.
 
     Attributes:
-        observers: called with the names and values (k, m, n) of all that is orthogonalized here.
+        observers: called with names and values (k, m, n) of what this rank orthogonalizes.
         monitor: see ``spectral_dist.monitor``; on every rank, or on rank 0 alone.
         after_load: called on every rank when a checkpoint has been loaded.
         meter: calls and bytes of this rank's exchanges; ``comm_bytes`` is their sum.
@@ -83,17 +83,17 @@ class ShardedOptimizer(Rates):
         self.begin(placement or self._placement(process_group))
         self._has_one_lr = placement is not None
         self._built_rates = {}
-        self.routes: list[list[Route]] = []
+        self.routes: list[list[ParamSpec]] = []
         self._warned: set[str] = set()
         self._agreement = Agreement()
         scheduled = ("lr", "weight_decay", "betas", "momentum")  # what schedulers look for
         defaults = {n: getattr(self.options, n) for n in scheduled if hasattr(self.options, n)}
         if isinstance(options.get("lr"), Tensor):  # as torch's, for those who write into it
             defaults["lr"] = options["lr"]
-        super().__init__(grouped(params, options=self.options_type), defaults)
+        super().__init__(split_by_kind(params, options=self.options_type), defaults)
 
     def begin(self, placement: Placement | None) -> None:
-        """Set what an optimizer has that has taken no step and that nobody watches."""
+        """Set all attributes that are not copied, as before the first step."""
         self.placement = placement or self._placement(None)
         self._has_one_lr = False
         self.meter = Meter()
@@ -105,17 +105,17 @@ class ShardedOptimizer(Rates):
         self._scalar_update = BACKENDS[self.options.scalar_backend]()
 
     def _placement(self, group: Group) -> Placement:
-        """Return where parameters live if no framework says so."""
+        """Return the placement for plain torch, which reads it off the parameters."""
         return MeshPlacement(group, getattr(self.options, "replicate_momentum", False))
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add parameters; a group of both kinds becomes two."""
-        for group in grouped([param_group], options=self.options_type):
-            group = {**group, "routes": told_apart(group["routes"], self.all_routes)}
+        for group in split_by_kind([param_group], options=self.options_type):
+            group = {**group, "routes": with_unique_names(group["routes"], self.all_routes)}
             if group["kind"] not in self.options_type.kinds():
                 raise ValueError(WRONG_KIND[group["kind"]])
-            given = group_options(group, self.options, self._has_one_lr)
-            carried = self.complete(given, group["routes"])
+            group_values = group_options(group, self.options, self._has_one_lr)
+            carried = self.finalize_group(group_values, group["routes"])
             carried["id"], carried[RULE] = len(self.routes), self.rule_name
             self.rate(carried)
             self.routes.append(group["routes"])
@@ -123,18 +123,18 @@ class ShardedOptimizer(Rates):
             for name in self.defaults.keys() - carried.keys():
                 del self.param_groups[-1][name]  # torch gives every group all defaults
 
-    def complete(self, carried: ParamGroup, routes: Sequence[Route]) -> ParamGroup:
-        """Return what a group carries, with what depends on its parameters."""
+    def finalize_group(self, carried: ParamGroup, routes: Sequence[ParamSpec]) -> ParamGroup:
+        """Return a new group's options, with those that depend on its parameters."""
         return carried
 
     @property
     def comm_bytes(self) -> int:
-        """Return the bytes that this rank has sent to others in this optimizer's own exchanges."""
+        """Return the bytes that this rank has sent to other ranks in the optimizer's exchanges."""
         return sum(self.meter.bytes.values())
 
     @property
-    def all_routes(self) -> list[Route]:
-        """Return the route of every parameter in the optimizer."""
+    def all_routes(self) -> list[ParamSpec]:
+        """Return the spec of every parameter in the optimizer."""
         return [route for routes in self.routes for route in routes]
 
     @property
@@ -144,7 +144,7 @@ class ShardedOptimizer(Rates):
 
     @property
     def device(self) -> torch.device:
-        """Return where matrices are computed and collectives run."""
+        """Return the device on which matrices are computed and collectives run."""
         if self.all_units:
             return self.all_units[0].located.device
         groups = [g for g in self.placement.world_groups() if collectives.size(g) > 1]
@@ -156,7 +156,7 @@ class ShardedOptimizer(Rates):
         return self._agreement.monitor_every > 0
 
     def move_to(self, placement: Placement) -> None:
-        """Take another placement: a framework has taken the parameters over.
+        """Replace the placement, after a framework has taken over the parameters.
 
         Raises:
             ValueError: parameters have been located already.
@@ -170,22 +170,22 @@ class ShardedOptimizer(Rates):
         self.placement = placement
 
     def steps_taken(self) -> int:
-        """Return the steps taken, by the states that are here."""
+        """Return the largest number of steps in this rank's states."""
         counts = [s["step"] for s in self.state.values() if isinstance(s, dict) and "step" in s]
         return int(max(map(float, counts), default=0.0))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one optimizer step on the gradients that are there.
+        """Take one optimizer step on the current gradients.
 
         A collective call of the ranks that train the model together. It waits for the device once,
         to know that every rank's gradients are finite and that all go on; with check_finite=False
-        in the first step only, after which a rank raises alone for what it finds in its options.
+        in the first step only, after which a rank raises by itself for an error in its options.
 
         Raises:
             ValueError: on every rank and before anything has changed, if a gradient is NaN or
-                infinite, if ranks differ in which parameters have one, or if an option is bad that
-                a scheduler has written.
+                infinite, if ranks differ in which parameters have one, or if a scheduler has
+                written a bad option.
         """
         loss = None
         if closure is not None:
@@ -196,7 +196,7 @@ class ShardedOptimizer(Rates):
             return loss
         work = [(group, unit) for group in self.param_groups for unit in self.units(group)]
         tensors = [[group["params"][i] for i in unit.tensors] for group, unit in work]
-        grads: list[Grads] = [[self.placement.gradient(p) for p in some] for some in tensors]
+        grads: list[Grads] = [[self.placement.gradient(p) for p in params] for params in tensors]
         with without_autocast(self.device):
             if not self._agree(work, grads):
                 return loss
@@ -231,7 +231,7 @@ class ShardedOptimizer(Rates):
             collectives.raise_together(error, self.placement.world_groups())
 
     def begin_step(self, watches: list[Watch] | None) -> None:
-        """Begin a step; its watches, if it has any, are put into ``watches``."""
+        """Begin a step; a step that is reported appends its watches to ``watches``."""
 
     def end_step(self) -> None:
         """End a step; a collective call."""
@@ -240,10 +240,10 @@ class ShardedOptimizer(Rates):
     def step_matrices(
         self, group: ParamGroup, unit: Unit, tensors: Sequence[Tensor], grads: Grads
     ) -> None:
-        """Step on a unit of matrices."""
+        """Take the rule's step on a unit of matrices; a collective call."""
 
     def step_scalars(self, group: ParamGroup, tensors: Sequence[Tensor], grads: Grads) -> None:
-        """Step elementwise, by AdamW."""
+        """Take AdamW's step, elementwise, on parameters of one unit."""
         present = [(p, g) for p, g in zip(tensors, grads, strict=True) if g is not None]
         states = []
         for p, _ in present:
@@ -259,34 +259,33 @@ class ShardedOptimizer(Rates):
         )
 
     def scalar_options(self, group: ParamGroup) -> AdamWOptions:
-        """Return what AdamW's step of a group depends on."""
+        """Return the options of AdamW's step of a group."""
         beta1, beta2 = map(plain, group["betas"])
         return AdamWOptions((beta1, beta2), plain(group["eps"]), plain(group["weight_decay"]))
 
     def check_group(self, group: ParamGroup) -> None:
-        """Raise a ValueError for options that something has written into a group since."""
+        """Raise a ValueError for a bad option that something has written into a group."""
         self._written.check(self.options, group, self.take_over)
 
     def take_over(self, group: ParamGroup, options: BaseOptions) -> None:
-        """Bring up to date what depends on a group's options, which have changed."""
+        """Update what depends on a group's options, after they have changed."""
 
     def prepare_placement(self) -> None:
-        """Have the placement look at the groups as they are now."""
+        """Bring the placement up to date with the parameter groups."""
         self.placement.prepare(self, self.all_routes, self.meter)
 
-    def locate(self) -> None:
-        """Find where everything lives, and make all states. A collective call, the first time."""
+    def initialize_state(self) -> None:
+        """Locate all parameters and create their states; a collective call the first time."""
         self.prepare_placement()
         for group, tensors in self.placement.param_batches(self):
             self.units(group, tensors)
 
     def units(self, group: ParamGroup, tensors: Sequence[Tensor] | None = None) -> list[Unit]:
-        """Return the group's parameters by where they live, with their states there.
-
-        A collective call, the first time.
+        """Return a group's units, and create their states; a collective call the first time.
 
         Args:
-            tensors: in place of those that the group has.
+            group: the parameter group.
+            tensors: what the framework steps on, in place of the group's "params".
 
         Raises:
             ValueError: on every rank, if parameters of any cannot be located.
@@ -305,7 +304,7 @@ class ShardedOptimizer(Rates):
         return self._units[key]
 
     def _locate(
-        self, group: ParamGroup, routes: Sequence[Route], tensors: Sequence[Tensor]
+        self, group: ParamGroup, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]
     ) -> list[Unit]:
         groups = self.placement.world_groups()
         error: Exception | None = None
@@ -325,23 +324,23 @@ class ShardedOptimizer(Rates):
         return units
 
     def _agreed(self, group: ParamGroup, located: Located, tensors: Sequence[Tensor]) -> Unit:
-        """Build a unit, if its ranks have the same optimizer and options."""
+        """Build a unit, after checking that its ranks have the same optimizer and options."""
         lines = agreeing.option_lines(type(self).__name__, self.options, group)
-        ranks, what = (located.group, located.replicas), "on the optimizer's options"
-        collectives.assert_same(lines, ranks, located.device, what)
+        groups, what = (located.group, located.replicas), "on the optimizer's options"
+        collectives.assert_same(lines, groups, located.device, what)
         return self.make_unit(group, located, tensors)
 
     def make_unit(self, group: ParamGroup, located: Located, tensors: Sequence[Tensor]) -> Unit:
-        """Build a unit of parameters that lie alike. A collective call."""
+        """Build a unit of parameters that are sharded alike; a collective call."""
         return Unit(located)
 
     def ensure_state(self, group: ParamGroup, unit: Unit, index: int, p: Tensor) -> None:
-        """Give a parameter its state from the start, so that all ranks have the same keys."""
+        """Create a parameter's state, before the first step, so that all ranks have equal keys."""
         if "exp_avg" not in self.state[p]:
             self.state[p].update(adamw.new_state(p))
 
     def _agree(self, work: Sequence[tuple[ParamGroup, Unit]], grads: Sequence[Grads]) -> bool:
-        """Agree with the other ranks on the step; return whether there is one."""
+        """Agree with the other ranks on the step; return whether any rank has gradients."""
         groups, known = self.placement.world_groups(), self._agreement
         units = [unit for _, unit in work]
         error = self._first_error(units, grads)
@@ -352,10 +351,10 @@ class ShardedOptimizer(Rates):
         )
         check = self.options.check_finite
         if not check and known.is_made:
-            agreeing.go_on_alone(error, status, known.status, self._warned)
+            agreeing.check_without_agreement(error, status, known.status, self._warned)
             return True
-        dense = check and error is None  # or else they may be sparse
-        present = [g for some in grads for g in some if g is not None and g.numel()] * dense
+        dense = check and error is None  # after an error, gradients may be sparse
+        present = [g for gs in grads for g in gs if g is not None and g.numel()] * dense
         device = work[0][1].located.device if work else self.device
         differs = error is not None or status != known.status
         flag = agreeing.flag_of(present, differs, device, check)
@@ -363,8 +362,8 @@ class ShardedOptimizer(Rates):
         number = agreeing.number_of(options)
         if collectives.any_rank(flag, groups, self.meter if check else Meter(), number):
             bad = agreeing.not_finite(units, grads) if dense else []
-            taken = 0 if error else self.steps_taken()  # which may rest on a bad option
-            report = agreeing.report_of(status, taken, options, bad, error)
+            steps = 0 if error else self.steps_taken()  # a bad option may affect the count
+            report = agreeing.report_of(status, steps, options, bad, error)
             agreeing.agree(
                 known, report, lambda names: agreeing.with_gradient(names, units, grads), groups
             )
@@ -376,7 +375,7 @@ class ShardedOptimizer(Rates):
         return known.has_gradients
 
     def _option_lines(self) -> list[list[str]]:
-        """Return what this step uses of each group, after the name of its first parameter."""
+        """Return the checked options of each group, after the name of its first parameter."""
         return [
             [self.routes[group["id"]][0].name, *self._written.lines(group)]
             for group in self.param_groups
@@ -384,7 +383,7 @@ class ShardedOptimizer(Rates):
         ]
 
     def _first_error(self, units: Sequence[Unit], grads: Sequence[Grads]) -> Exception | None:
-        """Return what this rank alone may find wrong before a step."""
+        """Return the first error that this rank finds before a step, without asking others."""
         try:
             agreeing.check_dense(units, grads)
             for group in self.param_groups:

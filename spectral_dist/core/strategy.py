@@ -1,4 +1,4 @@
-"""How the matrices of a unit are done: which in slabs, and block by block in which steps."""
+"""The strategy of each matrix of a unit: which stay in slabs, and which steps work on blocks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from spectral_dist.polar import of_gram, resolve_dtype
 from spectral_dist.rules.base import PolarSpec, Shape
 from spectral_dist.rules.options import MatrixOptions
 from spectral_dist.sharding import collectives
-from spectral_dist.sharding.boxes import slabs, tiles_alone
+from spectral_dist.sharding.boxes import block_layouts, slabs
 from spectral_dist.sharding.cost import (
     CostContext,
     cheaper_in_slabs,
@@ -34,14 +34,18 @@ def select_gram(
     wire: torch.dtype,
     needs_whole: bool,
 ) -> list[bool]:
-    """Return of each matrix whether it is done under ``gram``; the same on every rank.
+    """Return for each matrix whether it is orthogonalized in slabs; the same on every rank.
 
     Args:
-        specs: of each shape, how its polar factor is found.
-        needs_whole: whether somebody wants to see whole matrices.
+        options: of the parameter group.
+        specs: how the polar factors of each shape are computed.
+        located: the matrices.
+        wire: the dtype in which matrices are sent.
+        needs_whole: whether the rule or an observer needs whole matrices, so that 'auto' must not
+            choose slabs.
 
     Raises:
-        ValueError: 'gram' was asked for, and a rule or a polar method does not work on Gram
+        ValueError: the strategy is 'gram', and a rule or a polar method does not work on Gram
             matrices.
     """
     layouts, ranks = located.layouts, collectives.size(located.group)
@@ -65,7 +69,7 @@ def select_gram(
         except ValueError as error:
             if asked:
                 raise ValueError(f"strategy is 'gram', but {error}; or strategy='owner'") from None
-            dtypes[shape] = None  # 'auto' then takes what works
+            dtypes[shape] = None  # under 'auto' such matrices go to owners
     able = [dtypes[layout.matrix.shape] is not None for layout in layouts]
     if asked or not any(able):
         return able
@@ -81,7 +85,16 @@ def _job_of(
     wire: torch.dtype,
     device: torch.device,
 ) -> CostContext:
-    """Return the job with what the polar factors cost; the first shape's stand for all."""
+    """Return a cost context with the steps and dtypes of polar factors filled in.
+
+    Args:
+        job: with ranks and bytes.
+        specs: how the polar factors of each shape are computed; the first one that works on Gram
+            matrices stands for all.
+        dtypes: of the Gram matrices of each shape; None: it does not work on them.
+        wire: the dtype in which matrices are sent.
+        device: where matrices are computed.
+    """
     spec = next(spec for shape, spec in specs.items() if dtypes[shape] is not None)
     assert spec is not None, "a Gram's dtype is a method's"
     computed = resolve_dtype(spec.method, spec.dtype, wire, device)
@@ -95,14 +108,15 @@ def _job_of(
 
 
 def _machine(options: MatrixOptions) -> Machine:
+    """Return the speeds that the user gave, or the defaults."""
     return Machine.from_user(options.machine or {})
 
 
 def _gram_dtype(spec: PolarSpec | None, wire: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return in which dtype Gram matrices must be.
+    """Return the dtype in which Gram matrices must be computed and sent.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the rule or the polar method does not work on Gram matrices.
     """
     if spec is None:
         raise ValueError("this rule needs whole matrices: it names no polar factor")
@@ -117,7 +131,18 @@ def _subspaces(
     job: CostContext,
     asked: bool,
 ) -> list[bool]:
-    """Do ``select_gram`` of rules in a subspace, which of a square matrix is one of the rows."""
+    """Return ``select_gram`` for a rule that works in a subspace of each matrix.
+
+    The subspace of a square matrix is one of the rows, so such a matrix that is cut by columns
+    goes to its owner.
+
+    Args:
+        options: of the parameter group.
+        specs: of each shape, with the subspace's rank.
+        layouts: of the matrices.
+        job: ranks and bytes.
+        asked: whether the strategy is 'gram', and not 'auto'.
+    """
     able = [
         slabs(x, job.ranks).along ^ x.matrix.transposed
         == int(x.matrix.read_shape[1] > x.matrix.read_shape[0])
@@ -144,10 +169,15 @@ def _subspaces(
 
 
 def add_blocks(unit: MatrixUnit, options: MatrixOptions, numel: int) -> MatrixUnit:
-    """Return the unit; under strategy ``block`` with its blocks. A collective call.
+    """Return a unit with its ``blocks`` set, if the strategy is 'block'; a collective call.
 
-    A block is done in the replica that does its matrix: there the momentum is, if it is not
-    everywhere.
+    A block is orthogonalized in the replica that orthogonalizes its matrix, because that replica
+    has the momentum, if not all have it.
+
+    Args:
+        unit: of whole matrices.
+        options: of the parameter group.
+        numel: the most elements that a rank has of a bucket.
 
     Raises:
         ValueError: the rule keeps state of whole matrices, or blocks are no rectangles.
@@ -161,10 +191,14 @@ def add_blocks(unit: MatrixUnit, options: MatrixOptions, numel: int) -> MatrixUn
             "strategy is 'block', but the rule keeps state of whole matrices, which blocks have"
             " not; write strategy='owner' or 'gram'"
         )
-    by_matrix = [tiles_alone(layout) for layout in located.layouts]
+    by_matrix = [block_layouts(layout) for layout in located.layouts]
     layouts = tuple(block for matrix in by_matrix for block in matrix)
-    homes = [owner // ranks for owner, m in zip(plan.owners, by_matrix, strict=True) for _ in m]
-    block_plan = make_plan(layouts, ranks, numel, exchange.num_replicas, homes=homes)
+    required_replicas = [
+        owner // ranks for owner, m in zip(plan.owners, by_matrix, strict=True) for _ in m
+    ]
+    block_plan = make_plan(
+        layouts, ranks, numel, exchange.num_replicas, required_replicas=required_replicas
+    )
     block_exchange = Exchange(
         layouts,
         block_plan,
@@ -181,14 +215,15 @@ def add_blocks(unit: MatrixUnit, options: MatrixOptions, numel: int) -> MatrixUn
 
 
 def global_step_count(unit: MatrixUnit, present: Sequence[Tensor]) -> int:
-    """Return how many steps the unit has taken, with this one; the same on every rank.
+    """Return how many steps the unit has taken, this one included; the same on every rank.
 
-    Asked of all ranks in every step, for one number: a rank may have no tensor of the unit, and a
-    count of its own would be lost with a checkpoint that is loaded under another layout. Waits for
-    the device.
+    It is a collective call, for one number in every step, and waits for the device: a rank may have
+    no tensor of the unit, and a count that a rank kept itself would be lost with a checkpoint that
+    is loaded under another layout.
 
     Args:
-        present: the counts of the tensors that have a gradient here.
+        unit: that is stepped.
+        present: the step counts of the tensors that have a gradient on this rank.
     """
     located = unit.located
     most = torch.stack(list(present)).max() if present else torch.zeros(())

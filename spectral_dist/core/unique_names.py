@@ -1,21 +1,22 @@
-"""Names of parameters of several models in one optimizer, told apart."""
+"""Unique names for the parameters of several models in one optimizer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 
 
-def told_apart(routes: Sequence[Route], known: Sequence[Route]) -> list[Route]:
-    """Return routes with names that no other one has: "weight", then "weight#2".
+def with_unique_names(routes: Sequence[ParamSpec], known: Sequence[ParamSpec]) -> list[ParamSpec]:
+    """Return specs with names that no other spec has: "weight", then "weight#2".
 
-    State of matrices and checkpoints are by name, and two models (actor and critic) have the same.
+    Matrix state and checkpoints are keyed by name, and two models (actor and critic) may have
+    parameters of one name.
 
     Args:
-        routes: of a new group.
-        known: of the groups before it.
+        routes: the specs of a new group.
+        known: the specs of the groups before it.
     """
     taken = {route.name for route in known}
     result = []
@@ -29,8 +30,14 @@ def told_apart(routes: Sequence[Route], known: Sequence[Route]) -> list[Route]:
     return result
 
 
-def _renamed(route: Route, name: str, number: int) -> Route:
-    """Return a route by another name; its matrices' names are made of it, or get the number."""
+def _renamed(route: ParamSpec, name: str, number: int) -> ParamSpec:
+    """Return a spec under another name, with its matrices renamed.
+
+    Args:
+        route: the spec.
+        name: its new name, which replaces the old one at the beginning of the matrices' names.
+        number: that is added to a matrix's name which does not begin with the old one.
+    """
     matrices = tuple(
         replace(
             matrix,

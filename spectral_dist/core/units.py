@@ -1,4 +1,4 @@
-"""Parameters of a group that lie alike, and for matrices their plan and exchange."""
+"""Units: parameters of a group that are sharded alike, and for matrices their plan and exchange."""
 
 from __future__ import annotations
 
@@ -20,31 +20,32 @@ from spectral_dist.sharding.layout import Located
 from spectral_dist.sharding.plan import Plan
 
 ROWS = torch.contiguous_format
-"""How momentum lies, also of a weight that is channels_last."""
+"""The memory format of momentum, even of a weight that is channels_last."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Parameters of a group that lie alike, and are stepped elementwise."""
+    """Parameters of a group that are sharded alike, and are stepped elementwise."""
 
     located: Located
 
     @property
     def tensors(self) -> tuple[int, ...]:
-        """Return their indices in the group."""
+        """Return the indices of the unit's parameters in the group."""
         return self.located.tensors
 
 
 @dataclass(frozen=True)
 class MatrixUnit(Unit):
-    """Parameters that hold matrices and lie alike.
+    """Parameters that hold matrices and are sharded alike.
 
     Attributes:
         plan, exchange: of their matrices.
         has_momentum: whether the rule has the shard state ``exp_avg``.
-        state: what the rule keeps of them, if anything.
-        blocks: under strategy 'block', the same parameters as matrices of their own block by block,
-            for all steps but every ``period``-th; momentum lies the same in both.
+        state: the matrix state, if the rule has any.
+        blocks: under strategy 'block', a unit of the same parameters in which each block is a
+            matrix. It is used in all steps but every ``period``-th, and shares the momentum.
+        period: the steps from one step on whole matrices to the next.
     """
 
     plan: Plan
@@ -55,7 +56,7 @@ class MatrixUnit(Unit):
     period: int = 1
 
     def at(self, step: int) -> MatrixUnit:
-        """Return what a step works on, counted from 1: this, or its blocks."""
+        """Return the unit to use in a step, this one or its blocks; steps are counted from 1."""
         return self if self.blocks is None or step % self.period == 0 else self.blocks
 
     @property
@@ -65,24 +66,24 @@ class MatrixUnit(Unit):
 
     @cached_property
     def momentum_at_owner(self) -> bool:
-        """Return whether momentum is kept by the owner's replica alone."""
-        copies = self.exchange.num_replicas > 1 and not self.located.replicate_momentum
-        return self.has_momentum and copies
+        """Return whether only the owner's replica stores momentum."""
+        has_replicas = self.exchange.num_replicas > 1
+        return self.has_momentum and has_replicas and not self.located.replicate_momentum
 
     @property
     def state_is_spread(self) -> bool:
-        """Return whether there is matrix state, of which this rank may not have all."""
+        """Return whether there is matrix state of which other ranks may store parts."""
         ranks = map(collectives.size, (self.located.group, self.located.replicas))
         return self.state is not None and max(ranks) > 1
 
     @cached_property
     def names(self) -> list[str]:
-        """Return the names of its matrices."""
+        """Return the names of the unit's matrices."""
         return [layout.matrix.name for layout in self.located.layouts]
 
     @cached_property
     def momentum_runs(self) -> Pieces:
-        """Return this rank's runs of matrices whose momentum it keeps."""
+        """Return this rank's runs of the matrices whose momentum it stores."""
         return self.exchange.owned_runs if self.momentum_at_owner else self.exchange.local_runs
 
     @cached_property
@@ -91,10 +92,16 @@ class MatrixUnit(Unit):
         return frozenset(self.exchange.owned_runs.pieces)
 
     def new_momentum(self, index: int, weight: Tensor, local: Tensor) -> Tensor:
-        """Return zeros for tensor ``index``, in float32 or wider.
+        """Return zeros for the momentum of a parameter, in float32 or wider.
 
-        As the weight (a DTensor if it is one), but at the owner alone: the runs of its matrices one
-        after the other, in the local tensor's shape if they are all of it.
+        It is like the weight, a DTensor if that is one. But where only the owner stores momentum,
+        it has this rank's owned runs one after the other; in the local tensor's shape, if they are
+        all of it.
+
+        Args:
+            index: of the parameter in the unit.
+            weight: the parameter.
+            local: its local tensor.
         """
         dtype = torch.promote_types(weight.dtype, torch.float32)
         if not self.momentum_at_owner:
@@ -111,9 +118,16 @@ def wire_dtype(
     dtype: torch.dtype,
     device: torch.device,
 ) -> torch.dtype:
-    """Return the dtype in which matrices travel: bfloat16 if all polar factors are computed so.
+    """Return the dtype in which matrices are sent.
 
-    Otherwise that of momentum: float16 would overflow before it is normalised.
+    It is bfloat16 if all polar factors are computed in bfloat16; otherwise the dtype of momentum,
+    as float16 would overflow before it is normalised.
+
+    Args:
+        options: of the parameter group.
+        specs: of the polar factors; None: a rule has none.
+        dtype: of the parameters.
+        device: where matrices are computed.
     """
     if options.wire_dtype is not None:
         return DTYPES[options.wire_dtype]
@@ -126,5 +140,5 @@ def wire_dtype(
 
 
 def bucket_numel(options: MatrixOptions, wire: torch.dtype) -> int:
-    """Return the elements that a rank works on at a time."""
+    """Return the most elements that a rank has of a bucket, sent in the dtype ``wire``."""
     return max(1, math.floor(options.bucket_mb * 2**20 / wire.itemsize))

@@ -1,4 +1,4 @@
-"""Options of parameter groups, which schedulers and people write into while training goes on."""
+"""Options that schedulers and users write into parameter groups during training."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spectral_dist.rules.options import BaseOptions
 
 
 class WrittenOptions:
-    """What groups carried when they were last checked; a step looks only at what differs."""
+    """The options of groups when last checked, so that a step checks only changed ones."""
 
     def __init__(self) -> None:
         self._lines: dict[int, list[str]] = {}
@@ -25,10 +25,17 @@ class WrittenOptions:
         return self._lines.get(number, [])
 
     def keep_shaping(self, base: BaseOptions, group: ParamGroup) -> None:
-        """Note the options that the group's states are made with, of which no other will do."""
+        """Remember a group's options that determine the shapes of its states.
+
+        They must not change afterwards.
+
+        Args:
+            base: the optimizer's options.
+            group: whose states are made.
+        """
         names = {name for name, spec in specs_of(type(base)).items() if spec.shapes_state}
-        here = {name: group[name] for name in names & group.keys()}
-        self._shaping.setdefault(group["id"], here)
+        shaping = {name: group[name] for name in names & group.keys()}
+        self._shaping.setdefault(group["id"], shaping)
 
     def check(
         self,
@@ -36,15 +43,15 @@ class WrittenOptions:
         group: ParamGroup,
         changed: Callable[[ParamGroup, BaseOptions], None],
     ) -> None:
-        """Check a group that carries other options than before, and hand them to ``changed``.
+        """Check a group whose options have changed, and pass them to a callback.
 
         Args:
-            base: the optimizer's options, in which the group's take the place of their own.
+            base: the optimizer's options, which the group's override.
             group: that something may have written into.
-            changed: is called with the group and its options; it may write into the group as well.
+            changed: called with the group and its options; it may write into the group as well.
 
         Raises:
-            ValueError: a bad value, or another one of an option that shaped the states.
+            ValueError: a bad value, or a changed option that determines the shapes of states.
         """
         if self._lines.get(group["id"]) == group_lines(type(base), group):
             return

@@ -15,21 +15,22 @@ from torch.utils.weak import TensorWeakRef
 
 from spectral_dist.params.heads import full_shape, output_heads
 from spectral_dist.params.patterns import Patterns
-from spectral_dist.params.spec import Reader, Reading, Route, plain_name
+from spectral_dist.params.spec import Inspector, ParamInfo, ParamSpec, plain_name
 from spectral_dist.params.splits import Split, matrices_of
 from spectral_dist.params.table import table
-from spectral_dist.params.wrappers import check as check_wrappers
+from spectral_dist.params.wrappers import check_poet_wrapping
 from spectral_dist.sharding.layout import Matrix
 
 NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 EXPERTS = re.compile("expert", re.IGNORECASE)
-"""What names of 3-D parameters say that are a matrix for each expert."""
+"""Matches names of 3-D parameters that hold a matrix for each expert."""
 EXPERT_CLASSES = re.compile("expert|moe$", re.IGNORECASE)
-"""The same of their modules' classes."""
+"""Matches names of classes of modules that hold such parameters."""
 TRANSPOSED_EXPERTS = {"GptOssExperts", "Llama4TextExperts", "AriaGroupedExpertsGemm"}
-"""Of releases of transformers whose modules do not say so themselves (``is_transposed``)."""
+"""Classes whose experts are stored (in, out), in releases of transformers whose modules do not say
+so themselves (``is_transposed``)."""
 FSDP1 = (
     "{} was flattened to 1-D by FSDP1 (FullyShardedDataParallel), which loses its matrices; shard"
     " with torch.distributed.fsdp.fully_shard instead"
@@ -37,7 +38,13 @@ FSDP1 = (
 
 
 def _kind(module: nn.Module, name: str, shape: tuple[int, ...]) -> tuple[str, str]:
-    """(kind, reason) by the module's type; of a stack of matrices by the words for experts."""
+    """Return a parameter's (kind, reason) by its module's type, or by the names used for experts.
+
+    Args:
+        module: that has the parameter.
+        name: of the parameter.
+        shape: whole and unsharded.
+    """
     leaf, kind = name.rsplit(".", 1)[-1], type(module).__name__
     if len(shape) < 2:
         return "scalar", f"{len(shape)}-D"
@@ -65,7 +72,7 @@ def _kind(module: nn.Module, name: str, shape: tuple[int, ...]) -> tuple[str, st
 
 
 def _holds_experts(module: nn.Module, name: str) -> bool:
-    """Whether a 3-D parameter is a matrix for each expert, by its name and its module's class."""
+    """Return whether a 3-D parameter has a matrix for each expert, by its name and its classes."""
     if isinstance(module, nn.ParameterList | nn.ParameterDict) or type(module) is nn.Module:
         classes: list[str] = []
     else:
@@ -74,7 +81,7 @@ def _holds_experts(module: nn.Module, name: str) -> bool:
 
 
 def _stored_transposed(module: nn.Module, leaf: str) -> bool:
-    """Whether transformers stores it in x out, as in GPT-2's layers and some stacks of experts."""
+    """Return whether transformers stores a weight (in, out): GPT-2's, and some experts."""
     for base in type(module).__mro__:
         if not base.__module__.startswith("transformers."):
             continue
@@ -86,11 +93,12 @@ def _stored_transposed(module: nn.Module, leaf: str) -> bool:
 
 
 def _plain_class(module: nn.Module) -> str:
+    """Return the name of a module's class, as it was before torch parametrized it."""
     return str(type_before_parametrizations(module).__name__)
 
 
-def torch_reader(model: nn.Module) -> Reader:
-    """Reads parameters of torch's own modules, and of those made of them."""
+def torch_inspector(model: nn.Module) -> Inspector:
+    """Return an inspector of parameters of torch's own modules, and of modules made of them."""
     heads = output_heads(model)
     parametrized = {
         id(each): (module, leaf)
@@ -98,11 +106,11 @@ def torch_reader(model: nn.Module) -> Reader:
         for leaf, each in getattr(module, "parametrizations", {}).items()
     }
 
-    def read(name: str, parameter: nn.Parameter, module: nn.Module) -> Reading:
+    def inspect(name: str, parameter: nn.Parameter, module: nn.Module) -> ParamInfo:
         leaf, shape = name.rsplit(".", 1)[-1], full_shape(parameter)
         kind, reason = _kind(module, name, shape)
         layer, weight = parametrized.get(id(module), (module, leaf))
-        if layer is not module and len(shape) > 1:  # what is trained is not what multiplies
+        if layer is not module and len(shape) > 1:  # the trained tensor is not what multiplies
             kind, reason = "scalar", f"parametrized {weight} of {_plain_class(layer)}"
         if id(parameter) in heads:
             kind, reason = "scalar", heads[id(parameter)]
@@ -111,9 +119,9 @@ def torch_reader(model: nn.Module) -> Reader:
             view = shape[0], math.prod(shape[1:])
         packed = isinstance(module, nn.MultiheadAttention) and leaf == "in_proj_weight"
         transposed = _stored_transposed(module, leaf)
-        return Reading(shape, kind, reason, view, 3 if packed else None, transposed=transposed)
+        return ParamInfo(shape, kind, reason, view, 3 if packed else None, transposed=transposed)
 
-    return read
+    return inspect
 
 
 def classify(
@@ -123,21 +131,24 @@ def classify(
     scalars: Iterable[str] = (),
     split: Mapping[str, Split] | None = None,
     one_sided: Iterable[str] = (),
-    reader: Callable[[nn.Module], Reader] = torch_reader,
-    anywhere: Callable[[list[bool]], list[bool]] = list,
+    make_inspector: Callable[[nn.Module], Inspector] = torch_inspector,
+    any_stage: Callable[[list[bool]], list[bool]] = list,
     later: bool = False,
-) -> list[Route]:
-    """The route of every parameter of ``model``, in its order, tied parameters once.
+) -> list[ParamSpec]:
+    """Return the spec of every parameter of a model, in the model's order, tied parameters once.
 
     Args:
-        matrices, scalars: regular expressions (re.search on the name) that override the types.
+        model: as the user has it, in its wrappers or not.
+        matrices, scalars: regular expressions (re.search on the name) that override what the types
+            of modules say.
         split: pattern -> parts, for weights that hold several matrices one above the other.
         one_sided: like matrices, for embeddings, heads and routers: their polar factor is exact, by
             the eigenvalues of the Gram matrix of the short side (arXiv 2505.21799's one-sided form:
             right for (vocabulary, width), left for (experts, width)).
-        reader: what tells parameters of this kind of model apart.
-        anywhere: of what is true here, what is true of any part of a model that is in several.
-        later: whether what is frozen may be the only matrices, as it will be trained later.
+        make_inspector: from a model to what tells its parameters apart.
+        any_stage: from flags of this rank to those that are set on any pipeline stage, for a model
+            whose parts are on several ranks.
+        later: whether frozen parameters may be the only matrices, as they will be trained later.
 
     Raises:
         ValueError: a pattern that matches nothing or contradicts another, a split that does not
@@ -147,8 +158,7 @@ def classify(
         raise ValueError(
             f"model is {model!r:.60}; write the nn.Module itself, as in param_groups(model)"
         )
-    given_model, wrapper = model, _wrapper(model)
-    model, replicas = unwrap(model)
+    wrapped_model, model = model, unwrap(model)[0]
     if not isinstance(split or {}, Mapping):
         raise ValueError(
             f'split is {split!r}; write pattern and parts, as in {{"qkv": [512, 128, 128]}}'
@@ -156,121 +166,180 @@ def classify(
     for module in model.modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(FSDP1.format("the model"))
-    given = (("matrices", matrices), ("scalars", scalars), ("one_sided", one_sided))
-    forced = {option: Patterns(option, patterns) for option, patterns in given}
+    forced = {
+        option: Patterns(option, patterns)
+        for option, patterns in (
+            ("matrices", matrices),
+            ("scalars", scalars),
+            ("one_sided", one_sided),
+        )
+    }
     splits = Patterns("split", split or {})
     for name, parameter, _ in _named(model):
         _check_usable(name, parameter)
-    read = reader(model)
-    rotated = any(_rotated(module) for module in model.modules())
-    routes = []
-    for name, parameter, module in _named(model):
-        found = read(name, parameter, module)
-        layer: Any = module if _rotated(module) and module.is_skew(name) else None  # type: ignore[operator]
-        if layer is not None:
-            found = replace(found, kind="skew", reason="rotates a frozen weight")
-        elif rotated and found.kind == "matrix":  # POET does not orthogonalize: spectral_dist.poet
-            found = replace(found, kind="scalar", reason=f"{found.reason}, not rotated")
-        matched = _matched(name, found, forced)
-        make = _route if parameter.requires_grad else _frozen
-        route = make(name, parameter, found, matched, splits, split or {})
-        if route.kind == "frozen" and _rotated(module) and layer is None:
-            problem = "poet.convert has frozen it, and its rotations are trained"
-            route = replace(route, later=None, problem=problem)
-        routes.append(replace(route, replicas=replicas, wrapper=wrapper, layer=layer))
-    names = [route.name for route in routes if route.kind != "frozen"]
-    every = (*forced.values(), splits)
-    here = [used for patterns in every for used in patterns.used.values()]
-    *used, some = anywhere([*here, any(route.kind in ("matrix", "skew") for route in routes)])
-    for patterns in every:
+    specs = _specs(wrapped_model, make_inspector(model), forced, splits, split or {})
+    names = [spec.name for spec in specs if spec.kind != "frozen"]
+    all_patterns = (*forced.values(), splits)
+    used_here = [used for patterns in all_patterns for used in patterns.used.values()]
+    trains_any = any(spec.kind in ("matrix", "skew") for spec in specs)
+    *used, trains_any = any_stage([*used_here, trains_any])
+    for patterns in all_patterns:
         patterns.used = {pattern: used.pop(0) for pattern in patterns.used}
         patterns.check(names)
-    if not some:
-        _check_some_matrix(routes, later)
-    if rotated:
-        check_wrappers(given_model, {r.name: r.parameter for r in routes if r.kind == "skew"})
-    return routes
+    if not trains_any:
+        _check_some_matrix(specs, later)
+    if _has_rotations(model):
+        skews = {spec.name: spec.parameter for spec in specs if spec.kind == "skew"}
+        check_poet_wrapping(wrapped_model, skews)
+    return specs
 
 
-def _matched(name: str, found: Reading, forced: Mapping[str, Patterns]) -> tuple[str, str] | None:
-    """The option and the pattern of it that overrides a reading, if one does."""
-    asked = [(o, hit) for o, patterns in forced.items() if (hit := patterns.find(name)) is not None]
-    if len(asked) > 1:
-        both = " and ".join(f"{option}: {hit!r}" for option, hit in asked)
+def _specs(
+    wrapped_model: nn.Module,
+    inspect: Inspector,
+    forced: Mapping[str, Patterns],
+    splits: Patterns,
+    split: Mapping[str, Split],
+) -> list[ParamSpec]:
+    """Return the spec of every parameter, by what the inspector says and the patterns override.
+
+    Args:
+        wrapped_model: as the user has it.
+        inspect: what tells its parameters apart.
+        forced: the patterns of the options matrices, scalars and one_sided, by option.
+        splits: the patterns of ``split``.
+        split: pattern -> parts.
+
+    Raises:
+        ValueError: patterns that contradict each other or do not fit a parameter.
+    """
+    wrapper = _wrapper(wrapped_model)
+    model, replicas = unwrap(wrapped_model)
+    has_rotations = _has_rotations(model)
+    specs = []
+    for name, parameter, module in _named(model):
+        info = inspect(name, parameter, module)
+        layer: Any = module if _rotated(module) and module.is_skew(name) else None  # type: ignore[operator]
+        if layer is not None:
+            info = replace(info, kind="skew", reason="rotates a frozen weight")
+        elif has_rotations and info.kind == "matrix":  # POET orthogonalizes no matrices
+            info = replace(info, kind="scalar", reason=f"{info.reason}, not rotated")
+        matched = _matched(name, info, forced)
+        make = _trainable_spec if parameter.requires_grad else _frozen_spec
+        spec = make(name, parameter, info, matched, splits, split)
+        if spec.kind == "frozen" and _rotated(module) and layer is None:
+            problem = "poet.convert has frozen it, and its rotations are trained"
+            spec = replace(spec, later=None, problem=problem)
+        specs.append(replace(spec, replicas=replicas, wrapper=wrapper, layer=layer))
+    return specs
+
+
+def _matched(name: str, info: ParamInfo, forced: Mapping[str, Patterns]) -> tuple[str, str] | None:
+    """Return the (option, pattern) that overrides what a parameter is by itself, or None.
+
+    Args:
+        name: of the parameter.
+        info: what it is by itself.
+        forced: patterns by option.
+
+    Raises:
+        ValueError: patterns of two options match, or one that asks for a matrix of a vector.
+    """
+    matches = [
+        (o, hit) for o, patterns in forced.items() if (hit := patterns.find(name)) is not None
+    ]
+    if len(matches) > 1:
+        both = " and ".join(f"{option}: {hit!r}" for option, hit in matches)
         raise ValueError(f"{name} matches both {both}; make one of them narrower")
-    for option, matched in asked:
-        if option != "scalars" and len(found.shape) < 2:
-            what = f"{len(found.shape)}-D"
-            raise ValueError(f"{option}: {matched!r} matches {name}, which is {what}")
-    return asked[0] if asked else None
+    for option, pattern in matches:
+        if option != "scalars" and len(info.shape) < 2:
+            what = f"{len(info.shape)}-D"
+            raise ValueError(f"{option}: {pattern!r} matches {name}, which is {what}")
+    return matches[0] if matches else None
 
 
-def _route(
+def _trainable_spec(
     name: str,
     parameter: nn.Parameter,
-    found: Reading,
+    info: ParamInfo,
     matched: tuple[str, str] | None,
     splits: Patterns,
     split: Mapping[str, Split],
-) -> Route:
-    """The route of a parameter that is trained.
+) -> ParamSpec:
+    """Return the spec of a parameter that is trained.
+
+    Args:
+        name: of the parameter.
+        parameter: itself.
+        info: what it is by itself.
+        matched: the (option, pattern) that overrides that; None: nothing does.
+        splits: the patterns of ``split``.
+        split: pattern -> parts.
 
     Raises:
         ValueError: a split that does not fit.
     """
-    kind, reason, option = found.kind, found.reason, ""
+    kind, reason, option = info.kind, info.reason, ""
     if matched is not None:
         option = matched[0]
         kind = "scalar" if option == "scalars" else "matrix"
         reason = f"{option}: {matched[1]!r}"
-    held: tuple[Matrix, ...] = ()
-    pattern = splits.find(name, alone=True)
-    view = found.view or found.shape
+    matrices: tuple[Matrix, ...] = ()
+    pattern = splits.find(name, unique=True)
+    view = info.view or info.shape
     if kind == "matrix":
-        if pattern is not None and found.transposed:
+        if pattern is not None and info.transposed:
             raise ValueError(
                 f"split: {pattern!r} matches {name}, which is stored in x out: its parts are"
                 " columns, and split cuts rows; leave it whole"
             )
-        parts = split[pattern] if pattern is not None else found.split
-        held = matrices_of(found.name or name, view, parts, found.transposed)
+        parts = split[pattern] if pattern is not None else info.split
+        matrices = matrices_of(info.name or name, view, parts, info.transposed)
     elif pattern is not None:
         raise ValueError(f"split: {pattern!r} matches {name}, which is no matrix ({reason})")
     exact = kind == "matrix" and option == "one_sided"
-    stacked = bool(held) and len(view) == 3
-    return Route(
-        name, TensorWeakRef(parameter), found.shape, kind, reason, held,
+    stacked = bool(matrices) and len(view) == 3
+    return ParamSpec(
+        name, TensorWeakRef(parameter), info.shape, kind, reason, matrices,
         one_sided=exact, stacked=stacked,
     )  # fmt: skip
 
 
-def _frozen(
+def _frozen_spec(
     name: str,
     parameter: nn.Parameter,
-    found: Reading,
+    info: ParamInfo,
     matched: tuple[str, str] | None,
     splits: Patterns,
     split: Mapping[str, Split],
-) -> Route:
-    """The route of a parameter that is not trained now, with what it will be if it is later."""
+) -> ParamSpec:
+    """Return the spec of a frozen parameter, with its spec or problem for when it is unfrozen.
+
+    Arguments are as in ``_trainable_spec``.
+    """
     later, problem = None, ""
     try:
-        later = _route(name, parameter, found, matched, splits, split)
-    except ValueError as error:  # nobody may ever train it
+        later = _trainable_spec(name, parameter, info, matched, splits, split)
+    except ValueError as error:  # it is raised if somebody trains the parameter, which may be never
         problem = str(error)
-    return Route(
-        name, TensorWeakRef(parameter), found.shape, "frozen", "requires_grad is False",
+    return ParamSpec(
+        name, TensorWeakRef(parameter), info.shape, "frozen", "requires_grad is False",
         later=later, problem=problem,
     )  # fmt: skip
 
 
 def _rotated(module: nn.Module) -> bool:
-    """Whether it is a ``poet.layer.PoetLayer``, which this file is imported by."""
+    """Return whether a module is a ``poet.layer.PoetLayer``, which imports this file."""
     return hasattr(module, "is_skew")
 
 
+def _has_rotations(model: nn.Module) -> bool:
+    """Return whether ``poet.convert`` has converted any module of a model."""
+    return any(_rotated(module) for module in model.modules())
+
+
 def unwrap(model: nn.Module) -> tuple[nn.Module, Any]:
-    """The user's module inside DistributedDataParallel and torch.compile; DDP's process group."""
+    """Return the module inside of DDP and torch.compile, and DDP's process group or None."""
     replicas = None
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
@@ -282,7 +351,7 @@ def unwrap(model: nn.Module) -> tuple[nn.Module, Any]:
 
 
 def _wrapper(model: Any) -> weakref.ref[nn.parallel.DistributedDataParallel] | None:
-    """The DistributedDataParallel around a model, within torch.compile or not."""
+    """Return a weak reference to the DistributedDataParallel around a model; None without one."""
     while not isinstance(model, nn.parallel.DistributedDataParallel):
         model = getattr(model, "_orig_mod", None)
         if model is None:
@@ -291,6 +360,7 @@ def _wrapper(model: Any) -> weakref.ref[nn.parallel.DistributedDataParallel] | N
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
+    """Yield (plain name, parameter, module that has it) of every parameter, tied ones once."""
     seen: set[int] = set()
     for prefix, module in model.named_modules(remove_duplicate=False):
         for leaf, parameter in module.named_parameters(recurse=False):
@@ -301,6 +371,7 @@ def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter, nn.Module]]:
 
 
 def _check_usable(name: str, parameter: nn.Parameter) -> None:
+    """Raise a ValueError for a parameter whose shape or matrices are not known, or not floats."""
     if nn.parameter.is_lazy(parameter):
         raise ValueError(f"{name} has no shape yet; run one forward before building the optimizer")
     if type(parameter).__name__ == "FlatParameter" or hasattr(parameter, "_is_flat_param"):
@@ -315,13 +386,14 @@ def _check_usable(name: str, parameter: nn.Parameter) -> None:
         raise ValueError(f"{name} is {parameter.dtype}; only real floating-point can be trained")
 
 
-def _check_some_matrix(routes: Sequence[Route], later: bool) -> None:
-    if later and any(route.later and route.later.kind == "matrix" for route in routes):
+def _check_some_matrix(specs: Sequence[ParamSpec], later: bool) -> None:
+    """Raise a ValueError if no parameter is a matrix; ``later``: frozen ones count as well."""
+    if later and any(spec.later and spec.later.kind == "matrix" for spec in specs):
         return
-    if not any(route.kind != "frozen" for route in routes):
+    if not any(spec.kind != "frozen" for spec in specs):
         raise ValueError("no parameter is trainable: requires_grad is False for every one of them")
-    if not any(route.kind == "matrix" for route in routes):
+    if not any(spec.kind == "matrix" for spec in specs):
         raise ValueError(
             "no parameter is a matrix, so all would train with AdamW. Name the weights to be"
-            ' orthogonalized with matrices=["pattern"], or use AdamW itself.\n' + table(routes)
+            ' orthogonalized with matrices=["pattern"], or use AdamW itself.\n' + table(specs)
         )

@@ -10,14 +10,14 @@ import torch
 from torch import nn
 
 from spectral_dist.params.classify import classify
-from spectral_dist.params.spec import TAGS, Route
+from spectral_dist.params.spec import TAGS, ParamSpec
 from spectral_dist.params.splits import Split
 from spectral_dist.params.table import show
 from spectral_dist.rules.options import BaseOptions
 from spectral_dist.rules.registry import option_names
 
 EXACT = {"polar": "eigh", "polar_steps": None, "polar_dtype": "auto"}
-"""What a group of one-sided matrices takes instead of the optimizer's own."""
+"""Options of a group of one-sided matrices, unless the user's group has others."""
 
 
 def param_groups(
@@ -28,17 +28,25 @@ def param_groups(
     split: Mapping[str, Split] | None = None,
     one_sided: Iterable[str] = (),
 ) -> list[dict[str, Any]]:
-    """Groups for our optimizers: the matrices, then the rest. Options as in ``classify``.
+    """Return parameter groups for the optimizers: the matrices, then the rest.
 
-    Groups may be given options of their own (``groups[1]["lr"] = 3e-4``) before they are used. What
-    is frozen is left out; ``optimizer.add_param_group`` takes it once it is unfrozen.
+    Groups may be given options of their own (``groups[1]["lr"] = 3e-4``) before they are used.
+    Frozen parameters are left out; ``optimizer.add_param_group`` takes them once they are unfrozen.
+    A table of which parameters are matrices is written on the job's first rank.
+
+    Args:
+        model: as the user has it, in its wrappers or not.
+        matrices, scalars, split, one_sided: as in ``classify``.
+
+    Raises:
+        ValueError: as in ``classify``.
     """
-    routes = classify(model, matrices=matrices, scalars=scalars, split=split, one_sided=one_sided)
-    show(routes)
-    for route in routes:
-        if route.kind == "frozen":
-            TAGS[route.parameter] = route
-    return grouped([r.parameter for r in routes if r.kind != "frozen"], routes)
+    specs = classify(model, matrices=matrices, scalars=scalars, split=split, one_sided=one_sided)
+    show(specs)
+    for spec in specs:
+        if spec.kind == "frozen":
+            TAGS[spec.parameter] = spec
+    return split_by_kind([spec.parameter for spec in specs if spec.kind != "frozen"], specs)
 
 
 def tag(
@@ -49,32 +57,50 @@ def tag(
     split: Mapping[str, Split] | None = None,
     one_sided: Iterable[str] = (),
 ) -> None:
-    """Note each parameter's route, for frameworks that pass on bare parameters.
+    """Note how each parameter is trained, for frameworks that pass on bare parameters.
 
-    Frozen parameters may be unfrozen later, and need no second call then.
+    Frozen parameters may be unfrozen later, and need no second call then. A table of which
+    parameters are matrices is written on the job's first rank.
+
+    Args:
+        model: as the user has it, in its wrappers or not.
+        matrices, scalars, split, one_sided: as in ``classify``.
+
+    Raises:
+        ValueError: as in ``classify``.
     """
-    routes = classify(
+    specs = classify(
         model, matrices=matrices, scalars=scalars, split=split, one_sided=one_sided, later=True
     )
-    show(routes)
-    for route in routes:
-        TAGS[route.parameter] = route
+    show(specs)
+    for spec in specs:
+        TAGS[spec.parameter] = spec
 
 
 WRITE = "write spectral_dist.param_groups(model)"
-"""Where the parameters of an optimizer come from."""
+"""What errors advise for the parameters of an optimizer."""
 
 
-def _brief(given: object) -> str:
-    return "None" if given is None else f"a {type(given).__name__}"
+def _brief(value: object) -> str:
+    """Return a few words for a bad argument."""
+    return "None" if value is None else f"a {type(value).__name__}"
 
 
-def _route_of(item: Any, known: dict[int, Route]) -> Route:
+def _spec_of(item: Any, known: dict[int, ParamSpec]) -> ParamSpec:
+    """Return the spec of a parameter, or (name, parameter), that is to be trained.
+
+    Args:
+        item: as torch's optimizers take it.
+        known: specs by the id of their parameter, beside those that ``tag`` has recorded.
+
+    Raises:
+        ValueError: no parameter, one that is frozen or cannot be trained, or one without a spec.
+    """
     name, parameter = item if isinstance(item, tuple) else ("", item)
     if not isinstance(parameter, torch.Tensor):
         raise ValueError(f"{parameter!r} is no parameter; {WRITE}")
-    route: Route | None = known.get(id(parameter)) or TAGS.get(parameter)  # type: ignore[no-untyped-call]
-    if route is None:
+    spec: ParamSpec | None = known.get(id(parameter)) or TAGS.get(parameter)  # type: ignore[no-untyped-call]
+    if spec is None:
         what = name or f"a parameter of shape {tuple(parameter.shape)}"
         raise ValueError(
             f"{what}: bare parameters do not tell matrices from embeddings and heads; pass"
@@ -83,41 +109,46 @@ def _route_of(item: Any, known: dict[int, Route]) -> Route:
         )
     if not parameter.requires_grad:
         raise ValueError(
-            f"{route.name} is frozen (requires_grad is False); leave it out, as param_groups"
+            f"{spec.name} is frozen (requires_grad is False); leave it out, as param_groups"
             " does, and call add_param_group once it is unfrozen"
         )
-    if route.kind != "frozen":
-        return route
-    if route.later is None:  # it has been unfrozen since
-        raise ValueError(f"{route.name} cannot be trained: {route.problem}")
-    return replace(route.later, replicas=route.replicas, wrapper=route.wrapper, layer=route.layer)
+    if spec.kind != "frozen":
+        return spec
+    if spec.later is None:  # it has been unfrozen since
+        raise ValueError(f"{spec.name} cannot be trained: {spec.problem}")
+    return replace(spec.later, replicas=spec.replicas, wrapper=spec.wrapper, layer=spec.layer)
 
 
-def grouped(
+def split_by_kind(
     params: Iterable[Any],
-    routes: Sequence[Route] = (),
+    specs: Sequence[ParamSpec] = (),
     options: type[BaseOptions] = BaseOptions,
 ) -> list[dict[str, Any]]:
-    """Split parameters, or groups of them, into groups of one kind, by ``routes`` or tags.
+    """Split parameters, or groups of them, into groups of one kind and dtype, by specs or tags.
 
-    A group's own options stay with both of its halves.
+    Each of the new groups keeps those options of its group that its kind has.
 
     Args:
         params: as torch's optimizers take them.
-        routes: of parameters that are not tagged.
+        specs: of parameters that are not tagged.
         options: of the optimizer, beside those that are registered.
 
+    Returns:
+        Groups with the keys "params", "kind" and "routes" (the parameters' specs). A group that has
+        "routes" already is returned as it is.
+
     Raises:
-        ValueError: a frozen parameter, or one whose route is not known.
+        ValueError: a frozen parameter, or one whose spec is not known; an option that none of a
+            group's parameters has.
     """
-    every = option_names() | {f for kind in options.kinds() for f in options.names(kind)}
+    all_names = option_names() | {f for kind in options.kinds() for f in options.names(kind)}
 
     def applies(name: str, kind: str) -> bool:
         return name in option_names(kind) or (
             kind in options.kinds() and name in options.names(kind)
         )
 
-    known = {id(route.parameter): route for route in routes}
+    known = {id(spec.parameter): spec for spec in specs}
     if isinstance(params, torch.Tensor | dict) or not isinstance(params, Iterable):
         raise ValueError(f"params is {_brief(params)}; {WRITE}")
     items = list(params)
@@ -130,23 +161,25 @@ def grouped(
             continue
         parameters = group["params"]
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
-        halves: dict[tuple[str, torch.dtype, bool], list[Route]] = {}
+        parts: dict[tuple[str, torch.dtype, bool], list[ParamSpec]] = {}
         for item in parameters:
-            route = _route_of(item, known)
+            spec = _spec_of(item, known)
             # float64 parameters keep float64 states, so they are exchanged on their own
-            wide = torch.promote_types(route.parameter.dtype, torch.float32)
-            halves.setdefault((route.kind, wide, route.one_sided), []).append(route)
-        own = {k: v for k, v in group.items() if k != "params"}
-        for name in own.keys() & every:
-            if halves and not any(applies(name, kind) for kind, *_ in halves):
+            wide = torch.promote_types(spec.parameter.dtype, torch.float32)
+            parts.setdefault((spec.kind, wide, spec.one_sided), []).append(spec)
+        set_options = {k: v for k, v in group.items() if k != "params"}
+        for name in set_options.keys() & all_names:
+            if parts and not any(applies(name, kind) for kind, *_ in parts):
                 raise ValueError(
                     f"a parameter group sets {name}, which none of its parameters has"
-                    f" ({', '.join(route.name for half in halves.values() for route in half)})"
+                    f" ({', '.join(spec.name for part in parts.values() for spec in part)})"
                 )
-        for (kind, _, exact), half in sorted(halves.items(), key=lambda item: item[0][::2]):
-            mine = {k: v for k, v in own.items() if k not in every or applies(k, kind)}
+        for (kind, _, exact), part in sorted(parts.items(), key=lambda item: item[0][::2]):
+            new_group = {
+                k: v for k, v in set_options.items() if k not in all_names or applies(k, kind)
+            }
             if exact:
-                mine = {**EXACT, **mine}
-            mine.update(params=[r.parameter for r in half], routes=half, kind=kind)
-            result.append(mine)
+                new_group = {**EXACT, **new_group}
+            new_group.update(params=[spec.parameter for spec in part], routes=part, kind=kind)
+            result.append(new_group)
     return result

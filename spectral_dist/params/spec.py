@@ -1,4 +1,4 @@
-"""What is known of one parameter: its matrices, and why it is trained as it is."""
+"""The spec of one parameter: its matrices, how it is trained, and why."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from spectral_dist.params.splits import Split
 from spectral_dist.sharding.layout import Matrix
 
 TAGS = WeakTensorKeyDictionary()
-"""The routes of tagged parameters. Not on the parameters, with which they would be pickled."""
+"""The specs of tagged parameters. They are no attributes of them, because those are pickled."""
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-"""What torch.compile and activation checkpointing put into names."""
+"""The parts that torch.compile and activation checkpointing add to names."""
 WRONG_KIND = {
     "skew": "the model has been converted by spectral_dist.poet.convert, so its weights are"
     " frozen, and only spectral_dist.POET (SpectralPOET, spectral_poet) trains their"
@@ -26,38 +26,52 @@ WRONG_KIND = {
     "matrix": "POET orthogonalizes no matrix; it trains the rotations of a model that"
     " spectral_dist.poet.convert(model) has converted: do that first, and name no matrices",
 }
-"""What an optimizer says that has no use for parameters of a kind."""
+"""The error of an optimizer that does not train parameters of a kind, by that kind."""
 
 
 @dataclass(frozen=True)
-class Route:
-    """What becomes of one parameter: 'matrix', 'scalar' (AdamW), 'skew' (POET's) or 'frozen'."""
+class ParamSpec:
+    """How one parameter is trained, and the matrices it holds.
+
+    Attributes:
+        name: in the whole model, without what wrappers put into it.
+        reference: to the parameter; weak, because a framework may replace it by shards, and its
+            memory must then be freed.
+        shape: whole and unsharded.
+        kind: 'matrix', 'scalar' (AdamW), 'skew' (POET's) or 'frozen'.
+        reason: why it is of that kind, for the table of parameters.
+        matrices: that it holds, if it is of kind 'matrix'.
+        replicas: the process group of the DistributedDataParallel around the model.
+        wrapper: that DistributedDataParallel.
+        one_sided: whether its polar factor is computed exactly, by the Gram matrix of its short
+            side.
+        stacked: whether the first of three dimensions counts matrices.
+        layer: the ``poet.layer.PoetLayer`` whose skew parameter this is.
+        later: of a frozen parameter, its spec for when it is unfrozen.
+        problem: of a frozen parameter, why it cannot be trained then.
+    """
 
     name: str
     reference: TensorWeakRef | None
-    """the parameter, which a framework may replace by shards: then it must not be kept for this"""
     shape: tuple[int, ...]
     kind: str
     reason: str
     matrices: tuple[Matrix, ...] = ()
     replicas: Any = None
-    """the process group of the DistributedDataParallel that it was found in"""
     wrapper: weakref.ref[DistributedDataParallel] | None = None
-    """that DistributedDataParallel"""
     one_sided: bool = False
-    """whether its polar factor is to be taken exactly, by the Gram matrix of its short side"""
     stacked: bool = False
-    """whether the first of three dimensions counts matrices"""
     layer: Any = None
-    """the ``poet.layer.PoetLayer`` whose skew parameter this is"""
-    later: Route | None = None
-    """of a frozen parameter: what becomes of it if it is unfrozen"""
+    later: ParamSpec | None = None
     problem: str = ""
-    """of a frozen parameter: why nothing can, then"""
 
     @property
     def parameter(self) -> nn.Parameter:
-        """Return the parameter that was read, which somebody else has to keep."""
+        """Return the parameter, to which somebody else has to hold a reference.
+
+        Raises:
+            RuntimeError: nobody does any more.
+        """
         parameter = None if self.reference is None else self.reference()
         if parameter is None:
             raise RuntimeError(
@@ -67,23 +81,27 @@ class Route:
         return parameter  # type: ignore[no-any-return]
 
     def is_of(self, tensor: Tensor) -> bool:
-        """Return whether this parameter was read."""
+        """Return whether a tensor is the parameter that this is the spec of."""
         return self.reference is not None and self.reference() is tensor
 
     @property
     def stack(self) -> int:
-        """Elements of each matrix of a stack, or of the parameter if it is none."""
+        """Return the number of elements of each matrix of a stack, or else of the parameter."""
         return math.prod(self.shape[1:] if self.stacked else self.shape)
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a parameter is by itself, before any pattern: see ``Route``.
+class ParamInfo:
+    """What an inspector says of a parameter, before patterns override it and make a ``ParamSpec``.
 
-    ``shape``: whole and unsharded; ``view``: as its matrices are read, if otherwise. ``split``: how
-    it holds several matrices, unless the user says otherwise. ``name``: in the whole model, if a
-    rank has a part of it and calls it otherwise; its matrices are called after that.
-    ``transposed``: whether it is stored in x out.
+    Attributes:
+        shape: whole and unsharded.
+        kind, reason: as in ``ParamSpec``.
+        view: the shape in which its matrices are read; empty: ``shape``.
+        split: how it holds several matrices, unless the user says otherwise.
+        name: in the whole model, after which its matrices are called; empty: the name that this
+            rank knows it by, which differs if the rank has a part of the model only.
+        transposed: whether it is stored (in, out).
     """
 
     shape: tuple[int, ...]
@@ -95,12 +113,12 @@ class Reading:
     transposed: bool = False
 
 
-Reader: TypeAlias = Callable[[str, nn.Parameter, nn.Module], Reading]
-"""Called with a parameter's name, itself and the module that has it."""
+Inspector: TypeAlias = Callable[[str, nn.Parameter, nn.Module], ParamInfo]
+"""Called with a parameter's name, the parameter and the module that has it."""
 
 
 def plain_name(name: str) -> str:
-    """Return a parameter's or module's name without what wrappers have put into it."""
+    """Return the name of a parameter or module without what wrappers have put into it."""
     for wrapper in WRAPPERS:
         name = name.replace(wrapper, "")
     return name

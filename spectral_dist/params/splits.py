@@ -9,14 +9,20 @@ from typing import TypeAlias
 from spectral_dist.sharding.layout import Matrix
 
 Split: TypeAlias = int | list[int]
-"""Equal parts, or the rows of each part."""
+"""The number of equal parts, or the number of rows of each part."""
 
 
 def _row_parts(rows: int, split: Split, where: str) -> list[list[tuple[int, int]]]:
-    """For each part of a split, its (first row, rows) blocks.
+    """Return the blocks of each part of a split: (first row, number of rows) of each block.
 
-    An int is that many equal parts. A list is the rows of each part; if they sum to a divisor of
-    ``rows``, the pattern repeats, as in QKV weights stored per query group.
+    Args:
+        rows: of the weight.
+        split: an int is that many equal parts. A list is the rows of each part; if they sum to a
+            divisor of ``rows``, the pattern repeats, as in QKV weights stored per query group.
+        where: the words after "split" in errors.
+
+    Raises:
+        ValueError: the split does not fit.
     """
     if isinstance(split, bool) or not isinstance(split, int | list | tuple):
         raise ValueError(
@@ -45,19 +51,25 @@ def _row_parts(rows: int, split: Split, where: str) -> list[list[tuple[int, int]
 def matrices_of(
     name: str, shape: Sequence[int], split: Split | None, transposed: bool = False
 ) -> tuple[Matrix, ...]:
-    """The matrices of a parameter: itself, each of a 3-D stack, or the parts of a split of those.
+    """Return the matrices of a parameter: itself, each of a 3-D stack, or the parts of their split.
 
-    Anything beyond three dimensions, and convolutions, are out x (the rest). ``transposed``: of a
-    parameter that is stored in x out.
+    Args:
+        name: of the parameter, from which the matrices' names are made: NAME, NAME[k], NAME/j.
+        shape: 2-D; or 3-D for a stack of matrices. More dimensions are read as out x (the rest).
+        split: how the rows of each matrix are divided; None: they are not.
+        transposed: whether the parameter is stored (in, out).
+
+    Raises:
+        ValueError: the split does not fit.
     """
     count, m, n = shape if len(shape) == 3 else (1, shape[0], math.prod(shape[1:]))
     parts = [[(0, m)]] if split is None else _row_parts(m, split, f"of {name}")
-    found = []
+    matrices = []
     for k in range(count):
         stack = f"{name}[{k}]" if len(shape) == 3 else name
         for j, blocks in enumerate(parts):
             part = stack if split is None else f"{stack}/{j}"
             rows = sum(r for _, r in blocks)
-            places = tuple((k * m * n + row * n, r) for row, r in blocks)
-            found.append(Matrix(part, (rows, n), places, transposed))
-    return tuple(found)
+            flat_blocks = tuple((k * m * n + row * n, r) for row, r in blocks)
+            matrices.append(Matrix(part, (rows, n), flat_blocks, transposed))
+    return tuple(matrices)

@@ -7,26 +7,26 @@ from collections.abc import Sequence
 
 import torch
 
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.sharding import collectives
 
 
-def table(routes: Sequence[Route]) -> str:
-    """Which parameters are matrices, and why the others are not, as text."""
-    rows: dict[tuple[str, str], list[Route]] = {}
-    for route in routes:
-        rows.setdefault((route.kind, route.reason), []).append(route)
+def table(specs: Sequence[ParamSpec]) -> str:
+    """Return a text table of what parameters go to, why, and how many numbers that is."""
+    rows: dict[tuple[str, str], list[ParamSpec]] = {}
+    for spec in specs:
+        rows.setdefault((spec.kind, spec.reason), []).append(spec)
     lines = [f"{'goes to':<16}{'params':>7}{'matrices':>9}{'numbers':>15}  why (example)"]
     word = {"matrix": "orthogonalized", "scalar": "AdamW", "frozen": "not trained", "skew": "Adam"}
-    for (kind, reason), found in sorted(rows.items(), key=lambda row: row[0][0]):
-        numbers = sum(torch.Size(route.shape).numel() for route in found)
-        count = sum(len(route.matrices) for route in found)
-        example = f"{reason} ({found[0].name} {list(found[0].shape)})"
-        lines.append(f"{word[kind]:<16}{len(found):>7}{count:>9}{numbers:>15,}  {example}")
+    for (kind, reason), group in sorted(rows.items(), key=lambda row: row[0][0]):
+        numel = sum(torch.Size(spec.shape).numel() for spec in group)
+        matrices = sum(len(spec.matrices) for spec in group)
+        example = f"{reason} ({group[0].name} {list(group[0].shape)})"
+        lines.append(f"{word[kind]:<16}{len(group):>7}{matrices:>9}{numel:>15,}  {example}")
     return "\n".join(lines)
 
 
-def show(routes: Sequence[Route]) -> None:
+def show(specs: Sequence[ParamSpec]) -> None:
     """Write the table to stderr on the job's first rank."""
     if collectives.is_first():
-        sys.stderr.write(f"spectral_dist: which parameters are matrices\n{table(routes)}\n")
+        sys.stderr.write(f"spectral_dist: which parameters are matrices\n{table(specs)}\n")

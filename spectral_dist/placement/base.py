@@ -13,30 +13,30 @@ import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group, Meter
 from spectral_dist.sharding.layout import Cut, Located, flat_layout
 
 ParamGroup = dict[str, Any]
-"""A parameter group of torch's: schedulers and frameworks write into it."""
+"""One of torch's parameter groups, into which schedulers and frameworks write."""
 
 
 class Placement(ABC):
     """Tell an optimizer where the parameters of its groups live.
 
-    Handed to the optimizer as ``placement=``. The order of calls: ``prepare`` first in every step;
-    ``world_groups``, ``check`` and ``locate`` when parameters are met for the first time.
+    It is given to the optimizer as ``placement=``. The order of calls: ``prepare`` first in every
+    step; ``world_groups``, ``check`` and ``locate`` in the first step that has the parameters.
 
     Attributes:
-        may_lack_params: whether a rank may have none of a group's tensors, and still has a part in
-            its step.
-        saves_matrix_state: whether the framework's checkpoints are given matrix state beside
-            ``state_dict()``.
+        may_lack_params: whether a rank that has none of a group's tensors still takes part in the
+            group's step.
+        saves_matrix_state: whether the framework's checkpoints save matrix state themselves, so
+            that ``state_dict()`` leaves it out.
         knows_blocks: whether layouts say which blocks tensor parallelism has cut, so that strategy
             'auto' may leave matrices in slabs.
-        has_master_weights: whether the model has copies of the parameters that are stepped, written
-            after the step.
+        has_master_weights: whether the stepped parameters are master weights, which the framework
+            copies into the model's parameters after the step.
     """
 
     may_lack_params = False
@@ -46,13 +46,22 @@ class Placement(ABC):
 
     @property
     def is_ready(self) -> bool:
-        """Return False while a framework that calls ``step`` early is being built."""
+        """Return whether steps are to be taken: False while the framework is still being built.
+
+        Some call ``step`` as early as that.
+        """
         return True
 
-    def prepare(  # noqa: B027  most have nothing to look at
-        self, optimizer: torch.optim.Optimizer, routes: Sequence[Route], meter: Meter
+    def prepare(  # noqa: B027  most placements have nothing to do here
+        self, optimizer: torch.optim.Optimizer, routes: Sequence[ParamSpec], meter: Meter
     ) -> None:
-        """Look at the optimizer's groups as they are now; called first in every step."""
+        """Bring the placement up to date with the optimizer's groups; called first in every step.
+
+        Args:
+            optimizer: as it is now.
+            routes: the specs of all its parameters.
+            meter: counts the bytes that the placement sends.
+        """
 
     def param_batches(
         self, optimizer: torch.optim.Optimizer
@@ -62,18 +71,18 @@ class Placement(ABC):
             yield group, group["params"]
 
     def cache_key(self, group: ParamGroup, tensors: Sequence[Tensor]) -> object:
-        """Return what is equal for two calls of ``locate`` that would give the same answer."""
+        """Return a hashable key that is equal for calls of ``locate`` with the same answer."""
         return group["id"]
 
     @abstractmethod
     def world_groups(self) -> list[Group]:
         """Return groups that span the ranks which step together, one after the other.
 
-        Known before anything is located; the same on all these ranks.
+        They are known before anything is located, and the same on all these ranks.
         """
 
-    def check(  # noqa: B027  some take any
-        self, routes: Sequence[Route], tensors: Sequence[Tensor]
+    def check(  # noqa: B027  some placements accept any parameter
+        self, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]
     ) -> None:
         """Raise for parameters that cannot be located, without asking another rank.
 
@@ -83,20 +92,28 @@ class Placement(ABC):
 
     @abstractmethod
     def locate(
-        self, group: ParamGroup, routes: Sequence[Route], tensors: Sequence[Tensor]
+        self, group: ParamGroup, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]
     ) -> list[Located]:
         """Return where the parameters of ``routes`` live, given the group's current tensors.
 
         A collective call of ``world_groups``. Layouts are equal on all ranks of their group.
+
+        Args:
+            group: the parameter group.
+            routes: the specs of its parameters.
+            tensors: its tensors, one for each spec unless the framework steps on others.
+
+        Returns:
+            One ``Located`` for all parameters that are sharded alike.
         """
 
     @abstractmethod
     def gathered(
         self, tensors: Sequence[Tensor], *, write: bool = False
     ) -> AbstractContextManager[list[Tensor]]:
-        """Bring parameters together for a while; with ``write`` what is done to them stays.
+        """Return a context in which parameters are whole; with ``write`` changes are kept.
 
-        Where that takes communication it is a collective call, and all ranks write the same.
+        Where that takes communication it is a collective call, and all ranks write the same values.
         """
 
     def local(self, tensor: Tensor) -> Tensor:
@@ -122,9 +139,9 @@ class ReplicatedPlacement(Placement):
         self._ddp_group: Group = None
 
     def prepare(
-        self, optimizer: torch.optim.Optimizer, routes: Sequence[Route], meter: Meter
+        self, optimizer: torch.optim.Optimizer, routes: Sequence[ParamSpec], meter: Meter
     ) -> None:
-        """Find the group of the model's DDP wrapper.
+        """Take the process group of the model's DDP wrapper, unless the user gave one.
 
         Raises:
             ValueError: the wrapper is inside of torch's Join.
@@ -145,13 +162,13 @@ class ReplicatedPlacement(Placement):
         """Return the replicas."""
         return [self.replicas]
 
-    def check(self, routes: Sequence[Route], tensors: Sequence[Tensor]) -> None:
+    def check(self, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]) -> None:
         """Raise for a parameter that something has sharded, or that is not contiguous."""
         for route, tensor in zip_longest(routes, tensors):
-            now = None if tensor is None else tuple(tensor.shape)
-            if route is None or now != route.shape:
+            shape = None if tensor is None else tuple(tensor.shape)
+            if route is None or shape != route.shape:
                 raise ValueError(
-                    f"{route.name if route else 'a parameter'} is now {now} but was"
+                    f"{route.name if route else 'a parameter'} is now {shape} but was"
                     f" {route.shape if route else None} when the optimizer was built, so something"
                     " shards it. With DeepSpeed, write `import"
                     " spectral_dist.integrations.deepspeed` before deepspeed.initialize"
@@ -159,9 +176,9 @@ class ReplicatedPlacement(Placement):
             check_contiguous(route, tensor)
 
     def locate(
-        self, group: ParamGroup, routes: Sequence[Route], tensors: Sequence[Tensor]
+        self, group: ParamGroup, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]
     ) -> list[Located]:
-        """Return one run per parameter."""
+        """Return one ``Located``, in which this rank stores every parameter whole."""
         if self.replicas is None and group["kind"] == "matrix" and collectives.job_size() > 1:
             warnings.warn(
                 "every rank of this job orthogonalizes all matrices by itself; if the ranks hold"
@@ -188,11 +205,11 @@ class ReplicatedPlacement(Placement):
     def gathered(
         self, tensors: Sequence[Tensor], *, write: bool = False
     ) -> AbstractContextManager[list[Tensor]]:
-        """Yield the parameters: they are whole."""
+        """Return a context that yields the parameters unchanged: they are whole already."""
         return nullcontext([tensor.detach() for tensor in tensors])
 
 
-def check_contiguous(route: Route, local: Tensor) -> None:
+def check_contiguous(route: ParamSpec, local: Tensor) -> None:
     """Raise a ValueError if the elements lie neither in row-major order nor as channels_last."""
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(local.ndim)
     if not local.is_contiguous() and not (

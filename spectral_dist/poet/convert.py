@@ -15,7 +15,7 @@ from spectral_dist import polar
 from spectral_dist._errors import suggest
 from spectral_dist.params import classify as classifying
 from spectral_dist.params.patterns import Patterns
-from spectral_dist.params.spec import Route, plain_name
+from spectral_dist.params.spec import ParamSpec, plain_name
 from spectral_dist.placement.dtensor import MeshPlacement
 from spectral_dist.poet.layer import Block, PoetLayer, PoetLinear, Settings
 from spectral_dist.poet.permutation import generator
@@ -154,7 +154,7 @@ def _block(settings: Settings, patterns: Patterns, key: str, side: str) -> Block
         ValueError: two sizes for a part of a fused weight, which has one side.
     """
     part = side.partition("_")[2]
-    pattern = patterns.find(f"{key}.{part}" if part else key, alone=True)
+    pattern = patterns.find(f"{key}.{part}" if part else key, unique=True)
     size = settings.block if pattern is None else settings.blocks[pattern]
     if isinstance(size, int | float):
         return size

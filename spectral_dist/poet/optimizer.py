@@ -14,7 +14,7 @@ from spectral_dist.core.agreement import Grads
 from spectral_dist.core.precision import without_autocast
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.core.units import Unit
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.base import ParamGroup
 from spectral_dist.poet import report
 from spectral_dist.poet.layer import PoetLayer

@@ -1,4 +1,4 @@
-"""Rectangles of a matrix: the slabs of ``gram``, the blocks of ``block``, what ranks hold of it."""
+"""Rectangles of a matrix: slabs of strategy ``gram``, blocks of ``block``, what ranks store."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ class Box(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """Elements in it."""
+        """Return the number of elements in the box."""
         return self.rows * self.cols
 
 
 def union(boxes: Sequence[Box]) -> Box | None:
-    """What disjoint boxes are together, if that is a box."""
+    """Return the box that disjoint boxes fill together, or None if their union is no box."""
     row, col = min(b.row for b in boxes), min(b.col for b in boxes)
     bottom, right = max(b.row + b.rows for b in boxes), max(b.col + b.cols for b in boxes)
-    whole = Box(row, col, bottom - row, right - col)
-    return whole if whole.numel == sum(b.numel for b in boxes) else None
+    bounding = Box(row, col, bottom - row, right - col)
+    return bounding if bounding.numel == sum(b.numel for b in boxes) else None
 
 
 def stored_rows(tile: Tile, rank: int) -> Box | None:
-    """What the rank stores of a tile, if that is some whole rows of it."""
-    return _rows(tile, *tile.part(rank))
+    """Return the box that the rank stores of a tile, or None if it is not a set of whole rows."""
+    return _whole_rows(tile, *tile.part(rank))
 
 
-def _rows(tile: Tile, begin: int, end: int) -> Box | None:
-    """Elements [begin, end) of a tile as a box, if they are some whole rows of it."""
+def _whole_rows(tile: Tile, begin: int, end: int) -> Box | None:
+    """Return elements [begin, end) of a row-major tile as a box, or None if they split a row."""
     if begin % tile.cols or end % tile.cols:
         return None
     first, last = begin // tile.cols, end // tile.cols
@@ -46,25 +46,39 @@ def _rows(tile: Tile, begin: int, end: int) -> Box | None:
 
 
 def stored_boxes(storage: Sequence[Tile]) -> dict[int, Box] | None:
-    """The box that each holder stores of a matrix of these tiles, if all store boxes."""
+    """Return the box that each rank stores of a matrix, or None if any rank's share is no box.
+
+    Args:
+        storage: the matrix's tiles.
+
+    Returns:
+        {rank: box}, by ascending rank, of the ranks that store a part of the matrix.
+    """
     stored: dict[int, list[Box]] = {}
     for tile in storage:
         for rank, begin, end in tile.parts():
-            box = _rows(tile, begin, end)
+            box = _whole_rows(tile, begin, end)
             if box is None:
                 return None
             stored.setdefault(rank, []).append(box)
-    together = {rank: union(boxes) for rank, boxes in sorted(stored.items())}
-    boxes_only = {rank: box for rank, box in together.items() if box is not None}
-    return boxes_only if len(boxes_only) == len(together) else None
+    unions = {rank: union(boxes) for rank, boxes in sorted(stored.items())}
+    box_of = {rank: box for rank, box in unions.items() if box is not None}
+    return box_of if len(box_of) == len(unions) else None
 
 
 @dataclass(frozen=True, slots=True)
 class Ranges:
-    """Of each rank, its [begin, end) of ``length`` rows or columns, as a cut has it: no list of it.
+    """Each rank's [begin, end) of a matrix's rows or columns, computed from a cut when asked for.
 
-    ``unit`` elements of the cut are one row or column; one that is cut goes to who has its end. Who
-    is no member of the cut has (0, 0). Compares with a tuple of the same, but does not hash as one.
+    A sequence by rank that takes no memory per rank. It compares equal to a tuple of the same
+    ranges, but does not hash as that tuple does.
+
+    Attributes:
+        cut: the cut; a rank that is no member of it has (0, 0).
+        length: the number of rows or columns.
+        ranks: the number of ranks.
+        unit: the elements of the cut that make one row or column; a row or column that the cut
+            divides belongs to the rank that has its last element.
     """
 
     cut: Cut
@@ -74,7 +88,7 @@ class Ranges:
 
     @classmethod
     def even(cls, length: int, ranks: int) -> Ranges:
-        """Return those of which rank r's begins at length * r // ranks."""
+        """Return ranges of nearly equal length: rank r's begins at length * r // ranks."""
         return cls(Cut.even(length, ranks), length, ranks, ranks)
 
     def __getitem__(self, rank: int) -> tuple[int, int]:
@@ -85,7 +99,7 @@ class Ranges:
         return map(self.__getitem__, range(self.ranks))
 
     def overlapping(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (rank, begin, end) of what each rank has of [begin, end), if it has anything."""
+        """Yield (rank, begin, end) for each rank's share of rows or columns [begin, end)."""
         for rank, first, last in self.cut.runs(begin * self.unit, end * self.unit):
             if first // self.unit < last // self.unit:
                 yield rank, first // self.unit, last // self.unit
@@ -99,25 +113,35 @@ class Ranges:
 
 @dataclass(frozen=True, slots=True)
 class Slabs:
-    """A matrix cut along its long side: [begin, end) of it is rank r's, for each r of ``ranges``.
+    """How a matrix is cut into slabs along its long side, one slab for each rank.
 
-    along: 0 for slabs of rows, 1 for slabs of columns. still: every slab is where it is stored.
+    Attributes:
+        along: 0 for slabs of rows, 1 for slabs of columns.
+        ranges: each rank's [begin, end) of the rows or columns.
+        in_place: whether every rank stores its own slab already, so that nothing has to move.
     """
 
     along: int
     ranges: Ranges
-    still: bool
+    in_place: bool
 
     def box(self, rank: int, shape: tuple[int, int]) -> Box:
-        """The rank's slab."""
+        """Return the rank's slab of a matrix of this shape."""
         return self._box(*self.ranges[rank], shape)
 
     def overlapping(
         self, tile: Tile, begin: int, end: int, shape: tuple[int, int]
     ) -> Iterator[tuple[int, Box]]:
-        """Yield each rank whose slab may have some of elements [begin, end) of a tile, and it.
+        """Yield (rank, box) for each slab that may contain some of a tile's elements [begin, end).
 
-        Of the slab, no more than the rows or columns in which they are.
+        Args:
+            tile: a row-major tile of the matrix.
+            begin, end: elements of the tile.
+            shape: of the whole matrix.
+
+        Yields:
+            A rank, and its slab's rows (or columns) that those elements span. The box may have
+            elements outside the range: intersect it with the tile (``intersect``).
         """
         first, last = begin // tile.cols, -(-end // tile.cols)
         span = tile.row + first, tile.row + last
@@ -135,10 +159,14 @@ class Slabs:
 
 
 def slabs(layout: Layout, ranks: int) -> Slabs:
-    """As the matrix is stored, if that is in slabs; else even ones, which must move.
+    """Return the slabs of a matrix: those it is stored in, else even ones, which must be exchanged.
 
-    The long side of a square matrix is the one along which it is cut. Computed once for all
-    matrices of one shape that are cut alike.
+    The long side of a square matrix is the one along which it is stored cut. Matrices of one shape
+    that are cut alike share one cached result.
+
+    Args:
+        layout: where the matrix is stored.
+        ranks: the number of ranks that share it.
     """
     return _slabs(layout.matrix.shape, layout.storage(), ranks)
 
@@ -158,9 +186,14 @@ def _slabs(shape: tuple[int, int], storage: tuple[Tile, ...], ranks: int) -> Sla
 
 
 def intersect(tile: Tile, begin: int, end: int, box: Box) -> Iterator[Box]:
-    """Elements [begin, end) of a row-major tile that are in ``box``: up to three boxes, in order.
+    """Yield the boxes, at most three, that elements [begin, end) of a row-major tile fill in a box.
 
-    The rest of a first row, whole rows, and the start of a last one.
+    In the order of the elements: the rest of a first row, whole rows, the start of a last row.
+
+    Args:
+        tile: the tile, whose elements are counted row by row.
+        begin, end: elements of the tile.
+        box: the rectangle of the matrix to which the elements are clipped.
     """
     first, last = begin // tile.cols, end // tile.cols
     strips: list[tuple[int, int, int, int]] = []  # rows and columns of the tile, [from, to)
@@ -181,45 +214,54 @@ def intersect(tile: Tile, begin: int, end: int, box: Box) -> Iterator[Box]:
 
 
 def parts_in(tile: Tile, box: Box) -> Iterator[tuple[int, int, int]]:
-    """``tile.parts`` of the rows of a tile that are in a box, if any of its columns is."""
+    """Yield ``tile.parts`` of the tile's rows that a box covers; none if no column is in the box.
+
+    Yields:
+        (rank, begin, end): the elements of the tile that the rank stores of those rows.
+    """
     top, bottom = max(tile.row, box.row), min(tile.row + tile.rows, box.row + box.rows)
     left, right = max(tile.col, box.col), min(tile.col + tile.cols, box.col + box.cols)
     if top < bottom and left < right:
         yield from tile.parts((top - tile.row) * tile.cols, (bottom - tile.row) * tile.cols)
 
 
-def tiles_alone(layout: Layout) -> list[Layout]:
-    """The layouts of the matrix's blocks, each a matrix of its own, named NAME@BLOCK.
+def block_layouts(layout: Layout) -> list[Layout]:
+    """Return a layout for each block of a matrix, as if the block were a matrix named NAME@BLOCK.
 
-    Blocks are as the tiles say; where they say nothing, what each rank holds. They have no
-    ``Matrix.blocks``: a block is no run of whole rows of its parameter.
+    Blocks are what the tiles' ``block`` numbers say; if all tiles have one number, a block is what
+    one rank stores. The blocks' matrices have no ``Matrix.blocks``, because a block need not be a
+    run of whole rows of its parameter.
+
+    Returns:
+        One layout for each block, by ascending block number (or rank); the layout itself if there
+        is one block.
 
     Raises:
-        ValueError: a block that is no rectangle.
+        ValueError: a block is no rectangle.
     """
-    found: dict[int, list[Tile]] = {}
+    tiles_by_block: dict[int, list[Tile]] = {}
     for tile in layout.tiles:
-        found.setdefault(tile.block, []).append(tile)
-    if len(found) == 1 and len(layout.holders()) > 1:
+        tiles_by_block.setdefault(tile.block, []).append(tile)
+    if len(tiles_by_block) == 1 and len(layout.holders()) > 1:
         if stored_boxes(layout.tiles) is None:
-            raise ValueError(_no_tiles(layout.matrix.name))
-        found = {rank: _rows_of(layout, rank) for rank in layout.holders()}
-    if len(found) == 1:
+            raise ValueError(_not_rectangles(layout.matrix.name))
+        tiles_by_block = {rank: _stored_tiles(layout, rank) for rank in layout.holders()}
+    if len(tiles_by_block) == 1:
         return [layout]
-    result = []
-    for number, tiles in sorted(found.items()):
-        whole = union([Box(t.row, t.col, t.rows, t.cols) for t in tiles])
-        if whole is None:
-            raise ValueError(_no_tiles(layout.matrix.name))
-        whole_matrix, shape = layout.matrix, (whole.rows, whole.cols)
+    layouts = []
+    for number, tiles in sorted(tiles_by_block.items()):
+        block = union([Box(t.row, t.col, t.rows, t.cols) for t in tiles])
+        if block is None:
+            raise ValueError(_not_rectangles(layout.matrix.name))
+        whole_matrix, shape = layout.matrix, (block.rows, block.cols)
         matrix = Matrix(f"{whole_matrix.name}@{number}", shape, (), whole_matrix.transposed)
-        moved = [replace(t, row=t.row - whole.row, col=t.col - whole.col) for t in tiles]
-        result.append(Layout(matrix, tuple(moved)))
-    return result
+        moved = [replace(t, row=t.row - block.row, col=t.col - block.col) for t in tiles]
+        layouts.append(Layout(matrix, tuple(moved)))
+    return layouts
 
 
-def _rows_of(layout: Layout, rank: int) -> list[Tile]:
-    """Tiles of what the rank holds, which is whole rows of the layout's."""
+def _stored_tiles(layout: Layout, rank: int) -> list[Tile]:
+    """Return the tiles of a layout cut down to the whole rows that the rank stores of each."""
     tiles = []
     for tile in layout.tiles:
         box = stored_rows(tile, rank)
@@ -229,7 +271,8 @@ def _rows_of(layout: Layout, rank: int) -> list[Tile]:
     return tiles
 
 
-def _no_tiles(name: str) -> str:
+def _not_rectangles(name: str) -> str:
+    """Return the error for a matrix whose stored parts are no rectangles."""
     return (
         f"strategy is 'block', but the parts that ranks hold of {name} are no rectangles, so there"
         " are no blocks to orthogonalize alone (ZeRO cuts rows in two; gate and up as one matrix"

@@ -1,6 +1,7 @@
-"""What one rank does for one bucket: which runs it gives, to whom, and what it makes of arrivals.
+"""What one rank sends and receives for one bucket, in which order, and how matrices are packed.
 
-All orders are computed here, once.
+All orders are computed here, once, when the exchange is built; a step only splits, concatenates and
+sends.
 """
 
 from __future__ import annotations
@@ -16,11 +17,20 @@ from spectral_dist.sharding.layout import Layout
 from spectral_dist.sharding.plan import Bucket
 
 Tiles: TypeAlias = tuple[tuple[int, int, int, int], ...] | None
+"""(row, col, rows, cols) of each tile of a matrix, in order; None if the tiles one after the other
+are the matrix's row-major elements."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A run of a local tensor that belongs to one matrix."""
+    """A contiguous run of a local tensor's elements that belongs to one matrix.
+
+    Attributes:
+        tensor: the index of the local tensor.
+        start: the run's first element in the flattened tensor.
+        length: the number of elements.
+        matrix: the index of the matrix's layout.
+    """
 
     tensor: int
     start: int
@@ -30,38 +40,43 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Matrices of one shape that this rank owns in a bucket, as indices into the layouts."""
+    """Matrices of one shape and tiling that this rank owns in a bucket and computes in one call.
+
+    Attributes:
+        matrices: indices of their layouts.
+        shape: (m, n) of each matrix.
+        tiles: how each matrix is made of tiles, the same for all.
+    """
 
     matrices: tuple[int, ...]
     shape: tuple[int, int]
     tiles: Tiles
-    """(row, col, rows, cols) of each matrix's tiles in order; None if they are its rows in order"""
 
     @property
     def numel(self) -> int:
-        """Elements of all its matrices."""
+        """Return the number of elements of all the batch's matrices."""
         return len(self.matrices) * self.shape[0] * self.shape[1]
 
     def join(self, flat: Tensor) -> Tensor:
-        """The matrices, (k, m, n), from their tiles one after the other."""
-        whole = flat.view(len(self.matrices), *self.shape)
+        """Return the matrices, (k, m, n), from their tiles' elements one after the other."""
+        matrices = flat.view(len(self.matrices), *self.shape)
         if self.tiles is None:
-            return whole
-        whole = torch.empty_like(whole)
+            return matrices
+        matrices = torch.empty_like(matrices)
         start = 0
         for k in range(len(self.matrices)):
             for row, col, rows, cols in self.tiles:
                 tile = flat[start : start + rows * cols].view(rows, cols)
-                whole[k, row : row + rows, col : col + cols] = tile
+                matrices[k, row : row + rows, col : col + cols] = tile
                 start += rows * cols
-        return whole
+        return matrices
 
-    def cut(self, whole: Tensor) -> Tensor:
-        """The inverse of ``join``, flat."""
+    def split(self, matrices: Tensor) -> Tensor:
+        """Return the tiles' elements one after the other, flat: the inverse of ``join``."""
         if self.tiles is None:
-            return whole.reshape(-1)
+            return matrices.reshape(-1)
         parts = [
-            whole[k, row : row + rows, col : col + cols].reshape(-1)
+            matrices[k, row : row + rows, col : col + cols].reshape(-1)
             for k in range(len(self.matrices))
             for row, col, rows, cols in self.tiles
         ]
@@ -69,46 +84,66 @@ class Batch:
 
 
 class Packing(Protocol):
-    """Between runs in the order of ``Route.send_runs`` and batches of matrices, on both sides."""
+    """How a rank packs its runs to send them, and builds matrices from what it receives; and back.
+
+    Every flat tensor holds elements of one bucket. ``unpack_directions`` and ``pack_directions``
+    undo ``pack_to_send`` and ``unpack_matrices``.
+    """
 
     def pack_to_send(self, runs: Tensor) -> Tensor:
-        """Flat runs in the order in which they are sent."""
+        """Return the elements of ``BucketRoute.send_runs``, flat, in the order in which to send."""
 
     def unpack_matrices(self, received: Tensor) -> list[Tensor]:
-        """Batches (k, rows, columns), of what has arrived."""
+        """Return the batches of matrices (k, rows, columns) that the received elements make up."""
 
     def pack_directions(
         self, directions: list[Tensor], dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """The inverse of ``unpack_matrices``, flat, of this dtype and on this device."""
+        """Return the batches' directions, flat, in the order of the elements that were received.
+
+        Args:
+            directions: (k, rows, columns) for each batch.
+            dtype, device: of the result.
+        """
 
     def unpack_directions(self, runs: Tensor) -> Tensor:
-        """The inverse of ``pack_to_send``."""
+        """Return the directions that came back, flat, in the order of ``BucketRoute.send_runs``."""
 
 
 @dataclass(slots=True)
 class BucketRoute:
-    """What this rank does for one bucket."""
+    """What this rank sends, receives and computes for one bucket.
+
+    Attributes:
+        moves: whether anything is sent between ranks at all.
+        packing: how runs and matrices become what is sent and received.
+        batches: the matrices (layout indices) of each batch that this rank computes.
+        send_runs: this rank's runs of the matrices that its replica owns, by owner (``gram``: by
+            batch), then matrix, then tile; the directions of the same runs come back.
+        send_counts: elements sent to each rank.
+        recv_counts: elements received from each rank.
+        result_runs: this rank's runs of all the bucket's matrices, replica by replica; it gets the
+            directions of all of them.
+        counts_per_replica: how many elements of ``result_runs`` each replica computes.
+    """
 
     moves: bool
     packing: Packing
     batches: list[tuple[int, ...]]
-    """the matrices of each batch that this rank computes"""
     send_runs: list[Piece] = field(default_factory=list)
-    """its runs of the matrices that its replica owns, by owner (``gram``: batch), then matrix, then
-    tile; directions of the same runs come back"""
     send_counts: Sequence[int] = ()
-    """elements sent to each rank"""
     recv_counts: Sequence[int] = ()
-    """elements received from each rank"""
     result_runs: list[Piece] = field(default_factory=list)
-    """its runs of all the bucket's matrices, replica by replica: those of which it gets the
-    direction"""
     counts_per_replica: list[int] = field(default_factory=list)
-    """elements of them that each replica gives"""
 
     def assign_runs(self, replica: int, order: Sequence[tuple[int, list[Piece]]]) -> None:
-        """Note this rank's runs: (the replica that owns their matrix, runs), in order."""
+        """Set ``send_runs``, ``result_runs`` and ``counts_per_replica`` from this rank's runs.
+
+        Args:
+            replica: this rank's replica.
+            order: (the replica that owns the matrix, this rank's runs of it) for each matrix of
+                the bucket, in the order in which they travel.
+        """
         by_replica: list[list[Piece]] = [[] for _ in self.counts_per_replica]
         for k, pieces in order:
             by_replica[k] += pieces
@@ -118,7 +153,16 @@ class BucketRoute:
 
 
 class WholePacking:
-    """Parcels of whole matrices at their owners."""
+    """``Packing`` of a bucket whose matrices are brought together whole at their owners.
+
+    Args:
+        layouts: of all matrices.
+        batches: of the matrices that this rank owns.
+        ranks: the number of ranks that share the matrices.
+
+    Attributes:
+        recv_counts: the elements that each rank sends to this one.
+    """
 
     def __init__(self, layouts: Sequence[Layout], batches: list[Batch], ranks: int) -> None:
         self.batches = batches
@@ -129,48 +173,54 @@ class WholePacking:
                 for holder, begin, end in tile.parts():
                     placed.append((holder, len(placed), end - begin))
                     self.recv_counts[holder] += end - begin
-        arriving = sorted(placed)
-        # lengths of the runs received, in the order of arrival: by rank, then matrix, then tile
-        self._arrivals = [length for _, _, length in arriving]
-        # index among the arrivals of the k-th run in the order matrix, tile, rank; its inverse
-        self._returning = [number for _, number, _ in arriving]
-        self._placing = [0] * len(arriving)
-        for arrival, number in enumerate(self._returning):
-            self._placing[number] = arrival
+        by_sender = sorted(placed)
+        # lengths of the runs in the order in which they are received: by rank, then matrix, tile
+        self._recv_lengths = [length for _, _, length in by_sender]
+        # matrices are made of the same runs in another order: matrix, tile, rank. For each received
+        # run its place in that order, and the inverse
+        self._place_of_received = [number for _, number, _ in by_sender]
+        self._received_at_place = [0] * len(by_sender)
+        for index, number in enumerate(self._place_of_received):
+            self._received_at_place[number] = index
 
     def pack_to_send(self, runs: Tensor) -> Tensor:
-        """They are in that order."""
+        """Return the runs unchanged: ``send_runs`` has them by owner already."""
         return runs
 
     def unpack_matrices(self, received: Tensor) -> list[Tensor]:
-        """The owned matrices, (k, m, n) of each batch."""
+        """Return the owned matrices, (k, m, n) for each batch, built from the received runs."""
         if not self.batches:
             return []
-        arrived = torch.split(received, self._arrivals)
-        flat = torch.cat([arrived[i] for i in self._placing])
+        received_runs = torch.split(received, self._recv_lengths)
+        flat = torch.cat([received_runs[i] for i in self._received_at_place])
         parts = torch.split(flat, [batch.numel for batch in self.batches])
         return [batch.join(part) for batch, part in zip(self.batches, parts, strict=True)]
 
     def pack_directions(
         self, directions: list[Tensor], dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """In the order of arrival."""
-        cut = [batch.cut(d) for batch, d in zip(self.batches, directions, strict=True)]
-        flat = pack(cut, dtype, device)
-        if not self._arrivals:
+        """Return the owned matrices' directions, flat, run by run as they were received."""
+        tiles = [batch.split(d) for batch, d in zip(self.batches, directions, strict=True)]
+        flat = pack(tiles, dtype, device)
+        if not self._recv_lengths:
             return flat
-        parts = torch.split(flat, [self._arrivals[i] for i in self._placing])
-        return torch.cat([parts[i] for i in self._returning])
+        parts = torch.split(flat, [self._recv_lengths[i] for i in self._received_at_place])
+        return torch.cat([parts[i] for i in self._place_of_received])
 
     def unpack_directions(self, runs: Tensor) -> Tensor:
-        """They are in that order."""
+        """Return the directions unchanged: they come back in the order of ``send_runs``."""
         return runs
 
 
-def batches_of(layouts: Sequence[Layout], mine: Sequence[int]) -> list[Batch]:
-    """Whole matrices that can be computed at once."""
+def batches_of(layouts: Sequence[Layout], indices: Sequence[int]) -> list[Batch]:
+    """Group matrices of one shape, orientation and tiling into batches.
+
+    Args:
+        layouts: of all matrices.
+        indices: of the matrices that are to be computed.
+    """
     by_shape: dict[tuple[tuple[int, int], bool, Tiles], list[int]] = {}
-    for i in mine:
+    for i in indices:
         layout = layouts[i]
         tiles: Tiles = None
         if not layout.stacked():
@@ -181,7 +231,7 @@ def batches_of(layouts: Sequence[Layout], mine: Sequence[int]) -> list[Batch]:
 
 
 def pieces_of(layout: Layout, index: int, rank: int) -> list[Piece]:
-    """The rank's runs of a matrix, tile by tile."""
+    """Return the rank's runs of a matrix, tile by tile; ``index`` is that of its layout."""
     runs = [(tile.tensor, *tile.run(rank)) for tile in layout.tiles]
     return [Piece(tensor, start, length, index) for tensor, start, length in runs if length]
 
@@ -193,11 +243,21 @@ def route_to_owners(
     ranks: int,
     replica: int,
     replicas: int,
-    together: bool = True,
+    batch_equal_shapes: bool = True,
 ) -> BucketRoute:
-    """Of a bucket whose matrices are to be whole at their owners; equal shapes ``together``."""
+    """Return this rank's route for a bucket whose matrices are brought together at their owners.
+
+    Args:
+        bucket: the matrices and their owners.
+        layouts: of all matrices.
+        rank: this rank in its replica.
+        ranks: the number of ranks of a replica.
+        replica: this rank's replica.
+        replicas: the number of replicas.
+        batch_equal_shapes: whether matrices of one shape are computed in one call.
+    """
     batches = batches_of(layouts, bucket.matrices.get(replica * ranks + rank, ()))
-    if not together:
+    if not batch_equal_shapes:
         batches = [replace(batch, matrices=(i,)) for batch in batches for i in batch.matrices]
     packing = WholePacking(layouts, batches, ranks)
     route = BucketRoute(
@@ -210,7 +270,7 @@ def route_to_owners(
     route.recv_counts, route.send_counts = packing.recv_counts, send_counts
     order = []
     for owner, matrices in bucket.matrices.items():
-        # by shape, as the owner will batch them
+        # by shape, because the owner expects them in the order of its batches
         for i in (i for batch in batches_of(layouts, matrices) for i in batch.matrices):
             pieces = pieces_of(layouts[i], i, rank)
             order.append((owner // ranks, pieces))
@@ -221,7 +281,7 @@ def route_to_owners(
 
 
 def pack(parts: list[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One flat tensor of this dtype and device."""
+    """Copy tensors one after the other into one new flat tensor of this dtype and device."""
     sizes = [part.numel() for part in parts]
     flat = torch.empty(sum(sizes), dtype=dtype, device=device)
     if parts:  # one pass that casts as it copies

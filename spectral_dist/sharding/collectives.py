@@ -13,15 +13,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# torch 2.13 renamed it and warns of the old name
+# torch 2.13 has renamed all_gather_into_tensor, and warns of the old name
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 Group: TypeAlias = dist.ProcessGroup | None
-"""None is the group of this process alone: nothing is ever sent."""
+"""A process group; None stands for a group of this process only, in which nothing is ever sent."""
 
 
 @dataclass
 class Meter:
-    """What this rank has sent to other ranks, by collective."""
+    """The calls of each collective, and the bytes that this rank has sent to other ranks by it."""
 
     calls: dict[str, int] = field(default_factory=dict)
     bytes: dict[str, int] = field(default_factory=dict)
@@ -34,14 +34,20 @@ class Meter:
 
 @dataclass
 class Pending:
-    """A tensor that a collective in flight is filling; ``sent`` is kept alive until it has."""
+    """A tensor that a collective in flight is filling.
+
+    Attributes:
+        tensor: the tensor, to be used after ``wait``.
+        work: the collective; None if it has ended.
+        sent: what the collective reads, kept alive until it has ended.
+    """
 
     tensor: Tensor
     work: dist.Work | None = None
     sent: Tensor | None = None
 
     def wait(self) -> Tensor:
-        """The filled tensor."""
+        """Wait for the collective, and return the filled tensor."""
         if self.work is not None:
             self.work.wait()
             self.work = self.sent = None
@@ -49,22 +55,22 @@ class Pending:
 
 
 def size(group: Group) -> int:
-    """Ranks in the group."""
+    """Return the number of ranks of the group."""
     return 1 if group is None else dist.get_world_size(group)
 
 
 def job_size() -> int:
-    """Ranks in the whole job."""
+    """Return the number of ranks of the whole job."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank(group: Group) -> int:
-    """This process's rank in the group."""
+    """Return this process's rank in the group."""
     return 0 if group is None else dist.get_rank(group)
 
 
 def is_first() -> bool:
-    """Whether this process is rank 0 of the job (or alone)."""
+    """Return whether this process is rank 0 of the job (or its only process)."""
     if dist.is_initialized():
         return dist.get_rank() == 0
     return os.environ.get("RANK", "0") == "0"  # torchrun's, before init_process_group
@@ -72,23 +78,34 @@ def is_first() -> bool:
 
 def all_to_all(
     sent: Tensor,
-    sent_sizes: Sequence[int],
-    received_sizes: Sequence[int],
+    send_counts: Sequence[int],
+    recv_counts: Sequence[int],
     group: Group,
     meter: Meter,
 ) -> Pending:
-    """Begin sending ``sent_sizes[r]`` elements of the flat tensor ``sent`` to each rank r."""
-    received = sent.new_empty(sum(received_sizes))
-    moved = sent.numel() - sent_sizes[rank(group)]
-    meter.count("all_to_all", moved * sent.element_size())
+    """Begin sending consecutive elements of a flat tensor to each rank of the group.
+
+    Args:
+        sent: the flat tensor, ordered by receiving rank.
+        send_counts: the elements for each rank.
+        recv_counts: the elements that each rank sends to this one.
+        group: the ranks.
+        meter: counts the bytes.
+
+    Returns:
+        The flat tensor of what is received, ordered by sending rank.
+    """
+    received = sent.new_empty(sum(recv_counts))
+    num_sent = sent.numel() - send_counts[rank(group)]
+    meter.count("all_to_all", num_sent * sent.element_size())
     work = dist.all_to_all_single(
-        received, sent, list(received_sizes), list(sent_sizes), group=group, async_op=True
+        received, sent, list(recv_counts), list(send_counts), group=group, async_op=True
     )
     return Pending(received, work, sent)
 
 
 def all_gather(sent: Tensor, group: Group, meter: Meter) -> Pending:
-    """Begin gathering everyone's flat tensor of equal length, in rank order."""
+    """Begin gathering every rank's flat tensor, all of one length, in the order of ranks."""
     received = sent.new_empty(size(group) * sent.numel())
     meter.count("all_gather", (size(group) - 1) * sent.numel() * sent.element_size())
     work = _all_gather(received, sent, group=group, async_op=True)
@@ -115,21 +132,21 @@ def any_rank(flag: Tensor, groups: Sequence[Group], meter: Meter, number: int = 
 
 
 def sum_ranks(values: Tensor, group: Group, meter: Meter) -> None:
-    """Add up everyone's ``values``, in place."""
+    """Replace ``values`` by their sum over all ranks of the group."""
     if size(group) > 1:
         meter.count("all_reduce", values.numel() * values.element_size())
         dist.all_reduce(values, group=group)
 
 
 def max_ranks(values: Tensor, group: Group, meter: Meter) -> None:
-    """The largest of everyone's ``values``, one by one, in place."""
+    """Replace each of ``values`` by its largest value on any rank of the group."""
     if size(group) > 1:
         meter.count("all_reduce", values.numel() * values.element_size())
         dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
 
 
 def gather_texts(text: str, group: Group) -> list[str]:
-    """Everyone's text, in rank order. For error paths only: it pickles."""
+    """Return every rank's text, in the order of ranks. For error paths only: it pickles."""
     texts = [""] * size(group)
     if size(group) == 1:
         return [text]
@@ -138,25 +155,31 @@ def gather_texts(text: str, group: Group) -> list[str]:
 
 
 def all_equal(values: Tensor, group: Group) -> list[bool]:
-    """For each element of the 1-D tensor, whether it is the same on all ranks. Once, not a step."""
-    everyone = values.new_empty(size(group) * len(values))
+    """Return for each element of a 1-D tensor whether it is the same on all ranks.
+
+    For set-up, not for every step: it waits for the device.
+    """
+    gathered = values.new_empty(size(group) * len(values))
     if size(group) == 1:
         return [True] * len(values)
-    _all_gather(everyone, values, group=group)
-    rows = everyone.view(size(group), len(values))
+    _all_gather(gathered, values, group=group)
+    rows = gathered.view(size(group), len(values))
     return [bool(same) for same in (rows == rows[0]).all(0).tolist()]
 
 
 def assert_same(
     lines: Sequence[str], groups: Sequence[Group], device: torch.device, what: str = ""
 ) -> None:
-    """Raise on every rank of all groups if lines differ anywhere, naming the first that does.
+    """Raise on every rank of all groups if lines differ on any of them, naming the first that does.
+
+    A collective call: one number is compared, and the lines are sent only if it differs.
 
     Args:
-        lines: what is to be the same on all ranks.
-        groups: of shards, then of replicas, each of which has the first kind of group of its own.
+        lines: the texts that must be the same on all ranks.
+        groups: that of the shards, then that of the replicas; each replica has its own group of
+            shards.
         device: of the groups' collectives.
-        what: what the ranks would not agree on.
+        what: the words after "the ranks do not agree" in the error; empty: ``WHERE``.
 
     Raises:
         RuntimeError: on every rank.
@@ -168,9 +191,9 @@ def assert_same(
     for group in groups:
         if size(group) == 1:
             continue
-        everyone = checksum.new_empty(2 * size(group))
-        _all_gather(everyone, checksum, group=group)
-        rows = everyone.view(-1, 2)
+        gathered = checksum.new_empty(2 * size(group))
+        _all_gather(gathered, checksum, group=group)
+        rows = gathered.view(-1, 2)
         checksum[1] = ((rows[:, 0] != rows[0, 0]) | (rows[:, 1] != 0)).any()
     if not checksum[1].item():
         return
@@ -186,7 +209,7 @@ def assert_same(
 
 
 WHERE = "where the matrices live, so they cannot exchange them"
-"""What ranks mostly do not agree on."""
+"""The words of ``assert_same``'s error unless its caller has others."""
 
 
 def raise_together(error: Exception | None, groups: Sequence[Group]) -> None:
@@ -197,7 +220,7 @@ def raise_together(error: Exception | None, groups: Sequence[Group]) -> None:
 
     Args:
         error: this rank's, if it has one.
-        groups: that span the ranks, one after the other, as of shards, then of replicas.
+        groups: that span the ranks, one after the other, such as that of shards, then of replicas.
 
     Raises:
         ValueError: or the error itself, if there is no other rank.
@@ -222,7 +245,8 @@ def raise_first(text: str, groups: Sequence[Group], cause: Exception | None = No
         cause: this rank's error itself.
     """
     texts = gather_all(f"{text}\0{job_rank()}" if text else "", groups)
-    failed = dict(reversed([one.split("\0")[::-1] for one in texts if one]))  # rank -> text
+    # rank -> text
+    failed = dict(reversed([one.split("\0")[::-1] for one in texts if one]))
     first = next(iter(sorted(failed, key=int)))
     kind, message = failed[first].split("\n", 1)
     if len(failed) == 1 and len(texts) > 1:
@@ -235,11 +259,16 @@ def raise_first(text: str, groups: Sequence[Group], cause: Exception | None = No
 ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (ValueError, RuntimeError, TypeError, NotImplementedError)
 }
-"""What an error of another rank is raised as; any other kind is a ValueError."""
+"""The types that an error of another rank is raised as; an error of any other is a ValueError."""
 
 
 def gather_all(text: str, groups: Sequence[Group]) -> list[str]:
-    """Return everyone's text, over all groups one after the other. For error paths: it pickles."""
+    """Return the text of every rank of all groups. For error paths only: it pickles.
+
+    Args:
+        text: this rank's.
+        groups: that span the ranks, one after the other.
+    """
     texts = [text]
     for group in groups:
         if size(group) > 1:

@@ -13,10 +13,15 @@ from spectral_dist.sharding.plan import cost, polynomial_cost
 
 @dataclass(frozen=True)
 class CostContext:
-    """What the cost of a matrix depends on beside its shape.
+    """What the cost of a matrix depends on, other than its shape.
 
-    ranks: of one replica. steps: of the iteration. itemsize: bytes of an element on the wire.
-    half: whether the polar factor is computed in half precision. gram_itemsize: bytes of a Gram's.
+    Attributes:
+        ranks: the number of ranks of one replica.
+        replicas: the number of replicas.
+        steps: Newton-Schulz steps.
+        itemsize: bytes of an element on the wire.
+        half: whether polar factors are computed in half precision.
+        gram_itemsize: bytes of an element of a Gram matrix on the wire.
     """
 
     ranks: int
@@ -28,10 +33,10 @@ class CostContext:
 
 
 def owner_seconds(shape: tuple[int, int], count: int, job: CostContext, machine: Machine) -> float:
-    """Of ``count`` matrices of one shape that are spread over owners.
+    """Estimate the seconds of a step on ``count`` matrices of one shape under strategy ``owner``.
 
-    The busiest owner has ceil(count / ranks) of them: it computes their steps, and takes in and
-    sends out each of them. Two collectives.
+    The busiest owner has ceil(count / ranks) of them, over all replicas: it computes their steps,
+    receives each of them and sends it back. Two collectives.
     """
     busiest = -(-count // (job.ranks * job.replicas))
     flops = machine.flops if job.half else machine.flops_wide
@@ -40,22 +45,29 @@ def owner_seconds(shape: tuple[int, int], count: int, job: CostContext, machine:
 
 
 def gram_seconds(
-    shape: tuple[int, int], count: int, still: bool, job: CostContext, machine: Machine
+    shape: tuple[int, int], count: int, in_place: bool, job: CostContext, machine: Machine
 ) -> float:
-    """Of ``count`` matrices of one shape that stay in slabs.
+    """Estimate the seconds of a step on ``count`` matrices of one shape under strategy ``gram``.
 
-    Each replica does its share of them: every rank multiplies its slabs twice, s^2 l / P each; the
-    busiest owner evaluates polynomials; the halves of Grams and of their functions travel, and the
-    slabs there and back if they are not where the elements are. Four collectives.
+    Each replica works on its share of them: every rank multiplies its slabs twice, s^2 l / P each;
+    the busiest owner evaluates polynomials; the halves of Grams and of their polynomials travel,
+    and the slabs both ways unless they are stored ``in_place``. Four collectives.
+
+    Args:
+        shape: of each matrix.
+        count: the number of matrices.
+        in_place: whether ranks store the slabs that they work on.
+        job: ranks, precision and steps.
+        machine: the speeds.
     """
     short, long = sorted(shape)
-    mine = -(-count // job.replicas)
-    others = (job.ranks - 1) / job.ranks
-    products = mine * 2 * short * short * long / job.ranks
-    polynomials = -(-mine // job.ranks) * job.steps * polynomial_cost(shape)
-    sent = mine * others * short * (short + 1) * job.gram_itemsize
-    if not still:
-        sent += 2 * others * mine * short * long / job.ranks * job.itemsize
+    per_replica = -(-count // job.replicas)
+    remote = (job.ranks - 1) / job.ranks  # the fraction that leaves a rank
+    products = per_replica * 2 * short * short * long / job.ranks
+    polynomials = -(-per_replica // job.ranks) * job.steps * polynomial_cost(shape)
+    sent = per_replica * remote * short * (short + 1) * job.gram_itemsize
+    if not in_place:
+        sent += 2 * remote * per_replica * short * long / job.ranks * job.itemsize
     computed = (products + polynomials) / machine.flops_wide
     return computed + sent / machine.bandwidth + 4 * machine.latency
 
@@ -63,32 +75,49 @@ def gram_seconds(
 def subspace_seconds(
     shape: tuple[int, int], rank: int, count: int, job: CostContext, machine: Machine
 ) -> tuple[float, float]:
-    """Of ``count`` matrices whose rule works in a subspace of this rank: (at owners, in slabs).
+    """Estimate the seconds of communication for a rule that works in a subspace of a matrix.
 
-    What travels alone: an owner takes in and sends out whole matrices, while of slabs rank x short
-    numbers go to the owner and back. The rare refreshes are left out.
+    Only what travels is counted: an owner receives and sends whole matrices, while of slabs
+    rank x short numbers go to the owner and back. The rare refreshes are left out.
+
+    Args:
+        shape: of each matrix.
+        rank: the dimension of the subspace.
+        count: the number of matrices.
+        job: ranks and bytes.
+        machine: the speeds.
+
+    Returns:
+        The seconds with the matrices at owners, and with the matrices in slabs.
     """
     short, long = sorted(shape)
     busiest = -(-count // (job.ranks * job.replicas))
     whole = 2 * busiest * short * long * job.itemsize / machine.bandwidth
-    mine = -(-count // job.replicas)
-    others = (job.ranks - 1) / job.ranks
-    small = 2 * others * mine * rank * short * job.itemsize / machine.bandwidth
-    return whole + 2 * machine.latency, small + 2 * machine.latency
+    per_replica = -(-count // job.replicas)
+    remote = (job.ranks - 1) / job.ranks  # the fraction that leaves a rank
+    projected = 2 * remote * per_replica * rank * short * job.itemsize / machine.bandwidth
+    return whole + 2 * machine.latency, projected + 2 * machine.latency
 
 
 def cheaper_in_slabs(
     layouts: Sequence[Layout], able: Sequence[bool], job: CostContext, machine: Machine
 ) -> list[bool]:
-    """Of each matrix, whether ``auto`` does it in slabs.
+    """Return for each matrix whether strategy ``auto`` orthogonalizes it in slabs.
 
-    If it is ``able``, the cost says so, and tensor parallelism has cut it into slabs already. FSDP
-    and ZeRO cut as well, but tell of no blocks: there the owner's bits are those of one process.
+    It does if the rule is able to, the slabs are estimated to be faster, and tensor parallelism has
+    cut the matrix into slabs already. FSDP and ZeRO cut matrices as well, but their layouts have
+    no blocks: there the owner's result is bit by bit that of one process.
+
+    Args:
+        layouts: of the matrices.
+        able: whether the rule can work on each matrix in slabs.
+        job: ranks, precision and steps.
+        machine: the speeds.
     """
 
     def seconds(shape: tuple[int, int], count: int) -> tuple[float, float]:
-        whole = owner_seconds(shape, count, job, machine)
-        return whole, gram_seconds(shape, count, True, job, machine)
+        at_owners = owner_seconds(shape, count, job, machine)
+        return at_owners, gram_seconds(shape, count, True, job, machine)
 
     return in_slabs_if_cheaper(layouts, able, job.ranks, seconds)
 
@@ -99,14 +128,21 @@ def in_slabs_if_cheaper(
     ranks: int,
     seconds: Callable[[tuple[int, int], int], tuple[float, float]],
 ) -> list[bool]:
-    """``cheaper_in_slabs`` by (shape, how many) -> seconds (at owners, in slabs)."""
-    found: dict[tuple[int, int], list[int]] = {}
+    """Return for each matrix whether to orthogonalize it in slabs, by an estimate of seconds.
+
+    Args:
+        layouts: of the matrices.
+        able: whether the rule can work on each matrix in slabs.
+        ranks: the number of ranks that share the matrices.
+        seconds: (shape, number of matrices) -> seconds (at owners, in slabs).
+    """
+    indices_by_shape: dict[tuple[int, int], list[int]] = {}
     for i, layout in enumerate(layouts):
-        cut = len({tile.block for tile in layout.tiles}) > 1
-        if able[i] and cut and slabs(layout, ranks).still:
-            found.setdefault(layout.matrix.shape, []).append(i)
+        has_blocks = len({tile.block for tile in layout.tiles}) > 1
+        if able[i] and has_blocks and slabs(layout, ranks).in_place:
+            indices_by_shape.setdefault(layout.matrix.shape, []).append(i)
     result = [False] * len(layouts)
-    for shape, indices in found.items():
+    for shape, indices in indices_by_shape.items():
         at_owners, in_slabs = seconds(shape, len(indices))
         if in_slabs < at_owners:
             for i in indices:

@@ -24,11 +24,11 @@ __all__ = ["Exchange", "MatrixTask", "Piece", "Pieces"]
 
 
 class MatrixTask(ABC):
-    """What is done to the matrices on their way; see ``core.matrix_step.MatrixStep``."""
+    """What an exchange calls on matrices and runs; ``core.matrix_step.MatrixStep`` is one."""
 
     @abstractmethod
     def update_input(self, pieces: list[Piece]) -> list[Tensor]:
-        """Return what must be orthogonalized of these runs of this rank."""
+        """Return, for each of these runs of this rank, the elements to orthogonalize, flat."""
 
     @abstractmethod
     def direction(self, matrices: Tensor, which: Sequence[int]) -> Tensor:
@@ -36,24 +36,30 @@ class MatrixTask(ABC):
 
     @abstractmethod
     def slab_direction(self, slabs: Tensor, reduction: Reduction) -> Tensor:
-        """Return the slabs of directions of matrices of which this rank has a slab each.
+        """Return this rank's slabs of directions; a collective call of the group.
 
-        A call of all the group.
+        Args:
+            slabs: (k, rows, columns), this rank's slab of each matrix of a batch.
+            reduction: computes whole-matrix quantities of them.
         """
 
     @abstractmethod
     def apply(self, pieces: list[Piece], directions: list[Tensor]) -> None:
-        """Take the directions of these runs of this rank."""
+        """Update the weights of these runs of this rank by their directions, flat for each run."""
 
 
 class Pieces:
-    """Some runs of local tensors, in their order; gives views of them."""
+    """A set of runs of local tensors, sorted by tensor and position, that makes views of them.
+
+    Attributes:
+        pieces: the runs, each once.
+        numel: the number of their elements in each local tensor that has any.
+    """
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self.pieces = sorted(set(pieces), key=lambda piece: (piece.tensor, piece.start))
         self.numel: dict[int, int] = {}
-        """elements of them in each local tensor"""
-        self._splits: dict[int, list[int]] = {}  # not ours, piece, not ours, piece, ...
+        self._splits: dict[int, list[int]] = {}  # lengths: gap, piece, gap, piece, ...
         self._by_tensor: dict[int, list[Piece]] = {}
         ends: dict[int, int] = {}
         for piece in self.pieces:
@@ -65,7 +71,7 @@ class Pieces:
             self.numel[piece.tensor] = self.numel.get(piece.tensor, 0) + piece.length
 
     def views(self, tensors: Sequence[Tensor]) -> dict[Piece, Tensor]:
-        """Flat views of every piece of the local tensors."""
+        """Return a flat view of every run, given all local tensors."""
         views: list[Tensor] = []
         for index, sizes in self._splits.items():
             flat = tensors[index].detach().view(-1)
@@ -73,13 +79,18 @@ class Pieces:
         return dict(zip(self.pieces, views, strict=True))
 
     def packed_views(self, index: int, packed: Tensor) -> dict[Piece, Tensor]:
-        """Flat views of tensor ``index``'s pieces, of one that holds nothing but them."""
+        """Return a flat view of every run of local tensor ``index``, out of a packed tensor.
+
+        Args:
+            index: of the local tensor.
+            packed: its runs one after the other, and nothing else, as ``pack`` makes it.
+        """
         pieces = self._by_tensor.get(index, [])
         views = torch.split(packed.detach().view(-1), [piece.length for piece in pieces])
         return dict(zip(pieces, views, strict=True)) if pieces else {}
 
     def pack(self, index: int, tensor: Tensor) -> Tensor:
-        """The pieces of the local tensor ``index`` one after the other, flat."""
+        """Return the runs of local tensor ``index`` one after the other, flat, as a copy."""
         views = [tensor.reshape(-1)[p.start :][: p.length] for p in self._by_tensor.get(index, [])]
         return torch.cat(views) if views else tensor.new_empty(0)
 
@@ -88,15 +99,25 @@ class Exchange:
     """Moves the shards of one list of layouts to owners and back, along a plan.
 
     Args:
-        layouts: where each matrix lives; equal on all ranks, which is checked here, once.
-        plan: who owns what, and in which bucket.
-        group: the ranks that share the matrices; None for this process alone.
-        replicas: the ranks that store the same shards as this one.
+        layouts: where each matrix lives; equal on all ranks, which is checked once, on building.
+        plan: the owners and buckets; checked in the same way.
+        group: the ranks that share the matrices; None: only this process.
         device: where matrices are computed and collectives run.
         like: a tensor with the dtype and device in which directions are wanted back.
         wire_dtype: of the elements sent; also rounded to when nothing is sent, so that the
             numbers do not depend on the layout.
         meter: counts calls and bytes.
+        replicas: the ranks that store the same shards as this one.
+
+    Attributes:
+        state_device, state_dtype: of ``like``.
+        num_replicas: the number of replicas.
+        routes: what this rank sends and receives for each bucket.
+        local_runs: this rank's runs of all matrices.
+        owned_runs: this rank's runs of the matrices that its replica owns.
+
+    Raises:
+        RuntimeError: on every rank, if their layouts, plans or wire dtypes differ.
     """
 
     def __init__(
@@ -118,66 +139,72 @@ class Exchange:
         replica, self.num_replicas = collectives.rank(replicas), collectives.size(replicas)
         groups = (group, replicas)
         collectives.assert_same([layout.describe() for layout in layouts], groups, device)
-        where = zip(layouts, plan.owners, plan.strategies, strict=True)
-        lines = [f"{x.matrix.name} {strategy} owner {owner}" for x, owner, strategy in where]
+        planned = zip(layouts, plan.owners, plan.strategies, strict=True)
+        lines = [f"{x.matrix.name} {strategy} owner {owner}" for x, owner, strategy in planned]
         lines += [f"bucket {bucket}" for bucket in plan.buckets] + [f"wire {wire_dtype}"]
         collectives.assert_same(lines, groups, device)
-        # a product on CPUs rounds by its operands' alignment, and by what it is batched with
+        # on CPUs the rounding of a product depends on the operands' alignment, and on the other
+        # matrices of its batch: to be equal bit by bit, matrices are computed one by one there
         self._one_by_one = device.type == "cpu"
         self.routes: list[BucketRoute] = []
         self._reductions: dict[tuple[int, ...], Reduction] = {}
         for bucket in plan.buckets:
-            here = (bucket, layouts, rank, ranks, replica, self.num_replicas)
+            arguments = (bucket, layouts, rank, ranks, replica, self.num_replicas)
             if not bucket.gram:
-                self.routes.append(route_to_owners(*here, not self._one_by_one))
+                self.routes.append(route_to_owners(*arguments, not self._one_by_one))
                 continue
-            route, batches = route_to_slabs(*here)
+            route, batches = route_to_slabs(*arguments)
             self.routes.append(route)
             for batch in batches:
                 self._reductions[batch.matrices] = Reduction(batch, group, meter)
         self.local_runs = Pieces([piece for route in self.routes for piece in route.result_runs])
-        """this rank's runs of all matrices"""
         self.owned_runs = Pieces([piece for route in self.routes for piece in route.send_runs])
-        """this rank's runs of the matrices that its replica owns"""
 
     def batches(self) -> Iterator[tuple[tuple[int, ...], Reduction | None]]:
-        """The matrices that this rank computes together, and how, if it has slabs of them."""
+        """Yield each batch that this rank computes: its matrices' indices, and its reduction.
+
+        The reduction is None if the batch's matrices are whole here.
+        """
         for route in self.routes:
             for which in route.batches:
                 yield which, self._reductions.get(which)
 
     def run(self, task: MatrixTask) -> None:
-        """Take every matrix to its owner and its direction back, bucket by bucket.
+        """Send every matrix to its owner and its direction back, bucket by bucket.
 
         A bucket pauses whenever it has something in flight, and the younger ones go first; so the
         next bucket's exchange is in flight while this one is computed, and this one's return while
         the next is. Three buckets are in memory, four where shards have replicas.
+
+        Args:
+            task: what is done to runs and matrices.
         """
         waiting = [self._run_bucket(route, task) for route in self.routes][::-1]
-        under_way: list[Iterator[None]] = []
-        while waiting or under_way:
+        running: list[Iterator[None]] = []  # the youngest first
+        while waiting or running:
             if waiting:
-                under_way.insert(0, waiting.pop())
-            under_way = [way for way in under_way if next(way, way) is not way]  # way: it ended
+                running.insert(0, waiting.pop())
+            # advance each by one stage; ``next`` returns its default, the bucket itself, at the end
+            running = [bucket for bucket in running if next(bucket, bucket) is not bucket]
 
     def _run_bucket(self, route: BucketRoute, task: MatrixTask) -> Iterator[None]:
-        """One bucket's way from shards to owners and back, with a pause at each collective."""
+        """Run one bucket from shards to owners and back, and yield after beginning a collective."""
         collecting = self._collect(route, task)
         yield
         directions = self._compute(route, task, route.packing.unpack_matrices(collecting.wait()))
-        returning = self._deliver(route, directions)
+        delivering = self._deliver(route, directions)
         del directions
         yield
-        flat = route.packing.unpack_directions(returning.wait())
+        flat = route.packing.unpack_directions(delivering.wait())
         if self.num_replicas > 1:
-            spreading = self._exchange_replicas(route, flat)
+            exchanging = self._exchange_replicas(route, flat)
             yield
-            parts = spreading.wait().view(self.num_replicas, max(route.counts_per_replica))
+            parts = exchanging.wait().view(self.num_replicas, max(route.counts_per_replica))
             flat = torch.cat([p[:n] for p, n in zip(parts, route.counts_per_replica, strict=True)])
         task.apply(route.result_runs, self._directions(flat, route.result_runs))
 
     def _collect(self, route: BucketRoute, task: MatrixTask) -> Pending:
-        """Begin bringing a bucket's matrices to their owners, or slabs to their ranks."""
+        """Begin sending a bucket's shards to the owners of its matrices, or to the slabs' ranks."""
         inputs = task.update_input(route.send_runs) if route.send_runs else []
         packed = pack(inputs, self.wire_dtype, self.device)
         sent = route.packing.pack_to_send(packed)
@@ -188,7 +215,7 @@ class Exchange:
         )
 
     def _compute(self, route: BucketRoute, task: MatrixTask, batches: list[Tensor]) -> list[Tensor]:
-        """Return the directions of each batch."""
+        """Return the directions of each batch, (k, rows, columns)."""
         directions = []
         for x, which in zip(batches, route.batches, strict=True):
             reduction = self._reductions.get(which)
@@ -199,7 +226,7 @@ class Exchange:
         return directions
 
     def _deliver(self, route: BucketRoute, directions: list[Tensor]) -> Pending:
-        """Begin returning the batches' directions to the shards of this replica."""
+        """Begin sending the batches' directions back to the shards of this replica."""
         flat = route.packing.pack_directions(directions, self.wire_dtype, self.device)
         if not route.moves:
             return Pending(flat)
@@ -208,11 +235,11 @@ class Exchange:
         )
 
     def _exchange_replicas(self, route: BucketRoute, flat: Tensor) -> Pending:
-        """Begin exchanging what each replica was given for its own matrices."""
+        """Begin gathering the directions of all replicas' matrices, padded to equal length."""
         padding = flat.new_zeros(max(route.counts_per_replica) - flat.numel())
         return collectives.all_gather(torch.cat([flat, padding]), self.replicas, self.meter)
 
     def _directions(self, flat: Tensor, pieces: list[Piece]) -> list[Tensor]:
-        """The directions of ``pieces``, run by run, where states are."""
+        """Split flat directions into those of each run, in the states' dtype and device."""
         state = flat.to(device=self.state_device, dtype=self.state_dtype)
         return list(torch.split(state, [piece.length for piece in pieces]))

@@ -1,4 +1,4 @@
-"""What owners' replicas keep alone, brought to every replica: for checkpoints, not for steps."""
+"""Bring state that only the owner's replica stores to every replica: for checkpoints, not steps."""
 
 from __future__ import annotations
 
@@ -12,22 +12,28 @@ from spectral_dist.sharding.exchange import Exchange, Piece
 
 
 def from_owners(
-    exchange: Exchange, kept: Mapping[Piece, Tensor], into: Mapping[Piece, Tensor]
+    exchange: Exchange, owned: Mapping[Piece, Tensor], targets: Mapping[Piece, Tensor]
 ) -> None:
-    """Fill ``into``, this rank's runs of all matrices, from every replica's ``kept``.
+    """Fill this rank's runs of all matrices with the values of the replicas that own the matrices.
 
-    A collective call of the replicas; a bucket at a time.
+    A collective call of the replicas; one bucket is in memory at a time.
+
+    Args:
+        exchange: of the matrices.
+        owned: the values of this rank's runs of the matrices that its replica owns.
+        targets: this rank's runs of all matrices, which are written.
     """
     for route in exchange.routes:
-        mine = [kept[piece].reshape(-1) for piece in route.send_runs]
-        values = [*mine, torch.zeros(0, dtype=exchange.state_dtype, device=exchange.state_device)]
-        flat = torch.cat(values).to(exchange.device)
-        most = max(route.counts_per_replica)
-        padded = torch.nn.functional.pad(flat, (0, most - flat.numel()))
+        runs = [owned[piece].reshape(-1) for piece in route.send_runs]
+        # an empty tensor gives the dtype if there are no runs
+        runs.append(torch.zeros(0, dtype=exchange.state_dtype, device=exchange.state_device))
+        flat = torch.cat(runs).to(exchange.device)
+        longest = max(route.counts_per_replica)
+        padded = torch.nn.functional.pad(flat, (0, longest - flat.numel()))
         if exchange.num_replicas > 1:
             padded = collectives.all_gather(padded, exchange.replicas, exchange.meter).wait()
-        parts = padded.view(exchange.num_replicas, most)
-        whole = torch.cat([p[:n] for p, n in zip(parts, route.counts_per_replica, strict=True)])
-        runs = torch.split(whole, [piece.length for piece in route.result_runs])
-        for piece, run in zip(route.result_runs, runs, strict=True):
-            into[piece].copy_(run)
+        parts = padded.view(exchange.num_replicas, longest)
+        result = torch.cat([p[:n] for p, n in zip(parts, route.counts_per_replica, strict=True)])
+        result_runs = torch.split(result, [piece.length for piece in route.result_runs])
+        for piece, run in zip(route.result_runs, result_runs, strict=True):
+            targets[piece].copy_(run)

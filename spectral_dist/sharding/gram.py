@@ -19,14 +19,18 @@ from spectral_dist.sharding.collectives import Group, Meter
 from spectral_dist.sharding.slabs import SlabBatch
 
 DIGIT = 11
-"""Bits of a magnitude that one pass of the selection fixes: (k, 2048) counts travel in each."""
+"""Bits of a magnitude that one pass of ``Reduction.quantile`` finds, by (k, 2048) counts."""
 
 
 class Reduction:
-    """Of one batch of slabs.
+    """Whole-matrix quantities of one batch of slabs, computed by all ranks of the group.
 
     Attributes:
-        mine: which of the matrices this rank evaluates the polynomial of, and speaks for.
+        matrices: the indices of the batch's layouts.
+        shape: (m, n) of the whole matrices.
+        along: the dimension along which they are cut: 0 for rows, 1 for columns.
+        owned: the places in the batch of the matrices that this rank owns: it evaluates their
+            polynomials, and is the one to report and to save what belongs to them.
         begin, length: of this rank's slabs, along the matrices' long side.
     """
 
@@ -36,23 +40,26 @@ class Reduction:
         self._group, self._meter = group, meter
         self._rank, self._ranks = collectives.rank(group), collectives.size(group)
         self._owners = batch.owners
-        self.mine = [k for k, owner in enumerate(batch.owners) if owner == self._rank]
+        self.owned = [k for k, owner in enumerate(batch.owners) if owner == self._rank]
         begin, end = batch.cut.ranges[self._rank]
         self.begin, self.length = begin, end - begin
 
     def transposed(self) -> Reduction:
-        """Return the same of the matrices' transposes."""
-        turned = copy.copy(self)
-        turned.shape, turned.along = (self.shape[1], self.shape[0]), 1 - self.along
-        return turned
+        """Return the reduction of the matrices' transposes."""
+        transposed = copy.copy(self)
+        transposed.shape, transposed.along = (self.shape[1], self.shape[0]), 1 - self.along
+        return transposed
 
     def add(self, values: Tensor) -> Tensor:
-        """Everyone's values added up, in place."""
+        """Replace values by their sum over all ranks, and return them."""
         collectives.sum_ranks(values, self._group, self._meter)
         return values
 
     def gram(self, x: Tensor) -> Tensor:
-        """X X^T of the short side of this rank's slabs alone, (k, s, s)."""
+        """Return the Gram matrices of this rank's own slabs, (k, s, s); nothing is sent.
+
+        They are of the short side: their sum over all ranks is X X^T or X^T X of whole matrices.
+        """
         return torch.bmm(x, x.mT) if self.along else torch.bmm(x.mT, x)
 
     def at_owner(
@@ -61,29 +68,45 @@ class Reduction:
         evaluate: Callable[[Tensor, list[int]], Tensor],
         among: Sequence[int] | None = None,
     ) -> Tensor:
-        """What ``evaluate`` makes of the sums of everyone's parts, (j, ...), on every rank.
+        """Sum every rank's parts at the matrices' owners, evaluate there, and return all results.
 
-        It gets the sums (j', ...) of the matrices that are ``mine``, added in the order of ranks,
-        and their places in ``mine``; what it gives, (j', ...), travels unless it is of no elements.
         Of j matrices that divide evenly over P ranks, (P - 1)/P j times the elements of a part, and
-        of a result, leave a rank. ``among``: which of the matrices, ascending; None is all.
+        of a result, leave a rank.
+
+        Args:
+            parts: (j, ...), this rank's part for each matrix.
+            evaluate: called with the sums (j', ...) of the matrices that this rank owns, added in
+                the order of ranks, and with their places in ``owned``; returns (j', ...), which is
+                sent unless it has no elements.
+            among: the places in the batch of the j matrices, ascending; None: all.
+
+        Returns:
+            (j, ...), the results for all j matrices, on every rank.
         """
         which = tuple(range(len(self._owners)) if among is None else among)
-        counts, which_mine = _shares(self._owners, self._rank, self._ranks, which)
-        places = list(which_mine)
+        counts, owned_places = _counts_and_places(self._owners, self._rank, self._ranks, which)
+        places = list(owned_places)
         sums = self._collect(parts.reshape(len(parts), -1), counts)
-        found = evaluate(sums.view(len(places), *parts.shape[1:]), places)
-        shared = self._return(found.reshape(len(places), math.prod(found.shape[1:])), counts)
-        return shared.view(len(parts), *found.shape[1:])
+        results = evaluate(sums.view(len(places), *parts.shape[1:]), places)
+        flat = results.reshape(len(places), math.prod(results.shape[1:]))
+        return self._return(flat, counts).view(len(parts), *results.shape[1:])
 
     def multiply(
         self, x: Tensor, dtype: torch.dtype, evaluate: Callable[[Tensor], Tensor]
     ) -> Tensor:
-        """Q X for each matrix, with Q = evaluate(X X^T), as X's dtype.
+        """Return this rank's slabs of Q X for each matrix, with Q = evaluate(X X^T).
 
-        ``evaluate`` gets the Grams (k', s, s) in ``dtype`` of the matrices that are ``mine``, and
-        may overwrite them; Q is symmetric, and what c X gets is Q / c. Products are in ``dtype``.
-        Of each Gram and of its Q only the half travels: for each matrix, s (s + 1) numbers.
+        Of each Gram matrix and of its Q only the half travels: for each matrix, s (s + 1) numbers.
+
+        Args:
+            x: this rank's slabs, (k, rows, columns).
+            dtype: of the Gram matrices and of products.
+            evaluate: from the Gram matrices G, (k', s, s), of the matrices that this rank owns,
+                which it may overwrite, to their symmetric Q, (k', s, s). It is called with G / c^2
+                where X has been divided by c, so evaluate(G / c^2) must be c evaluate(G).
+
+        Returns:
+            (k, rows, columns), in X's dtype.
         """
         wide = self._bounded(x.to(dtype), x.dtype)
         gram = self.gram(wide)
@@ -94,9 +117,14 @@ class Reduction:
         return product.to(x.dtype)
 
     def _bounded(self, wide: Tensor, narrow: torch.dtype) -> Tensor:
-        """Slabs whose squares neither overflow nor vanish: divided by the matrix's largest entry.
+        """Divide slabs by the largest entry of their matrix.
 
-        As they are if their dtype leaves no doubt.
+        So squares neither overflow nor vanish.
+        They are returned unscaled if squares of the narrow dtype cannot overflow in the wide one.
+
+        Args:
+            wide: slabs in the dtype of the products.
+            narrow: the dtype that they came in.
         """
         if torch.finfo(narrow).max < torch.finfo(wide.dtype).max ** 0.25:
             return wide
@@ -107,39 +135,49 @@ class Reduction:
         return wide / largest.clamp_min(torch.finfo(wide.dtype).tiny)[:, None, None]
 
     def _collect(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """The sums of everyone's rows, of those that are this rank's: counts[r] are rank r's."""
-        numel, own = rows.shape[1], counts[self._rank]
-        arrived = collectives.all_to_all(
+        """Return the sums over all ranks of the rows that are this rank's.
+
+        Args:
+            rows: (j, numel), ordered by the rank that gets each.
+            counts: how many rows each rank gets.
+        """
+        numel, num_owned = rows.shape[1], counts[self._rank]
+        received = collectives.all_to_all(
             rows.reshape(-1),
             [count * numel for count in counts],
-            [own * numel] * self._ranks,
+            [num_owned * numel] * self._ranks,
             self._group,
             self._meter,
         )
-        return arrived.wait().view(self._ranks, own, numel).sum(0)
+        return received.wait().view(self._ranks, num_owned, numel).sum(0)
 
     def _return(self, rows: Tensor, counts: Sequence[int]) -> Tensor:
-        """Everyone's rows, in the order of ranks."""
+        """Return the rows of all ranks, in the order of ranks; ``counts``: how many each has."""
         numel, flat = rows.shape[1], rows.reshape(-1)
         if not numel:
             return rows.new_empty(sum(counts), 0)
         if len(set(counts)) == 1:
-            found = collectives.all_gather(flat, self._group, self._meter)
+            gathered = collectives.all_gather(flat, self._group, self._meter)
         else:  # a gather would pad
-            found = collectives.all_to_all(
+            gathered = collectives.all_to_all(
                 flat.repeat(self._ranks),
                 [flat.numel()] * self._ranks,
                 [count * numel for count in counts],
                 self._group,
                 self._meter,
             )
-        return found.wait().view(-1, numel)
+        return gathered.wait().view(-1, numel)
 
     def quantile(self, x: Tensor, q: float) -> Tensor:
-        """The q-quantile of each whole matrix's elements, (k,), bit by bit as if they were here.
+        """Return the q-quantile of each whole matrix's elements, (k,).
 
-        x: magnitudes, float32 or float64, so that their bits are ordered as they are. Digit by
-        digit of the order statistic below; the one above is the next larger number.
+        It equals, bit by bit, that of the matrices in one process. The order statistic below the
+        quantile is found digit by digit of its bits; the one above is the next larger number.
+
+        Args:
+            x: this rank's slabs, (k, rows, columns): magnitudes in float32 or float64, so that
+                their bits are ordered as they are.
+            q: from 0 to 1.
         """
         position = q * (math.prod(self.shape) - 1)
         low = math.floor(position)
@@ -151,11 +189,11 @@ class Reduction:
         while width:
             digit = min(DIGIT, width)
             counts = self.add(_counts(bits, prefix, width, digit))
-            below = counts.cumsum(1)
-            found = (below <= target[:, None]).sum(1)
-            ties = counts.gather(1, found[:, None])[:, 0]
-            target = target - (below.gather(1, found[:, None])[:, 0] - ties)
-            prefix = (prefix << digit) + found.to(bits.dtype)
+            cumulative = counts.cumsum(1)
+            value_of_digit = (cumulative <= target[:, None]).sum(1)
+            ties = counts.gather(1, value_of_digit[:, None])[:, 0]
+            target = target - (cumulative.gather(1, value_of_digit[:, None])[:, 0] - ties)
+            prefix = (prefix << digit) + value_of_digit.to(bits.dtype)
             width -= digit
         value = prefix.view(x.dtype)
         if position == low:
@@ -165,7 +203,10 @@ class Reduction:
         return torch.lerp(value, above, position - low)
 
     def _next(self, bits: Tensor, than: Tensor) -> Tensor:
-        """The smallest of everyone's ``bits`` that are larger, (k,); the largest if none is."""
+        """Return the smallest bits on any rank that are larger than ``than``, (k,).
+
+        If there are none: the largest number of the dtype of ``bits``.
+        """
         none = torch.iinfo(bits.dtype).max
         least = torch.full_like(than, none)
         if bits.numel():
@@ -176,29 +217,44 @@ class Reduction:
 
 
 @lru_cache(maxsize=1024)
-def _shares(
+def _counts_and_places(
     owners: tuple[int, ...], rank: int, ranks: int, which: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """How many of the matrices ``which`` are each rank's; the places of the rank's among all its.
+    """Count how many of some matrices each rank owns, and find those of one rank.
 
-    Once for all steps.
+    Args:
+        owners: of all matrices of a batch.
+        rank: the rank whose matrices are looked for.
+        ranks: the number of ranks.
+        which: the places of the matrices in the batch.
+
+    Returns:
+        The number that each rank owns; and for those of ``rank``, their places among all matrices
+        of the batch that it owns.
     """
     counts = [0] * ranks
     for k in which:
         counts[owners[k]] += 1
-    asked = set(which)
-    rank_owns = (k for k, owner in enumerate(owners) if owner == rank)
-    return tuple(counts), tuple(place for place, k in enumerate(rank_owns) if k in asked)
+    selected = set(which)
+    owned = (k for k, owner in enumerate(owners) if owner == rank)
+    return tuple(counts), tuple(place for place, k in enumerate(owned) if k in selected)
 
 
 def _counts(bits: Tensor, prefix: Tensor, width: int, digit: int) -> Tensor:
-    """How many of each row begin with ``prefix`` and each next digit, (k, 2^digit) int64.
+    """Count the elements of each row whose bits begin with a prefix, by their next digit.
 
-    ``width``: bits that are behind the prefix, digit included.
+    Args:
+        bits: (k, number of elements), of nonnegative floats, as integers.
+        prefix: (k,), the leading bits.
+        width: the number of bits behind the prefix, digit included.
+        digit: the number of bits of the digit.
+
+    Returns:
+        (k, 2^digit), int64.
     """
     rest = bits >> (width - digit)
     size = 1 << digit
-    # what begins otherwise is counted in a bin that is cut off
+    # elements with another prefix are counted in an extra bin, which is cut off
     index = torch.where(rest >> digit == prefix[:, None], rest & (size - 1), size).long()
     counts = torch.zeros(len(bits), size + 1, dtype=torch.int64, device=bits.device)
     one = torch.ones((), dtype=torch.int64, device=bits.device)
@@ -206,7 +262,7 @@ def _counts(bits: Tensor, prefix: Tensor, width: int, digit: int) -> Tensor:
 
 
 def fold(r: Tensor) -> Tensor:
-    """Half of each symmetric matrix, diagonal included: (k, s, s) -> (k, s (s + 1) / 2).
+    """Pack the half of each symmetric matrix, diagonal included: (k, s, s) -> (k, s (s + 1) / 2).
 
     With h = s // 2: the h x (s - h) corner, then a rectangle of the two triangles beside it, the
     lower one turned against the upper one. Copies of rectangles, and no tables of indices.
@@ -223,7 +279,7 @@ def fold(r: Tensor) -> Tensor:
 
 
 def unfold(half: Tensor, s: int) -> Tensor:
-    """The inverse: (k, s, s)."""
+    """Return the symmetric matrices (k, s, s) that ``fold`` has packed: its inverse."""
     k, h = len(half), s // 2
     corner = half[:, : h * (s - h)].view(k, h, s - h)
     both = half[:, h * (s - h) :].view(k, s - h, h + 1)

@@ -18,9 +18,12 @@ from spectral_dist.sharding.collectives import Group
 class Matrix:
     """A 2-D block that is orthogonalized as one unit, as it lies in its parameter.
 
-    ``shape`` is (m, n), full and unsharded. ``blocks`` are the whole-row pieces it is made of, in
-    order: (first element in the flattened parameter, number of rows). Most matrices have one.
-    ``transposed``: whether it is stored in x out, and a rule is to see its transpose.
+    Attributes:
+        name: stable, and different from that of every other matrix.
+        shape: (m, n), full and unsharded.
+        blocks: the runs of whole rows that it is made of, in order: (first element in the flattened
+            parameter, number of rows). Most matrices have one.
+        transposed: whether it is stored (in, out), so that a rule gets its transpose.
     """
 
     name: str
@@ -30,21 +33,23 @@ class Matrix:
 
     @property
     def numel(self) -> int:
-        """Elements of the whole matrix."""
+        """Return the number of elements of the whole matrix."""
         return self.shape[0] * self.shape[1]
 
     @property
     def read_shape(self) -> tuple[int, int]:
-        """(out, in), as rules read it."""
+        """Return the shape of what rules get, (out, in)."""
         return (self.shape[1], self.shape[0]) if self.transposed else self.shape
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A sequence of elements that its members store in consecutive runs.
+    """A sequence of elements, and which run of it each rank stores.
 
-    Member i stores [bounds[i], bounds[i + 1]) and is rank ``members[i]`` (rank i if members is
-    None); runs may differ in length and may be empty.
+    Attributes:
+        bounds: member i stores elements [bounds[i], bounds[i + 1]); runs may differ in length and
+            may be empty.
+        members: the rank that each member is; None: member i is rank i.
     """
 
     bounds: Sequence[int]
@@ -52,15 +57,15 @@ class Cut:
 
     @classmethod
     def even(cls, chunk: int, ranks: int) -> Cut:
-        """Every rank stores ``chunk`` elements. A range: no memory per rank."""
+        """Return a cut with ``chunk`` elements on every rank; it takes no memory per rank."""
         return cls(range(0, (ranks + 1) * chunk, chunk))
 
     @classmethod
     def compact(cls, bounds: Sequence[int], members: Sequence[int]) -> Cut:
-        """Return the cut in ranges, where it can be: no memory per rank.
+        """Return a cut with its bounds and members as ranges where possible: no memory per rank.
 
-        So the last run may be said to be as long as the others, when it is shorter: nothing may
-        depend on what is behind it.
+        A last run that is shorter than the others is recorded as if it were as long, so nothing may
+        depend on what lies behind the last element.
         """
         if len(bounds) > 2:
             padded = [*bounds[:-1], max(bounds[-1], 2 * bounds[-2] - bounds[-3])]
@@ -69,13 +74,13 @@ class Cut:
         return cls(_ranged(bounds), _ranged(members))
 
     def holders(self, start: int, stop: int) -> Sequence[int]:
-        """Ranks whose run meets [start, stop). With empty runs inside, some may hold nothing."""
+        """Return the ranks whose run meets [start, stop), and those of empty runs in between."""
         first = bisect_right(self.bounds, start) - 1
         last = bisect_left(self.bounds, stop)
         return range(first, last) if self.members is None else self.members[first:last]
 
     def runs(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (rank, begin, end) of each run's part of [start, stop), in order, if it has one."""
+        """Yield (rank, begin, end) for each run's part of elements [start, stop), in order."""
         first = max(0, bisect_right(self.bounds, start) - 1)
         for i in range(first, bisect_left(self.bounds, stop)):
             begin, end = max(start, self.bounds[i]), min(stop, self.bounds[i + 1])
@@ -83,7 +88,7 @@ class Cut:
                 yield (i if self.members is None else self.members[i]), begin, end
 
     def run(self, rank: int) -> tuple[int, int]:
-        """[begin, end) of the rank's run; empty if it is no member."""
+        """Return [begin, end) of the rank's run; it is empty if the rank is no member."""
         if self.members is None:
             return self.bounds[rank], self.bounds[rank + 1]
         if rank not in self.members:
@@ -92,7 +97,10 @@ class Cut:
         return self.bounds[i], self.bounds[i + 1]
 
     def describe(self) -> str:
-        """The same on all ranks exactly when the cut is; short whatever the number of ranks."""
+        """Return a text that ranks can compare: equal exactly if their cuts are.
+
+        It is under 200 characters whatever the number of ranks, as a hash if need be.
+        """
         text = f"{_compact(self.bounds)} of {_compact(self.members)}"
         return text if len(text) < 200 else hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -101,9 +109,14 @@ class Cut:
 class Tile:
     """A rectangle of a matrix, and how its row-major elements are stored.
 
-    The tile's elements are [offset, offset + rows * cols) of the cut's sequence. A rank's run of
-    the cut begins at element ``base`` of its local tensor number ``tensor``. ``block``: which of
-    the parts that tensor parallelism cuts the matrix into it belongs to.
+    Attributes:
+        row, col: of its first element in the matrix.
+        rows, cols: its size.
+        cut: a sequence of elements, of which the tile's are [offset, offset + rows * cols).
+        offset: of the tile in the cut's sequence.
+        base: the element of a rank's local tensor at which its run of the cut begins.
+        tensor: the index of that local tensor.
+        block: which of the parts that tensor parallelism cuts the matrix into it belongs to.
     """
 
     row: int
@@ -118,29 +131,33 @@ class Tile:
 
     @property
     def numel(self) -> int:
-        """Elements of the tile."""
+        """Return the number of elements of the tile."""
         return self.rows * self.cols
 
     def holders(self) -> Sequence[int]:
-        """Ranks that store a part of it."""
+        """Return the ranks that store a part of the tile."""
         return self.cut.holders(self.offset, self.offset + self.numel)
 
     def run(self, rank: int) -> tuple[int, int]:
-        """(where it begins in the rank's tensor, its length) of the rank's run, length >= 0."""
+        """Return (first element in the rank's local tensor, length >= 0) of the rank's run."""
         first, last = self.cut.run(rank)
         begin, end = max(self.offset, first), min(self.offset + self.numel, last)
         return self.base + begin - first, max(0, end - begin)
 
     def part(self, rank: int) -> tuple[int, int]:
-        """[begin, end) of the rank's run among the tile's own elements; empty if it has none."""
+        """Return [begin, end) of the rank's run, counted from the tile's first element.
+
+        The run is empty if the rank stores nothing of the tile.
+        """
         first, last = self.cut.run(rank)
         begin, end = max(self.offset, first), min(self.offset + self.numel, last)
         return begin - self.offset, max(begin, end) - self.offset
 
     def parts(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, int]]:
-        """Yield (rank, begin, end) as ``part`` has them of the ranks that have any.
+        """Yield (rank, begin, end) for the part that each rank stores of elements [start, stop).
 
-        Of the tile's elements [start, stop) alone; None: to its end.
+        Elements are counted from the tile's first; ``stop`` None means to its end. Ranks that
+        store nothing of them are left out.
         """
         stop = self.numel if stop is None else stop
         for rank, begin, end in self.cut.runs(self.offset + start, self.offset + stop):
@@ -155,18 +172,19 @@ class Layout:
     tiles: tuple[Tile, ...]
 
     def storage(self) -> tuple[Tile, ...]:
-        """Return the tiles but for where in its own tensors a rank has them, and their blocks.
+        """Return the tiles without their ``base``, ``tensor`` and ``block``.
 
-        Equal for matrices that are cut alike: what depends on nothing else is computed once.
+        Matrices that are cut alike have equal storage, so it is the key of what is computed once
+        for all of them.
         """
         return tuple(Tile(t.row, t.col, t.rows, t.cols, t.cut, t.offset) for t in self.tiles)
 
     def holders(self) -> Sequence[int]:
-        """Ranks that store a part of the matrix, ascending."""
+        """Return the ranks that store a part of the matrix, ascending."""
         return list(holders_of(self.storage()))
 
     def stacked(self) -> bool:
-        """Whether the tiles, one after the other, are the matrix's row-major elements."""
+        """Return whether the tiles, one after the other, are the matrix's row-major elements."""
         row = 0
         for tile in self.tiles:
             if tile.row != row or tile.col or tile.cols != self.matrix.shape[1]:
@@ -175,17 +193,17 @@ class Layout:
         return row == self.matrix.shape[0]
 
     def describe(self) -> str:
-        """One line that is the same on all ranks exactly when the layout is."""
+        """Return a line that ranks can compare: equal exactly if their layouts are."""
         tiles = [
             (t.row, t.col, t.rows, t.cols, t.offset, t.block, t.cut.describe()) for t in self.tiles
         ]
-        how = " transposed" * self.matrix.transposed
-        return f"{self.matrix.name} {self.matrix.shape}{how} {tiles}"
+        transposed = " transposed" * self.matrix.transposed
+        return f"{self.matrix.name} {self.matrix.shape}{transposed} {tiles}"
 
 
 @lru_cache(maxsize=4096)
 def holders_of(storage: tuple[Tile, ...]) -> Sequence[int]:
-    """Return the ranks that store a part of any of the tiles, ascending; a range if they are one.
+    """Return the ranks that store a part of any tile, ascending; as a range where possible.
 
     Args:
         storage: ``Layout.storage()``.
@@ -195,18 +213,19 @@ def holders_of(storage: tuple[Tile, ...]) -> Sequence[int]:
 
 @dataclass(frozen=True)
 class Located:
-    """Where parameters of a group live that lie alike.
+    """Where those parameters of a parameter group live that are sharded alike.
 
     Attributes:
         layouts: of their matrices; equal on all ranks of ``group``.
         group: the ranks among which the layouts' matrices are cut; None if each is whole.
         device: where matrices are computed and collectives run.
-        spans: this rank's (parameter name, tensor number, first element, elements), to name a
-            parameter in an error.
+        spans: (parameter name, tensor index, first element, number of elements) of what this rank
+            stores of each parameter, to name it in an error.
         replicas: the ranks that store the same shards as this one; None if no other does. Each
             replica has its own ``group``, and all of them have the same layouts.
-        replicate_momentum: whether every replica keeps the momentum, and not the owner's alone.
-        tensors: which of the group's tensors they are; layouts and spans count these from 0.
+        replicate_momentum: whether every replica stores the momentum, and not the owner's only.
+        tensors: the indices of the parameters in their parameter group; layouts and spans count
+            these tensors from 0.
     """
 
     layouts: tuple[Layout, ...]
@@ -221,7 +240,15 @@ class Located:
 def flat_layout(
     matrix: Matrix, cut: Cut, *, offset: int = 0, base: int = 0, tensor: int = 0
 ) -> Layout:
-    """The layout of a matrix whose whole parameter begins at ``offset`` of the cut's sequence."""
+    """Return the layout of a matrix whose parameter is a part of one flat, sharded sequence.
+
+    Args:
+        matrix: the matrix in its parameter.
+        cut: which rank stores which run of the sequence.
+        offset: of the parameter's first element in the sequence.
+        base: the element of this rank's local tensor at which its run of the sequence begins.
+        tensor: the index of that local tensor.
+    """
     tiles, row = [], 0
     for start, rows in matrix.blocks:
         tiles.append(Tile(row, 0, rows, matrix.shape[1], cut, offset + start, base, tensor))
@@ -229,12 +256,12 @@ def flat_layout(
     return Layout(matrix, tuple(tiles))
 
 
-Box: TypeAlias = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
-"""What a rank stores of a (stack, rows, columns) parameter: [begin, end) of each."""
+StackBox: TypeAlias = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
+"""What a rank stores of a parameter seen as (stack, rows, columns): [begin, end) of each."""
 
 
-class Boxes(tuple[Box, ...]):
-    """Boxes by rank, of which the hash is computed once: many matrices are cut by the same."""
+class StackBoxes(tuple[StackBox, ...]):
+    """Each rank's box of a parameter; the hash is computed once, as many matrices are cut alike."""
 
     _hash: int
 
@@ -245,44 +272,53 @@ class Boxes(tuple[Box, ...]):
 
 
 def grid_layout(
-    matrix: Matrix, stack: int, boxes: tuple[Box, ...], rank: int, tensor: int = 0
+    matrix: Matrix, stack: int, boxes: tuple[StackBox, ...], rank: int, tensor: int = 0
 ) -> Layout:
-    """The layout of a matrix whose parameter each rank stores one box of.
+    """Return the layout of a matrix whose parameter is cut into one box for each rank.
 
-    ``stack``: elements of each matrix of the parameter's stack (all of them for a 2-D parameter).
-    ``boxes``: by rank; together they are the parameter, without overlap, cut at the same rows and
-    columns everywhere (a grid). ``rank``: this one.
+    Args:
+        matrix: the matrix in its parameter.
+        stack: elements of each matrix of the parameter's stack (all of them for a 2-D parameter).
+        boxes: by rank; together they are the parameter, without overlap, cut at the same rows and
+            columns everywhere (a grid).
+        rank: this rank.
+        tensor: the index of its local tensor.
     """
     n, tiles, row = matrix.shape[1], [], 0
-    (layer, layers), (top, bottom), _ = boxes[rank]
+    (first_layer, end_layer), (top, bottom), _ = boxes[rank]
     for start, rows in matrix.blocks:
-        number, first = start // stack, start % stack // n
-        for left, right, cut in _strips(boxes, number):
+        layer, first_row = start // stack, start % stack // n
+        is_stored = first_layer <= layer < end_layer
+        for left, right, cut in _strips(boxes, layer):
             width = right - left
-            before = (number - layer) * (bottom - top) * width if layer <= number < layers else 0
-            tiles.append(Tile(row, left, rows, width, cut, first * width, before, tensor))
+            base = (layer - first_layer) * (bottom - top) * width if is_stored else 0
+            tiles.append(Tile(row, left, rows, width, cut, first_row * width, base, tensor))
         row += rows
     return Layout(matrix, tuple(tiles))
 
 
 @lru_cache(maxsize=4096)
-def _strips(boxes: tuple[Box, ...], number: int) -> tuple[tuple[int, int, Cut], ...]:
-    """(first column, last, how its rows are cut) of each strip of matrix ``number`` of a stack."""
-    strips: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
+def _strips(boxes: tuple[StackBox, ...], layer: int) -> tuple[tuple[int, int, Cut], ...]:
+    """Return the strips of columns into which boxes cut matrix ``layer`` of a stack.
+
+    Returns:
+        (first column, end column, how the strip's elements are cut) of each strip.
+    """
+    runs_by_columns: dict[tuple[int, int], list[tuple[int, int, int]]] = {}
     for rank, (layers, rows, columns) in enumerate(boxes):
-        if layers[0] <= number < layers[1] and rows[0] < rows[1] and columns[0] < columns[1]:
-            strips.setdefault(columns, []).append((*rows, rank))
-    found = []
-    for (left, right), runs in sorted(strips.items()):
+        if layers[0] <= layer < layers[1] and rows[0] < rows[1] and columns[0] < columns[1]:
+            runs_by_columns.setdefault(columns, []).append((*rows, rank))
+    strips = []
+    for (left, right), runs in sorted(runs_by_columns.items()):
         runs.sort()
         width = right - left
         bounds = [*(top * width for top, _, _ in runs), runs[-1][1] * width]
-        found.append((left, right, Cut.compact(bounds, [rank for _, _, rank in runs])))
-    return tuple(found)
+        strips.append((left, right, Cut.compact(bounds, [rank for _, _, rank in runs])))
+    return tuple(strips)
 
 
 def _ranged(numbers: Sequence[int]) -> Sequence[int]:
-    """The numbers as a range if they are one: constant memory, and a fast ``index``."""
+    """Return the numbers as a range if they are one: constant memory, and a fast ``index``."""
     if isinstance(numbers, range):
         return numbers
     step = numbers[1] - numbers[0] if len(numbers) > 1 else 1

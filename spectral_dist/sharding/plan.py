@@ -12,52 +12,62 @@ from spectral_dist.sharding.layout import Layout, Tile, holders_of
 
 @dataclass(frozen=True)
 class Bucket:
-    """Matrices exchanged and computed together: for each owner, the indices of its matrices."""
+    """Matrices that are exchanged and computed together.
+
+    Attributes:
+        matrices: the indices of each owner's matrices.
+        moves: whether any of them must be exchanged, the same on every rank: whether it is cut
+            among several ranks, or under ``gram`` is not stored in its slabs.
+        gram: whether they are orthogonalized in slabs, by strategy ``gram``.
+    """
 
     matrices: dict[int, list[int]]
     moves: bool
-    """Whether any is cut among several ranks (the same answer on every rank); of ``gram``, whether
-    any is not in its slabs."""
     gram: bool = False
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The owner of each layout's matrix, and the buckets in the order in which they are worked.
+    """The owner and strategy of each matrix, and the buckets in the order in which they are run.
 
     Owners and loads count ranks replica by replica: rank r of replica k is k * ranks + r. Under
-    ``gram`` all ranks of the owner's replica do the matrix, and the owner its polynomial.
+    ``gram`` all ranks of the owner's replica work on the matrix, and its owner evaluates the
+    polynomial.
+
+    Attributes:
+        owners: the owner of each layout's matrix.
+        buckets: all matrices, in the order in which they are exchanged and computed.
+        loads: each rank's Newton-Schulz cost per step, in multiply-adds (of ``gram`` matrices, that
+            of their polynomials); or the sum of ``load``, if ``make_plan`` was given one.
+        strategies: of each matrix: 'owner', 'gram', or 'local' where one rank holds it whole.
     """
 
     owners: tuple[int, ...]
     buckets: tuple[Bucket, ...]
     loads: tuple[float, ...]
-    """Each rank's Newton-Schulz cost per step, in multiply-adds; of ``gram``, the polynomials'; or
-    whatever else was balanced."""
     strategies: tuple[str, ...]
-    """Each matrix's: 'owner', 'gram', or 'local' where one rank holds it whole."""
 
     @property
     def imbalance(self) -> float:
-        """The largest load over the mean load; 1 is perfect."""
+        """Return the largest load over the mean load; 1 is perfect."""
         return max(self.loads) * len(self.loads) / sum(self.loads)
 
 
 def cost(shape: tuple[int, int]) -> float:
-    """Multiply-adds of one Newton-Schulz step: s^2 (2 l + s) with s the short side, l the long."""
+    """Return the multiply-adds of one Newton-Schulz step: s^2 (2 l + s), s short side, l long."""
     short, long = sorted(shape)
     return float(short * short * (2 * long + short))
 
 
 def polynomial_cost(shape: tuple[int, int]) -> float:
-    """Multiply-adds of one Newton-Schulz step on the Gram matrix of the short side, 4 s^3."""
+    """Return the multiply-adds of one Newton-Schulz step on the short side's Gram matrix, 4 s^3."""
     return 4.0 * min(shape) ** 3
 
 
 def gram_bucket_elements(shape: tuple[int, int], ranks: int) -> int:
-    """Elements that a rank keeps in a bucket of one matrix of ``gram``: its slab and the Gram.
+    """Return the elements that a rank holds of one ``gram`` matrix of a bucket: its slab and Grams.
 
-    The Gram twice, as a square and as halves, of numbers twice as wide as the wire's.
+    The Gram matrix counts twice, as a square and as halves, of numbers twice as wide as the wire's.
     """
     return -(-shape[0] * shape[1] // ranks) + 4 * min(shape) ** 2
 
@@ -67,62 +77,78 @@ def choose_owners(
     ranks: int,
     replicas: int = 1,
     gram: Sequence[bool] = (),
-    homes: Sequence[int] = (),
+    required_replicas: Sequence[int] = (),
     load: Callable[[tuple[int, int]], float] | None = None,
 ) -> tuple[list[int], list[bool], list[float]]:
-    """Owner, whether the matrix must move, and the resulting loads, by longest processing time.
+    """Choose the owner of each matrix by longest processing time.
 
-    gram: of each matrix, whether it is done in slabs; then any rank may have its polynomial.
-    homes: of each matrix, the replica that it must be done in, if that is not open.
-    load: of a shape, what is to be balanced; None: ``cost``, and ``polynomial_cost`` in slabs.
+    A matrix that one rank holds whole stays with it (in one of its replicas). The others go,
+    costliest first, to the least loaded rank: among the ranks that hold a part, if they are few (of
+    two with equal loads, to the one that holds more), else among all ranks.
 
-    Matrices that one rank holds whole stay with it (in one of its replicas); the others go,
-    costliest first, to the least loaded rank: of those that hold a part if they are few (of two
-    with equal loads, to the one that holds more), of all if not.
+    Args:
+        layouts: of all matrices.
+        ranks: the number of ranks of one replica.
+        replicas: the number of replicas.
+        gram: whether each matrix is orthogonalized in slabs, so that any rank may own its
+            polynomial; empty: none is.
+        required_replicas: the replica that must work on each matrix; empty: any replica may.
+        load: from a matrix's shape to what is to be balanced; None: ``cost``, or in slabs
+            ``polynomial_cost``.
+
+    Returns:
+        For each matrix its owner, and whether it must be exchanged; and each rank's load. Ranks are
+        counted replica by replica, as in ``Plan``.
     """
     owners, moves = [-1] * len(layouts), [False] * len(layouts)
     loads = [0.0] * (ranks * replicas)
-    open_: list[tuple[float, int, Sequence[int]]] = []
+    unassigned: list[tuple[float, int, Sequence[int]]] = []  # (-load, index, possible owners)
     for i, layout in enumerate(layouts):
         holders = holders_of(layout.storage()) if ranks > 1 else (0,)
         moves[i] = len(holders) > 1
         if gram and gram[i]:
-            moves[i] = not slabs(layout, ranks).still
-            open_.append((-(load or polynomial_cost)(layout.matrix.shape), i, range(ranks)))
+            moves[i] = not slabs(layout, ranks).in_place
+            unassigned.append((-(load or polynomial_cost)(layout.matrix.shape), i, range(ranks)))
         elif replicas > 1 or moves[i]:
-            open_.append((-(load or cost)(layout.matrix.shape), i, holders))
+            unassigned.append((-(load or cost)(layout.matrix.shape), i, holders))
         else:
             owners[i] = holders[0]
             loads[owners[i]] += (load or cost)(layout.matrix.shape)
-    heaps: dict[Hashable, list[tuple[float, int, int]]] = {}  # one for all that may go to the same
-    for negative, i, holders in sorted(open_, key=lambda item: item[:2]):
-        anywhere = ranks == 1 or len(holders) > max(2, ranks // 2)
-        storage = () if anywhere and not homes else layouts[i].storage()
-        home = homes[i] if homes else None
-        key = (storage, home, anywhere)
+    # one heap for all matrices that have the same possible owners and ties
+    heaps: dict[Hashable, list[tuple[float, int, int]]] = {}
+    for negative_load, i, holders in sorted(unassigned, key=lambda item: item[:2]):
+        any_owner = ranks == 1 or len(holders) > max(2, ranks // 2)
+        storage = () if any_owner and not required_replicas else layouts[i].storage()
+        required = required_replicas[i] if required_replicas else None
+        key = (storage, required, any_owner)
         if key not in heaps:
-            held = _held(storage)
+            numel_of = _stored_elements(storage)
             heaps[key] = [
-                (loads[k * ranks + r], -held.get(r, 0), k * ranks + r)
-                for k in (range(replicas) if home is None else (home,))
-                for r in (range(ranks) if anywhere else holders)
+                (loads[k * ranks + r], -numel_of.get(r, 0), k * ranks + r)
+                for k in (range(replicas) if required is None else (required,))
+                for r in (range(ranks) if any_owner else holders)
             ]
             heapq.heapify(heaps[key])
         owners[i] = _least_loaded(heaps[key], loads)
-        loads[owners[i]] -= negative
+        loads[owners[i]] -= negative_load
     return owners, moves, loads
 
 
-def _held(storage: Sequence[Tile]) -> dict[int, int]:
-    """How many elements of the tiles each rank stores, of those that store any."""
-    held: dict[int, int] = {}
+def _stored_elements(storage: Sequence[Tile]) -> dict[int, int]:
+    """Return {rank: how many elements of the tiles it stores}, without ranks that store none."""
+    numel_of: dict[int, int] = {}
     for rank, begin, end in (part for tile in storage for part in tile.parts()):
-        held[rank] = held.get(rank, 0) + end - begin
-    return held
+        numel_of[rank] = numel_of.get(rank, 0) + end - begin
+    return numel_of
 
 
 def _least_loaded(heap: list[tuple[float, int, int]], loads: Sequence[float]) -> int:
-    """The first owner of a heap of (load, tie, owner), whose loads may be of before they grew."""
+    """Return the owner of least load in a heap of (load, tie, owner), after bringing it up to date.
+
+    Args:
+        heap: its loads may be older, and so lower, than ``loads``; they are replaced on the way.
+        loads: the current load of each rank.
+    """
     while heap[0][0] != loads[heap[0][2]]:
         _, tie, owner = heap[0]
         heapq.heapreplace(heap, (loads[owner], tie, owner))
@@ -132,47 +158,69 @@ def _least_loaded(heap: list[tuple[float, int, int]], loads: Sequence[float]) ->
 def owner_buckets(
     layouts: Sequence[Layout], indices: list[int], owners: Sequence[int], numel: int
 ) -> Iterator[dict[int, list[int]]]:
-    """Cut each owner's matrices into runs of at most ``numel`` elements; the k-th runs together.
+    """Yield buckets of matrices that go whole to their owners.
 
-    Costliest first, so that the k-th runs of all owners cost about the same; equal shapes are
-    neighbours, so that a run holds few batches.
+    Each owner's matrices are cut into chunks of at most ``numel`` elements (or one matrix); the
+    k-th bucket is the k-th chunk of every owner. The costliest come first, so that the k-th chunks
+    cost about the same everywhere; equal shapes are neighbours, so that a chunk holds few batches.
+
+    Args:
+        layouts: of all matrices.
+        indices: of the matrices that are to be put into buckets.
+        owners: of all matrices.
+        numel: the most elements of a bucket on one owner.
+
+    Yields:
+        {owner: indices of its matrices} of one bucket.
     """
-    queues: dict[int, list[list[int]]] = {}
+    chunks_of: dict[int, list[list[int]]] = {}
     filled: dict[int, int] = {}
     for i in sorted(
         indices, key=lambda i: (-cost(layouts[i].matrix.shape), layouts[i].matrix.shape, i)
     ):
-        owner, more = owners[i], layouts[i].matrix.numel
-        runs = queues.setdefault(owner, [])
-        if not runs or filled[owner] + more > numel:
-            runs.append([])
+        owner, size = owners[i], layouts[i].matrix.numel
+        chunks = chunks_of.setdefault(owner, [])
+        if not chunks or filled[owner] + size > numel:
+            chunks.append([])
             filled[owner] = 0
-        runs[-1].append(i)
-        filled[owner] += more
-    for k in range(max(map(len, queues.values()), default=0)):
-        yield {owner: runs[k] for owner, runs in sorted(queues.items()) if k < len(runs)}
+        chunks[-1].append(i)
+        filled[owner] += size
+    for k in range(max(map(len, chunks_of.values()), default=0)):
+        yield {owner: chunks[k] for owner, chunks in sorted(chunks_of.items()) if k < len(chunks)}
 
 
 def gram_buckets(
     layouts: Sequence[Layout], indices: list[int], owners: Sequence[int], numel: int, ranks: int
 ) -> Iterator[dict[int, list[int]]]:
-    """``owner_buckets`` of ``gram``: each replica's matrices in runs of which no rank has too much.
+    """Yield buckets of matrices that stay in slabs.
 
-    In the order in which owners were chosen, so that the polynomials of a run are spread.
+    Each replica's matrices are cut into chunks of which no rank holds more than ``numel`` elements
+    (or one matrix); the k-th bucket is the k-th chunk of every replica. They come in the order in
+    which owners were chosen, so that a chunk's polynomials are spread over the ranks.
+
+    Args:
+        layouts: of all matrices.
+        indices: of the matrices that are to be put into buckets.
+        owners: of all matrices.
+        numel: the most elements of a bucket on one rank (``gram_bucket_elements``).
+        ranks: the number of ranks of one replica.
+
+    Yields:
+        {owner: indices of its matrices} of one bucket.
     """
-    queues: dict[int, list[list[int]]] = {}
+    chunks_of: dict[int, list[list[int]]] = {}
     filled: dict[int, int] = {}
     for i in sorted(indices, key=lambda i: (-polynomial_cost(layouts[i].matrix.shape), i)):
-        replica, more = owners[i] // ranks, gram_bucket_elements(layouts[i].matrix.shape, ranks)
-        runs = queues.setdefault(replica, [])
-        if not runs or filled[replica] + more > numel:
-            runs.append([])
+        replica, size = owners[i] // ranks, gram_bucket_elements(layouts[i].matrix.shape, ranks)
+        chunks = chunks_of.setdefault(replica, [])
+        if not chunks or filled[replica] + size > numel:
+            chunks.append([])
             filled[replica] = 0
-        runs[-1].append(i)
-        filled[replica] += more
-    for k in range(max(map(len, queues.values()), default=0)):
+        chunks[-1].append(i)
+        filled[replica] += size
+    for k in range(max(map(len, chunks_of.values()), default=0)):
         bucket: dict[int, list[int]] = {}
-        for i in (i for runs in queues.values() if k < len(runs) for i in runs[k]):
+        for i in (i for chunks in chunks_of.values() if k < len(chunks) for i in chunks[k]):
             bucket.setdefault(owners[i], []).append(i)
         yield dict(sorted(bucket.items()))
 
@@ -184,27 +232,34 @@ def make_plan(
     replicas: int = 1,
     *,
     gram: Sequence[bool] = (),
-    homes: Sequence[int] = (),
+    required_replicas: Sequence[int] = (),
     load: Callable[[tuple[int, int]], float] | None = None,
 ) -> Plan:
-    """Owners and buckets. A bucket holds at most ``bucket_numel`` elements (or one matrix) a rank.
+    """Choose the owners of matrices and divide them into buckets.
 
-    ``ranks`` are those of one replica. Buckets that move come after the first one that does not,
-    so that their first exchange is in flight while that one is computed. ``gram``, ``homes`` and
-    ``load``: as ``choose_owners``; a matrix that one rank holds whole is no matter for ``gram``.
+    Buckets that move come after the first one that does not, so that their first exchange is in
+    flight while that one is computed.
+
+    Args:
+        layouts: of all matrices, equal on all ranks.
+        ranks: the number of ranks of one replica.
+        bucket_numel: the most elements (or one matrix) that a rank has of a bucket.
+        replicas: the number of replicas.
+        gram, required_replicas, load: as in ``choose_owners``; ``gram`` has no effect on a matrix
+            that one rank holds whole.
     """
-    cut = [len(holders_of(x.storage())) > 1 for x in layouts] if any(gram) else []
-    gram = [wanted and apart for wanted, apart in zip(gram, cut, strict=True)] if cut else []
-    owners, moves, loads = choose_owners(layouts, ranks, replicas, gram, homes, load)
-    # every replica gets the directions of all of them: share the bound among replicas
+    is_cut = [len(holders_of(x.storage())) > 1 for x in layouts] if any(gram) else []
+    gram = [wanted and cut for wanted, cut in zip(gram, is_cut, strict=True)] if is_cut else []
+    owners, moves, loads = choose_owners(layouts, ranks, replicas, gram, required_replicas, load)
+    # every replica receives the directions of all replicas' matrices: they share the bound
     limit = max(1, bucket_numel // replicas)
-    at_rest, in_motion = (
-        [Bucket(c, moving) for c in owner_buckets(layouts, found, owners, limit)]
-        + [Bucket(c, moving, True) for c in gram_buckets(layouts, slabbed, owners, limit, ranks)]
+    local, communicated = (
+        [Bucket(c, moving) for c in owner_buckets(layouts, whole, owners, limit)]
+        + [Bucket(c, moving, True) for c in gram_buckets(layouts, in_slabs, owners, limit, ranks)]
         for moving in (False, True)
-        for found, slabbed in [_split_by_strategy(moves, moving, gram)]
+        for whole, in_slabs in [_split_by_strategy(moves, moving, gram)]
     )
-    buckets = (*at_rest[:1], *in_motion, *at_rest[1:])
+    buckets = (*local[:1], *communicated, *local[1:])
     strategies = tuple(
         "gram" if gram and gram[i] else "owner" if m else "local" for i, m in enumerate(moves)
     )
@@ -214,6 +269,12 @@ def make_plan(
 def _split_by_strategy(
     moves: Sequence[bool], moving: bool, gram: Sequence[bool]
 ) -> tuple[list[int], list[int]]:
-    """Indices of the matrices that move, or of those that do not: whole, and in slabs."""
-    found = [i for i, m in enumerate(moves) if m == moving]
-    return [i for i in found if not (gram and gram[i])], [i for i in found if gram and gram[i]]
+    """Return the indices of matrices that go whole to owners, and of those that stay in slabs.
+
+    Args:
+        moves: whether each matrix is exchanged.
+        moving: whether to return those that are exchanged, or the others.
+        gram: whether each matrix stays in slabs; empty: none does.
+    """
+    indices = [i for i, m in enumerate(moves) if m == moving]
+    return [i for i in indices if not (gram and gram[i])], [i for i in indices if gram and gram[i]]

@@ -1,7 +1,7 @@
-"""Shards -> slabs -> shards: the parcels of a bucket whose matrices stay cut along their long side.
+"""Shards -> slabs -> shards: how a bucket is packed whose matrices stay cut along their long side.
 
-A run of a row-major tile meets a slab in up to three rectangles. They travel in one order; each end
-reads or writes them as strided views of its own flat tensor.
+A run of a row-major tile meets a slab in up to three rectangles. They travel in one order; sender
+and receiver read or write them as strided views of their own flat tensors.
 """
 
 from __future__ import annotations
@@ -22,31 +22,42 @@ from spectral_dist.sharding.plan import Bucket
 
 @dataclass(frozen=True, slots=True)
 class SlabBatch:
-    """Matrices of one shape and one cut, of each of which this rank has a slab in a bucket."""
+    """Matrices of one shape and one cut, of each of which this rank has a slab in a bucket.
+
+    Attributes:
+        matrices: indices of their layouts.
+        owners: the rank of the group that evaluates each one's polynomial, ascending.
+        shape: (m, n) of the whole matrices.
+        cut: how each matrix is cut into slabs.
+        box: this rank's slab of each.
+    """
 
     matrices: tuple[int, ...]
     owners: tuple[int, ...]
-    """the rank of the group that evaluates each one's polynomial, ascending"""
     shape: tuple[int, int]
-    """of the whole matrices"""
     cut: Slabs
     box: Box
-    """this rank's slab"""
 
     @property
     def numel(self) -> int:
-        """Elements of this rank's slabs."""
+        """Return the number of elements of this rank's slabs."""
         return len(self.matrices) * self.box.numel
 
 
 class Rectangles:
-    """Rectangles of a flat tensor in an order: (first element, rows, stride, width) of each."""
+    """A sequence of rectangles of a flat tensor, gathered into and scattered from a packed one.
 
-    def __init__(self, found: Iterable[tuple[int, int, int, int]], numel: int) -> None:
+    Args:
+        rectangles: (first element, rows, stride, width) of each, in the order of the packed tensor;
+            neighbours that are contiguous are joined.
+        numel: the number of elements of the flat tensor.
+    """
+
+    def __init__(self, rectangles: Iterable[tuple[int, int, int, int]], numel: int) -> None:
         self.numel = numel
         self._parts: list[tuple[int, int, int, int]] = []
-        for offset, rows, stride, width in found:
-            if rows == 1 or stride == width:  # a run
+        for offset, rows, stride, width in rectangles:
+            if rows == 1 or stride == width:  # contiguous
                 rows, stride, width = 1, rows * width, rows * width
                 if self._parts:
                     first, count, _, length = self._parts[-1]
@@ -57,7 +68,7 @@ class Rectangles:
         self._in_order = not numel or self._parts == [(0, 1, numel, numel)]
 
     def gather(self, flat: Tensor) -> Tensor:
-        """The rectangles out of it, one after the other."""
+        """Return the rectangles of a flat tensor, packed one after the other."""
         if self._in_order:
             return flat
         packed = flat.new_empty(sum(rows * width for _, rows, _, width in self._parts))
@@ -65,7 +76,7 @@ class Rectangles:
         return packed
 
     def scatter(self, packed: Tensor) -> Tensor:
-        """The inverse: a flat tensor of ``numel`` elements, which they fill."""
+        """Return a flat tensor of ``numel`` elements, filled with packed rectangles."""
         if self._in_order:
             return packed
         flat = packed.new_empty(self.numel)
@@ -82,25 +93,33 @@ class Rectangles:
             yield flat.as_strided((rows, width), (stride, 1), begin + offset)
 
     def _packed(self, packed: Tensor) -> Iterator[Tensor]:
-        at = packed.storage_offset()
+        begin = packed.storage_offset()
         for _, rows, _, width in self._parts:
-            yield packed.as_strided((rows, width), (width, 1), at)
-            at += rows * width
+            yield packed.as_strided((rows, width), (width, 1), begin)
+            begin += rows * width
 
 
 class SlabPacking:
-    """Parcels of slabs; ``Packing``."""
+    """``Packing`` of a bucket whose matrices stay in slabs.
 
-    def __init__(self, batches: list[SlabBatch], leaving: Rectangles, landing: Rectangles) -> None:
-        self.batches, self._leaving, self._landing = batches, leaving, landing
+    Args:
+        batches: of which this rank has slabs.
+        outgoing: where what this rank sends lies in its runs, in the order of sending.
+        incoming: where what it receives lies in its slabs, in the order of receiving.
+    """
+
+    def __init__(
+        self, batches: list[SlabBatch], outgoing: Rectangles, incoming: Rectangles
+    ) -> None:
+        self.batches, self._outgoing, self._incoming = batches, outgoing, incoming
 
     def pack_to_send(self, runs: Tensor) -> Tensor:
-        """By rank, then batch, matrix, tile, rectangle."""
-        return self._leaving.gather(runs)
+        """Return the runs' elements by receiving rank, then batch, matrix, tile, rectangle."""
+        return self._outgoing.gather(runs)
 
     def unpack_matrices(self, received: Tensor) -> list[Tensor]:
-        """This rank's slabs, (k, rows, columns) of each batch; rows or columns may be 0."""
-        flat = self._landing.scatter(received)
+        """Return this rank's slabs, (k, rows, columns) for each batch; rows or columns may be 0."""
+        flat = self._incoming.scatter(received)
         parts = torch.split(flat, [batch.numel for batch in self.batches])
         return [
             part.view(len(batch.matrices), batch.box.rows, batch.box.cols)
@@ -110,18 +129,27 @@ class SlabPacking:
     def pack_directions(
         self, directions: list[Tensor], dtype: torch.dtype, device: torch.device
     ) -> Tensor:
-        """In the order of arrival."""
-        return self._landing.gather(pack(directions, dtype, device))
+        """Return the slabs' directions, flat, in the order in which the slabs were received."""
+        return self._incoming.gather(pack(directions, dtype, device))
 
     def unpack_directions(self, runs: Tensor) -> Tensor:
-        """In the order of the runs."""
-        return self._leaving.scatter(runs)
+        """Return the directions that came back, flat, in the order of the runs."""
+        return self._outgoing.scatter(runs)
 
 
 def slab_batches(
     layouts: Sequence[Layout], owners: dict[int, list[int]], rank: int, ranks: int
 ) -> list[SlabBatch]:
-    """Of one replica's matrices, by owner; equal on all its ranks but for their own slab."""
+    """Group one replica's matrices of a bucket into batches of one shape, orientation and cut.
+
+    The batches are equal on all the replica's ranks, except for ``SlabBatch.box``.
+
+    Args:
+        layouts: of all matrices.
+        owners: the indices of each owner's matrices.
+        rank: this rank in its replica.
+        ranks: the number of ranks of a replica.
+    """
     by_cut: dict[tuple[tuple[int, int], bool, Slabs], list[tuple[int, int]]] = {}
     for owner, matrices in sorted(owners.items()):
         for i in matrices:
@@ -130,36 +158,45 @@ def slab_batches(
             by_cut.setdefault(key, []).append((owner % ranks, i))
     return [
         SlabBatch(
-            tuple(i for _, i in found),
-            tuple(owner for owner, _ in found),
+            tuple(i for _, i in owners_and_indices),
+            tuple(owner for owner, _ in owners_and_indices),
             shape,
             cut,
             cut.box(rank, shape),
         )
-        for (shape, _, cut), found in by_cut.items()
+        for (shape, _, cut), owners_and_indices in by_cut.items()
     ]
 
 
 def route_to_slabs(
     bucket: Bucket, layouts: Sequence[Layout], rank: int, ranks: int, replica: int, replicas: int
 ) -> tuple[BucketRoute, list[SlabBatch]]:
-    """Of a bucket of ``gram``, and this replica's batches of it."""
+    """Return this rank's route for a bucket of ``gram``, and its replica's batches of that bucket.
+
+    Args:
+        bucket: the matrices and their owners.
+        layouts: of all matrices.
+        rank: this rank in its replica.
+        ranks: the number of ranks of a replica.
+        replica: this rank's replica.
+        replicas: the number of replicas.
+    """
     order = []
     batches: list[SlabBatch] = []
     for k in range(replicas):
-        owners = {o: found for o, found in bucket.matrices.items() if o // ranks == k}
-        found = slab_batches(layouts, owners, rank, ranks)
+        owners = {o: indices for o, indices in bucket.matrices.items() if o // ranks == k}
+        replica_batches = slab_batches(layouts, owners, rank, ranks)
         if k == replica:
-            batches = found
-        order += [(k, pieces_of(layouts[i], i, rank)) for b in found for i in b.matrices]
+            batches = replica_batches
+        order += [(k, pieces_of(layouts[i], i, rank)) for b in replica_batches for i in b.matrices]
     cuts = tuple(
         (batch.shape, batch.cut, tuple(layouts[i].storage() for i in batch.matrices))
         for batch in batches
     )
-    leaving, send_counts, landing, recv_counts = _ends(cuts, rank, ranks)
+    outgoing, send_counts, incoming, recv_counts = _transfers(cuts, rank, ranks)
     route = BucketRoute(
         bucket.moves,
-        SlabPacking(batches, leaving, landing),
+        SlabPacking(batches, outgoing, incoming),
         [batch.matrices for batch in batches],
         send_counts=send_counts,
         recv_counts=recv_counts,
@@ -170,53 +207,67 @@ def route_to_slabs(
 
 
 Cuts: TypeAlias = tuple[tuple[tuple[int, int], Slabs, tuple[tuple[Tile, ...], ...]], ...]
-"""Of each batch: the shape, the slabs, how each matrix is stored."""
+"""(shape, slabs, the storage of each matrix) for each batch."""
 
 
 @lru_cache(maxsize=64)
-def _ends(
+def _transfers(
     cuts: Cuts, rank: int, ranks: int
 ) -> tuple[Rectangles, Sequence[int], Rectangles, Sequence[int]]:
-    """This rank's runs by the slabs that they meet, and how much goes to each rank; and where in
-    its slabs what arrives belongs, and how much comes from each rank.
+    """Compute which rectangles travel between this rank's runs and the ranks' slabs.
 
-    Once for all buckets whose matrices are cut alike.
+    The result is cached for all buckets whose matrices are cut alike.
+
+    Returns:
+        The rectangles of its runs that this rank sends, and how many elements go to each rank; the
+        rectangles of its slabs that it receives, and how many elements come from each rank.
     """
-    leaving, landing = _End(), _End()
+    outgoing, incoming = _TransferIndex(), _TransferIndex()
     for shape, cut, storages in cuts:
         slab = cut.box(rank, shape)
         for storage in storages:
             for tile in storage:
                 begin, end = tile.part(rank)
                 for other, box in cut.overlapping(tile, begin, end, shape):
-                    leaving.add(
-                        other, intersect(tile, begin, end, box), tile, leaving.numel - begin
+                    outgoing.add(
+                        other, intersect(tile, begin, end, box), tile, outgoing.numel - begin
                     )
-                leaving.numel += end - begin
+                outgoing.numel += end - begin
                 for other, first, last in parts_in(tile, slab):
-                    landing.add(other, intersect(tile, first, last, slab), slab, landing.numel)
-            landing.numel += slab.numel
-    return *leaving.packed(ranks), *landing.packed(ranks)
+                    incoming.add(other, intersect(tile, first, last, slab), slab, incoming.numel)
+            incoming.numel += slab.numel
+    return *outgoing.packed(ranks), *incoming.packed(ranks)
 
 
-class _End:
-    """Where what travels lies in a flat tensor of ``numel`` elements of this rank."""
+class _TransferIndex:
+    """The rectangles of a flat tensor of this rank that travel, collected by the other rank.
+
+    Attributes:
+        numel: elements of the flat tensor; whoever adds rectangles advances it.
+    """
 
     def __init__(self) -> None:
         self.numel = 0
         self._parts: list[tuple[int, int, tuple[int, int, int, int]]] = []
-        self._sizes: dict[int, int] = {}
+        self._counts: dict[int, int] = {}
 
     def add(self, other: int, boxes: Iterable[Box], frame: Box | Tile, base: int) -> None:
-        """Boxes that go to ``other`` or come from it, of a row-major frame that is at ``base``."""
+        """Add boxes that are sent to, or received from, rank ``other``.
+
+        Args:
+            other: the other rank.
+            boxes: rectangles of the matrix, inside of the frame.
+            frame: the row-major rectangle of the matrix that the flat tensor stores them in.
+            base: where the frame's first element is, or would be, in the flat tensor.
+        """
         for box in boxes:
             first = base + (box.row - frame.row) * frame.cols + box.col - frame.col
             self._parts.append((other, len(self._parts), (first, box.rows, frame.cols, box.cols)))
-            self._sizes[other] = self._sizes.get(other, 0) + box.numel
+            self._counts[other] = self._counts.get(other, 0) + box.numel
 
     def packed(self, ranks: int) -> tuple[Rectangles, Sequence[int]]:
-        """All in the order in which they travel, rank by rank; the elements of each rank."""
-        sizes = [0] * ranks
-        for other, size in self._sizes.items():
-            sizes[other] = size
-        return Rectangles((part for _, _, part in sorted(self._parts)), self.numel), tuple(sizes)
+        """Return all rectangles, rank by rank as they travel, and the elements of each rank."""
+        counts = [0] * ranks
+        for other, count in self._counts.items():
+            counts[other] = count
+        return Rectangles((part for _, _, part in sorted(self._parts)), self.numel), tuple(counts)

@@ -151,7 +151,7 @@ def full(name: str, kind: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 def divided(division: str, empty: bool = False) -> list[Any]:
     """This rank's parts under a division; scalars are on every rank that has rows."""
-    from spectral_dist.core.matrix_state import Part
+    from spectral_dist.core.matrix_state import MatrixStatePart
 
     rank, parts = dist.get_rank(), []
     for name, (owner, bounds) in DIVISIONS[division].items():
@@ -161,10 +161,12 @@ def divided(division: str, empty: bool = False) -> list[Any]:
             if kind == "basis" and bounds is not None:
                 begin, end = bounds[rank : rank + 2]
                 if begin < end:
-                    parts.append(Part(name, kind, shape, (begin, 0), whole[begin:end], True))
+                    parts.append(
+                        MatrixStatePart(name, kind, shape, (begin, 0), whole[begin:end], True)
+                    )
             elif rank == owner or (bounds is not None and not shape):
                 zeros = (0,) * len(shape)
-                parts.append(Part(name, kind, shape, zeros, whole, rank == owner))
+                parts.append(MatrixStatePart(name, kind, shape, zeros, whole, rank == owner))
     return parts
 
 

@@ -14,7 +14,15 @@ from itertools import pairwise, product
 import torch
 from torch import Tensor
 
-from spectral_dist.sharding.layout import Box, Cut, Layout, Matrix, Tile, flat_layout, grid_layout
+from spectral_dist.sharding.layout import (
+    Cut,
+    Layout,
+    Matrix,
+    StackBox,
+    Tile,
+    flat_layout,
+    grid_layout,
+)
 
 UNTOUCHED = -7.0
 
@@ -209,7 +217,7 @@ class Builder:
             order.sort()
         edges = [self.edges(size, parts) for size, parts in zip((layers, m, n), grid, strict=True)]
         places = dict(zip(order, product(*map(range, grid)), strict=True))
-        found: list[Box] = []
+        found: list[StackBox] = []
         for rank in range(self.ranks):
             begin_end = [(e[i], e[i + 1]) for e, i in zip(edges, places[rank], strict=True)]
             found.append((begin_end[0], begin_end[1], begin_end[2]))
@@ -231,7 +239,7 @@ class Builder:
             return [min(size, i * chunk) for i in range(parts + 1)]
         return [0, *sorted(self.rng.randint(0, size) for _ in range(parts - 1)), size]
 
-    def add_boxes(self, shape: tuple[int, int, int], boxes: tuple[Box, ...]) -> None:
+    def add_boxes(self, shape: tuple[int, int, int], boxes: tuple[StackBox, ...]) -> None:
         layers, m, n = shape
         values = self.new_values(layers * m * n).view(shape)
         out, holders = torch.full(shape, UNTOUCHED), torch.full(shape, -1)
