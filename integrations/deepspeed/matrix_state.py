@@ -42,7 +42,7 @@ def checkpoint_matrix_state(engine: Any, optimizer: SpectralOptimizer) -> None:
         rule = {RULE_KEY: optimizer.rule_name}
         if not keeps_state:
             return rule
-        optimizer.locate()
+        optimizer.initialize_state()
         state_folder = (folder / FOLDER).absolute()
         identifier = checkpoint.save_matrix_state(state_folder, optimizer)
         return {**rule, FOLDER: {"folder": str(state_folder), "id": identifier}}
@@ -75,7 +75,7 @@ def checkpoint_matrix_state(engine: Any, optimizer: SpectralOptimizer) -> None:
                     " load_optimizer_states=False"
                 )
         if state_folder is not None:
-            optimizer.locate()
+            optimizer.initialize_state()
             checkpoint.load_matrix_state(state_folder, optimizer, entry and entry["id"])
 
     wrap_checkpoints(engine, after_load, before_save, before_load)

@@ -117,7 +117,7 @@ class ZeroPlacement(ReplicatedPlacement):
         assert self.group is not None
         return [_place_flat(routes, tensors[0], self.group, device)]
 
-    def _are_whole(self, routes: Sequence[Route], tensors: Sequence[Tensor]) -> bool:
+    def _are_whole(self, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]) -> bool:
         """Return whether the tensors are whole parameters, as at stage 0."""
         return [tuple(t.shape) for t in tensors] == [route.shape for route in routes]
 

@@ -161,7 +161,7 @@ def expert_parallel_size(collection: Any) -> int:
 
 def _routes(
     chunks: Sequence[nn.Module], reader: MegatronReader, routing: Mapping[str, Any]
-) -> dict[int, Route]:
+) -> dict[int, ParamSpec]:
     """Return the route of every parameter of all chunks, by its id, and show the table of them.
 
     Args:
@@ -176,7 +176,7 @@ def _routes(
             model = inside
         else:
             model.add_module(f"chunk{index}", inside)
-    routes = classify(model, reader=reader, anywhere=on_any_stage, **routing)
+    routes = classify(model, make_inspector=reader, any_stage=on_any_stage, **routing)
     show(routes)
     return {id(route.parameter): route for route in routes}
 
@@ -192,7 +192,7 @@ def on_any_stage(flags: list[bool]) -> list[bool]:
     return [any(text[i] == "1" for text in texts) for i in range(len(flags))]
 
 
-def _kind_overrides(routes: Mapping[int, Route]) -> dict[ParamKey, dict[str, Any]]:
+def _kind_overrides(routes: Mapping[int, ParamSpec]) -> dict[ParamKey, dict[str, Any]]:
     """Return ``config_overrides`` that make Megatron put each kind of parameters into own groups.
 
     The kinds are matrices, matrices whose polar factor is taken exactly, skew parameters, and the
@@ -214,7 +214,7 @@ def _kind_overrides(routes: Mapping[int, Route]) -> dict[ParamKey, dict[str, Any
     return overrides
 
 
-def _group_kind(route: Route) -> str:
+def _group_kind(route: ParamSpec) -> str:
     """Return the kind by which a parameter is put into a group."""
     return ONE_SIDED if route.kind == "matrix" and route.one_sided else route.kind
 

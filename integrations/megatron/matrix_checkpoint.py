@@ -26,7 +26,9 @@ PREFIX = "optimizer.spectral"
 """The prefix of keys in checkpoints; those of parameters' states begin with ``optimizer.state``."""
 
 
-def sharded(parts: Iterable[Part], copied: Collection[str], loading: bool) -> ShardedTensorFactory:
+def sharded(
+    parts: Iterable[MatrixStatePart], copied: Collection[str], loading: bool
+) -> ShardedTensorFactory:
     """Return an entry of a sharded state dict that saves matrix state, or loads it.
 
     Every rank has to have one in its state dict. It is a factory because ``ChainedOptimizer``
@@ -49,7 +51,7 @@ def sharded(parts: Iterable[Part], copied: Collection[str], loading: bool) -> Sh
     return ShardedTensorFactory(ENTRY, None, build, lambda loaded: loaded)
 
 
-def fill(parts: Iterable[Part], loaded: Mapping[str, Tensor]) -> None:
+def fill(parts: Iterable[MatrixStatePart], loaded: Mapping[str, Tensor]) -> None:
     """Copy what Megatron has loaded for ``sharded`` into the optimizer's matrix state.
 
     Args:
@@ -71,17 +73,17 @@ def fill(parts: Iterable[Part], loaded: Mapping[str, Tensor]) -> None:
         part.values.data.copy_(loaded[_label(part)])
 
 
-def _key(part: Part) -> str:
+def _key(part: MatrixStatePart) -> str:
     """Return the checkpoint's key of a quantity of a matrix."""
     return f"{PREFIX}.{part.name}.{part.matrix}"
 
 
-def _label(part: Part) -> str:
+def _label(part: MatrixStatePart) -> str:
     """Return a key of the part in the state dict, which holds several of one quantity."""
     return f"{_key(part)}@{','.join(map(str, part.offsets))}"
 
 
-def _sharded_tensor(part: Part, copied: Collection[str]) -> ShardedTensor:
+def _sharded_tensor(part: MatrixStatePart, copied: Collection[str]) -> ShardedTensor:
     """Return Megatron's description of a part: its box in the whole quantity, and its values."""
     shape = tuple(part.values.shape)
     # None allows boxes of any size; torch checks at saving that they cover the whole exactly once

@@ -95,14 +95,14 @@ class MegatronPlacement(ReplicatedPlacement):
         Parameters that are no matrices count as tiled, since AdamW steps them where they lie.
         """
         ranks = self.reader.ranks_of(routes[0].parameter)
-        cut: list[Route] = []
-        copied: list[Route] = []
+        cut: list[ParamSpec] = []
+        copied: list[ParamSpec] = []
         for route in routes:
             tiled = cut_dimension(route.parameter) is not None and ranks.tensor_size > 1
             (cut if tiled or group["kind"] != "matrix" else copied).append(route)
         return [self._locate(subset, ranks, subset is cut) for subset in (cut, copied) if subset]
 
-    def _locate(self, routes: Sequence[Route], ranks: MegatronRanks, tiled: bool) -> Located:
+    def _locate(self, routes: Sequence[ParamSpec], ranks: MegatronRanks, tiled: bool) -> Located:
         """Locate parameters that are all tiled, or all the same on every tensor-parallel rank."""
         layouts: list[Layout] = []
         spans: list[tuple[str, int, int, int]] = []

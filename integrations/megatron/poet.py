@@ -127,7 +127,7 @@ def _check_plain(model: nn.Module) -> None:
         raise ValueError("poet.convert: this model has been converted already")
 
 
-def _layers_to_rotate(model: nn.Module, routes: Sequence[Route]) -> list[Any]:
+def _layers_to_rotate(model: nn.Module, routes: Sequence[ParamSpec]) -> list[Any]:
     """Return the layers to rotate, in the model's order; warn of matrices that are left to AdamW.
 
     Raises:

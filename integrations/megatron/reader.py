@@ -33,16 +33,16 @@ class MegatronReader:
         self.ranks, self.expert_ranks, self.names = ranks, expert_ranks, names
         self._gated: set[int] = set()
 
-    def __call__(self, model: nn.Module) -> Reader:
+    def __call__(self, model: nn.Module) -> Inspector:
         """Return a function that says what each parameter of the model is."""
         splits = fused_splits(model)
         self._gated |= {key for key, split in splits.items() if split == GATE_AND_UP}
 
-        def read(name: str, parameter: nn.Parameter, module: nn.Module) -> Reading:
+        def read(name: str, parameter: nn.Parameter, module: nn.Module) -> ParamInfo:
             shape = self._full_shape(parameter)
             kind, reason = _kind_and_reason(name, parameter, module, len(shape))
             split, global_name = splits.get(id(parameter)), self.names[id(parameter)]
-            return Reading(shape, kind, reason, split=split, name=global_name)
+            return ParamInfo(shape, kind, reason, split=split, name=global_name)
 
         return read
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.core.units import MatrixUnit
-from spectral_dist.params.spec import Route
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.rules.sumo import SUMOOptions, is_refresh_step, rank_of
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Meter
@@ -119,7 +119,9 @@ class Projection:
         optimizer.register_step_post_hook(self._after_step)
         model.register_comm_hook(self, Projection.reduce)
 
-    def _find_matrices(self, model: DistributedDataParallel) -> list[tuple[Route, ProjectedMatrix]]:
+    def _find_matrices(
+        self, model: DistributedDataParallel
+    ) -> list[tuple[ParamSpec, ProjectedMatrix]]:
         """Return each matrix of the optimizer, with the route of its parameter.
 
         Raises:
@@ -127,7 +129,7 @@ class Projection:
         """
         model_ids = {id(p) for p in model.parameters()}
         matrices = []
-        self.optimizer.locate()
+        self.optimizer.initialize_state()
         for group in self.optimizer.param_groups:
             if group["kind"] != "matrix":
                 continue

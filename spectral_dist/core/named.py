@@ -94,7 +94,7 @@ def stub() -> str:
 
     ``python -m spectral_dist.core.named > spectral_dist/optimizers.pyi`` writes it anew.
     """
-    own = sorted(registry.builtin_entries(), key=lambda e: (not e.title.isupper(), e.title))
+    entries = sorted(registry.builtin_entries(), key=lambda e: (not e.title.isupper(), e.title))
     lines = [
         '"""Made by `python -m spectral_dist.core.named`: the optimizers, as editors see them."""',
         "from collections.abc import Iterable, Mapping, Sequence",

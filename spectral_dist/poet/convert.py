@@ -166,7 +166,7 @@ def _block(settings: Settings, patterns: Patterns, key: str, side: str) -> Block
     return size[side != "in"]
 
 
-def _linears(model: nn.Module, matrices: Iterable[str], scalars: Iterable[str]) -> list[Route]:
+def _linears(model: nn.Module, matrices: Iterable[str], scalars: Iterable[str]) -> list[ParamSpec]:
     """Return the weights to rotate: those matrices that are a plain nn.Linear's.
 
     Raises:
