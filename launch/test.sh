@@ -31,7 +31,8 @@ case $which in
     shift
     install deepspeed,train,mpi,test
     megatron
-    set -- tests/faults -m "slow or not slow" "$@"
+    tests=tests/faults
+    set -- -m "slow or not slow" "$@"
     ;;
   *)
     install deepspeed,train,mpi,test

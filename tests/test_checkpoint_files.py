@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 import hashlib
+import io
 import json
 import pickle
 import random
@@ -19,7 +21,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 import spectral_dist
 from spectral_dist import checkpoint
-from spectral_dist.checkpoint import dcp
+from spectral_dist.checkpoint import dcp, plain
 from spectral_dist.checkpoint import files as checkpoint_files
 from tests import harness
 from tests.support import together
@@ -340,3 +342,27 @@ def several(folder: str, layout: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", RULES)
 def test_every_rank_refuses_what_one_finds_damaged(layout: str, kind: str, tmp_path: Path) -> None:
     harness.run(2, several, str(tmp_path), layout, kind)
+
+
+class Kind(enum.Enum):
+    """As torch's metadata has one."""
+
+    A = 1
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """As Python 3.11.0 to 3.11.3 pickles it."""
+        return getattr, (Kind, "A")
+
+
+class Attribute:
+    """What reads an attribute of a class that is no enum."""
+
+    def __reduce__(self) -> Any:
+        return getattr, (torch.Size, "numel")
+
+
+def test_enums_as_older_pythons_pickle_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plain, "CLASSES", {*plain.CLASSES, (__name__, "Kind")})
+    assert plain.Unpickler(io.BytesIO(pickle.dumps(Kind.A))).load() is Kind.A
+    with pytest.raises(pickle.UnpicklingError, match="it reads attributes"):
+        plain.Unpickler(io.BytesIO(pickle.dumps(Attribute()))).load()

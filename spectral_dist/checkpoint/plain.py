@@ -6,6 +6,7 @@ torch.distributed.checkpoint alone.
 
 from __future__ import annotations
 
+import enum
 import io
 import pickle
 import zipfile
@@ -82,6 +83,8 @@ class Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a class or dtype that metadata may have; raise an UnpicklingError for others."""
+        if (module, name) == ("builtins", "getattr"):  # by which Python below 3.11.4 pickles enums
+            return _member
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if (module, name) not in CLASSES:
@@ -89,6 +92,13 @@ class Unpickler(pickle.Unpickler):
                 f"it names {module}.{name}, which no checkpoint of tensors needs"
             )
         return super().find_class(module, name)
+
+
+def _member(kind: object, name: str) -> enum.Enum:
+    """Return a member of an enum, and nothing else that ``getattr`` could."""
+    if not (isinstance(kind, type) and issubclass(kind, enum.Enum)):
+        raise pickle.UnpicklingError("it reads attributes, which no checkpoint of tensors needs")
+    return kind[name]
 
 
 def check_plain(values: Mapping[str, Any], where: str) -> None:

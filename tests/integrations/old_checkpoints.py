@@ -371,7 +371,8 @@ def pack(folder: Path) -> None:
 def unpack(part: str, name: str, folder: Path) -> tuple[str, dict[str, Tensor]]:
     """The checkpoint, now in ``folder``, and the weights after ``LAST`` steps."""
     with tarfile.open(DATA / part / f"{name}.tar.xz") as archive:
-        archive.extractall(folder, filter="data")
+        safely: Any = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}  # from 3.11.4
+        archive.extractall(folder, **safely)
     return str(folder / name), torch.load(folder / f"{name}_after.pt", weights_only=True)
 
 
