@@ -158,7 +158,7 @@ class Noted(dict[str, Any]):
         self.asked[str(key)] = None
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As of a dict."""
+        """Return a setting or the default, and note that it was asked for."""
         self._note(key)
         return super().get(key, default)
 

@@ -47,6 +47,7 @@ STAND_INS: dict[str, Callable[..., Any]] = {
     "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler": Ignored,
     "deepspeed.utils.tensor_fragment.fragment_address": Ignored,
     "deepspeed.runtime.zero.config.ZeroStageEnum": int,
+    "builtins.getattr": Ignored,  # by which Python 3.11.0 to 3.11.3 pickles enums: that one
 }
 """What takes the place of classes that are named in the state of ZeRO's optimizers."""
 

@@ -55,11 +55,11 @@ class Forked:
         return self._process.exitcode
 
     def poll(self) -> int | None:
-        """As of ``subprocess``."""
+        """Return the exit status, or None while it runs."""
         return self.returncode
 
     def wait(self, timeout: float) -> int:
-        """As of ``subprocess``."""
+        """Return the exit status; raise subprocess.TimeoutExpired after so many seconds."""
         self._process.join(timeout)
         status = self.poll()
         if status is None:

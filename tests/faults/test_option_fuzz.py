@@ -87,7 +87,7 @@ def construct_and_step(title: str, name: str, value: object) -> None:
 
 
 def write_and_step(title: str, name: str, value: object) -> None:
-    """As a scheduler does, after a good step; an error leaves everything as it was."""
+    """Write as a scheduler does, after a good step; an error leaves everything as it was."""
     model = model_for(title)
     optimizer = optimizer_of(title, model)
     take_step(model, optimizer)

@@ -34,7 +34,7 @@ class Trial(Job):
     """A job whose ranks can be struck."""
 
     def options(self, engine: str, steps: int = STEPS) -> list[str]:
-        """Of ddp, fsdp, megatron, or ds1 to ds3 for a stage of ZeRO; Muon."""
+        """Return the options of ddp, fsdp, megatron or, for a ZeRO stage, ds1 to ds3; Muon."""
         if engine.startswith("ds"):
             return ["--config", str(self.config(engine, int(engine[2:]), MUON, steps))]
         optimizer: dict[str, Any] = {"type": "Muon", "lr": 0.01}

@@ -63,7 +63,7 @@ def test_nothing_is_said_of_rates_that_nobody_writes(stage: int) -> None:
 
 
 def test_its_own_schedulers_keep_the_ratio() -> None:
-    """They write one lr into every group."""
+    """DeepSpeed's schedulers write one lr into every group."""
     (seen,) = harness.run(1, rates, "json")
     assert len({matrix for matrix, _ in seen}) > 1
     for matrix, scalar in seen:

@@ -266,7 +266,7 @@ def smaller_batch(stage: int, begun: str) -> tuple[dict[str, torch.Tensor], str]
 @pytest.mark.parametrize("begun", ["not at all", "backward"])
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_later_engine_takes_the_model_over(stage: int, begun: str) -> None:
-    """As transformers' auto_find_batch_size makes one when memory was short."""
+    """A smaller batch is tried with the same model, when memory was short."""
     (whole,) = harness.run(1, engine.train, engine.config(stage, 1), count=2, odd=False)
     for parameters, said in harness.run(2, smaller_batch, stage, begun):
         assert "a later deepspeed.initialize has taken this engine's model over" in said
