@@ -48,7 +48,7 @@ from torch import Tensor, nn
 import spectral_dist
 from benchmarks.fsdp_step import matrices_and_rest
 from spectral_dist.launch import corpus, llama, ranks, torch_config, trainer
-from spectral_dist.launch.torch_engine import TorchEngine
+from spectral_dist.launch.engines.torch import TorchEngine
 
 ROOT = Path(__file__).resolve().parents[1]
 PERIOD = {"SUMO": "period", "GaLore": "update_proj_gap"}

@@ -17,7 +17,7 @@ from spectral_dist.launch import files
 from spectral_dist.launch.ranks import Ranks
 
 if TYPE_CHECKING:
-    from spectral_dist.launch.engines import Engine
+    from spectral_dist.launch.engines.base import Engine
 
 State = dict[str, Any]
 MANIFEST = "manifest.json"

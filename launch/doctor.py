@@ -121,7 +121,7 @@ def _rank(rank: int, port: int, config: dict[str, Any], model: dict[str, Any], o
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS),
         LOCAL_WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
-    from spectral_dist.launch.engines import prepare_deepspeed
+    from spectral_dist.launch.engines.deepspeed import prepare_deepspeed
 
     deepspeed = prepare_deepspeed()
     from spectral_dist.integrations.deepspeed import _compat

@@ -266,17 +266,17 @@ def _ranks_here() -> int:
 
 def _engine(options: dict[str, Any], config: Any, here: Any) -> Any:
     if options["engine"] is EngineName.deepspeed:
-        from spectral_dist.launch.engines import DeepSpeedEngine
+        from spectral_dist.launch.engines.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(
             options["config"], config, options["seed"], here, options["zero_init"]
         )
     settings, seed = options["settings"], options["seed"]
     if options["engine"] is EngineName.megatron:
-        from spectral_dist.launch.megatron_engine import MegatronEngine
+        from spectral_dist.launch.engines.megatron import MegatronEngine
 
         return MegatronEngine(settings, config, seed, here)
-    from spectral_dist.launch.torch_engine import TorchEngine
+    from spectral_dist.launch.engines.torch import TorchEngine
 
     sharded = options["engine"] is EngineName.fsdp
     return TorchEngine(settings, config, seed, here, sharded=sharded)

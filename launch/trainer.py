@@ -18,7 +18,7 @@ from spectral_dist.launch import checkpoints, files, llama
 from spectral_dist.launch.batches import Windows, row_numbers, share
 from spectral_dist.launch.checkpoints import Checkpoint
 from spectral_dist.launch.corpus import Corpus, bits_per_byte
-from spectral_dist.launch.engines import Engine
+from spectral_dist.launch.engines.base import Engine
 from spectral_dist.launch.preemption import Preemption
 from spectral_dist.launch.ranks import Ranks
 from spectral_dist.launch.report import Log

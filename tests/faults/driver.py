@@ -17,8 +17,9 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-from spectral_dist.launch import checkpoints, megatron_config, pretrain, torch_engine
-from spectral_dist.launch.engines import DeepSpeedEngine
+from spectral_dist.launch import checkpoints, megatron_config, pretrain
+from spectral_dist.launch.engines import torch as torch_engine
+from spectral_dist.launch.engines.deepspeed import DeepSpeedEngine
 from spectral_dist.launch.trainer import Trainer
 from tests.support import megatron_cpu
 
@@ -99,7 +100,7 @@ def install(fault: Fault) -> None:
     if "megatron" in sys.argv:
         from megatron.core.dist_checkpointing.strategies import filesystem_async
 
-        from spectral_dist.launch.megatron_engine import MegatronEngine
+        from spectral_dist.launch.engines.megatron import MegatronEngine
 
         before(MegatronEngine, "step", "exchange")
         before(filesystem_async.FileSystemWriterAsync, "write_preloaded_data", "shard")

@@ -34,7 +34,7 @@ IMPORTED = (
     *("deepspeed", "matplotlib.pyplot", "tensorboard.compat.tensorflow_stub", "torch._dynamo"),
     *("torch.utils.tensorboard", "transformers.models.llama.modeling_llama"),
     *("spectral_dist.integrations.deepspeed", "spectral_dist.launch.corpus"),
-    *("spectral_dist.launch.engines", "spectral_dist.launch.torch_engine"),
+    *("spectral_dist.launch.engines.deepspeed", "spectral_dist.launch.engines.torch"),
     *("spectral_dist.launch.shipped", "spectral_dist.launch.trainer"),
     *("deepspeed.runtime.zero.muon.muon_optimizer", "matplotlib.backends.backend_agg"),
 )
@@ -111,7 +111,7 @@ def _serve(megatron: str) -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     with contextlib.suppress(ImportError):  # of deepspeed
-        from spectral_dist.launch.engines import prepare_deepspeed
+        from spectral_dist.launch.engines.deepspeed import prepare_deepspeed
 
         prepare_deepspeed()
     for name in IMPORTED:
@@ -123,7 +123,7 @@ def _serve(megatron: str) -> None:
 
         megatron_cpu.install(megatron)
         megatron_config.prepare = lambda: None
-        importlib.import_module("spectral_dist.launch.megatron_engine")
+        importlib.import_module("spectral_dist.launch.engines.megatron")
     from spectral_dist.launch.trainer import Trainer
 
     sample: Any = Trainer.sample.__wrapped__  # type: ignore[attr-defined]

@@ -10,14 +10,14 @@ import torch.distributed.run
 import torch.utils.tensorboard
 import transformers.models.llama.modeling_llama  # noqa: F401
 
-from spectral_dist.launch import corpus, engines, report, torch_engine, trainer  # noqa: F401
+from spectral_dist.launch.engines import deepspeed as engines
 
 torch.set_num_threads(1)
 if os.environ.get("PRELOADED") == "megatron":
     from tests.support import megatron_cpu
 
     megatron_cpu.install(megatron_cpu.VERSIONS[0])
-    importlib.import_module("spectral_dist.launch.megatron_engine")
+    importlib.import_module("spectral_dist.launch.engines.megatron")
 else:
     engines.prepare_deepspeed()
     importlib.import_module("spectral_dist.integrations.deepspeed")

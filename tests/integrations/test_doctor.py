@@ -42,7 +42,7 @@ def rows(configuration: dict[str, Any], fault: str) -> dict[str, bool]:
     """The table on this rank, with a fault built in."""
     from spectral_dist.core import matrix_ops as handles
     from spectral_dist.launch import doctor
-    from spectral_dist.launch.engines import prepare_deepspeed
+    from spectral_dist.launch.engines.deepspeed import prepare_deepspeed
 
     accelerator = prepare_deepspeed().get_accelerator()
     accelerator.is_fp16_supported = lambda: True

@@ -24,7 +24,7 @@ def engine(path: Path, model: dict[str, Any]) -> Any:
     megatron_cpu.install(VERSION)
     from megatron.core import parallel_state
 
-    from spectral_dist.launch.megatron_engine import MegatronEngine
+    from spectral_dist.launch.engines.megatron import MegatronEngine
 
     if parallel_state.model_parallel_is_initialized():  # by another test
         parallel_state.destroy_model_parallel()

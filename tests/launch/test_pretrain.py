@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from spectral_dist.launch import engines, report
+from spectral_dist.launch import report
+from spectral_dist.launch.engines import deepspeed as engines
 from spectral_dist.launch.pretrain import app
 from spectral_dist.monitor import QUANTITIES
 from tests.launch.jobs import STEPS, Job

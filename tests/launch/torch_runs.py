@@ -10,9 +10,9 @@ from transformers import LlamaConfig
 
 from spectral_dist.launch import checkpoints, torch_config
 from spectral_dist.launch.batches import share
-from spectral_dist.launch.engines import Engine
+from spectral_dist.launch.engines.base import Engine
+from spectral_dist.launch.engines.torch import TorchEngine
 from spectral_dist.launch.ranks import Ranks
-from spectral_dist.launch.torch_engine import TorchEngine
 from tests.launch.jobs import MODEL
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {

@@ -19,7 +19,7 @@ import spectral_dist
 from spectral_dist import checkpoint, poet
 from spectral_dist.checkpoint import files as checkpoint_files
 from spectral_dist.launch import llama, torch_sharding
-from spectral_dist.launch.engines import Engine
+from spectral_dist.launch.engines.base import Engine
 from spectral_dist.launch.ranks import Ranks
 from spectral_dist.launch.torch_config import ADAMW, TorchConfig
 from spectral_dist.monitor import Monitor

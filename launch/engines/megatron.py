@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 
 from spectral_dist.integrations.megatron import get_spectral_megatron_optimizer, poet
 from spectral_dist.launch import megatron_model
-from spectral_dist.launch.engines import Engine
+from spectral_dist.launch.engines.base import Engine
 from spectral_dist.launch.megatron_config import ADAM, MegatronConfig
 from spectral_dist.launch.ranks import Ranks
 from spectral_dist.launch.yaml_config import ADAM_OPTIONS
