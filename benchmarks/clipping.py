@@ -8,7 +8,7 @@ right at 1. DeepSpeed 0.19.8's Muon clips the orthogonalized update instead. CPU
 
 from __future__ import annotations
 
-from tests import harness
+from tests.support import harness
 from tests.support.clipping import moves
 
 if __name__ == "__main__":

@@ -3,14 +3,14 @@
 
 TORCH=2.13.0 # the one place that pins torch
 MEGATRON="0.19.2 0.16.1" # what the tests run megatron-core as
-TORCH_TESTS="tests/test_exchange.py tests/test_groups.py tests/test_poet_layer.py
-  tests/polar/test_polar_front_door.py tests/integrations/test_torch_equality.py
-  tests/integrations/test_fsdp_placement.py tests/integrations/test_torch_checkpoints.py
-  tests/integrations/test_sumo_ddp.py tests/integrations/test_poet_torch.py"
-DEEPSPEED_TESTS="tests/integrations/test_deepspeed_versions.py
-  tests/integrations/test_deepspeed_equality.py tests/integrations/test_deepspeed_safety.py
-  tests/integrations/test_deepspeed_checkpoints.py tests/integrations/test_sumo_deepspeed.py
-  tests/integrations/test_poet_deepspeed.py"
+TORCH_TESTS="tests/unit/sharding/test_exchange.py tests/unit/params/test_classify.py tests/unit/poet/test_poet_layer.py
+  tests/unit/polar/test_polar_front_door.py tests/distributed/torch/test_torch_equality.py
+  tests/distributed/torch/test_fsdp_placement.py tests/distributed/torch/test_torch_checkpoints.py
+  tests/distributed/torch/test_sumo_ddp.py tests/distributed/torch/test_poet_torch.py"
+DEEPSPEED_TESTS="tests/distributed/deepspeed/test_deepspeed_versions.py
+  tests/distributed/deepspeed/test_deepspeed_equality.py tests/distributed/deepspeed/test_deepspeed_safety.py
+  tests/distributed/deepspeed/test_deepspeed_checkpoints.py tests/distributed/deepspeed/test_sumo_deepspeed.py
+  tests/distributed/deepspeed/test_poet_deepspeed.py"
 
 export PATH # in an empty environment bash has one, but does not hand it on
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)

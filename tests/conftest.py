@@ -8,8 +8,7 @@ import hypothesis
 import pytest
 import torch
 
-from tests import harness
-from tests.support import slow_parts
+from tests.support import harness, slow_parts
 
 # Also in place of the profile that hypothesis loads by itself where CI is set
 hypothesis.settings.register_profile(

@@ -11,9 +11,9 @@ import typing_extensions
 from transformers import LlamaConfig
 
 from spectral_dist.launch import llama, megatron_config
-from tests.integrations import megatron_cpu
 from tests.launch.jobs import MODEL
 from tests.launch.torch_runs import this_rank, train
+from tests.support import megatron_cpu
 
 VERSION = megatron_cpu.VERSIONS[0]
 GROUPED = {**MODEL, "num_attention_heads": 4, "num_key_value_heads": 2, "rope_theta": 500.0}

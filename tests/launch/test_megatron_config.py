@@ -10,10 +10,9 @@ from typer.testing import CliRunner
 
 from spectral_dist.launch import megatron_config
 from spectral_dist.launch.pretrain import app
-from tests import harness
-from tests.integrations import megatron_cpu
 from tests.launch.jobs import ROOT, Job
 from tests.launch.megatron_runs import GROUPED, VERSION
+from tests.support import harness, megatron_cpu
 
 GOOD = """
 optimizer: {type: spectral_muon, lr: 1e-2, scalars: [linear_qkv], polar_steps: 6}

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import yaml
 
-from tests import harness
 from tests.launch import torch_runs
 from tests.launch.jobs import ROOT, Job
 from tests.launch.megatron_runs import GROUPED, TIED, VERSION, compared, losses, parsed
 from tests.launch.torch_runs import write
+from tests.support import harness
 
 MATRICES = 2 * 7
 KINDS = {

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests import harness
 from tests.launch import megatron_runs as runs
 from tests.launch.jobs import ROOT, Job
+from tests.support import harness
 
 SAID = yaml.safe_load((ROOT / "configs/megatron/tiny_poet.yaml").read_text())
 SMALL = {"block": 4, "merge_every": 4}

@@ -137,7 +137,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
         report.show([tmp_path], target)
 
 
-@pytest.mark.slow  # zero.Init and resuming: tests/integrations, and the test above
+@pytest.mark.slow  # zero.Init and resuming: tests/distributed/deepspeed, and the test above
 def test_zero_init_and_stopping_change_nothing(job: Job) -> None:
     options = ("--config", str(job.config("zero3_adamw", 3, ADAMW)))
     _check_report(job, "plain", job.ranks(2, "plain", *options))

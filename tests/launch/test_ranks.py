@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from spectral_dist.launch import ranks
-from tests import harness
 from tests.launch.jobs import ROOT
+from tests.support import harness
 
 ALONE = """
 import psutil

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests import harness
 from tests.launch.torch_runs import OPTIMIZERS, losses, write
+from tests.support import harness
 
 MATRICES = 2 * 7
 HSDP = {"mesh": {"replicate": 2, "shard": -1}}

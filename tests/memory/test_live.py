@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from spectral_dist.sharding import collectives
-from tests import harness
+from tests.support import harness
 from tests.support.memory.live import Live, distinct_bytes
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests import harness
+from tests.support import harness
 from tests.support.memory import scaling
 from tests.support.memory.formula import FLOAT
 from tests.support.memory.scaling import BUCKET, LAYERS, LAYOUTS, OPTIMIZERS, Case

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests import models
 from tests.reference import rules
+from tests.support import models
 
 MATRIX_NAMES = ("qkv", "out.weight", "up.weight", "down", "experts", "unused")
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tests import models
-from tests.integrations import engine
+from tests.distributed.deepspeed import engine
+from tests.support import models
 
 
 def moves(stage: int, clip: float, kind: str, world: int) -> dict[str, float]:

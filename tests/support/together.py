@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import spectral_dist
 from spectral_dist.core.sharded import ShardedOptimizer
-from tests import harness
+from tests.support import harness
 
 LAYOUTS = ("ddp", "fsdp")
 BEFORE = 2

@@ -220,7 +220,7 @@ def _optimizer(case: Case, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _engine(case: Case, model: nn.Module) -> Any:
-    from tests.integrations.engine import engine_for
+    from tests.distributed.deepspeed.engine import engine_for
 
     params, own = options(case), case.optimizer != "adamw"
     if not own:

@@ -1,0 +1,1 @@
+"""Whole training steps on real ranks, compared with one process."""

@@ -1,0 +1,1 @@
+"""Under DeepSpeed: ZeRO stages 0 to 3."""

@@ -1,0 +1,1 @@
+"""Under megatron-core, with and without its distributed optimizer."""
