@@ -45,6 +45,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.markexpr = "slow" if asked in ("", "not slow") else f"slow and ({asked})"
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Make slow what ``fast_cases`` does not name."""
+    fast = item.get_closest_marker("fast_cases")
+    if fast is not None and item.callspec.id not in fast.args:  # type: ignore[attr-defined]
+        item.add_marker(pytest.mark.slow)
+
+
 @pytest.hookimpl(trylast=True)  # after -m and -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if PART not in config.stash:

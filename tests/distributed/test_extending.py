@@ -179,6 +179,7 @@ def environment(installed: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 def test_check_rule(installed: Path, tmp_path: Path) -> None:
     path = tmp_path / "check_steady.py"
     path.write_text(BLOCKS["python", "check_steady.py"])

@@ -44,6 +44,7 @@ def ended() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("title", [pytest.param("RowSign", marks=pytest.mark.slow), "Lagging"])
+@pytest.mark.slow
 def test_check_rule(title: str) -> None:
     program = (
         "from spectral_dist.testing import check_rule\n"
@@ -91,6 +92,7 @@ def test_deepspeed(title: str, stage: int, tmp_path: Path) -> None:
     ],
     ids=lambda value: value if isinstance(value, str) else f"distributed-{bool(value)}",
 )  # fmt: skip
+@pytest.mark.slow
 def test_megatron(title: str, wrapping: dict[str, Any], tmp_path: Path) -> None:
     """TP 2, saved and restored there; then restored in one process, whose weights they are."""
     name, folder = f"spectral_{title.lower()}", str(tmp_path)

@@ -69,11 +69,13 @@ def agrees(folder: Path, kind: str, layout: str, bound: float) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.fast_cases("TP 2 x DP 2, distributed optimizer")
 def test_it_is_the_run_of_plain_torch(folder: Path, layout: str) -> None:
     agrees(folder, "spectral_muon", layout, 1e-4)
 
 
 @pytest.mark.parametrize("kind", ["spectral_polargrad", "adam"])
+@pytest.mark.fast_cases("adam")
 def test_with_every_optimizer(folder: Path, kind: str) -> None:
     agrees(folder, kind, "TP 2, sequence parallel", 1e-3)
 
@@ -111,6 +113,7 @@ def test_the_shipped_configuration_resumes_on_any_ranks(tmp_path: Path) -> None:
         run(4, path, model=model, steps=(4, 8), load=at)
 
 
+@pytest.mark.slow
 def test_half_precision_resumes_too(folder: Path) -> None:
     path = config(folder, dtype="bfloat16", **TP)
     whole, numbers = run(2, path)[0]

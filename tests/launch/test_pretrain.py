@@ -70,6 +70,7 @@ def test_ddp_alone_and_resumed(job: Job, kind: str) -> None:
     assert summary["matrices_orthogonalized"] == (MATRICES * STEPS if kind == "Muon" else 0)
 
 
+@pytest.mark.slow
 def test_from_two_ranks_of_fsdp_to_one_process(job: Job) -> None:
     job.alone("whole", *_torch(job, "ddp", "Muon"))
     fsdp = _torch(job, "fsdp", "Muon", monitor_every=2)
@@ -95,6 +96,7 @@ def _state_bytes(summary: dict[str, Any]) -> int:
     return int(8 * summary["parameters"] - 4 * IN_MATRICES)
 
 
+@pytest.mark.slow
 def test_deepspeed_resumes_as_if_it_had_not_stopped(job: Job) -> None:
     options = ("--config", str(job.config("zero2", 2, MUON)))
     _check_report(job, "whole", job.ranks(2, "whole", *options))

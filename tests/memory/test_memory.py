@@ -82,7 +82,7 @@ def test_two_ranks(case):
 @pytest.mark.parametrize("case", [
     pytest.param(Case("ddp", "muon"), marks=pytest.mark.slow),
     pytest.param(Case("fsdp", "muon"), marks=pytest.mark.slow),
-    Case("fsdp", "sumo", refresh=True),
+    pytest.param(Case("fsdp", "sumo", refresh=True), marks=pytest.mark.slow),
 ], ids=lambda case: f"{case.layout}-{case.optimizer}")  # fmt: skip
 def test_temporaries_do_not_grow_with_the_model(case):
     small, large = (run(2, replace(case, size=size)) for size in LAYERS)
@@ -116,6 +116,7 @@ def torchrun(world: int, out: Path, *arguments: str) -> dict[Case, Found]:
     return {Case(**found["case"]): found["ranks"] for found in json.loads(out.read_text())}
 
 
+@pytest.mark.slow
 def test_the_script_measures_the_same(tmp_path):
     found = torchrun(2, tmp_path / "found.json", "--layout", "fsdp", "--optimizer", "adamw,muon")
     assert found == {case: run(2, case) for case in (Case("fsdp", "adamw"), Case("fsdp", "muon"))}

@@ -57,6 +57,7 @@ def test_polargrad_contracts_the_quadratic_as_the_theorem_says():
     assert all(after <= factor * before for before, after in itertools.pairwise(values))
 
 
+@pytest.mark.slow
 def test_polargrad_converges_linearly_and_muon_levels_off_with_its_lr():
     model = TINY["quadratic"]()
     curve = problems.run(model, problems.polar_grad("", None), 4000, 10)

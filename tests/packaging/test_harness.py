@@ -102,6 +102,7 @@ def test_an_error_on_one_rank_alone_fails_in_time(other, said):
     assert not any(map(alive, before))
 
 
+@pytest.mark.slow
 def test_errors_that_leave_the_group_out_of_step_fail():
     before = processes()
     with pytest.raises(harness.RankError, match="after their errors the ranks' group is broken"):

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import os
 import queue
+import re
 import signal
 import socket
 import sys
@@ -254,3 +255,18 @@ def run_expecting_errors(
     return _pool(world, pool).expect_errors(
         function.__module__, function.__qualname__, args, kwargs, within
     )
+
+
+def run_refused(
+    world: int, match: str, function: Callable[..., Any], *args: Any, **kwargs: Any
+) -> None:
+    """Assert that ``function(*args)`` raises on every rank an error in which ``match`` is found.
+
+    The ranks stay: see ``run_expecting_errors``, whose ``within`` and ``pool`` this takes too.
+
+    Raises:
+        RankError: a rank did not raise, or the ranks' group is broken.
+        AssertionError: a rank raised something else.
+    """
+    for text in run_expecting_errors(world, function, *args, **kwargs):
+        assert re.search(match, text), text

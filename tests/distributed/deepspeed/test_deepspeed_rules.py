@@ -85,6 +85,7 @@ def test_sharded_equals_one_process(world: int, stage: int, case: str, reference
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.fast_cases("polargrad", "root")
 def test_bitwise_with_equal_gradients(case: str) -> None:
     """Also the number that polar-first PolarGrad sends beside each direction."""
     wanted: dict[str, torch.Tensor] = {}
@@ -100,6 +101,7 @@ def test_bitwise_with_equal_gradients(case: str) -> None:
                     assert torch.equal(result["parameters"][name], value), (world, stage, name)
 
 
+@pytest.mark.slow
 def test_root_adapts_alike_at_every_stage() -> None:
     found = []
     for world, stage in ((1, 0), (2, 0), (2, 2), (2, 3)):

@@ -310,8 +310,7 @@ def test_a_skipped_step_is_none(stage: int) -> None:
 
 
 def refused(configuration: dict[str, Any], match: str, way: str = "json", **kwargs: Any) -> None:
-    with pytest.raises(harness.RankError, match=match):
-        harness.run(1, train, configuration, way, last=1, **kwargs)
+    harness.run_refused(1, match, train, configuration, way, last=1, **kwargs)
 
 
 def converted_again() -> list[int]:

@@ -37,6 +37,7 @@ def resume(folder, version, name, wrapping, targets, sharding=None, **kwargs):
         pytest.param(OLD, "", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.fast_cases("0.19.2-distributed optimizer")
 def test_losses_are_those_of_the_run_that_never_stopped(tmp_path, version, wrapping):
     targets = TARGETS if version == NEW else ["TP 2 x DP 2", "DP 4"]
     wanted, found = resume(tmp_path, version, "spectral_muon", WRAPPINGS[wrapping], targets)
@@ -48,6 +49,7 @@ def test_losses_are_those_of_the_run_that_never_stopped(tmp_path, version, wrapp
 
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
+@pytest.mark.fast_cases("distributed optimizer")
 def test_a_checkpoint_may_change_between_momentum_at_owners_and_on_shards(tmp_path, wrapping):
     """Back again: DP 4 to TP 2 x DP 2, with the other kind of optimizer state on the way."""
     args = (NEW, "spectral_polargrad", {}, WRAPPINGS[wrapping])
@@ -68,6 +70,7 @@ def test_formats_of_the_distributed_optimizer(tmp_path, sharding):
 @pytest.mark.parametrize(
     "wrapping", ["", pytest.param("distributed optimizer", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_coefficients_that_root_has_adapted_are_saved(tmp_path, wrapping):
     """They change in step 2, between the groups' options, which flags set, and state."""
     options = {"adapt_every": 2}

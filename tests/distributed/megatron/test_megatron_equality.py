@@ -94,9 +94,11 @@ GRAM = {"strategy": "gram"}
     [
         ("spectral_muon", "TP 2 x DP 2"),
         ("spectral_muon", "TP 2 x DP 2, distributed optimizer"),
-        ("spectral_muon", "TP 4"),
-        ("spectral_polargrad", "TP 2 x DP 2, distributed optimizer"),
-        ("spectral_root", "TP 2 x DP 2"),
+        pytest.param("spectral_muon", "TP 4", marks=pytest.mark.slow),
+        pytest.param(
+            "spectral_polargrad", "TP 2 x DP 2, distributed optimizer", marks=pytest.mark.slow
+        ),
+        pytest.param("spectral_root", "TP 2 x DP 2", marks=pytest.mark.slow),
         pytest.param("spectral_polargrad", "TP 4", marks=pytest.mark.slow),
         pytest.param("spectral_root", "TP 4, distributed optimizer", marks=pytest.mark.slow),
     ],

@@ -35,13 +35,13 @@ def alone(
     ("version", "layout", "wrapping", "options"),
     [
         (NEW, (4, {}), DISTRIBUTED, SUBSPACE),
-        (NEW, (2, {"tp": 2}), DISTRIBUTED, GRAM),
-        (NEW, (4, {"tp": 2}), {}, GRAM),
         (NEW, (4, {"tp": 2}), DISTRIBUTED, {}),
-        (NEW, (4, {"tp": 2, "pp": 2}), {}, {}),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in (
+                (NEW, (2, {"tp": 2}), DISTRIBUTED, GRAM),
+                (NEW, (4, {"tp": 2}), {}, GRAM),
+                (NEW, (4, {"tp": 2, "pp": 2}), {}, {}),
                 (NEW, (2, {}), {}, {}),
                 (NEW, (2, {"tp": 2}), {}, {}),
                 (NEW, (4, {"tp": 2}), {}, SUBSPACE | GRAM),
@@ -118,6 +118,7 @@ def test_losses_are_those_of_the_run_that_never_stopped(tmp_path, version, wrapp
         assert "exp_avg" not in got["matrix keys"]
 
 
+@pytest.mark.slow
 def test_experts_carry_theirs(tmp_path):
     kwargs = {"model": {"moe_experts": 4}, "pool": NEW}
     args = (str(tmp_path), NEW, "spectral_sumo")

@@ -91,6 +91,14 @@ def alone(setting: str, odd: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("layout", "world", "setting"), CASES)
+@pytest.mark.fast_cases(
+    "ddp-3-full",
+    "fsdp-4-criterion",
+    "fsdp-2-gram",
+    "hsdp-4-gram",
+    "tp-2-gram, criterion",
+    "tp_fsdp-4-paper",
+)
 def test_equals_one_process(layout: str, world: int, setting: str) -> None:
     odd = layouts.options_for(layout).get("odd", True)
     wanted = alone(setting, odd)

@@ -149,6 +149,7 @@ def plain_sgd(layout: str, accumulation: int) -> float:
 
 
 @pytest.mark.parametrize(("layout", "world"), FULL_PRECISION)
+@pytest.mark.fast_cases("ddp-2", "fsdp-3", "hsdp-4", "tp-2", "tp_fsdp-4", "tp_sequence-2")
 def test_layouts_train_as_one_process(layout: str, world: int) -> None:
     """What is under test below is the optimizer, not these."""
     accumulation = ACCUMULATION[world]
@@ -215,6 +216,21 @@ def check_against_reference(layout: str, world: int, name: str) -> None:
         for layout, world in FULL_PRECISION
         for setting in (FEWER if layout in BESIDES or (layout, world) in AGAIN else EVERYWHERE)
     ],
+)
+@pytest.mark.fast_cases(
+    "ddp-2-muon",
+    "ddp-2-polargrad",
+    "ddp-2-root",
+    "fsdp-3-muon",
+    "fsdp-3-polargrad",
+    "fsdp-3-root",
+    "tp_fsdp-4-muon",
+    "tp_fsdp-4-polargrad",
+    "tp_fsdp-4-root",
+    "fsdp-3-polargrad, polar first",
+    "tp-2-muon",
+    "hsdp-4-muon",
+    "tp_sequence-2-muon",
 )
 def test_equals_the_reference(layout: str, world: int, setting: str) -> None:
     check_against_reference(layout, world, setting)
@@ -341,12 +357,24 @@ def check_bitwise(world: int, layout: str, names: list[str], model: str) -> list
 
 
 @pytest.mark.parametrize(("layout", "world"), [*FULL_PRECISION, *IN_HALF])
+@pytest.mark.fast_cases(
+    "ddp-2",
+    "fsdp-3",
+    "fsdp_columns-2",
+    "hsdp-4",
+    "tp-2",
+    "tp_fsdp-4",
+    "tp_sequence-2",
+    "fsdp_bf16-3",
+    "tp_bf16-2",
+)
 def test_bitwise_equal_to_one_process(layout: str, world: int) -> None:
     """The owner strategy moves numbers and changes none."""
     check_bitwise(world, layout, list(EVERYWHERE), "language model")
 
 
 @pytest.mark.parametrize(("layout", "world"), [("ddp", 2), ("fsdp", 3), ("hsdp", 4)])
+@pytest.mark.fast_cases("fsdp-3")
 def test_adapted_coefficients_are_those_of_one_process(layout: str, world: int) -> None:
     """Counts of singular values add up to the same whoever counts them."""
     results = check_bitwise(world, layout, ["root", ADAPTING], "language model")
@@ -392,6 +420,7 @@ NUMBERS = 24 * 48 * 24  # in the equal matrices, which divide evenly over 2, 3 a
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.fast_cases("3")
 def test_fsdp_sends_each_shard_there_and_back(world: int) -> None:
     """2 w N / P numbers a step, w = (P - 1) / P, in float32, besides the finite check."""
     wanted = 2 * (world - 1) / world * NUMBERS / world * 4
@@ -406,6 +435,7 @@ def test_fsdp_sends_each_shard_there_and_back(world: int) -> None:
 
 
 @pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.fast_cases("2")
 def test_ddp_gathers_directions_and_keeps_momentum_once(world: int) -> None:
     wanted = (world - 1) / world * NUMBERS * 4
     results = check_bitwise(world, "ddp", list(EVERYWHERE), "equal matrices")
@@ -468,6 +498,7 @@ def scaled(layout: str, names: list[str], factor: float) -> list[str]:
 
 
 @pytest.mark.parametrize(("layout", "world"), FULL_PRECISION)
+@pytest.mark.fast_cases("ddp-2", "fsdp-3", "tp_fsdp-4")
 def test_polargrad_is_homogeneous(layout: str, world: int) -> None:
     """update(c G) = c update(G), bitwise for powers of two."""
     names = [name for name in EVERYWHERE if name.startswith("polargrad")]

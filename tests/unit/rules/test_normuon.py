@@ -135,6 +135,7 @@ def test_float32_and_bfloat16_weights(dtype, bound):
     assert {m.dtype for m in momenta} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_fused_weights_and_stacks_of_experts():
     """Each part and each expert is a matrix, with |O|_F of its own."""
     model = models.build().double()

@@ -148,6 +148,7 @@ def test_the_published_triple_that_diverges_is_not_used():
 
 
 @pytest.mark.parametrize("shape", [(3072, 2048), (2048, 3072)])
+@pytest.mark.fast_cases("shape0")
 def test_a_published_shape_gets_its_triple_in_either_orientation(shape):
     g = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     o = {"lr": 1.0, "weight_decay": 0.0, "polar_steps": 1}
@@ -269,6 +270,7 @@ def test_quantile_of_more_than_two_to_the_24_elements():
         assert abs(found - wanted) <= 2**-24 * wanted + (0 if low % 2 else 1e-9), q
 
 
+@pytest.mark.slow
 def test_a_matrix_of_more_than_two_to_the_24_elements_is_clamped_at_its_own_quantile():
     rows, columns = 2, 2**23 + 3
     generator = torch.Generator().manual_seed(3)
