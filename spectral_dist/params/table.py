@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import torch
 
+from spectral_dist._log import logger
 from spectral_dist.params.spec import ParamSpec
 from spectral_dist.sharding import collectives
 
@@ -27,6 +27,6 @@ def table(specs: Sequence[ParamSpec]) -> str:
 
 
 def show(specs: Sequence[ParamSpec]) -> None:
-    """Write the table to stderr on the job's first rank."""
+    """Log the table on the job's first rank."""
     if collectives.is_first():
-        sys.stderr.write(f"spectral_dist: which parameters are matrices\n{table(specs)}\n")
+        logger.info("which parameters are matrices\n%s", table(specs))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from spectral_dist import polar
 from spectral_dist._errors import suggest
+from spectral_dist._log import logger
 from spectral_dist.params import classify as classifying
 from spectral_dist.params.patterns import Patterns
 from spectral_dist.params.spec import ParamSpec, plain_name
@@ -24,12 +24,12 @@ from spectral_dist.sharding import collectives
 
 SETTINGS = tuple(f.name for f in fields(Settings))
 PRETRAINED = (
-    "spectral_dist: what save_pretrained (and transformers' Trainer) writes of this model resumes"
+    "what save_pretrained (and transformers' Trainer) writes of this model resumes"
     " as it is, but from_pretrained reads the frozen weights in it alone, without the rotations"
     " since the last merge. For from_pretrained: model.save_pretrained(folder,"
-    " state_dict=spectral_dist.poet.export(model))\n"
+    " state_dict=spectral_dist.poet.export(model))"
 )
-"""Written to stderr when a model of transformers is converted."""
+"""Logged when a model of transformers is converted."""
 
 
 def convert(
@@ -68,7 +68,7 @@ def convert(
         layer.__class__ = PoetLinear
         layer.rotate_by(key, [inner], outer, poet_settings)
     if hasattr(model, "save_pretrained") and collectives.is_first():
-        sys.stderr.write(PRETRAINED)
+        logger.info(PRETRAINED)
     return model
 
 

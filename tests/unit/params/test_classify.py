@@ -349,7 +349,7 @@ def test_a_bias_cannot_be_a_matrix():
         classify(Model(linear=nn.Linear(4, 4)), matrices=["bias"])
 
 
-def test_frozen_parameters_are_shown_and_left_out(capsys):
+def test_frozen_parameters_are_shown_and_left_out(caplog):
     model = Model(first=linear(8), second=linear(8), third=nn.Linear(4, 4))
     model.second.weight.requires_grad_(False)
     assert kinds(model)["second.weight"] == "frozen"
@@ -359,9 +359,8 @@ def test_frozen_parameters_are_shown_and_left_out(capsys):
         id(model.third.weight),
         id(model.third.bias),
     ]
-    table = capsys.readouterr().err
-    assert "not trained" in table
-    assert "second.weight" in table
+    assert "not trained" in caplog.text
+    assert "second.weight" in caplog.text
 
 
 def test_all_frozen():
@@ -377,7 +376,7 @@ def test_no_matrix_at_all_is_an_error_with_the_table():
         spectral_dist.tag(model)
 
 
-def test_the_table(capsys):
+def test_the_table(caplog, capsys):
     model = Model(
         embed=nn.Embedding(V, 8),
         layers=blocks(16, 12),
@@ -388,11 +387,11 @@ def test_the_table(capsys):
     )
     model.frozen.weight.requires_grad_(False)
     spectral_dist.param_groups(model, split={"qkv": 3})
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("which parameters are matrices") == 1
+    assert capsys.readouterr().out == ""
+    (message,) = caplog.messages
+    assert message.startswith("which parameters are matrices")
     row = r"(orthogonalized|AdamW|not trained) +(\d+) +(\d+) +([\d,]+)  "
-    rows = [re.match(row, line).groups() for line in captured.err.splitlines()[2:]]
+    rows = [re.match(row, line).groups() for line in message.splitlines()[2:]]
     found = sorted((kind, *(int(n.replace(",", "")) for n in counts)) for kind, *counts in rows)
     assert found == [  # parameters, matrices, numbers
         ("AdamW", 1, 0, V * 8),
