@@ -16,17 +16,15 @@ export PATH # in an empty environment bash has one, but does not hand it on
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-$ROOT/.venv/bin/python}
 
-# install EXTRAS [REQUIREMENT...]: .venv with torch, this package editable with EXTRAS, and more.
-# Done once: what was asked for and setup.cfg are remembered in .venv. VENV names another folder.
-install() {
-  local extras=$1 venv=${VENV:-$ROOT/.venv} candidate
-  shift
-  PYTHON=$venv/bin/python
+# environment FOLDER: a virtual environment there, unless there is one; PYTHON is then its own.
+environment() {
+  local candidate
+  PYTHON=$1/bin/python
   if [ ! -x "$PYTHON" ]; then
     for candidate in python3.11 python3.12 python3.13 python3; do
       if command -v "$candidate" >/dev/null &&
         "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-        "$candidate" -m venv "$venv"
+        "$candidate" -m venv "$1"
         break
       fi
     done
@@ -35,6 +33,14 @@ install() {
       return 1
     fi
   fi
+}
+
+# install EXTRAS [REQUIREMENT...]: .venv with torch, this package editable with EXTRAS, and more.
+# Done once: what was asked for and setup.cfg are remembered in .venv. VENV names another folder.
+install() {
+  local extras=$1 venv=${VENV:-$ROOT/.venv}
+  shift
+  environment "$venv"
   local wanted stamp
   wanted="torch==$TORCH $extras $* $(cksum <"$ROOT/setup.cfg")"
   stamp=$venv/.spectral-dist-$extras
