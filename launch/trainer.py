@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from spectral_dist.launch import checkpoints, files, llama
-from spectral_dist.launch.batches import Windows, row_numbers, share
+from spectral_dist.launch.batches import Windows, rank_micro_batches, window_indices
 from spectral_dist.launch.checkpoints import Checkpoint
 from spectral_dist.launch.corpus import Corpus, bits_per_byte
 from spectral_dist.launch.engines.base import Engine
@@ -220,9 +220,9 @@ class Trainer:
     def step(self) -> dict[str, float]:
         """One optimizer step. FloatingPointError on every rank when the loss is not finite."""
         engine, ranks, clock = self.engine, self.ranks, self.clock
-        numbers = row_numbers(self.done, engine.batch, self.train.count, self.job.seed)
+        numbers = window_indices(self.done, engine.batch, self.train.count, self.job.seed)
         rows = self.train.rows(numbers)
-        mine = share(rows, engine.micro, engine.data_rank, engine.data_ranks)
+        mine = rank_micro_batches(rows, engine.micro, engine.data_rank, engine.data_ranks)
         lr = engine.lr
         started = clock.now()
         losses = [engine.backward(part, last=part is mine[-1]) for part in mine]
@@ -257,7 +257,7 @@ class Trainer:
         """Loss and bits per byte on up to eval_batches * batch fixed windows held out."""
         engine, ranks = self.engine, self.ranks
         count = min(self.validation.count, self.job.eval_batches * engine.batch)
-        chosen = row_numbers(0, self.validation.count, self.validation.count, VALIDATION_SEED)
+        chosen = window_indices(0, self.validation.count, self.validation.count, VALIDATION_SEED)
         rows = self.validation.rows(chosen[:count])
         # All ranks make equally many calls, as ZeRO-3 requires; rows of padding count nothing.
         group = engine.micro * engine.data_ranks
@@ -266,8 +266,8 @@ class Trainer:
         counted = (torch.arange(len(rows)) < count)[:, None]
         engine.model.eval()
         nats = 0.0
-        parts = share(rows, engine.micro, engine.data_rank, engine.data_ranks)
-        masks = share(counted, engine.micro, engine.data_rank, engine.data_ranks)
+        parts = rank_micro_batches(rows, engine.micro, engine.data_rank, engine.data_ranks)
+        masks = rank_micro_batches(counted, engine.micro, engine.data_rank, engine.data_ranks)
         for part, mask in zip(parts, masks, strict=True):
             nats += float((engine.losses(part).double().cpu() * mask).sum())
         engine.model.train()
