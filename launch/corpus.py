@@ -25,9 +25,7 @@ from spectral_dist.launch import corpus_cache, files
 FORMAT = 2  # part of the cache key: raise it when the same input gives other tokens
 END = "<|endoftext|>"
 VALIDATION_PERMILLE = 20  # of the documents, for validation
-DOCUMENT_CHARS = (
-    1 << 16
-)  # characters: a text file is cut at line ends into documents of about this size
+DOCUMENT_CHARS = 1 << 16  # a text file is cut at line ends into documents of about this size
 SAMPLE_BYTES = 8 << 20  # of training text, for training the tokenizer
 PYTHON_BYTES = 48 << 20  # of the default corpus: tokenizing it all would make a first run wait
 PYTHON_FILE_BYTES = 200_000  # above it are mostly generated tables

@@ -54,10 +54,10 @@ class DeepSpeedEngine(Engine):
         with deepspeed_config.named_errors(config):
             under = deepspeed.zero.Init(config_dict_or_path=fields) if zero_init else None
         built = llama.build(model, seed, under)
-        noted = deepspeed_config.Noted(fields)
-        with deepspeed_config.named_errors(config, noted):
-            self.model, *_ = deepspeed.initialize(model=built, config=noted)
-        for note in noted.ignored(config):
+        tracker = deepspeed_config.ReadTracker(fields)
+        with deepspeed_config.named_errors(config, tracker):
+            self.model, *_ = deepspeed.initialize(model=built, config=tracker)
+        for note in tracker.unread_warnings(config):
             if ranks.first:
                 print(f"pretrain: {note}", flush=True)
         self.engine: Any = self.model

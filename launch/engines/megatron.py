@@ -45,7 +45,7 @@ class MegatronEngine(Engine):
             raise config.fail(
                 "tensor_parallel", f"{ranks.world} rank(s) cannot be cut into {across}s"
             )
-        self.micro = config.micro(ranks.world // across)
+        self.micro = config.micro_batch_size(ranks.world // across)
         config.check_model(model)
         parallel_state.initialize_model_parallel(across)
         self.data_rank = parallel_state.get_data_parallel_rank()
@@ -122,7 +122,7 @@ class MegatronEngine(Engine):
     @property
     def lr(self) -> float:
         """The learning rate for the step to come."""
-        return self.config.options.lr * self.config.factor(self.done)
+        return self.config.options.lr * self.config.lr_factor(self.done)
 
     @property
     def parameters(self) -> int:

@@ -41,7 +41,7 @@ class TorchEngine(Engine):
         across = config.tensor_parallel
         mesh = torch_sharding.make_mesh(config, ranks) if sharded else None
         self.data_rank, self.data_ranks = ranks.rank // across, ranks.world // across
-        self.micro = config.micro(self.data_ranks)
+        self.micro = config.micro_batch_size(self.data_ranks)
         self.model = llama.build(model, seed)
         skews = set(map(id, _rotate(config, self.model)))
         for parameter in self.model.parameters():  # and not the rotary frequencies
@@ -56,7 +56,7 @@ class TorchEngine(Engine):
             self.model = DistributedDataParallel(self.model)
         self.optimizer = self.make_optimizer()
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: config.factor(step)
+            self.optimizer, lambda step: config.lr_factor(step)
         )
         if config.monitor_every:
             self.optimizer.monitor = Monitor(config.monitor_every, [])
