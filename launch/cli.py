@@ -32,15 +32,16 @@ def doctor(
     try:
         fields = deepspeed_config.load(config)
         small, note = llama.shrink(llama.load_config(model), full)
-        rows = checks.examine(fields, small)
+        results = checks.examine(fields, small)
     except ValueError as error:
         Console(stderr=True).print(f"spectral-dist doctor: {error}", style="red", markup=False)
         raise typer.Exit(2) from None
     table = Table("check", "", "seen", title=f"{config}: {note}")
-    for row in rows:
-        table.add_row(row.check, "[green]ok[/]" if row.passed else "[red]FAILED[/]", row.seen)
+    for result in results:
+        mark = "[green]ok[/]" if result.passed else "[red]FAILED[/]"
+        table.add_row(result.check, mark, result.seen)
     console.print(table)
-    raise typer.Exit(0 if all(row.passed for row in rows) else 1)
+    raise typer.Exit(0 if all(result.passed for result in results) else 1)
 
 
 @app.command()

@@ -25,7 +25,7 @@ FSDP_ONLY_KEYS = ("mesh", "tensor_parallel", "param_dtype")
 
 @dataclass(frozen=True)
 class Mesh:
-    """The FSDP mesh: ``replicate`` copies, each sharded over ``shard`` ranks; -1: all that are left."""
+    """The FSDP mesh: ``replicate`` copies, each sharded over ``shard`` ranks; -1: all the rest."""
 
     replicate: int = 1
     shard: int = -1
