@@ -73,7 +73,9 @@ def save(engine: Engine, ranks: Ranks, folder: Path, run: State, keep: int = 0) 
     ranks.on_first(lambda: _clear(target))
     _write(engine, target)
     # The sum of all ranks' answers is also the barrier that no file is written after.
-    names = ranks.on_first(lambda: sorted(files.below(target).items(), key=lambda item: -item[1]))
+    names = ranks.on_first(
+        lambda: sorted(files.sizes_below(target).items(), key=lambda item: -item[1])
+    )
     names_of_rank = [name for name, _ in names[ranks.rank :: ranks.world]]
     digests: dict[str, str] = {}
     for digests_of_rank in ranks.together(lambda: _hash(target, names_of_rank)):
@@ -99,7 +101,7 @@ def _write(engine: Engine, target: Path) -> None:
         engine.write(target)
     except (Exception, CheckpointException) as error:
         try:
-            files.probe(target)
+            files.check_writable(target)
         except OSError as reason:
             what = f"{reason.strerror}: this checkpoint is not whole, go on from one before it"
             raise OSError(reason.errno, what, str(target)) from error

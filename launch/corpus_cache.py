@@ -133,7 +133,7 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends: nobody clears it away
             content = build(building)
             (building / LOCK).unlink()
-            sizes = files.below(building)
+            sizes = files.sizes_below(building)
             digests = files.hashes((building / name for name in sizes), sync=True)
             entries = {name: [sizes[name], digest] for name, digest in zip(sizes, digests)}  # noqa: B905
             files.replace(building / MANIFEST, json.dumps({**content, "files": entries}, indent=1))

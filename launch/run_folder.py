@@ -51,7 +51,7 @@ class RunFolder:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             notes = self._take()
             for folder in (self.out, self.checkpoints):
-                files.remove_parts(folder)
+                files.remove_partial_files(folder)
         except OSError as error:
             raise ValueError(
                 f"cannot write to --out {self.out}: {error.strerror or error}; pass another --out"

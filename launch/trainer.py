@@ -95,7 +95,7 @@ class Trainer:
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on where a checkpoint stopped. ValueError: of another run, or damaged."""
         run, identity = checkpoint.run, self._identity()
-        was, identity["model"] = llama.comparable(run.get("model", {}), identity["model"])
+        was, identity["model"] = llama.drop_release_fields(run.get("model", {}), identity["model"])
         comparable = replace(checkpoint, run={**run, "model": was})
         checkpoints.load(self.engine, self.ranks, comparable, identity)
         self.done, self.validated = int(run["step"]), bool(run["validated"])

@@ -133,7 +133,7 @@ def test_an_unfinished_first_save_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "step_000002/model.pt").write_text("half")
     assert checkpoints.find(tmp_path)[0] is None
     save(tmp_path, 2)
-    assert sorted(files.below(tmp_path / "step_000002")) == [
+    assert sorted(files.sizes_below(tmp_path / "step_000002")) == [
         "empty", "manifest.json", "model.pt", "state/0.pt",
     ]  # fmt: skip
 
@@ -228,8 +228,8 @@ def test_a_link_is_not_written_through(tmp_path: Path) -> None:
         assert not (tmp_path / name).is_symlink()
         assert (tmp_path / name).read_text() == "ours"
     assert target.read_text() == "theirs"
-    (tmp_path / f".latest.abc{files.PART}").write_text("killed")
-    files.remove_parts(tmp_path)
+    (tmp_path / f".latest.abc{files.PARTIAL_SUFFIX}").write_text("killed")
+    files.remove_partial_files(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "summary.json", "theirs"]
 
 
