@@ -1,4 +1,4 @@
-"""Read a Llama's config and build the model, with initial weights fixed by seed and parameter name."""
+"""Read the config of a Llama and build the model; initial weights follow from seed and name."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def load_config(path: Path) -> Any:
     """Read the LlamaConfig in a JSON file.
 
     Raises:
-        ValueError: the file cannot be read, is of another model type, or no model can be built of it.
+        ValueError: the file cannot be read, is of another model type, or is wrong.
     """
     try:
         fields = files.read_json(path)
@@ -168,8 +168,8 @@ def _seed(seed: int, name: str) -> int:
 def shrink(model: Any, full: bool = False) -> tuple[Any, str]:
     """Copy a model's config with sizes that a CPU can step in seconds.
 
-    The doctor's checks are about the configuration, not about size: two layers, and widths of at most
-    256.
+    It has two layers, and widths of at most 256: the doctor's checks are about the configuration,
+    not about size.
 
     Args:
         model: a LlamaConfig.

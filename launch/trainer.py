@@ -300,8 +300,8 @@ class Trainer:
         sent, polar_calls = self._counts()
         return {
             "optimizer": engine.kind,
-            "parameters": engine.parameters,
-            "trained_parameters": engine.trained,
+            "parameters": engine.num_parameters,
+            "trained_parameters": engine.num_trained,
             "ranks": ranks.world,
             "step": self.done,
             "skipped_steps": engine.skipped_steps,

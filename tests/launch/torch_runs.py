@@ -80,5 +80,5 @@ def train(
     if save is not None:
         checkpoints.save(engine, here, save, {"step": steps[1], **run})
     kept = {"bytes": engine.state_bytes(), "calls": engine.polar_calls(), "lr": engine.lr}
-    kept |= {"watched": watched, "parameters": engine.parameters}
+    kept |= {"watched": watched, "parameters": engine.num_parameters}
     return found, {**kept, "dtypes": {str(p.dtype) for p in engine.model.parameters()}}
