@@ -123,12 +123,12 @@ def build(
     """
     with init_context or nullcontext():
         model: nn.Module = LlamaForCausalLM(config)
-    _fill(model, seed, config.initializer_range)
+    _set_weights(model, seed, config.initializer_range)
     return model
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, seed: int, std: float) -> None:
+def _set_weights(model: nn.Module, seed: int, std: float) -> None:
     """Set the weights: matrices normal, norms 1.
 
     The numbers are the same with or without zero.Init, and on any device.

@@ -238,7 +238,7 @@ def _run(run: trainer.Trainer, grace: float) -> int:
     with Preemption(grace) as run.preemption:
         try:
             summary = run.run()
-            run.preemption.over()
+            run.preemption.disarm()
             if summary is None:
                 if run.ranks.first:
                     typer.echo(

@@ -98,7 +98,7 @@ class DeepSpeedEngine(Engine):
 
     def write(self, target: Path) -> None:
         """Write a checkpoint into the existing folder ``target``; all ranks call this."""
-        # DeepSpeed writes its own `latest` before other ranks' files, and a kill can leave it empty.
+        # DeepSpeed writes its own `latest` before other ranks' files; a kill can leave it empty.
         self.engine.save_checkpoint(str(target.parent), tag=target.name, save_latest=False)
 
     def read(self, source: Path) -> None:

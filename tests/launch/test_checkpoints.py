@@ -260,7 +260,7 @@ def test_how_a_folder_is_begun(tmp_path: Path) -> None:
 
 
 def test_one_run_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "PATIENCE", 0.2)
+    monkeypatch.setattr(run_folder, "LOCK_TIMEOUT", 0.2)
     first, second = (RunFolder(tmp_path, Resume.auto) for _ in range(2))
     first.open()
     with pytest.raises(ValueError, match=rf"goes on now \(process {os.getpid()} on "):
