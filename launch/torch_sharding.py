@@ -92,8 +92,8 @@ def _check_heads(model: Any, config: TorchConfig) -> None:
 def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """Scale all gradients so that their common norm is at most ``limit``.
 
-    This does what torch.nn.utils.clip_grad_norm_ does, which cannot take plain tensors and DTensors,
-    or DTensors of several meshes, together. A collective call of the meshes.
+    This does what torch.nn.utils.clip_grad_norm_ does, which cannot take plain tensors and
+    DTensors, or DTensors of several meshes, together. A collective call of the meshes.
 
     Returns:
         The norm before, float32.
