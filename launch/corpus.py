@@ -35,13 +35,7 @@ SUFFIXES = (".txt", ".jsonl")
 
 @dataclass(frozen=True)
 class Source:
-    """One file of text; whether a document is held out depends on its name alone.
-
-    Attributes:
-        name: the path relative to the folder that was asked for.
-        path: where the file is.
-        size: in bytes.
-    """
+    """One file of text: its name, which decides the split, and its size in bytes."""
 
     name: str
     path: Path
@@ -69,16 +63,7 @@ class Corpus:
 
 
 def load(paths: Sequence[Path], vocab_size: int, cache: Path | None = None) -> Corpus:
-    """Return the tokens of a text, which are built at first use.
-
-    Args:
-        paths: files or folders of text; none: the default corpus.
-        vocab_size: of the tokenizer.
-        cache: the folder of cached tokens; None: ``cache_folder()``.
-
-    Raises:
-        ValueError: see ``prepare``.
-    """
+    """Return the tokens of a text, which are built at first use; arguments and errors: ``prepare``'s."""
     return read(prepare(paths, vocab_size, cache), cache)
 
 
@@ -153,10 +138,7 @@ def cache_key(sources: Sequence[Source], vocab_size: int) -> str:
 
 
 def python_sources() -> list[Source]:
-    """Return a fixed sample of the .py files of the standard library and torch.
-
-    It has PYTHON_BYTES at most.
-    """
+    """Return a fixed sample of PYTHON_BYTES of the .py files of the standard library and torch."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         raise ValueError("the default corpus needs an installed torch: give --data instead")
@@ -206,11 +188,7 @@ def text_sources(paths: Sequence[Path]) -> list[Source]:
 
 
 def _source(name: str, path: Path) -> Source:
-    """Return the ``Source`` of one file.
-
-    Raises:
-        ValueError: it does not exist, is no regular file, or is empty.
-    """
+    """Return the ``Source`` of one file, or raise a ValueError if it cannot be one."""
     if not path.exists():
         if path.is_symlink():
             raise ValueError(
@@ -268,11 +246,7 @@ def _utf8_error(path: Path) -> ValueError:
 
 
 def _text_field(line: str, where: str) -> str:
-    """Return the string under "text" of a line of JSON.
-
-    Raises:
-        ValueError: there is none; ``where`` names file and line.
-    """
+    """Return the string under "text" of a line of JSON; ``where`` is for the error."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -398,12 +372,7 @@ def _encode(
 
 
 def _batches(sources: Sequence[Source], size: int = 1 << 21) -> Iterator[list[tuple[str, str]]]:
-    """Iterate over lists of documents, each enough for all of the tokenizer's threads.
-
-    Args:
-        sources: the files.
-        size: characters of a list, about.
-    """
+    """Iterate over lists of documents, of about ``size`` characters: enough work for all threads."""
     batch, total = [], 0
     for source in sources:
         for name, text in documents(source):

@@ -160,7 +160,7 @@ def main(
 
 
 def _prepare_or_exit(options: dict[str, Any], folder: RunFolder) -> trainer.Trainer:
-    """Return a run that is ready, or exit with what is wrong in the options; later errors are bugs."""
+    """Return a run that is ready, or exit if an option is wrong; later errors are bugs."""
     engine, config, steps = options["engine"], options["config"], options["steps"]
     try:
         if engine is EngineName.deepspeed:

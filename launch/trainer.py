@@ -320,7 +320,7 @@ class Trainer:
 
     @torch.no_grad()
     def sample(self, length: int = 48, temperature: float = 0.8, top: int = 40) -> str:
-        """Return the prompt and the model's continuation; all ranks compute it, as ZeRO-3 requires.
+        """Return the prompt and a continuation; all ranks compute it, as ZeRO-3 requires.
 
         Args:
             length: tokens to add.
