@@ -63,7 +63,7 @@ class Corpus:
 
 
 def load(paths: Sequence[Path], vocab_size: int, cache: Path | None = None) -> Corpus:
-    """Return the tokens of a text, which are built at first use; arguments and errors: ``prepare``'s."""
+    """Return the tokens of a text, which are built at first use; see ``prepare``."""
     return read(prepare(paths, vocab_size, cache), cache)
 
 
@@ -372,7 +372,7 @@ def _encode(
 
 
 def _batches(sources: Sequence[Source], size: int = 1 << 21) -> Iterator[list[tuple[str, str]]]:
-    """Iterate over lists of documents, of about ``size`` characters: enough work for all threads."""
+    """Iterate over lists of documents, about ``size`` characters each: enough for all threads."""
     batch, total = [], 0
     for source in sources:
         for name, text in documents(source):

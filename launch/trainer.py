@@ -298,7 +298,7 @@ class Trainer:
         count = min(self.validation.count, self.settings.eval_batches * engine.batch)
         indices = window_indices(0, self.validation.count, self.validation.count, VALIDATION_SEED)
         rows = self.validation.rows(indices[:count])
-        # All ranks make equally many calls, as ZeRO-3 requires; padding rows are masked in the loss.
+        # All ranks make equally many calls, as ZeRO-3 requires; the loss leaves out padding rows.
         rows_at_once = engine.micro * engine.data_ranks
         padding = -count % rows_at_once
         rows = torch.cat([rows, rows[:1].expand(padding, -1)])
