@@ -72,7 +72,7 @@ def save(engine: Engine, ranks: Ranks, folder: Path, run: State, keep: int = 0) 
     target = folder / f"step_{run['step']:06d}"
     ranks.on_first(lambda: _clear(target))
     _write(engine, target)
-    # The sum of all ranks' answers is also the barrier that no file is written after.
+    # This gathers from all ranks, and so is the barrier after which no file is written.
     names = ranks.on_first(
         lambda: sorted(files.sizes_below(target).items(), key=lambda item: -item[1])
     )
@@ -226,9 +226,8 @@ def read(folder: Path) -> Checkpoint:
         raise DamagedCheckpoint(
             f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
         ) from None
-    if manifest.get("sha256", _manifest_digest(manifest)) != _manifest_digest(
-        manifest
-    ):  # older ones have none
+    digest = _manifest_digest(manifest)
+    if manifest.get("sha256", digest) != digest:  # manifests of older releases have none
         raise DamagedCheckpoint(f"{MANIFEST} is not what was saved (its SHA-256 is another one)")
     size_problem = files.wrong_size(folder, {name: size for name, (size, _) in content.items()})
     if size_problem:

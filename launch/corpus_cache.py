@@ -130,7 +130,7 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
     building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         with (building / LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends: nobody clears it away
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends: none clears the folder away
             content = build(building)
             (building / LOCK).unlink()
             sizes = files.sizes_below(building)
@@ -138,7 +138,7 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
             entries = {name: [sizes[name], digest] for name, digest in zip(sizes, digests)}  # noqa: B905
             files.replace(building / MANIFEST, json.dumps({**content, "files": entries}, indent=1))
             for path in building.iterdir():
-                path.chmod(0o644)  # root builds for others, whatever the umask
+                path.chmod(0o644)  # for other users to read, whatever root's umask
             building.chmod(0o755)
             try:
                 building.rename(folder)
@@ -168,14 +168,14 @@ def _clear(cache: Path) -> None:
             if is_ours and (_builder_has_ended(folder) or time.time() - status.st_mtime > DAY):
                 shutil.rmtree(folder, ignore_errors=True)
         except FileNotFoundError:
-            continue  # done by another process
+            continue  # another process has removed it
 
 
 def _builder_has_ended(folder: Path) -> bool:
     """Return whether the process that was building a folder has ended, and so released its lock."""
     path = folder / LOCK
     if not path.is_file():
-        return False  # just begun, or just done
+        return False  # it has just begun, or is just done
     with path.open() as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -60,7 +60,7 @@ def replace(path: Path, content: str | bytes) -> None:
     )
     try:
         with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), 0o644)  # a temporary file is its owner's alone
+            os.fchmod(file.fileno(), 0o644)  # only its owner can read a temporary file
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())

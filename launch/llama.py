@@ -134,7 +134,7 @@ def _set_weights(model: nn.Module, seed: int, std: float) -> None:
     The numbers are the same with or without zero.Init, and on any device.
     """
     for name, parameter in model.named_parameters():
-        # zero.Init leaves an empty stand-in; its shape is kept aside.
+        # zero.Init leaves an empty tensor, with its shape in ds_shape.
         shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
         values = initial(name, shape, seed, std)
         if hasattr(parameter, "ds_id"):

@@ -149,9 +149,9 @@ def read_environment() -> tuple[int, int, str, int]:
 
 
 def fresh_store(rank: int, world: int, address: str, port: int) -> Any:
-    """Return torchrun's store, under a prefix that no rank has written to before a restart.
+    """Return torchrun's store, under a prefix that no rank of an earlier start has written to.
 
-    torchrun keeps its store when it restarts ranks, and has no number of the start that is the same
+    torchrun keeps its store when it restarts ranks, and counts its starts nowhere that is the same
     on all nodes: new ranks would find the addresses of ranks that are gone. So rank 0 draws the
     prefix, and hands it to each rank under a key that this rank has drawn.
     """
@@ -169,9 +169,8 @@ def fresh_store(rank: int, world: int, address: str, port: int) -> Any:
     deadline = time.monotonic() + START_TIMEOUT
     while missing_ranks:
         for other in sorted(missing_ranks):
-            if store.check(
-                [f"key/{other}"]
-            ):  # its token may be from an earlier start, and soon replaced
+            # The key may be from an earlier start, so it is answered until the rank is there.
+            if store.check([f"key/{other}"]):
                 store.set(store.get(f"key/{other}").decode(), token)
             if store.check([f"{token}/{other}"]):
                 missing_ranks.discard(other)

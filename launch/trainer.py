@@ -53,7 +53,7 @@ class RunSettings:
     save_every: int
     prompt: str
     save_minutes: float = 0.0
-    keep: int = 0  # checkpoints; 0: all
+    keep: int = 0
 
 
 @dataclass

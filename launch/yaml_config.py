@@ -80,7 +80,7 @@ class RunConfig:
     clip: float = 1.0  # 0: off
     dtype: str = "float32"
     monitor_every: int = 0  # 0: off
-    save_every: int = 0  # 0: at the end only; --save-every goes first
+    save_every: int = 0  # 0: at the end only; --save-every overrides it
     rotation: Mapping[str, Any] = field(default_factory=dict)  # POET: settings of poet.convert
     present_keys: frozenset[str] = frozenset()  # of the YAML
 

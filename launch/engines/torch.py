@@ -53,9 +53,7 @@ class TorchEngine(Engine):
         self.micro = config.micro_batch_size(self.data_ranks)
         self.model = llama.build(model, seed)
         skews = set(map(id, _convert_to_poet(config, self.model)))
-        for (
-            parameter
-        ) in self.model.parameters():  # rotary frequencies, which are none, stay float32
+        for parameter in self.model.parameters():  # buffers, as rotary frequencies, stay float32
             # POET's skew parameters stay float32; FSDP2 wants all that trains to have one dtype.
             trains_in_float32 = sharded and parameter.requires_grad
             if not skews or not (id(parameter) in skews or trains_in_float32):
