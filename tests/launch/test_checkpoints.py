@@ -161,7 +161,7 @@ def test_why_a_disk_cannot_be_written_is_said(
     monkeypatch.setattr(Engine, "write", full)
     with pytest.raises(RuntimeError, match="unexpected pos"):  # there is room: it is another thing
         save(tmp_path, 4)
-    monkeypatch.setattr(files, "probe", none_left)
+    monkeypatch.setattr(files, "check_writable", none_left)
     with pytest.raises(OSError, match=r"No space left on device: .*'.*/step_000004'"):
         save(tmp_path, 4)
     assert load(tmp_path) == ("step_000002", [])
