@@ -24,7 +24,7 @@ import spectral_dist
 from spectral_dist import calibrate
 from spectral_dist.calibrate import FALLBACK, PUBLISHED, Recorder
 from spectral_dist.launch import corpus, llama
-from spectral_dist.launch.batches import Windows, row_numbers
+from spectral_dist.launch.batches import Windows, window_indices
 from spectral_dist.polar import newton_schulz, polar, schedules
 from spectral_dist.polar.fit import random_spectrum, relative_error
 from spectral_dist.polar.schedules import Row
@@ -107,7 +107,7 @@ def train(steps: int, layers: int, text: list[Path]) -> list[tuple[str, Tensor]]
     optimizer = spectral_dist.Muon(spectral_dist.param_groups(model), lr=LR, momentum=MOMENTUM)
     found: list[tuple[str, Tensor]] = []
     for step in range(steps):
-        rows = windows.rows(row_numbers(step, BATCH, windows.count, seed=0))
+        rows = windows.rows(window_indices(step, BATCH, windows.count, seed=0))
         loss = model(input_ids=rows[:, :-1], labels=rows[:, :-1]).loss
         loss.backward()
         if step % 5 == 4:

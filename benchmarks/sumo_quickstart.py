@@ -200,13 +200,13 @@ class Bench:
         started = time.perf_counter()
         torch.manual_seed(seed)
         engine = self.engine(contender, self.peers, config, self.model, seed, self.here)
-        job = trainer.Job(
+        settings = trainer.RunSettings(
             out=self.path.with_suffix("") / contender.kind, steps=config.steps, stop_at=0,
             seq_len=256, seed=seed, eval_every=40, eval_batches=8, save_every=0,
             prompt="def ",
         )  # fmt: skip
         try:
-            summary = trainer.Trainer(job, engine, self.text, self.here).run()
+            summary = trainer.Trainer(settings, engine, self.text, self.here).run()
             record["bits_per_byte"] = summary["validation_bits_per_byte"]
             record["optimizer_seconds"] = summary["optimizer_seconds"]
         except FloatingPointError:

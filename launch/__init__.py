@@ -1,1 +1,1 @@
-"""Commands a person runs: pretraining and its default corpus."""
+"""Pretrain a Llama under any supported framework, and run the command `spectral-dist`."""

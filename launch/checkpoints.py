@@ -1,4 +1,8 @@
-"""Checkpoints of a run: a folder each, with a manifest, and `latest`, which names a whole one."""
+"""Save the checkpoints of a pretraining run, and find and load the one to resume from.
+
+Each checkpoint is a folder with a manifest, which is written last; the file `latest` names the
+newest complete one.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +30,19 @@ STEP = re.compile(r"step_(\d+)")
 FORMAT = 1
 
 
-class Damaged(Exception):
-    """A checkpoint that is not whole; the message says why."""
+class DamagedCheckpoint(Exception):
+    """A checkpoint is incomplete or has changed; the message says why."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole one: ``run`` is what it was saved with, ``files`` their [bytes, SHA-256] by name."""
+    """A complete checkpoint.
+
+    Attributes:
+        folder: where its files are.
+        run: the step, totals and settings that it was saved with.
+        files: bytes and SHA-256 of each file, by name.
+    """
 
     folder: Path
     run: State
@@ -40,49 +50,58 @@ class Checkpoint:
 
 
 def save(engine: Engine, ranks: Ranks, folder: Path, run: State, keep: int = 0) -> Path:
-    """Write a checkpoint of ``run["step"]`` into ``folder`` and name it; on all ranks.
+    """Write a checkpoint of step ``run["step"]`` and let `latest` name it; all ranks call this.
 
-    Every rank hashes some of the files, and syncs them to disk. `latest` follows when all is there.
+    The ranks divide the files among them to hash and sync them to disk. The manifest and `latest`
+    follow when all files are there.
 
     Args:
-        engine: what to save.
-        ranks: of the job.
-        folder: of all checkpoints of the run.
-        run: what to go on with, and what must be the same then; JSON.
-        keep: the number to keep, those of the highest steps up to this one; 0: all.
+        engine: the model and optimizer to save.
+        ranks: all ranks of the job.
+        folder: holds all checkpoints of the run.
+        run: the step and totals to resume with, and the settings that must then be the same; JSON.
+        keep: how many checkpoints to keep, those of the highest steps up to this one; 0: all.
+
+    Returns:
+        The folder of the new checkpoint.
 
     Raises:
-        ValueError: on every rank: a file of it cannot be read again.
-        OSError: why a rank cannot write its part: the disk is full, say.
+        ValueError: on every rank: a file of the checkpoint cannot be read again.
+        OSError: a rank cannot write its part, for example because the disk is full.
     """
     target = folder / f"step_{run['step']:06d}"
     ranks.on_first(lambda: _clear(target))
     _write(engine, target)
-    # The sum of all ranks' answers is also the barrier that no file is written after.
-    names = ranks.on_first(lambda: sorted(files.below(target).items(), key=lambda item: -item[1]))
-    share = [name for name, _ in names[ranks.rank :: ranks.world]]
+    # This gathers from all ranks, and so is the barrier after which no file is written.
+    names = ranks.on_first(
+        lambda: sorted(files.sizes_below(target).items(), key=lambda item: -item[1])
+    )
+    names_of_rank = [name for name, _ in names[ranks.rank :: ranks.world]]
     digests: dict[str, str] = {}
-    for part in ranks.together(lambda: _hash(target, share)):
-        digests |= part
+    for digests_of_rank in ranks.together(lambda: _hash(target, names_of_rank)):
+        digests |= digests_of_rank
     content = {name: [size, digests[name]] for name, size in sorted(names)}
-    ranks.on_first(lambda: _seal(target, run, content, keep))
+    ranks.on_first(lambda: _write_manifest(target, run, content, keep))
     return target
 
 
 def _clear(target: Path) -> None:
-    """Remove what an earlier run left of this step, which it did not finish or resume from."""
+    """Remove what an earlier run left of this step, and create the empty folder."""
     if target.exists():
         remove(target)
     target.mkdir(parents=True)
 
 
 def _write(engine: Engine, target: Path) -> None:
-    """Have it written. Of a full disk torch may say no more than "unexpected pos 704 vs 598"."""
+    """Have the engine write its files, and name the reason if the disk is full.
+
+    torch may say no more of a full disk than "unexpected pos 704 vs 598".
+    """
     try:
         engine.write(target)
     except (Exception, CheckpointException) as error:
         try:
-            files.probe(target)
+            files.check_writable(target)
         except OSError as reason:
             what = f"{reason.strerror}: this checkpoint is not whole, go on from one before it"
             raise OSError(reason.errno, what, str(target)) from error
@@ -90,47 +109,54 @@ def _write(engine: Engine, target: Path) -> None:
 
 
 def _hash(folder: Path, names: list[str]) -> dict[str, str]:
+    """Return the SHA-256 of each named file, which is synced to disk."""
     return dict(zip(names, files.hashes([folder / n for n in names], sync=True), strict=True))
 
 
-def _seal(target: Path, run: State, content: Mapping[str, Any], keep: int) -> None:
+def _write_manifest(target: Path, run: State, content: Mapping[str, Any], keep: int) -> None:
+    """Write the manifest and `latest`, then remove checkpoints beyond the ``keep`` newest."""
     manifest = {"format": FORMAT, "run": run, "files": content}
-    manifest["sha256"] = _digest(manifest)
+    manifest["sha256"] = _manifest_digest(manifest)
     for folder in {(target / name).parent for name in content}:
         files.sync_folder(folder)
     files.replace(target / MANIFEST, json.dumps(manifest, indent=1) + "\n")
     files.sync_folder(target.parent)
     name_latest(target)
     if keep:
-        done = [folder for folder in steps(target.parent) if _number(folder) <= _number(target)]
-        whole = [folder for folder in done if (folder / MANIFEST).is_file()]
-        for folder in set(done) - set(whole[:keep]):
+        candidates = [
+            folder for folder in steps(target.parent) if _number(folder) <= _number(target)
+        ]
+        complete = [folder for folder in candidates if (folder / MANIFEST).is_file()]
+        for folder in set(candidates) - set(complete[:keep]):
             remove(folder)
 
 
-def _digest(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 of all else that a manifest says."""
+def _manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a manifest, without its own entry for that digest."""
     said = {name: value for name, value in manifest.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def remove(folder: Path) -> None:
-    """Delete a checkpoint; first its manifest, so that what a kill leaves is never taken."""
+    """Delete a checkpoint.
+
+    Its manifest goes first, so that a half-deleted checkpoint is never resumed from.
+    """
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder)
 
 
 def name_latest(checkpoint: Path) -> None:
-    """Make it the one that ``latest`` names: last, so that it is never one that is not whole."""
+    """Write a checkpoint's name into `latest`; call it last, when the checkpoint is complete."""
     files.replace(checkpoint.with_name(LATEST), checkpoint.name)
 
 
 def steps(folder: Path) -> list[Path]:
-    """Return the folders of checkpoints, whole or not, the highest step first."""
+    """Return the checkpoint folders, complete or not, the highest step first."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if STEP.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=_number, reverse=True)
+    folders = [path for path in folder.iterdir() if STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=_number, reverse=True)
 
 
 def _number(folder: Path) -> int:
@@ -138,22 +164,22 @@ def _number(folder: Path) -> int:
 
 
 def find(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """Look for the checkpoint to go on from: what `latest` names, else the newest whole one.
+    """Find the checkpoint to resume from: the one `latest` names, else the newest complete one.
 
     Returns:
-        It, and what there is to say about others; None: none was ever complete.
+        The checkpoint, and messages about damaged ones. None: no checkpoint was ever complete.
 
     Raises:
-        ValueError: there are some, and all are damaged.
+        ValueError: there are checkpoints, and all are damaged.
     """
     notes: list[str] = []
-    named = _named(folder, notes)
+    named = _read_latest(folder, notes)
     others = [path for path in steps(folder) if path != named]
     for path in [named, *others] if named else others:
         try:
             checkpoint = read(path)
-        except Damaged as damage:
-            notes.append(f"{path} is damaged: {damage}")
+        except DamagedCheckpoint as error:
+            notes.append(f"{path} is damaged: {error}")
             continue
         if notes:
             notes.append(f"{path} is taken, the newest whole checkpoint")
@@ -166,8 +192,8 @@ def find(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     )
 
 
-def _named(folder: Path, notes: list[str]) -> Path | None:
-    """What `latest` names, which is a checkpoint beside it and nothing else."""
+def _read_latest(folder: Path, notes: list[str]) -> Path | None:
+    """Return the folder that `latest` names; None: there is no such file, or it is damaged."""
     path = folder / LATEST
     if not path.is_file():
         return None
@@ -179,50 +205,57 @@ def _named(folder: Path, notes: list[str]) -> Path | None:
 
 
 def read(folder: Path) -> Checkpoint:
-    """Read the manifest of a checkpoint, and compare the sizes of its files.
+    """Read the manifest of a checkpoint and compare the sizes of its files with it.
 
     Raises:
-        Damaged: what is wrong.
+        DamagedCheckpoint: the folder, the manifest or a file is missing or differs.
     """
     path = folder / MANIFEST
     if not folder.is_dir():
-        raise Damaged("it is missing")
+        raise DamagedCheckpoint("it is missing")
     if not path.is_file():
-        raise Damaged(f"it has no {MANIFEST}, which is written when a checkpoint is complete")
+        raise DamagedCheckpoint(
+            f"it has no {MANIFEST}, which is written when a checkpoint is complete"
+        )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         content = {name: (int(size), str(sha)) for name, (size, sha) in manifest["files"].items()}
         run = dict(manifest["run"])
         int(run["step"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(f"{MANIFEST} cannot be read ({type(error).__name__}: {error})") from None
-    if manifest.get("sha256", _digest(manifest)) != _digest(manifest):  # older ones have none
-        raise Damaged(f"{MANIFEST} is not what was saved (its SHA-256 is another one)")
-    wrong = files.wrong_size(folder, {name: size for name, (size, _) in content.items()})
-    if wrong:
-        raise Damaged(wrong)
+        raise DamagedCheckpoint(
+            f"{MANIFEST} cannot be read ({type(error).__name__}: {error})"
+        ) from None
+    digest = _manifest_digest(manifest)
+    if manifest.get("sha256", digest) != digest:  # manifests of older releases have none
+        raise DamagedCheckpoint(f"{MANIFEST} is not what was saved (its SHA-256 is another one)")
+    size_problem = files.wrong_size(folder, {name: size for name, (size, _) in content.items()})
+    if size_problem:
+        raise DamagedCheckpoint(size_problem)
     return Checkpoint(folder, run, content)
 
 
 def load(engine: Engine, ranks: Ranks, checkpoint: Checkpoint, run: Mapping[str, Any]) -> None:
-    """Restore a checkpoint, once it is known to be of this run and as it was written.
+    """Restore a checkpoint, after checking that it belongs to this run and has not changed.
 
     Args:
-        engine: what to restore.
-        ranks: of the job; all of them call this.
-        checkpoint: of ``find``.
-        run: what must be the same as when it was saved, as given to ``save``.
+        engine: the model and optimizer to restore.
+        ranks: all ranks of the job; all of them call this.
+        checkpoint: returned by ``find``.
+        run: the settings that must equal the saved ones, as passed to ``save``.
 
     Raises:
-        ValueError: on every rank: another setting, with both values, or a file that has changed.
+        ValueError: on every rank: a setting differs (the message has both values), or a file has
+            changed.
     """
     ranks.together(lambda: compare(checkpoint.folder, checkpoint.run, run))
-    share = sorted(checkpoint.files)[ranks.rank :: ranks.world]
-    ranks.together(lambda: _verify(checkpoint, share))
+    names_of_rank = sorted(checkpoint.files)[ranks.rank :: ranks.world]
+    ranks.together(lambda: _verify(checkpoint, names_of_rank))
     engine.read(checkpoint.folder)
 
 
 def _verify(checkpoint: Checkpoint, names: list[str]) -> None:
+    """Raise a ValueError if a named file's SHA-256 is not that of the manifest."""
     digests = files.hashes([checkpoint.folder / name for name in names])
     for name, digest in zip(names, digests, strict=True):
         if digest != checkpoint.files[name][1]:
@@ -234,32 +267,39 @@ def _verify(checkpoint: Checkpoint, names: list[str]) -> None:
 
 
 def compare(source: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Compare the settings of a run with those of a checkpoint; JSON, in any depth.
+    """Compare the settings of a run with those of a checkpoint, at any depth.
+
+    Args:
+        source: the checkpoint's folder, for the message.
+        saved: the settings in the checkpoint; JSON.
+        now: the settings of this run.
 
     Raises:
-        ValueError: names the first that differs, and both values.
+        ValueError: names the first setting that differs, and both values.
     """
-    before, here = _flat(saved), _flat(json.loads(json.dumps(now)))
-    tops = {name.partition(".")[0] for name in here}
-    names = [*here, *(name for name in before if name.partition(".")[0] in tops)]
+    before, current = _flatten(saved), _flatten(json.loads(json.dumps(now)))
+    tops = {name.partition(".")[0] for name in current}
+    names = [*current, *(name for name in before if name.partition(".")[0] in tops)]
     for name in names:
-        was, is_now = (values.get(name, "not set") for values in (before, here))
+        was, is_now = (values.get(name, "not set") for values in (before, current))
         if was != is_now or type(was) is not type(is_now):
             raise ValueError(
-                f"cannot resume {source}: its {name} was {_said(was)}, now it is {_said(is_now)};"
+                f"cannot resume {source}: its {name} was {_as_text(was)}, now it is"
+                f" {_as_text(is_now)};"
                 " write what it was, or start a new run with another --out"
             )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by dotted name."""
     result: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            result |= _flat(value, f"{prefix}{name}.")
+            result |= _flatten(value, f"{prefix}{name}.")
         else:
             result[f"{prefix}{name}"] = value
     return result
 
 
-def _said(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return value if value == "not set" else json.dumps(value)

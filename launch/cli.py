@@ -1,4 +1,4 @@
-"""The command `spectral-dist`."""
+"""Define the command `spectral-dist`: doctor, calibrate and convert."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Spectral opt
 
 @app.callback()
 def main() -> None:
-    """Spectral optimizers' tools."""
+    """Run one of the spectral optimizers' tools."""
 
 
 @app.command()
@@ -32,15 +32,16 @@ def doctor(
     try:
         fields = deepspeed_config.load(config)
         small, note = llama.shrink(llama.load_config(model), full)
-        rows = checks.examine(fields, small)
+        results = checks.examine(fields, small)
     except ValueError as error:
         Console(stderr=True).print(f"spectral-dist doctor: {error}", style="red", markup=False)
         raise typer.Exit(2) from None
     table = Table("check", "", "seen", title=f"{config}: {note}")
-    for row in rows:
-        table.add_row(row.check, "[green]ok[/]" if row.passed else "[red]FAILED[/]", row.seen)
+    for result in results:
+        mark = "[green]ok[/]" if result.passed else "[red]FAILED[/]"
+        table.add_row(result.check, mark, result.seen)
     console.print(table)
-    raise typer.Exit(0 if all(row.passed for row in rows) else 1)
+    raise typer.Exit(0 if all(result.passed for result in results) else 1)
 
 
 @app.command()
@@ -67,12 +68,12 @@ def calibrate(
         if captured and not set(captured) & set(counts):
             shapes = ", ".join(calibration.key(s) for s in captured)
             raise ValueError(f"the spectra are of {shapes}: none of the shapes asked for")
-        heads = ("shape", "no.", "a, b, c", "error", "jordan", "published", "spectra")
-        table = Table(*heads, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits into 80 columns
-        found = {}
+        headings = ("shape", "no.", "a, b, c", "error", "jordan", "published", "spectra")
+        table = Table(*headings, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))  # fits into 80 columns
+        fits = {}
         for size in sorted(counts):
             fitted = calibration.calibrate(size, captured.get(size), steps)
-            found[size] = fitted
+            fits[size] = fitted
             table.add_row(
                 calibration.key(size),
                 str(counts[size] or "-"),
@@ -82,7 +83,7 @@ def calibrate(
                 calibration.published_error(size, captured.get(size), steps),
                 str(fitted.spectra or "none"),
             )
-        calibration.write(out, found, steps)
+        calibration.write(out, fits, steps)
     except ValueError as error:
         Console(stderr=True).print(f"spectral-dist calibrate: {error}", style="red", markup=False)
         raise typer.Exit(2) from None
@@ -98,7 +99,14 @@ def calibrate(
 
 
 def _matrix_shapes(model: Path) -> dict[tuple[int, int], int]:
-    """How many matrices of each (min, max) a model has. ValueError."""
+    """Return how many matrices of each shape, (short side, long side), a model has.
+
+    Args:
+        model: a LlamaConfig JSON.
+
+    Raises:
+        ValueError: the file cannot be read, or is wrong.
+    """
     import torch
 
     from spectral_dist.launch import llama
@@ -106,9 +114,9 @@ def _matrix_shapes(model: Path) -> dict[tuple[int, int], int]:
 
     config = llama.load_config(model)
     with torch.device("meta"):
-        routes = classify(llama.build(config, seed=0))
+        specs = classify(llama.build(config, seed=0))
     counts: dict[tuple[int, int], int] = {}
-    for matrix in (matrix for route in routes for matrix in route.matrices):
+    for matrix in (matrix for spec in specs for matrix in spec.matrices):
         size = (min(matrix.shape), max(matrix.shape))
         counts[size] = counts.get(size, 0) + 1
     return counts

@@ -1,4 +1,4 @@
-"""Text to train on: found or given, split by name, tokenized once, cached.
+"""Prepare the text to train on: collect, split, tokenize and cache it.
 
 The default corpus is the Python source that every installation already has (standard library and
 torch), so that a first run downloads nothing. `load` returns memory-mapped tokens.
@@ -24,18 +24,18 @@ from spectral_dist.launch import corpus_cache, files
 
 FORMAT = 2  # part of the cache key: raise it when the same input gives other tokens
 END = "<|endoftext|>"
-SPLIT_PERMILLE = 20  # of the documents, for validation
-PIECE = 1 << 16  # characters: a text file is cut at line ends into documents of about this size
+VALIDATION_PERMILLE = 20  # of the documents, for validation
+DOCUMENT_CHARS = 1 << 16  # a text file is cut at line ends into documents of about this size
 SAMPLE_BYTES = 8 << 20  # of training text, for training the tokenizer
 PYTHON_BYTES = 48 << 20  # of the default corpus: tokenizing it all would make a first run wait
 PYTHON_FILE_BYTES = 200_000  # above it are mostly generated tables
-PYTHON_SKIPPED = {"site-packages", "dist-packages", "encodings"}  # others' code; more tables
+PYTHON_SKIPPED = {"site-packages", "dist-packages", "encodings"}  # not the standard library; tables
 SUFFIXES = (".txt", ".jsonl")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One file: `name` decides the split; `size` in bytes."""
+    """One file of text: its name, which decides the split, and its size in bytes."""
 
     name: str
     path: Path
@@ -44,7 +44,15 @@ class Source:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Tokens of both parts (1-D, unsigned), the tokenizer, and each token's length in bytes."""
+    """A tokenized text, split into training and validation.
+
+    Attributes:
+        train, validation: the tokens, 1-D and unsigned.
+        tokenizer: made of the training text.
+        token_bytes: the bytes of text that each token of the vocabulary stands for.
+        manifest: what the cache says of its files.
+        key: hash of all that the tokens depend on.
+    """
 
     train: NDArray[np.unsignedinteger[Any]]
     validation: NDArray[np.unsignedinteger[Any]]
@@ -55,22 +63,24 @@ class Corpus:
 
 
 def load(paths: Sequence[Path], vocab_size: int, cache: Path | None = None) -> Corpus:
-    """Tokens of the files under `paths` (none: the default corpus), built at first use.
-
-    ValueError: as of ``prepare``.
-    """
+    """Return the tokens of a text, which are built at first use; see ``prepare``."""
     return read(prepare(paths, vocab_size, cache), cache)
 
 
 def prepare(paths: Sequence[Path], vocab_size: int, cache: Path | None = None) -> str:
-    """Have the tokens of the files under `paths` in the cache, whole; their key.
+    """Build the tokens of a text in the cache, unless they are there, and return their key.
 
-    The text is read and hashed each time: sizes and times of files say too little, and are others
-    on another machine. That is some 0.6 s of CPU time for a GB, once on each node.
+    The text is read and hashed each time, because sizes and times of files would miss changes and
+    differ between machines. That takes about 0.6 s of CPU time for a GB, once on each node.
+
+    Args:
+        paths: files or folders of text; none: the default corpus.
+        vocab_size: of the tokenizer.
+        cache: the folder of cached tokens; None: ``cache_folder()``.
 
     Raises:
-        ValueError: nothing found, unreadable files or lines, too little text, a vocabulary below
-            257, or no cache to write to.
+        ValueError: no file, unreadable files or lines, too little text, a vocabulary below 257, or
+            no cache to write to.
     """
     if vocab_size < 257:
         raise ValueError(f"a byte-level vocabulary needs 257 entries or more, not {vocab_size}")
@@ -83,13 +93,17 @@ def prepare(paths: Sequence[Path], vocab_size: int, cache: Path | None = None) -
     def build(folder: Path) -> dict[str, Any]:
         return _build(sources, vocab_size, folder)
 
-    corpus_cache.ready(cache or cache_folder(), key, build)
+    corpus_cache.ensure_built(cache or cache_folder(), key, build)
     return key
 
 
 def read(key: str, cache: Path | None = None) -> Corpus:
-    """Open what ``prepare`` has made ready. ValueError: it is not there any more, or not whole."""
-    folder = corpus_cache.place(cache or cache_folder(), key)
+    """Open the tokens that ``prepare`` has built.
+
+    Raises:
+        ValueError: the cached files have been removed or have changed since.
+    """
+    folder = corpus_cache.folder_of(cache or cache_folder(), key)
     try:
         manifest = corpus_cache.manifest(folder)
     except ValueError as error:
@@ -109,48 +123,50 @@ def read(key: str, cache: Path | None = None) -> Corpus:
 
 
 def cache_folder() -> Path:
-    """$SPECTRAL_DIST_CACHE, or ~/.cache/spectral_dist."""
+    """Return the folder of cached tokens: $SPECTRAL_DIST_CACHE, or ~/.cache/spectral_dist."""
     return Path(os.environ.get("SPECTRAL_DIST_CACHE") or "~/.cache/spectral_dist").expanduser()
 
 
 def cache_key(sources: Sequence[Source], vocab_size: int) -> str:
-    """A hash of everything the tokens depend on: the text itself too."""
+    """Return a hash of everything that the tokens depend on, the text itself included."""
     digests = files.hashes(source.path for source in sources)
-    listed = [[source.name, digest] for source, digest in zip(sources, digests, strict=True)]
-    text = json.dumps([FORMAT, vocab_size, listed])
+    names_and_digests = [
+        [source.name, digest] for source, digest in zip(sources, digests, strict=True)
+    ]
+    text = json.dumps([FORMAT, vocab_size, names_and_digests])
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def python_sources() -> list[Source]:
-    """A fixed sample, PYTHON_BYTES at most, of the .py files of the standard library and torch."""
+    """Return a fixed sample of PYTHON_BYTES of the .py files of the standard library and torch."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         raise ValueError("the default corpus needs an installed torch: give --data instead")
     roots = {"python": Path(sysconfig.get_path("stdlib")), "torch": Path(spec.origin).parent}
-    found = []
+    sources = []
     for label, root in roots.items():
-        for folder, below, names in os.walk(root):
-            below[:] = [name for name in below if name not in PYTHON_SKIPPED]
+        for folder, subfolders, names in os.walk(root):
+            subfolders[:] = [name for name in subfolders if name not in PYTHON_SKIPPED]
             for path in (Path(folder, name) for name in names if name.endswith(".py")):
                 size = path.stat().st_size
                 if 0 < size <= PYTHON_FILE_BYTES:
                     name = f"{label}/{path.relative_to(root).as_posix()}"
-                    found.append(Source(name, path, size))
+                    sources.append(Source(name, path, size))
     # The order of a hash mixes both trees, and cutting it off leaves a fair sample of both.
-    found.sort(key=lambda source: _digest("order", source.name))
-    kept, total = [], 0
-    for source in found:
+    sources.sort(key=lambda source: _digest("order", source.name))
+    sample, total = [], 0
+    for source in sources:
         total += source.size
         if total > PYTHON_BYTES:
             break
-        kept.append(source)
-    if not kept:
+        sample.append(source)
+    if not sample:
         raise ValueError(f"no Python source under {', '.join(map(str, roots.values()))}")
-    return kept
+    return sample
 
 
 def text_sources(paths: Sequence[Path]) -> list[Source]:
-    """The .txt and .jsonl files given, or anywhere below the directories given.
+    """Return the .txt and .jsonl files among the paths, and all those below them.
 
     Raises:
         ValueError: there is none, or one is empty, or a link to nothing.
@@ -158,10 +174,12 @@ def text_sources(paths: Sequence[Path]) -> list[Source]:
     sources = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and not p.is_dir())
-            if not inside:
+            files_below = sorted(
+                p for p in path.rglob("*") if p.suffix in SUFFIXES and not p.is_dir()
+            )
+            if not files_below:
                 raise ValueError(f"no .txt or .jsonl file below {path}")
-            sources += [_source(file.relative_to(path).as_posix(), file) for file in inside]
+            sources += [_source(file.relative_to(path).as_posix(), file) for file in files_below]
         elif path.suffix not in SUFFIXES and path.exists():
             raise ValueError(f"{path}: expected a .txt or .jsonl file, or a directory of them")
         else:
@@ -170,6 +188,7 @@ def text_sources(paths: Sequence[Path]) -> list[Source]:
 
 
 def _source(name: str, path: Path) -> Source:
+    """Return the ``Source`` of one file, or raise a ValueError if it cannot be one."""
     if not path.exists():
         if path.is_symlink():
             raise ValueError(
@@ -185,12 +204,15 @@ def _source(name: str, path: Path) -> Source:
 
 
 def documents(source: Source) -> Iterator[tuple[str, str]]:
-    """Name and text of each document: a whole .py file, a line of .jsonl, a piece of .txt.
+    """Iterate over the documents of a file: (name, text).
 
-    ValueError: a .jsonl line without a string under "text", or one that is not UTF-8; it names
-    file and line.
+    A document is a whole .py file, a line of a .jsonl file, or DOCUMENT_CHARS of a .txt file.
+
+    Raises:
+        ValueError: a .jsonl line without a string under "text", or a line that is not UTF-8; names
+            file and line.
     """
-    if source.path.suffix == ".py":  # of Python itself, some to test other encodings
+    if source.path.suffix == ".py":  # some of Python's own files are in other encodings
         yield source.name, source.path.read_bytes().decode(errors="replace")
         return
     with source.path.open(encoding="utf-8", newline="") as file:
@@ -202,16 +224,16 @@ def documents(source: Source) -> Iterator[tuple[str, str]]:
                         yield f"{source.name}:{number}", text
             else:
                 number = 0
-                while lines := file.readlines(PIECE):
+                while lines := file.readlines(DOCUMENT_CHARS):
                     yield f"{source.name}#{number}", "".join(lines)
                     number += 1
         except UnicodeDecodeError:
-            raise _not_utf8(source.path) from None
+            raise _utf8_error(source.path) from None
 
 
-def _not_utf8(path: Path) -> ValueError:
-    """The error of the first line that cannot be read: no character holds a line's end."""
-    with path.open("rb") as file:
+def _utf8_error(path: Path) -> ValueError:
+    """Return the error that names the first line of a file that is not UTF-8."""
+    with path.open("rb") as file:  # whose lines end between characters in UTF-8, too
         for number, line in enumerate(file, 1):
             try:
                 line.decode()
@@ -224,6 +246,7 @@ def _not_utf8(path: Path) -> ValueError:
 
 
 def _text_field(line: str, where: str) -> str:
+    """Return the string under "text" of a line of JSON; ``where`` is for the error."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -239,24 +262,31 @@ def _text_field(line: str, where: str) -> str:
 
 
 def validation_names(names: Sequence[str]) -> set[str]:
-    """The documents held out: those whose name hashes low, and never none or all of them."""
+    """Return the names of the documents that are held out for validation.
+
+    They are those whose name hashes low, and never none or all of them.
+
+    Raises:
+        ValueError: fewer than two documents.
+    """
     if len(set(names)) < 2:
         raise ValueError(
             f"too little text: {len(set(names))} document(s), and both training and validation "
-            f"need one (a line of .jsonl is a document, or {PIECE} characters of .txt)"
+            f"need one (a line of .jsonl is a document, or {DOCUMENT_CHARS} characters of .txt)"
         )
-    chosen = {name for name in names if _digest("split", name) % 1000 < SPLIT_PERMILLE}
-    if not chosen or len(chosen) == len(set(names)):
-        chosen = {min(names, key=lambda name: (_digest("split", name), name))}
-    return chosen
+    held_out = {name for name in names if _digest("split", name) % 1000 < VALIDATION_PERMILLE}
+    if not held_out or len(held_out) == len(set(names)):
+        held_out = {min(names, key=lambda name: (_digest("split", name), name))}
+    return held_out
 
 
 def _digest(purpose: str, name: str) -> int:
+    """Return a 64-bit hash of a name, another one for each purpose."""
     return int.from_bytes(hashlib.sha256(f"{purpose}:{name}".encode()).digest()[:8], "big")
 
 
 def byte_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:
-    """Bytes of text that each token stands for; 0 for the end-of-text token."""
+    """Return the bytes of text that each token stands for, (vocabulary,); end-of-text has 0."""
     # A byte-level vocabulary writes every byte as one character.
     lengths = np.zeros(tokenizer.get_vocab_size(), np.int64)
     for token, number in tokenizer.get_vocab().items():
@@ -265,13 +295,19 @@ def byte_lengths(tokenizer: Tokenizer) -> NDArray[np.int64]:
 
 
 def bits_per_byte(nats: float, tokens: int, size: int) -> float:
-    """Mean loss of `nats` per token over `tokens` tokens that stand for `size` bytes of text."""
+    """Convert a mean loss to bits per byte of text.
+
+    Args:
+        nats: mean loss per token.
+        tokens: number of tokens.
+        size: bytes of text that the tokens stand for.
+    """
     return float(nats * tokens / (np.log(2) * size))
 
 
 def _build(sources: Sequence[Source], vocab_size: int, folder: Path) -> dict[str, Any]:
-    """Write tokenizer and tokens; what the manifest is to say of them."""
-    names, sample = _survey(sources)
+    """Write the tokenizer and the tokens into a folder; return the content of its manifest."""
+    names, sample = _sample_documents(sources)
     held_out = validation_names(names)
     training = [text for name, text in sample if name not in held_out]
     tokenizer = train_tokenizer(training, vocab_size)
@@ -279,8 +315,8 @@ def _build(sources: Sequence[Source], vocab_size: int, folder: Path) -> dict[str
     return {**_encode(sources, tokenizer, held_out, folder), "vocab_size": vocab_size}
 
 
-def _survey(sources: Sequence[Source]) -> tuple[list[str], list[tuple[str, str]]]:
-    """All documents' names, and the first SAMPLE_BYTES of them with their text."""
+def _sample_documents(sources: Sequence[Source]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Return the names of all documents, and the first SAMPLE_BYTES of them as (name, text)."""
     names, sample, size = [], [], 0
     for source in sources:
         for name, text in documents(source):
@@ -294,7 +330,10 @@ def _survey(sources: Sequence[Source]) -> tuple[list[str], list[tuple[str, str]]
 
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE: it can write any text, and its tokens' bytes add up to the text's."""
+    """Train a byte-level BPE tokenizer.
+
+    It can encode any text, and the bytes of its tokens add up to those of the text.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -311,8 +350,8 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
 def _encode(
     sources: Sequence[Source], tokenizer: Tokenizer, held_out: set[str], folder: Path
 ) -> dict[str, Any]:
-    """Write train.bin and validation.bin; return their counts."""
-    # Text that spells the end-of-text token is text: the token itself is added by its number.
+    """Write train.bin and validation.bin, and return their dtype and counts."""
+    # Text that happens to spell the end-of-text token stays text: only ``end`` is the token.
     tokenizer.encode_special_tokens = True
     end = tokenizer.token_to_id(END)
     dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32)
@@ -333,7 +372,7 @@ def _encode(
 
 
 def _batches(sources: Sequence[Source], size: int = 1 << 21) -> Iterator[list[tuple[str, str]]]:
-    """Documents in lists of about `size` characters: enough for the tokenizer's threads."""
+    """Iterate over lists of documents, about ``size`` characters each: enough for all threads."""
     batch, total = [], 0
     for source in sources:
         for name, text in documents(source):

@@ -1,4 +1,4 @@
-"""A folder of folders that are built once and then read: shared safely, checked on use."""
+"""Cache folders that are built once and then only read, by any number of processes and users."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ BUILDING = re.compile(r"[0-9a-f]{24}(-\d+)?\.\w+")
 DAY = 86400.0
 
 
-def place(cache: Path, key: str) -> Path:
-    """Return where to read or build what a key stands for; it need not be there.
+def folder_of(cache: Path, key: str) -> Path:
+    """Return the folder in which to read or build the content of a key; it may not exist yet.
 
-    What this user or root has built is read; beside what another has planted under the name, this
-    user has a folder of the same name and the user's number.
+    Only a folder that this user or root has built is read. Beside one that somebody else has put
+    under that name, this user has a second one, whose name ends with the user's number.
 
     Raises:
-        ValueError: both names are taken by others.
+        ValueError: others have taken both names.
     """
     reasons = []
     for name in (key, f"{key}-{os.getuid()}"):
         folder = cache / name
-        why = _distrust(folder)
+        why = _why_distrusted(folder)
         if why is None:
             return folder
         reasons.append(f"{folder} is not used: {why}")
@@ -46,8 +46,8 @@ def place(cache: Path, key: str) -> Path:
     )
 
 
-def _distrust(folder: Path) -> str | None:
-    """Why others may have written what is here; None: nobody could, or there is nothing."""
+def _why_distrusted(folder: Path) -> str | None:
+    """Return why others may have written a folder; None: nobody could, or it does not exist."""
     try:
         status = folder.lstat()
     except FileNotFoundError:
@@ -61,33 +61,35 @@ def _distrust(folder: Path) -> str | None:
     return None
 
 
-def ready(cache: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> Path:
-    """Return the folder of a key, built or built again if it is damaged, and verified.
+def ensure_built(cache: Path, key: str, build: Callable[[Path], dict[str, Any]]) -> Path:
+    """Return the verified folder of a key; build it if it is missing or damaged.
 
-    Several processes may call this at once: each would build the same, the first rename stays.
+    Several processes may call this at once: each builds the same, and the first rename stays.
 
     Args:
-        cache: the folder of folders.
-        key: 24 hexadecimal digits, of all that the content depends on.
-        build: write the content into an empty folder, and return what its manifest says of it.
+        cache: the folder of all cached folders.
+        key: 24 hexadecimal digits, a hash of all that the content depends on.
+        build: writes the content into an empty folder and returns what its manifest shall say.
 
     Raises:
-        ValueError: of ``place``, or the cache cannot be written to.
+        ValueError: see ``folder_of``; or the cache cannot be written to.
     """
-    with _named_errors(cache):
+    with _cache_errors(cache):
         cache.mkdir(parents=True, exist_ok=True)
         _clear(cache)
-        folder = place(cache, key)
+        folder = folder_of(cache, key)
         if folder.name != key:
-            _say(f"{cache / key} is not used: {_distrust(cache / key)}. Another is: {folder}")
+            _print(
+                f"{cache / key} is not used: {_why_distrusted(cache / key)}. Another is: {folder}"
+            )
         if not folder.exists():
             _build(folder, build)
             return folder
-        problem = _problem(folder)
+        problem = _find_damage(folder)
         if problem is None:
             return folder
-        _say(f"{folder} is damaged: {problem}; it is built again")
-        _discard(folder)
+        _print(f"{folder} is damaged: {problem}; it is built again")
+        _move_away_and_delete(folder)
         _build(folder, build)
         return folder
 
@@ -96,7 +98,7 @@ def manifest(folder: Path) -> dict[str, Any]:
     """Read the manifest of a folder, and compare the sizes of the files that it lists.
 
     Raises:
-        ValueError: what is wrong.
+        ValueError: the manifest cannot be read, or a file is missing or has another size.
     """
     path = folder / MANIFEST
     try:
@@ -104,14 +106,14 @@ def manifest(folder: Path) -> dict[str, Any]:
         sizes = {name: int(size) for name, (size, _) in content["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{MANIFEST} cannot be read: {type(error).__name__}: {error}") from None
-    wrong = files.wrong_size(folder, sizes)
-    if wrong:
-        raise ValueError(wrong)
+    size_problem = files.wrong_size(folder, sizes)
+    if size_problem:
+        raise ValueError(size_problem)
     return dict(content)
 
 
-def _problem(folder: Path) -> str | None:
-    """What is not as it was built; reads everything."""
+def _find_damage(folder: Path) -> str | None:
+    """Return how a folder differs from its manifest; None: it does not. All files are read."""
     try:
         content = manifest(folder)["files"]
     except ValueError as error:
@@ -124,18 +126,19 @@ def _problem(folder: Path) -> str | None:
 
 
 def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
+    """Build a folder under a temporary name, and rename it when it is complete."""
     building = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     try:
         with (building / LOCK).open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends: nobody clears it away
-            said = build(building)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until this process ends: none clears the folder away
+            content = build(building)
             (building / LOCK).unlink()
-            sizes = files.below(building)
+            sizes = files.sizes_below(building)
             digests = files.hashes((building / name for name in sizes), sync=True)
-            listed = {name: [sizes[name], digest] for name, digest in zip(sizes, digests)}  # noqa: B905
-            files.replace(building / MANIFEST, json.dumps({**said, "files": listed}, indent=1))
+            entries = {name: [sizes[name], digest] for name, digest in zip(sizes, digests)}  # noqa: B905
+            files.replace(building / MANIFEST, json.dumps({**content, "files": entries}, indent=1))
             for path in building.iterdir():
-                path.chmod(0o644)  # root builds for others, whatever the umask
+                path.chmod(0o644)  # for other users to read, whatever root's umask
             building.chmod(0o755)
             try:
                 building.rename(folder)
@@ -146,33 +149,33 @@ def _build(folder: Path, build: Callable[[Path], dict[str, Any]]) -> None:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _discard(folder: Path) -> None:
-    """Out of the way at once: another process may read it or build it again."""
-    away = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
+def _move_away_and_delete(folder: Path) -> None:
+    """Rename a damaged folder at once, so that nobody reads it or waits for it, and delete it."""
+    trash = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
     with contextlib.suppress(FileNotFoundError):
-        folder.rename(away / "damaged")
-    shutil.rmtree(away, ignore_errors=True)
+        folder.rename(trash / "damaged")
+    shutil.rmtree(trash, ignore_errors=True)
 
 
 def _clear(cache: Path) -> None:
-    """Remove what this user's killed builds have left, and nothing that may be going on."""
+    """Remove what killed builds of this user have left, and nothing that may be in progress."""
     for folder in cache.iterdir():
         if not BUILDING.fullmatch(folder.name):
             continue
         try:
             status = folder.lstat()
-            mine = status.st_uid == os.getuid() and stat.S_ISDIR(status.st_mode)
-            if mine and (_unlocked(folder) or time.time() - status.st_mtime > DAY):
+            is_ours = status.st_uid == os.getuid() and stat.S_ISDIR(status.st_mode)
+            if is_ours and (_builder_has_ended(folder) or time.time() - status.st_mtime > DAY):
                 shutil.rmtree(folder, ignore_errors=True)
         except FileNotFoundError:
-            continue  # done by another process
+            continue  # another process has removed it
 
 
-def _unlocked(folder: Path) -> bool:
-    """Whether the process that was building here is no more."""
+def _builder_has_ended(folder: Path) -> bool:
+    """Return whether the process that was building a folder has ended, and so released its lock."""
     path = folder / LOCK
     if not path.is_file():
-        return False  # just begun, or just done
+        return False  # it has just begun, or is just done
     with path.open() as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -182,7 +185,8 @@ def _unlocked(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _named_errors(cache: Path) -> Iterator[None]:
+def _cache_errors(cache: Path) -> Iterator[None]:
+    """Raise a ValueError that says what to do, in place of an OSError."""
     try:
         yield
     except OSError as error:
@@ -192,5 +196,5 @@ def _named_errors(cache: Path) -> Iterator[None]:
         ) from None
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(f"corpus: {text}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""The JSON of --engine deepspeed: what of it is read here or trained by, checked in one line."""
+"""Read and check the DeepSpeed JSON of --engine deepspeed, with errors of one line."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from typing import Any
 
 from spectral_dist._errors import nearest, suggest
 from spectral_dist.launch import files, yaml_config
-from spectral_dist.launch.yaml_config import FLAG, Rule, is_number, whole
+from spectral_dist.launch.yaml_config import FLAG, Constraint, integer_from, is_number
 from spectral_dist.rules import registry
 
 EXAMPLE = "configs/deepspeed/zero2.json"
-_OBJECT: Rule = (lambda v: isinstance(v, dict), f"an object, as in {EXAMPLE}")
-_TEXT: Rule = (lambda v: isinstance(v, str) and v != "", "a name in quotes")
-_SIZE: Rule = (lambda v: is_number(v) and 0 <= v < math.inf, "a number, at least 0")
-_BETAS: Rule = (
+_OBJECT: Constraint = (lambda v: isinstance(v, dict), f"an object, as in {EXAMPLE}")
+_TEXT: Constraint = (lambda v: isinstance(v, str) and v != "", "a name in quotes")
+_SIZE: Constraint = (lambda v: is_number(v) and 0 <= v < math.inf, "a number, at least 0")
+_BETAS: Constraint = (
     lambda v: isinstance(v, list) and len(v) == 2 and all(is_number(b) and 0 <= b < 1 for b in v),
     "two numbers from 0 to below 1, as [0.9, 0.95]",
 )
-_STAGES: Rule = (lambda v: v in (0, 1, 2, 3) and not isinstance(v, bool), "0, 1, 2 or 3")
-RULES: dict[str, Rule] = {
-    "train_batch_size": whole(1),
-    "train_micro_batch_size_per_gpu": whole(1),
-    "gradient_accumulation_steps": whole(1),
+_STAGES: Constraint = (lambda v: v in (0, 1, 2, 3) and not isinstance(v, bool), "0, 1, 2 or 3")
+CONSTRAINTS: dict[str, Constraint] = {
+    "train_batch_size": integer_from(1),
+    "train_micro_batch_size_per_gpu": integer_from(1),
+    "gradient_accumulation_steps": integer_from(1),
     "gradient_clipping": _SIZE,
-    "steps_per_print": whole(1),
+    "steps_per_print": integer_from(1),
     "bf16": _OBJECT,
     "bf16.enabled": FLAG,
     "fp16": _OBJECT,
@@ -37,21 +37,21 @@ RULES: dict[str, Rule] = {
     "scheduler": _OBJECT,
     "scheduler.type": _TEXT,
     "scheduler.params": _OBJECT,
-    "scheduler.params.total_num_steps": whole(1),
-    "scheduler.params.warmup_num_steps": whole(0),
+    "scheduler.params.total_num_steps": integer_from(1),
+    "scheduler.params.warmup_num_steps": integer_from(0),
     "scheduler.params.warmup_type": (lambda v: v in ("linear", "log"), '"linear" or "log"'),
     "scheduler.params.warmup_min_ratio": _SIZE,
     "scheduler.params.cos_min_ratio": _SIZE,
     "scheduler.params.warmup_min_lr": _SIZE,
     "scheduler.params.warmup_max_lr": _SIZE,
 }
-"""By path in the JSON; a folder comes before what is in it."""
-OPTIMIZER_RULES: dict[str, Rule] = {
+"""By path in the JSON; a section comes before its keys."""
+OPTIMIZER_CONSTRAINTS: dict[str, Constraint] = {
     "optimizer": _OBJECT,
     "optimizer.type": _TEXT,
     "optimizer.params": _OBJECT,
 }
-FOREIGN_RULES: dict[str, Rule] = {
+OTHER_OPTIMIZER_CONSTRAINTS: dict[str, Constraint] = {
     "optimizer.params.lr": _SIZE,
     "optimizer.params.betas": _BETAS,
     "optimizer.params.eps": _SIZE,
@@ -61,54 +61,64 @@ FOREIGN_RULES: dict[str, Rule] = {
     "optimizer.params.adam_w_mode": FLAG,
     "optimizer.params.amsgrad": FLAG,
 }
-"""Of optimizers that are not ours; ours know their options."""
+"""For optimizers of DeepSpeed or torch; spectral ones check their own options."""
 BATCH = (
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
     "gradient_accumulation_steps",
 )
-OTHER_BATCHES = ("elasticity", "sequence_parallel_size", "tensor_parallel", "expert_parallel")
-"""With them a batch is not divided by all ranks."""
-KEYS = {"optimizer": ("type", "params", "legacy_fusion"), "scheduler": ("type", "params")}
-"""All that DeepSpeed reads of what it does not check."""
+OTHER_DIVISIONS = ("elasticity", "sequence_parallel_size", "tensor_parallel", "expert_parallel")
+"""Settings with which a batch is not divided evenly among all ranks."""
+SECTION_KEYS = {"optimizer": ("type", "params", "legacy_fusion"), "scheduler": ("type", "params")}
+"""All keys that DeepSpeed reads in sections whose keys it does not check."""
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A DeepSpeed JSON file as it is. ValueError: unreadable, or without an optimizer's type."""
+    """Read a DeepSpeed JSON file without checking more than its optimizer's section.
+
+    Raises:
+        ValueError: the file cannot be read, or names no optimizer type.
+    """
     try:
         config = files.read_json(path)
     except ValueError as error:
         raise ValueError(f"cannot read the DeepSpeed configuration {path}: {error}") from None
     if not isinstance(config, dict) or "optimizer" not in config:
         raise ValueError(f'{path}: expected an object with "optimizer": {{"type": ...}}')
-    _check(path, config, OPTIMIZER_RULES)
-    for folder, known in KEYS.items():
-        inner = config.get(folder)
-        for key in inner if isinstance(inner, dict) else ():
+    _check(path, config, OPTIMIZER_CONSTRAINTS)
+    for section_name, known in SECTION_KEYS.items():
+        section = config.get(section_name)
+        for key in section if isinstance(section, dict) else ():
             if key not in known:
-                raise ValueError(f"{path}: {folder}: unknown key {key!r}{suggest(key, known)}")
+                raise ValueError(
+                    f"{path}: {section_name}: unknown key {key!r}{suggest(key, known)}"
+                )
     if "type" not in config["optimizer"]:
         raise ValueError(f'{path}: optimizer has no "type"; write one, as in {EXAMPLE}')
     return config
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A DeepSpeed JSON file that can be trained with.
+    """Read a DeepSpeed JSON file and check every value that training depends on.
 
     Raises:
-        ValueError: in one line: as of ``load``, or a value of another type.
+        ValueError: in one line: see ``load``; or a value is of another type or out of range.
     """
     config = load(path)
-    _check(path, config, RULES)
-    if _is_ours(config):
-        _read_ours(path, config)
+    _check(path, config, CONSTRAINTS)
+    if _is_spectral(config):
+        _read_spectral_options(path, config)
     else:
-        _check(path, config, FOREIGN_RULES)
+        _check(path, config, OTHER_OPTIMIZER_CONSTRAINTS)
     return config
 
 
 def scheduled_steps(path: Path) -> int:
-    """total_num_steps of a DeepSpeed JSON's scheduler. ValueError: it has none."""
+    """Return total_num_steps of the scheduler in a DeepSpeed JSON file.
+
+    Raises:
+        ValueError: there is none.
+    """
     total = read(path).get("scheduler", {}).get("params", {}).get("total_num_steps")
     if total is None:
         raise ValueError(f"--steps is needed: {path} has no total_num_steps")
@@ -116,121 +126,139 @@ def scheduled_steps(path: Path) -> int:
 
 
 def identity(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint brings with it, so that it cannot be changed; JSON."""
+    """Return the settings that a resumed run must not change, as JSON."""
     optimizer = config["optimizer"]
-    own = {"type": optimizer["type"], **optimizer.get("params", {})}
-    if _is_ours(config):
-        own = yaml_config.optimizer_identity(*_read_ours(path, config))
-    halves = {name: config.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")}
+    settings = {"type": optimizer["type"], **optimizer.get("params", {})}
+    if _is_spectral(config):
+        settings = yaml_config.optimizer_identity(*_read_spectral_options(path, config))
+    precisions = {name: config.get(name, {}).get("enabled", False) for name in ("bf16", "fp16")}
     return {
         "engine": "deepspeed",
-        "optimizer": own,
+        "optimizer": settings,
         "scheduler": config.get("scheduler"),
         "gradient_clipping": float(config.get("gradient_clipping", 0.0)),
-        **halves,
+        **precisions,
     }
 
 
 def check_batch(path: Path, config: Mapping[str, Any], ranks: int) -> None:
-    """Raise a ValueError if a batch cannot be divided, which DeepSpeed says of derived numbers."""
-    if any(name in config for name in OTHER_BATCHES) or BATCH[0] not in config:
+    """Check that the batch can be divided among ranks and micro-batches.
+
+    DeepSpeed's own error names derived numbers, not those of the file.
+
+    Raises:
+        ValueError: names the settings, and what the batch size must be.
+    """
+    if any(name in config for name in OTHER_DIVISIONS) or BATCH[0] not in config:
         return
     batch, micro, accumulated = (config.get(name, 1) for name in BATCH)
-    parts = micro * accumulated * ranks
-    exactly = all(name in config for name in BATCH)
-    if batch % parts or (exactly and batch != parts):
-        wanted = str(parts) if exactly else f"a multiple of {parts}"
+    product = micro * accumulated * ranks
+    all_written = all(name in config for name in BATCH)
+    if batch % product or (all_written and batch != product):
+        wanted = str(product) if all_written else f"a multiple of {product}"
         raise ValueError(
             f"{path}: {BATCH[0]} is {batch}; with {BATCH[1]} {micro}, {BATCH[2]} {accumulated} and"
             f" {ranks} rank(s) it must be {wanted}"
         )
 
 
-class Noted(dict[str, Any]):
-    """A DeepSpeed configuration that knows which of its settings DeepSpeed has asked for."""
+class ReadTracker(dict[str, Any]):
+    """A DeepSpeed configuration that records which of its settings DeepSpeed has read.
+
+    Attributes:
+        reads: the keys that were read, as an ordered set: the last one read comes last.
+    """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         super().__init__(content)
-        self.asked: dict[str, None] = {}  # in the order in which each was asked for last
+        self.reads: dict[str, None] = {}
 
-    def _note(self, key: object) -> None:
-        self.asked.pop(str(key), None)
-        self.asked[str(key)] = None
+    def _record_read(self, key: object) -> None:
+        self.reads.pop(str(key), None)
+        self.reads[str(key)] = None
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return a setting or the default, and note that it was asked for."""
-        self._note(key)
+        """Return a setting or the default, and record that it was read."""
+        self._record_read(key)
         return super().get(key, default)
 
     def __getitem__(self, key: str) -> Any:
-        self._note(key)
+        self._record_read(key)
         return super().__getitem__(key)
 
     def __contains__(self, key: object) -> bool:
-        self._note(key)
+        self._record_read(key)
         return super().__contains__(key)
 
-    def last(self) -> str | None:
-        """The setting of it that was asked for last."""
-        return next((key for key in reversed(self.asked) if dict.__contains__(self, key)), None)
+    def last_read(self) -> str | None:
+        """Return the setting of this configuration that was read last; None: none was."""
+        return next((key for key in reversed(self.reads) if dict.__contains__(self, key)), None)
 
-    def ignored(self, path: Path) -> list[str]:
-        """What there is to say of settings that nobody has asked for.
+    def unread_warnings(self, path: Path) -> list[str]:
+        """Return one warning for each setting that nobody has read.
 
         Raises:
-            ValueError: one is a slip of a setting that DeepSpeed has.
+            ValueError: one is a misspelling of a setting that DeepSpeed has.
         """
-        unread = [key for key in self if key not in self.asked]
-        for key in unread:
-            meant = nearest(key, self.asked)
-            if meant:
-                raise ValueError(f"{path}: unknown key {key!r}; did you mean {meant!r}?")
-        return [f"{path}: DeepSpeed has no setting {key!r}: ignored" for key in unread]
+        unread_keys = [key for key in self if key not in self.reads]
+        for key in unread_keys:
+            suggestion = nearest(key, self.reads)
+            if suggestion:
+                raise ValueError(f"{path}: unknown key {key!r}; did you mean {suggestion!r}?")
+        return [f"{path}: DeepSpeed has no setting {key!r}: ignored" for key in unread_keys]
 
 
 @contextlib.contextmanager
-def named_errors(path: Path, noted: Noted | None = None) -> Iterator[None]:
-    """Say in one line, with the file, what DeepSpeed or torch does not take of a configuration.
+def named_errors(path: Path, tracker: ReadTracker | None = None) -> Iterator[None]:
+    """Turn errors of DeepSpeed or torch about a configuration into one line that names the file.
 
     Args:
-        path: of the file.
-        noted: what DeepSpeed reads of it, for errors that name no setting.
+        path: the file.
+        tracker: the configuration that DeepSpeed reads; with it, an error that names no setting
+            is followed by the last one read.
 
     Raises:
-        ValueError: instead of what they raise for a wrong setting.
+        ValueError: in place of what they raise for a wrong setting.
     """
     try:
         yield
     except (ValueError, TypeError, AssertionError, AttributeError, KeyError) as error:
         what = " ".join(str(error).split()) or "it gives no reason"
         kind = "" if type(error) is ValueError else f"DeepSpeed: {type(error).__name__}: "
-        last = noted and noted.last()
-        if noted and last and not any(key in what for key in noted):
-            what += f" (the last setting that it has read is {last!r}: {dict.get(noted, last)!r})"
+        last_read = tracker and tracker.last_read()
+        if tracker and last_read and not any(key in what for key in tracker):
+            value = dict.get(tracker, last_read)
+            what += f" (the last setting that it has read is {last_read!r}: {value!r})"
         raise ValueError(f"{path}: {kind}{what}") from error
 
 
-def _check(path: Path, config: Mapping[str, Any], rules: Mapping[str, Rule]) -> None:
-    for name, rule in rules.items():
-        *folders, last = name.split(".")
-        inner: Any = config
-        for folder in folders:
-            inner = inner.get(folder, {})
-        if last in inner:
-            yaml_config.check(f"{path}: {name}", inner[last], rule)
+def _check(path: Path, config: Mapping[str, Any], constraints: Mapping[str, Constraint]) -> None:
+    """Check each value of a configuration that has a constraint."""
+    for name, constraint in constraints.items():
+        *sections, key = name.split(".")
+        section: Any = config
+        for section_name in sections:
+            section = section.get(section_name, {})
+        if key in section:
+            yaml_config.check(f"{path}: {name}", section[key], constraint)
 
 
-def _is_ours(config: Mapping[str, Any]) -> bool:
-    return str(config["optimizer"]["type"]) in _ours()
+def _is_spectral(config: Mapping[str, Any]) -> bool:
+    """Return whether the optimizer is one of spectral_dist's."""
+    return str(config["optimizer"]["type"]) in _spectral_options()
 
 
-def _ours() -> dict[str, Any]:
+def _spectral_options() -> dict[str, Any]:
+    """Return the options class of each spectral optimizer by its DeepSpeed type."""
     return {entry.deepspeed_type: entry.options for entry in registry.entries()}
 
 
-def _read_ours(path: Path, config: Mapping[str, Any]) -> tuple[str, Any, Any, Any]:
+def _read_spectral_options(path: Path, config: Mapping[str, Any]) -> tuple[str, Any, Any, Any]:
+    """Return type, options, routing and rotation of a spectral optimizer."""
     optimizer = config["optimizer"]
     params = optimizer.get("params", {})
     if "type" in params:
         raise ValueError(f'{path}: optimizer.params has a "type"; it stands beside "params"')
-    return yaml_config.read_optimizer(path, {**params, "type": optimizer["type"]}, _ours(), "")
+    return yaml_config.read_optimizer(
+        path, {**params, "type": optimizer["type"]}, _spectral_options(), ""
+    )

@@ -1,4 +1,4 @@
-"""What `spectral-dist doctor` checks of a config by reading: values that it replaces by its own."""
+"""Check those values of a config that `spectral-dist doctor` replaces by its own and never runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from spectral_dist.rules import registry
 from spectral_dist.rules.options import ROUTING
 
 AUTO = "auto"
-"""What Hugging Face's Trainer replaces by its own arguments."""
+"""A value that Hugging Face's Trainer replaces by its own arguments."""
 COUNTS = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
     "steps_per_print",
@@ -20,7 +20,7 @@ COUNTS = (
 
 
 def check_values(config: Mapping[str, Any]) -> None:
-    """Raise for a value that doctor would replace by its own, and that training would not take.
+    """Check values that doctor replaces by its own, and that training would refuse.
 
     Args:
         config: the user's, whose optimizer is one that doctor checks.
@@ -32,18 +32,18 @@ def check_values(config: Mapping[str, Any]) -> None:
     params = optimizer.get("params", {})
     if not isinstance(params, Mapping):
         raise ValueError(f'optimizer.params is {params!r}; write an object, as {{"lr": 0.02}}')
-    own = {k: v for k, v in params.items() if k not in ROUTING and v != AUTO}
+    options = {k: v for k, v in params.items() if k not in ROUTING and v != AUTO}
     for entry in registry.entries():
         if entry.deepspeed_type == optimizer["type"]:
-            entry.options.from_user(own, entry.deepspeed_type)
+            entry.options.from_user(options, entry.deepspeed_type)
     counts = {name: config[name] for name in COUNTS if config.get(name, AUTO) != AUTO}
     for name, value in counts.items():
         if type(value) is not int or value < 1:
             raise ValueError(f"{name} is {value!r}; write a whole number, at least 1")
-    whole, micro, accumulation = (counts.get(name) for name in COUNTS[:3])
-    if whole and whole % ((micro or 1) * (accumulation or 1)):
+    global_batch, micro, accumulation = (counts.get(name) for name in COUNTS[:3])
+    if global_batch and global_batch % ((micro or 1) * (accumulation or 1)):
         raise ValueError(
-            f"train_batch_size is {whole}, which is no multiple of {micro or 1} rows in"
+            f"train_batch_size is {global_batch}, which is no multiple of {micro or 1} rows in"
             f" {accumulation or 1} micro-batches on any number of ranks; change one of"
             f" {', '.join(COUNTS[:3])}"
         )
@@ -54,7 +54,7 @@ def check_values(config: Mapping[str, Any]) -> None:
 
 
 def check_scheduler(config: Mapping[str, Any]) -> None:
-    """Raise for a scheduler that DeepSpeed could not build, as doctor trains without one.
+    """Check that DeepSpeed can build the scheduler, since doctor trains without one.
 
     Raises:
         ValueError: with what DeepSpeed says of it.
@@ -75,10 +75,10 @@ def check_scheduler(config: Mapping[str, Any]) -> None:
     kind = getattr(lr_schedules, name, getattr(torch.optim.lr_scheduler, name, None))
     if kind is None:
         raise ValueError(f'scheduler.type is "{name}", which neither DeepSpeed nor torch knows')
-    stand_in = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1.0)
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=1.0)
     try:
-        scheduler = kind(stand_in, **params)
-        stand_in.step()
+        scheduler = kind(optimizer, **params)
+        optimizer.step()
         scheduler.step()
-    except Exception as error:  # whatever a value of another type makes of it
+    except Exception as error:  # a value of another type may raise any error
         raise ValueError(f'scheduler "{name}": {type(error).__name__}: {error}') from error

@@ -1,4 +1,4 @@
-"""What `spectral-dist doctor` reads off a DeepSpeed engine: weights, states, and their sizes."""
+"""Read a DeepSpeed engine's weights and optimizer states, and compare them, for the doctor."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from spectral_dist.params.spec import ParamSpec
 from spectral_dist.sharding.layout import Matrix
 
 
-def whole(engine: Any) -> dict[str, Tensor]:
-    """All parameters in float32, on every rank."""
+def full_parameters(engine: Any) -> dict[str, Tensor]:
+    """Gather all parameters and return copies in float32, by name, on every rank."""
     import deepspeed
 
     named: dict[str, nn.Parameter] = dict(engine.module.named_parameters())
@@ -23,26 +23,26 @@ def whole(engine: Any) -> dict[str, Tensor]:
         return {n: p.detach().float().clone() for n, p in named.items()}
 
 
-def whole_dtype(engine: Any) -> torch.dtype:
-    """The dtype of the model's parameters."""
+def parameter_dtype(engine: Any) -> torch.dtype:
+    """Return the dtype of the model's parameters."""
     dtype: torch.dtype = next(engine.module.parameters()).dtype
     return dtype
 
 
-def matrices_of(optimizer: Any) -> Iterator[tuple[ParamSpec, Matrix, Any]]:
-    """Iterate over the matrices of an optimizer: (route, matrix, the rule's options of it)."""
+def iterate_matrices(optimizer: Any) -> Iterator[tuple[ParamSpec, Matrix, Any]]:
+    """Iterate over the matrices of an optimizer: (parameter, matrix, the rule's options for it)."""
     for group in optimizer.param_groups:
         if group["kind"] == "matrix":
             options = optimizer.rule_options(group)
-            for route in optimizer.routes[group["id"]]:
-                for matrix in route.matrices:
-                    yield route, matrix, options
+            for spec in optimizer.routes[group["id"]]:
+                for matrix in spec.matrices:
+                    yield spec, matrix, options
 
 
-def kept_norms(engine: Any) -> dict[str, float]:
-    """Return norms, over all matrices and ranks, of momentum and matrix state, by name.
+def state_norms(engine: Any) -> dict[str, float]:
+    """Return the norms of momentum and matrix state over all matrices and ranks, by state.
 
-    Up to a constant factor: what several ranks have counts for each.
+    They are right up to a constant factor: what several ranks hold is counted several times.
     """
     optimizer = engine.basic_optimizer
     squares: dict[str, float] = {}
@@ -54,27 +54,28 @@ def kept_norms(engine: Any) -> dict[str, float]:
     tensors += [(part.name, part.values) for part in optimizer.matrix_parts()]
     for name, values in tensors:
         squares[name] = squares.get(name, 0.0) + float(values.double().square().sum())
-    names = sorted({"exp_avg", *(name for name, _ in tensors)})
-    every: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(every, squares)
+    squares_by_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(squares_by_rank, squares)
+    names = {"exp_avg"}.union(*squares_by_rank)
     return {
-        name: math.sqrt(sum(found.get(name, 0.0) for found in every))
-        for name in sorted({*names, *(name for found in every for name in found)})
+        name: math.sqrt(sum(s.get(name, 0.0) for s in squares_by_rank)) for name in sorted(names)
     }
 
 
-def snapshot(engine: Any) -> list[list[float]]:
-    """Sums that tell whether any state of the optimizer has changed."""
+def state_sums(engine: Any) -> list[list[float]]:
+    """Return sums of the optimizer's states, which tell whether any of them has changed."""
     optimizer = engine.basic_optimizer
     states = [*optimizer.state.values(), *optimizer.matrix_state().values()]
     return [[float(v.double().sum()) for v in state.values()] for state in states]
 
 
-def length(a: dict[str, Tensor], b: dict[str, Tensor], names: list[str]) -> float:
-    """Norm of a - b over the named parameters."""
+def norm_of_difference(a: dict[str, Tensor], b: dict[str, Tensor], names: list[str]) -> float:
+    """Return the norm of a - b over the named parameters."""
     return math.sqrt(sum(float((a[n] - b[n]).double().square().sum()) for n in names))
 
 
-def relative(a: dict[str, Tensor], b: dict[str, Tensor], start: dict[str, Tensor]) -> float:
-    """|a - b| over |b - start|."""
-    return length(a, b, list(a)) / length(b, start, list(b))
+def relative_difference(
+    a: dict[str, Tensor], b: dict[str, Tensor], start: dict[str, Tensor]
+) -> float:
+    """Return |a - b| over |b - start|."""
+    return norm_of_difference(a, b, list(a)) / norm_of_difference(b, start, list(b))

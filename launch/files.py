@@ -1,4 +1,4 @@
-"""Files that a kill at any moment leaves as they were or as they should be, and their hashes."""
+"""Write files so that a kill at any moment leaves the old or the new content, and hash them."""
 
 from __future__ import annotations
 
@@ -11,51 +11,56 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-PART = ".part"
-"""How the name of a file that is being written ends."""
+PARTIAL_SUFFIX = ".part"
+"""The end of the name of a file that is being written."""
 LARGEST = 2.0**63
+"""What an int64 tensor cannot hold, nor anything above it."""
 THREADS = 4
-"""Of one rank that hashes: a file is read and hashed outside of Python's lock."""
+"""Threads of one rank that hashes: files are read and hashed outside of Python's lock."""
 
 
 def whole_number(text: str) -> int | float:
-    """The whole number that a text says; a float if no tensor holds it, as 1 with 30 zeros."""
+    """Return the integer that a text spells; a float if no tensor can hold it (1 with 30 zeros)."""
     value = float(text)
     return int(text) if abs(value) < LARGEST else value
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file says; its whole numbers are ``whole_number``s.
+    """Read a JSON file, with integers as ``whole_number`` has them.
 
     Raises:
         ValueError: it cannot be read, is no JSON, or has a key twice, of which one would be lost.
     """
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(pairs)
         if len(content) < len(pairs):
             keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {twice!r} is there twice")
+            repeated_key = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {repeated_key!r} is there twice")
         return content
 
     try:
         return json.loads(
-            path.read_text(encoding="utf-8"), object_pairs_hook=once, parse_int=whole_number
+            path.read_text(encoding="utf-8"),
+            object_pairs_hook=without_repeats,
+            parse_int=whole_number,
         )
     except (OSError, RecursionError) as error:
         raise ValueError(str(error)) from None
 
 
 def replace(path: Path, content: str | bytes) -> None:
-    """Make a file hold this: written beside it, on disk, then renamed.
+    """Write the content of a file to a temporary one beside it, sync it to disk, and rename it.
 
-    A link of that name is replaced, and what it points to is left alone.
+    A symbolic link of that name is replaced, and what it points to is left alone.
     """
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PART, dir=path.parent)
+    descriptor, name = tempfile.mkstemp(
+        prefix=f".{path.name}.", suffix=PARTIAL_SUFFIX, dir=path.parent
+    )
     try:
         with os.fdopen(descriptor, "wb") as file:
-            os.fchmod(file.fileno(), 0o644)  # a temporary file is its owner's alone
+            os.fchmod(file.fileno(), 0o644)  # only its owner can read a temporary file
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
@@ -66,14 +71,14 @@ def replace(path: Path, content: str | bytes) -> None:
     sync_folder(path.parent)
 
 
-def remove_parts(folder: Path) -> None:
-    """Delete what ``replace`` left in a folder when it was killed; nobody else may write there."""
-    for path in folder.glob(f".*{PART}"):
+def remove_partial_files(folder: Path) -> None:
+    """Delete what a killed ``replace`` left in a folder; nobody else may be writing to it."""
+    for path in folder.glob(f".*{PARTIAL_SUFFIX}"):
         path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on disk."""
+    """Sync the names in a folder to disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -81,11 +86,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def probe(folder: Path, size: int = 1 << 20) -> None:
-    """Write a file of so many bytes, and remove it.
+def check_writable(folder: Path, size: int = 1 << 20) -> None:
+    """Write a file of ``size`` bytes into a folder, and remove it.
 
     Raises:
-        OSError: why there can be none: the disk is full, say.
+        OSError: why there can be none, for example because the disk is full.
     """
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(bytes(size))
@@ -93,8 +98,8 @@ def probe(folder: Path, size: int = 1 << 20) -> None:
         os.fsync(file.fileno())
 
 
-def below(folder: Path) -> dict[str, int]:
-    """Return the size of every file below a folder, by its path in it."""
+def sizes_below(folder: Path) -> dict[str, int]:
+    """Return the size in bytes of every file below a folder, by its path relative to the folder."""
     return {
         path.relative_to(folder).as_posix(): path.stat().st_size
         for path in sorted(folder.rglob("*"))
@@ -103,19 +108,24 @@ def below(folder: Path) -> dict[str, int]:
 
 
 def wrong_size(folder: Path, sizes: Mapping[str, int]) -> str | None:
-    """Say which of the files is not there or has not its size; None: all have."""
+    """Return which of the files is missing or has another size; None: all are right.
+
+    Args:
+        folder: the files' folder.
+        sizes: in bytes, by path relative to the folder.
+    """
     for name, size in sizes.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        there = path.stat().st_size
-        if there != size:
-            return f"{name} has {there:,} bytes of {size:,}"
+        actual = path.stat().st_size
+        if actual != size:
+            return f"{name} has {actual:,} bytes of {size:,}"
     return None
 
 
 def hashes(paths: Iterable[Path], *, sync: bool = False) -> list[str]:
-    """Return the SHA-256 of each file; with ``sync`` it is on disk afterwards."""
+    """Return the SHA-256 of each file; with ``sync`` the file is on disk afterwards."""
 
     def digest(path: Path) -> str:
         with path.open("rb") as file:

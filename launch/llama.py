@@ -1,4 +1,4 @@
-"""Llama models from a JSON file, with initial weights that depend on seed and name alone."""
+"""Read the config of a Llama and build the model; initial weights follow from seed and name."""
 
 from __future__ import annotations
 
@@ -26,51 +26,55 @@ SIZES = (
 NUMBERS = ("rms_norm_eps", "initializer_range", "rope_theta")
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 ROPE = ("rope_scaling", "rope_parameters")
-NO_MATTER = ("_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache")
-"""Fields of a LlamaConfig that change nothing of what is trained here."""
+IRRELEVANT_FIELDS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "use_cache")
+"""Fields of a LlamaConfig that have no effect on training here."""
 
 
 def load_config(path: Path) -> Any:
-    """The LlamaConfig in a JSON file. ValueError: unreadable, of another model type, or wrong."""
+    """Read the LlamaConfig in a JSON file.
+
+    Raises:
+        ValueError: the file cannot be read, is of another model type, or is wrong.
+    """
     try:
         fields = files.read_json(path)
     except ValueError as error:
         raise ValueError(f"cannot read the model {path}: {error}") from None
     if not isinstance(fields, dict) or fields.get("model_type") != "llama":
         raise ValueError(f'{path}: expected a LlamaConfig, with "model_type": "llama"')
-    known = {*LlamaConfig().to_dict(), *SIZES, *NUMBERS, *TOKENS, *NO_MATTER, *ROPE}
+    known = {*LlamaConfig().to_dict(), *SIZES, *NUMBERS, *TOKENS, *IRRELEVANT_FIELDS, *ROPE}
     for name, value in fields.items():
-        meant = None if name in known else nearest(name, known)
-        if meant:  # what else transformers does not know, it keeps without a word
-            raise ValueError(f"{path}: unknown field {name!r}; did you mean {meant!r}?")
-        wrong = _wrong(name, value)
-        if wrong:
-            raise ValueError(f"{path}: {name} is {value!r}; it must be {wrong}")
+        suggestion = None if name in known else nearest(name, known)
+        if suggestion:  # transformers keeps unknown fields without a word
+            raise ValueError(f"{path}: unknown field {name!r}; did you mean {suggestion!r}?")
+        requirement = _unmet_requirement(name, value)
+        if requirement:
+            raise ValueError(f"{path}: {name} is {value!r}; it must be {requirement}")
     try:
         config = LlamaConfig.from_dict(fields)
-        small = copy.deepcopy(config)
-        small.num_hidden_layers = 1
-        with torch.device("meta"):  # its layers say what it does not say of its fields
-            LlamaForCausalLM(small)(input_ids=torch.zeros(1, 2, dtype=torch.int64))
-    except Exception as error:  # transformers has its own kinds, and those of what it calls
-        what = " ".join(str(error).split())
-        raise ValueError(f"{path}: no Llama can be built from it: {what}") from error
+        smaller = copy.deepcopy(config)
+        smaller.num_hidden_layers = 1
+        with torch.device("meta"):  # layers check fields that the config does not
+            LlamaForCausalLM(smaller)(input_ids=torch.zeros(1, 2, dtype=torch.int64))
+    except Exception as error:  # transformers raises errors of many kinds
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: no Llama can be built from it: {reason}") from error
     return config
 
 
-def _wrong(name: str, value: Any) -> str | None:
-    """What a field of a LlamaConfig must be, if it is not."""
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    number = whole or isinstance(value, float)
-    if name in SIZES and not (whole and value >= 1):
+def _unmet_requirement(name: str, value: Any) -> str | None:
+    """Return what a field of a LlamaConfig must be; None: it is."""
+    is_int = isinstance(value, int) and not isinstance(value, bool)
+    is_number = is_int or isinstance(value, float)
+    if name in SIZES and not (is_int and value >= 1):
         return "a whole number, at least 1"
-    if name in NUMBERS and not (number and 0 < value < math.inf):
+    if name in NUMBERS and not (is_number and 0 < value < math.inf):
         return "a number above 0"
-    several = name == "eos_token_id" and isinstance(value, list) and value
-    tokens = value if several else [value]
+    is_list_of_tokens = name == "eos_token_id" and isinstance(value, list) and value
+    tokens = value if is_list_of_tokens else [value]
     if name in TOKENS and value is not None and not all(type(token) is int for token in tokens):
         return "a whole number, or null"
-    if name == "attention_dropout" and not (number and 0 <= value <= 1):
+    if name == "attention_dropout" and not (is_number and 0 <= value <= 1):
         return "a number from 0 to 1"
     if name in ROPE and not (value is None or isinstance(value, dict)):
         return "an object, or null"
@@ -82,13 +86,22 @@ def _wrong(name: str, value: Any) -> str | None:
 
 
 def identity(config: Any) -> dict[str, Any]:
-    """All that a LlamaConfig says of a model, as JSON; and by which release of transformers."""
+    """Return the fields of a LlamaConfig that affect training, and transformers' version; JSON."""
     values = json.loads(json.dumps(config.to_dict(), default=str))
-    return {name: value for name, value in values.items() if name not in NO_MATTER}
+    return {name: value for name, value in values.items() if name not in IRRELEVANT_FIELDS}
 
 
-def comparable(saved: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Two identities without what only one release of transformers knows, if there are two."""
+def drop_release_fields(
+    saved: dict[str, Any], now: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Make two identities comparable that two releases of transformers have written.
+
+    Args:
+        saved, now: returned by ``identity``.
+
+    Returns:
+        Both, without the version, and without the fields that one has only if versions differ.
+    """
     release = "transformers_version"
     names = saved.keys() | now.keys()
     if saved.get(release) != now.get(release):
@@ -98,19 +111,30 @@ def comparable(saved: dict[str, Any], now: dict[str, Any]) -> tuple[dict[str, An
     return saved, now
 
 
-def build(config: Any, seed: int, under: AbstractContextManager[Any] | None = None) -> nn.Module:
-    """A float32 model, constructed inside the context `under` (deepspeed.zero.Init)."""
-    with under or nullcontext():
+def build(
+    config: Any, seed: int, init_context: AbstractContextManager[Any] | None = None
+) -> nn.Module:
+    """Build a float32 model with its initial weights.
+
+    Args:
+        config: a LlamaConfig.
+        seed: of the weights.
+        init_context: where to construct the model, for example deepspeed.zero.Init.
+    """
+    with init_context or nullcontext():
         model: nn.Module = LlamaForCausalLM(config)
-    _fill(model, seed, config.initializer_range)
+    _set_weights(model, seed, config.initializer_range)
     return model
 
 
 @torch.no_grad()
-def _fill(model: nn.Module, seed: int, std: float) -> None:
-    """Normal matrices, norms of 1: the same numbers with or without zero.Init, on any device."""
+def _set_weights(model: nn.Module, seed: int, std: float) -> None:
+    """Set the weights: matrices normal, norms 1.
+
+    The numbers are the same with or without zero.Init, and on any device.
+    """
     for name, parameter in model.named_parameters():
-        # zero.Init leaves an empty stand-in; its shape is kept aside.
+        # zero.Init leaves an empty tensor, with its shape in ds_shape.
         shape = torch.Size(getattr(parameter, "ds_shape", parameter.shape))
         values = initial(name, shape, seed, std)
         if hasattr(parameter, "ds_id"):
@@ -123,7 +147,13 @@ def _fill(model: nn.Module, seed: int, std: float) -> None:
 
 
 def initial(name: str, shape: Sequence[int], seed: int, std: float) -> Tensor:
-    """The initial values of a parameter: those of its name, whichever rank asks."""
+    """Return the initial values of a parameter, which depend on its name and the seed alone.
+
+    Args:
+        name: of the parameter.
+        shape: of the whole parameter; a vector is all ones.
+        seed, std: of the normal distribution.
+    """
     if len(shape) < 2:
         return torch.ones(shape)
     generator = torch.Generator().manual_seed(_seed(seed, name))
@@ -131,31 +161,40 @@ def initial(name: str, shape: Sequence[int], seed: int, std: float) -> Tensor:
 
 
 def _seed(seed: int, name: str) -> int:
+    """Return the seed of one parameter."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:7], "big")
 
 
 def shrink(model: Any, full: bool = False) -> tuple[Any, str]:
-    """A model of the same kind that a CPU can step in seconds, and a note of what was reduced.
+    """Copy a model's config with sizes that a CPU can step in seconds.
 
-    The checks are about the configuration, not about size: two layers, and widths of at most 256.
+    It has two layers, and widths of at most 256: the doctor's checks are about the configuration,
+    not about size.
+
+    Args:
+        model: a LlamaConfig.
+        full: copy it as it is.
+
+    Returns:
+        The copy, and a note of what was reduced.
     """
-    small = copy.deepcopy(model)
+    smaller = copy.deepcopy(model)
     if full:
-        return small, "the model as it is"
-    small.num_hidden_layers = min(model.num_hidden_layers, 2)
-    small.vocab_size = min(model.vocab_size, 1024)
+        return smaller, "the model as it is"
+    smaller.num_hidden_layers = min(model.num_hidden_layers, 2)
+    smaller.vocab_size = min(model.vocab_size, 1024)
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if isinstance(getattr(small, token, None), int) and getattr(small, token) >= 1024:
-            setattr(small, token, 0)
+        if isinstance(getattr(smaller, token, None), int) and getattr(smaller, token) >= 1024:
+            setattr(smaller, token, 0)
     factor = max(1, math.ceil(model.hidden_size / 256))
     heads = max(1, model.num_attention_heads // factor)
     groups = max(1, model.num_attention_heads // model.num_key_value_heads)
-    small.num_key_value_heads = max(1, heads // groups)
-    small.num_attention_heads = small.num_key_value_heads * groups
-    small.head_dim = model.hidden_size // model.num_attention_heads
-    small.hidden_size = small.num_attention_heads * small.head_dim
-    small.intermediate_size = max(1, model.intermediate_size // factor)
-    return small, (
-        f"{small.num_hidden_layers} of {model.num_hidden_layers} layers, hidden"
-        f" {small.hidden_size} of {model.hidden_size} (--full for all of it)"
+    smaller.num_key_value_heads = max(1, heads // groups)
+    smaller.num_attention_heads = smaller.num_key_value_heads * groups
+    smaller.head_dim = model.hidden_size // model.num_attention_heads
+    smaller.hidden_size = smaller.num_attention_heads * smaller.head_dim
+    smaller.intermediate_size = max(1, model.intermediate_size // factor)
+    return smaller, (
+        f"{smaller.num_hidden_layers} of {model.num_hidden_layers} layers, hidden"
+        f" {smaller.hidden_size} of {model.hidden_size} (--full for all of it)"
     )

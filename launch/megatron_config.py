@@ -1,4 +1,4 @@
-"""The YAML of --engine megatron (configs/megatron), and what that engine needs of the machine."""
+"""Read and check the YAML of --engine megatron (configs/megatron), and whether it can run here."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from typing import Any
 import torch
 
 from spectral_dist.launch import yaml_config
-from spectral_dist.launch.yaml_config import FLAG, Rule, RunConfig, whole
+from spectral_dist.launch.yaml_config import FLAG, Constraint, RunConfig, integer_from
 from spectral_dist.rules import registry
 from spectral_dist.rules.options import BaseOptions
 
 
 def optimizers() -> dict[str, type[BaseOptions]]:
-    """Return the options of every optimizer by its type in the YAML."""
+    """Return the options class of every optimizer by its type in the YAML."""
     return {entry.megatron_name: entry.options for entry in registry.entries()}
 
 
 ADAM = "adam"  # Megatron's own
-DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
-"""What tensor parallelism cuts."""
-NO_EFFECT = {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
-"""What a LlamaConfig may say, and has to say here."""
+SHARDED_SIZES = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
+"""Sizes that tensor parallelism divides among its ranks."""
+REQUIRED_VALUES = {"attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0}
+"""Values that a LlamaConfig must have, since the models built here have no others."""
 
 
 @dataclass(frozen=True)
 class MegatronConfig(RunConfig):
-    """Sizes and switches have Megatron's names. ``dtype``: bfloat16 has float32 masters."""
+    """The settings of a run with Megatron-core; sizes and switches have Megatron's names.
+
+    With ``dtype: bfloat16`` there are float32 master weights.
+    """
 
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
@@ -37,48 +40,63 @@ class MegatronConfig(RunConfig):
     use_distributed_optimizer: bool = False
 
     def identity(self) -> dict[str, Any]:
-        """Also what decides which states there are."""
+        """Return the settings that a resumed run must not change.
+
+        The distributed optimizer is one of them, since it has other states.
+        """
         return {
             **super().identity(),
             "use_distributed_optimizer": self.use_distributed_optimizer,
         }
 
     def check_model(self, model: Any) -> None:
-        """ValueError for a LlamaConfig that is not built here, or not cut evenly."""
-        across = self.tensor_parallel
-        for name in DIVIDED:
-            if getattr(model, name) % across:
+        """Check that this engine can build a model, and tensor parallelism divide it evenly.
+
+        Args:
+            model: a LlamaConfig.
+
+        Raises:
+            ValueError: names the setting of the model.
+        """
+        tensor_parallel = self.tensor_parallel
+        for name in SHARDED_SIZES:
+            size = getattr(model, name)
+            if size % tensor_parallel:
                 raise self.fail(
                     "tensor_parallel",
-                    f"the model's {name}, {getattr(model, name)}, is no multiple of {across}",
+                    f"the model's {name}, {size}, is no multiple of {tensor_parallel}",
                 )
-        wanted: dict[str, tuple[Any, Any]] = {
-            name: (getattr(model, name), value) for name, value in NO_EFFECT.items()
+        required: dict[str, tuple[Any, Any]] = {
+            name: (getattr(model, name), value) for name, value in REQUIRED_VALUES.items()
         }
-        wanted["hidden_act"] = (model.hidden_act, "silu")
-        wanted["rope_type"] = (model.rope_parameters.get("rope_type", "default"), "default")
-        for name, (found, value) in wanted.items():
-            if found != value:
+        required["hidden_act"] = (model.hidden_act, "silu")
+        required["rope_type"] = (model.rope_parameters.get("rope_type", "default"), "default")
+        for name, (actual, value) in required.items():
+            if actual != value:
                 raise ValueError(
-                    f"the model's {name} is {found!r}; --engine megatron builds Llamas with"
+                    f"the model's {name} is {actual!r}; --engine megatron builds Llamas with"
                     f" {value!r}"
                 )
 
 
-RULES: dict[str, Rule] = {
-    **yaml_config.RULES,
-    "tensor_parallel": whole(1),
-    "pipeline_parallel": whole(1),
+CONSTRAINTS: dict[str, Constraint] = {
+    **yaml_config.CONSTRAINTS,
+    "tensor_parallel": integer_from(1),
+    "pipeline_parallel": integer_from(1),
     "sequence_parallel": FLAG,
     "use_distributed_optimizer": FLAG,
 }
 
 
 def read(path: Path) -> MegatronConfig:
-    """A configuration, checked. ValueError: the message names the file and the key."""
+    """Read and check a configuration.
+
+    Raises:
+        ValueError: names the file and the key.
+    """
     example = "configs/megatron/tiny_muon.yaml"
     config = MegatronConfig(
-        **yaml_config.read(path, MegatronConfig, optimizers(), ADAM, RULES, example)
+        **yaml_config.read(path, MegatronConfig, optimizers(), ADAM, CONSTRAINTS, example)
     )
     if config.pipeline_parallel > 1:
         raise config.fail(
@@ -105,7 +123,11 @@ def read(path: Path) -> MegatronConfig:
 
 
 def prepare() -> None:
-    """Make sure that megatron-core can be imported and run. ValueError: it cannot."""
+    """Check that this machine has GPUs and megatron-core.
+
+    Raises:
+        ValueError: it has not.
+    """
     if not torch.cuda.is_available():
         raise ValueError(
             "--engine megatron needs GPUs, and torch finds none here; --engine ddp and fsdp run on"

@@ -1,4 +1,4 @@
-"""A Llama as megatron-core's GPTModel, with the initial weights that llama.build gives it."""
+"""Build a Llama as megatron-core's GPTModel, with the initial weights that llama.build gives it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from spectral_dist.launch.megatron_config import MegatronConfig
 
 
 def layers(config: MegatronConfig) -> str:
-    """Whose layers ``build`` takes."""
+    """Describe, for the log, whose layers ``build`` uses."""
     if config.rotates:
         return "Megatron's local ones, rotated"
     if HAVE_TE:
@@ -31,7 +31,17 @@ def layers(config: MegatronConfig) -> str:
 
 
 def build(model: Any, config: MegatronConfig, seed: int, device: torch.device) -> Any:
-    """This rank's tiles of the model of a LlamaConfig, float32. ValueError: it cannot be built."""
+    """Build this rank's tiles of a model, in float32.
+
+    Args:
+        model: a LlamaConfig.
+        config: the content of the YAML.
+        seed: of the initial weights.
+        device: where to put the model.
+
+    Raises:
+        ValueError: Megatron-core cannot build it.
+    """
     config.check_model(model)
     if HAVE_TE and not config.rotates:
         spec = get_gpt_layer_with_transformer_engine_spec()
@@ -52,11 +62,12 @@ def build(model: Any, config: MegatronConfig, seed: int, device: torch.device) -
             raise
         what = f"{config.kind} has none" if config.rotates else "install Transformer Engine"
         raise config.fail("sequence_parallel", f"{what}: {error}") from None
-    _fill(built, model, seed)
+    _set_weights(built, model, seed)
     return built.to(device)
 
 
 def _transformer(model: Any, config: MegatronConfig) -> TransformerConfig:
+    """Return Megatron's own configuration of the model."""
     return TransformerConfig(
         num_layers=model.num_hidden_layers,
         hidden_size=model.hidden_size,
@@ -82,40 +93,42 @@ def _transformer(model: Any, config: MegatronConfig) -> TransformerConfig:
 
 
 @torch.no_grad()
-def _fill(built: Any, model: Any, seed: int) -> None:
-    """The numbers that llama.build writes into a LlamaForCausalLM, where Megatron keeps them."""
+def _set_weights(built: Any, model: Any, seed: int) -> None:
+    """Set this rank's tiles of the weights that llama.build would give a LlamaForCausalLM."""
     rank = parallel_state.get_tensor_model_parallel_rank()
     ranks = parallel_state.get_tensor_model_parallel_world_size()
-    head, hidden, inner = model.head_dim, model.hidden_size, model.intermediate_size
+    head, hidden, mlp_size = model.head_dim, model.hidden_size, model.intermediate_size
     queries, keys = head * model.num_attention_heads, head * model.num_key_value_heads
 
-    def whole(name: str, rows: int, columns: int) -> Tensor:
+    def full_weight(name: str, rows: int, columns: int) -> Tensor:
         return llama.initial(f"{name}.weight", (rows, columns), seed, model.initializer_range)
 
     def tile(matrix: Tensor, dim: int = 0) -> Tensor:
-        mine: Tensor = matrix.chunk(ranks, dim)[rank]
-        return mine
+        tile_of_rank: Tensor = matrix.chunk(ranks, dim)[rank]
+        return tile_of_rank
 
     def values(name: str) -> Tensor:
         if name.startswith("embedding.word_embeddings."):
-            return tile(whole("model.embed_tokens", model.vocab_size, hidden))
+            return tile(full_weight("model.embed_tokens", model.vocab_size, hidden))
         if name.startswith("output_layer."):
-            return tile(whole("lm_head", model.vocab_size, hidden))
-        found = re.fullmatch(r"decoder\.(layers\.\d+)\.(?:self_attention|mlp)\.(\w+)\.weight", name)
-        assert found, name
-        attention, mlp = f"model.{found[1]}.self_attn.", f"model.{found[1]}.mlp."
-        if found[2] == "linear_qkv":  # by query groups: [the group's queries; its key; its value]
+            return tile(full_weight("lm_head", model.vocab_size, hidden))
+        match = re.fullmatch(r"decoder\.(layers\.\d+)\.(?:self_attention|mlp)\.(\w+)\.weight", name)
+        assert match, name
+        attention, mlp = f"model.{match[1]}.self_attn.", f"model.{match[1]}.mlp."
+        if match[2] == "linear_qkv":  # by query groups: [the group's queries; its key; its value]
             sizes = {"q_proj": queries, "k_proj": keys, "v_proj": keys}
-            parts = [whole(attention + part, rows, hidden) for part, rows in sizes.items()]
+            parts = [full_weight(attention + part, rows, hidden) for part, rows in sizes.items()]
             groups = [part.view(model.num_key_value_heads, -1, hidden) for part in parts]
             return tile(torch.cat(groups, 1).flatten(0, 1))
-        if found[2] == "linear_proj":
-            return tile(whole(attention + "o_proj", hidden, queries), 1)
-        if found[2] == "linear_fc1":  # each rank: [its gate; its up]
-            both = [whole(mlp + part, inner, hidden) for part in ("gate_proj", "up_proj")]
-            return torch.cat([tile(part) for part in both])
-        assert found[2] == "linear_fc2", name
-        return tile(whole(mlp + "down_proj", hidden, inner), 1)
+        if match[2] == "linear_proj":
+            return tile(full_weight(attention + "o_proj", hidden, queries), 1)
+        if match[2] == "linear_fc1":  # each rank: [its gate; its up]
+            gate_and_up = [
+                full_weight(mlp + part, mlp_size, hidden) for part in ("gate_proj", "up_proj")
+            ]
+            return torch.cat([tile(part) for part in gate_and_up])
+        assert match[2] == "linear_fc2", name
+        return tile(full_weight(mlp + "down_proj", hidden, mlp_size), 1)
 
     for name, parameter in built.named_parameters():
         parameter.copy_(torch.ones(parameter.shape) if parameter.ndim < 2 else values(name))

@@ -1,4 +1,4 @@
-"""Signals that announce the end of a job: a checkpoint first, within a time that is given."""
+"""Handle the signals that announce a job's end: save a checkpoint first, within a limited time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from typing import Any, NoReturn, Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PREEMPTED = 75
-"""Exit status (EX_TEMPFAIL): ended by a signal, all steps in a checkpoint, --resume goes on."""
-AGAIN = 1.0
-"""Seconds in which a second signal is the first one, which a launcher has passed on as well."""
+"""Exit status (EX_TEMPFAIL) of a run that a signal ended with all steps saved; --resume goes on."""
+DUPLICATE_SECONDS = 1.0
+"""Seconds within which a second signal counts as the first, passed on by a launcher as well."""
 
 
 class Preemption:
-    """Notices the first of SIGNALS while it is entered; ``requested`` is what ranks agree on.
+    """A context in which the first of SIGNALS sets ``requested``, on which the ranks then agree.
 
     A thread listens, and not the handler: Python's handlers wait for the main thread, which may be
     in a collective call that never returns. The thread ends the process, with 128 + the signal's
@@ -29,20 +29,22 @@ class Preemption:
     def __init__(self, grace: float) -> None:
         self.grace = grace
         self.received: signal.Signals | None = None
-        self._over = False
-        self._former: dict[signal.Signals, Any] = {}
+        self._disarmed = False
+        self._former_handlers: dict[signal.Signals, Any] = {}
         os.register_at_fork(
-            before=self._hold, after_in_parent=self._release, after_in_child=self._forget
+            before=self._block_signals,
+            after_in_parent=self._unblock_signals,
+            after_in_child=self._reset_in_child,
         )
 
     @property
     def requested(self) -> bool:
-        """Whether this process was asked to end."""
+        """Return whether this process was asked to end."""
         return self.received is not None
 
-    def over(self) -> None:
-        """Have no signal end this process from now on: all is saved, and it ends by itself."""
-        self._over = True
+    def disarm(self) -> None:
+        """Let no signal end this process from now on: all is saved, and it ends by itself."""
+        self._disarmed = True
 
     def __enter__(self) -> Self:
         self._reader, self._writer = socket.socketpair()
@@ -51,8 +53,8 @@ class Preemption:
             self._writer.fileno(), warn_on_full_buffer=False
         )
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup, or after &
-                self._former[number] = signal.signal(number, self._handle)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup, or after &
+                self._former_handlers[number] = signal.signal(number, self._handle)
         self._thread = threading.Thread(target=self._listen, name="preemption", daemon=True)
         self._thread.start()
         return self
@@ -63,34 +65,39 @@ class Preemption:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for number, handler in self._former.items():
+        for number, handler in self._former_handlers.items():
             signal.signal(number, handler)
-        self._former = {}
+        self._former_handlers = {}
         signal.set_wakeup_fd(self._former_descriptor)
         self._writer.close()  # which ends the thread
         self._thread.join()
         self._reader.close()
 
     def _handle(self, number: int, frame: object) -> None:
-        """In the main thread, which sees it before its next step of Python."""
+        """Note a signal in the main thread, which calls this before its next Python instruction."""
         self.received = self.received or signal.Signals(number)
 
-    def _hold(self) -> None:
-        """Let signals wait while a child is forked, until it is known whose they are."""
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._former)
+    def _block_signals(self) -> None:
+        """Block signals while a child is forked, until parent and child can tell whose they are."""
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._former_handlers)
 
-    def _release(self) -> None:
+    def _unblock_signals(self) -> None:
+        """Restore the signal mask from before the fork."""
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
 
-    def _forget(self) -> None:
-        """In a forked child, as some write checkpoints: what it is sent is for it alone."""
-        for number in self._former:
+    def _reset_in_child(self) -> None:
+        """Restore default handlers in a forked child, so that its signals concern it alone.
+
+        Some libraries fork to write checkpoints.
+        """
+        for number in self._former_handlers:
             signal.signal(number, signal.SIG_DFL)
-        if self._former:
-            signal.set_wakeup_fd(-1)  # which is the parent's, too
-        self._release()
+        if self._former_handlers:
+            signal.set_wakeup_fd(-1)  # the descriptor is shared with the parent
+        self._unblock_signals()
 
     def _listen(self) -> None:
+        """Wait for signals in the thread, and end the process when its time is over."""
         deadline: float | None = None
         while True:
             now = time.monotonic()
@@ -98,27 +105,28 @@ class Preemption:
             try:
                 numbers = self._reader.recv(64)
             except TimeoutError:
-                if not self._over:
+                if not self._disarmed:
                     self._end(f"no checkpoint within --grace {self.grace:g} seconds after")
                 deadline = None
                 continue
             if not numbers:
                 return
             for number in numbers:
-                if number in self._former:  # others that somebody handles are written there, too
-                    deadline = self._take(signal.Signals(number), deadline)
+                if number in self._former_handlers:  # the descriptor gets all handled signals
+                    deadline = self._note_signal(signal.Signals(number), deadline)
 
-    def _take(self, received: signal.Signals, deadline: float | None) -> float:
-        """Note a signal; return when its time is over."""
+    def _note_signal(self, received: signal.Signals, deadline: float | None) -> float:
+        """Note a signal, and return the time at which the process has to end."""
         now = time.monotonic()
         if deadline is None:
             self.received = self.received or received
             return now + self.grace
-        if now - (deadline - self.grace) >= AGAIN and not self._over:
+        if now - (deadline - self.grace) >= DUPLICATE_SECONDS and not self._disarmed:
             self._end(f"{received.name} after")
         return deadline
 
     def _end(self, why: str) -> NoReturn:
+        """End the process at once, with a message."""
         assert self.received is not None
         text = f"pretrain: {why} {self.received.name}: ended without a checkpoint of these steps\n"
         sys.stderr.write(text)

@@ -1,4 +1,4 @@
-"""Pretrain a Llama with DeepSpeed, plain torch or Megatron-core, on text found here or given.
+"""Pretrain a Llama with DeepSpeed, plain torch or Megatron-core, on your text or a default one.
 
 torchrun --standalone --nproc_per_node 2 launch/pretrain.py \
     --model configs/models/quickstart.json --config configs/deepspeed/zero2.json
@@ -32,27 +32,32 @@ PATHS = ("--model", "--config", "--data", "--out")
 
 
 class Command(typer.core.TyperCommand):
-    """`--resume` may stand alone, which Typer has no option for: it is `--resume must` then.
+    """The command, with two rules that Typer has no option for.
 
-    An empty path, as of a shell's variable that is not set, would be the folder that one is in.
+    `--resume` without a value is `--resume must`. An empty path, as of an unset shell variable, is
+    an error: it would mean the current folder.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Add the value that is left out. BadParameter: a path is empty."""
-        whole: list[str] = []
-        for place, argument in enumerate(args):
+        """Add the value that `--resume` may leave out.
+
+        Raises:
+            BadParameter: a path is empty.
+        """
+        completed: list[str] = []
+        for index, argument in enumerate(args):
             option, equals, value = argument.partition("=")
-            if option in PATHS and (value if equals else args[place + 1 : place + 2]) in ("", [""]):
+            if option in PATHS and (value if equals else args[index + 1 : index + 2]) in ("", [""]):
                 raise BadParameter(f"{option} is empty; write a file or folder")
-            whole.append(argument)
-            alone = place + 1 == len(args) or args[place + 1].startswith("-")
-            if argument == "--resume" and alone:
-                whole.append(Resume.must.value)
-        return super().parse_args(ctx, whole)
+            completed.append(argument)
+            has_no_value = index + 1 == len(args) or args[index + 1].startswith("-")
+            if argument == "--resume" and has_no_value:
+                completed.append(Resume.must.value)
+        return super().parse_args(ctx, completed)
 
 
 class EngineName(StrEnum):
-    """Who drives the optimizer."""
+    """The training framework that drives the optimizer."""
 
     deepspeed = "deepspeed"
     ddp = "ddp"
@@ -126,10 +131,10 @@ def main(
     Exit status: 0, trained; 1, it failed; 2, something asked for is wrong; 75, ended by a signal
     with all steps saved; 128 + a signal's number, ended by it without.
     """
-    # --local_rank is what the deepspeed launcher adds; the environment says the same.
+    # The deepspeed launcher adds --local_rank; LOCAL_RANK in the environment says the same.
     if (config is None) == (optimizer is None):
-        wrong = "both are given" if config else "neither is given"
-        raise BadParameter(f"{wrong}: write either --config FILE or --optimizer NAME")
+        problem = "both are given" if config else "neither is given"
+        raise BadParameter(f"{problem}: write either --config FILE or --optimizer NAME")
     if config is None:
         from spectral_dist.launch import shipped
 
@@ -142,8 +147,8 @@ def main(
         if not math.isfinite(number):
             raise BadParameter(f"{flag} is {number}: write a number of them")
     if engine is not EngineName.deepspeed:
-        for flag, given in (("--steps", steps is not None), ("--zero-init", zero_init)):
-            if given:
+        for flag, is_set in (("--steps", steps is not None), ("--zero-init", zero_init)):
+            if is_set:
                 raise BadParameter(f"{flag} belongs to --engine deepspeed; here {config} says all")
     options["out"] = out or Path("runs") / f"{model.stem}-{config.stem}"
     folder = RunFolder(options["out"], resume)
@@ -155,7 +160,7 @@ def main(
 
 
 def _prepare_or_exit(options: dict[str, Any], folder: RunFolder) -> trainer.Trainer:
-    """A run that is ready, or the error of what was asked for; later ones are bugs."""
+    """Return a run that is ready, or exit if an option is wrong; later errors are bugs."""
     engine, config, steps = options["engine"], options["config"], options["steps"]
     try:
         if engine is EngineName.deepspeed:
@@ -164,81 +169,87 @@ def _prepare_or_exit(options: dict[str, Any], folder: RunFolder) -> trainer.Trai
             options["steps"] = steps or deepspeed_config.scheduled_steps(config)
             options["save_every"] = options["save_every"] or 0
         else:
-            options["settings"] = settings = read_settings(engine, config)
-            options["steps"] = settings.steps
+            options["run_config"] = run_config = read_run_config(engine, config)
+            options["steps"] = run_config.steps
             if options["save_every"] is None:
-                options["save_every"] = settings.save_every
+                options["save_every"] = run_config.save_every
         return _prepare(options, folder)
     except ValueError as error:
         typer.echo(f"pretrain: error: {error}", err=True)
         raise typer.Exit(2) from None
 
 
-def read_settings(engine: EngineName, config: Path) -> yaml_config.RunConfig:
-    """The YAML of an engine that has one. ValueError: not for it, or not on this machine."""
+def read_run_config(engine: EngineName, config: Path) -> yaml_config.RunConfig:
+    """Read the YAML of --engine ddp, fsdp or megatron.
+
+    Raises:
+        ValueError: it is wrong or for another engine, or this machine cannot run it.
+    """
     if engine is EngineName.megatron:
         from spectral_dist.launch import megatron_config
 
-        settings = megatron_config.read(config)
+        run_config: yaml_config.RunConfig = megatron_config.read(config)
         megatron_config.prepare()
-        return settings
+        return run_config
     from spectral_dist.launch import torch_config
 
-    found = torch_config.read(config)
-    found.check_engine(engine.value)
-    return found
+    run_config = torch_config.read(config)
+    run_config.check_engine(engine.value)
+    return run_config
 
 
 def _prepare(options: dict[str, Any], folder: RunFolder) -> trainer.Trainer:
+    """Start the ranks, and build or restore all that a run needs."""
     import torch
 
     from spectral_dist.launch import llama, ranks, trainer
 
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // _ranks_here()))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_world_size()))
     torch.manual_seed(options["seed"])
     config = llama.load_config(options["model"])
-    most, asked = config.max_position_embeddings, options["seq_len"]
-    if asked > most:
-        raise ValueError(f"--seq-len {asked}: the model's max_position_embeddings are {most}")
-    here = ranks.start()
-    checkpoint, notes = here.on_first(folder.open)
-    if here.first:
+    longest, seq_len = config.max_position_embeddings, options["seq_len"]
+    if seq_len > longest:
+        raise ValueError(f"--seq-len {seq_len}: the model's max_position_embeddings are {longest}")
+    all_ranks = ranks.start()
+    checkpoint, notes = all_ranks.on_first(folder.open)
+    if all_ranks.first:
         for note in notes:
             typer.echo(f"pretrain: {note}", err=True)
-    text = _corpus(options["data"] or [], config.vocab_size, here)
-    engine = _engine(options, config, here)
-    job = trainer.Job(**{name: options[name] for name in trainer.Job.__dataclass_fields__})
-    run = trainer.Trainer(job, engine, text, here)
+    text = _corpus(options["data"] or [], config.vocab_size, all_ranks)
+    engine = _engine(options, config, all_ranks)
+    names = trainer.RunSettings.__dataclass_fields__
+    settings = trainer.RunSettings(**{name: options[name] for name in names})
+    run = trainer.Trainer(settings, engine, text, all_ranks)
     if checkpoint is not None:
         run.resume(checkpoint)
     return run
 
 
-def _corpus(data: list[Path], vocab_size: int, here: ranks.Ranks) -> Any:
-    """The text, tokenized by one rank of each node; the same text on all nodes."""
+def _corpus(data: list[Path], vocab_size: int, all_ranks: ranks.Ranks) -> Any:
+    """Load the text, which one rank of each node tokenizes; all nodes must have the same."""
     from spectral_dist.launch import corpus
 
-    keys = here.once_per_node(lambda: corpus.prepare(data, vocab_size))
+    keys = all_ranks.once_per_node(lambda: corpus.prepare(data, vocab_size))
     if len(set(keys)) > 1:
         raise ValueError(
             "the nodes do not have the same text: give all of them the same --data, and without"
             " --data the same releases of Python and torch"
         )
-    texts: list[Any] = []
-    here.together(lambda: texts.append(corpus.read(keys[0])))
-    return texts[0]
+    corpora: list[Any] = []
+    all_ranks.together(lambda: corpora.append(corpus.read(keys[0])))
+    return corpora[0]
 
 
 def _run(run: trainer.Trainer, grace: float) -> int:
     """Train, and return the exit status."""
     from spectral_dist.launch import ranks, report, trainer
 
-    out = run.job.out
+    out = run.settings.out
     with Preemption(grace) as run.preemption:
         try:
             summary = run.run()
-            run.preemption.over()
+            run.preemption.disarm()
             if summary is None:
                 if run.ranks.first:
                     typer.echo(
@@ -250,36 +261,39 @@ def _run(run: trainer.Trainer, grace: float) -> int:
             if run.ranks.first:
                 trainer.write_summary(out, summary)
                 report.show([out], out / "loss.png")
-        except (FloatingPointError, ValueError, OSError) as error:  # gradients, losses, a full disk
+        except (FloatingPointError, ValueError, OSError) as error:  # not finite, or a full disk
             typer.echo(f"pretrain: error: {error}", err=True)
             return 1
         finally:
-            # in here: one rank has failed, a launcher signals the others, and they may know why
+            # Inside of the context: when one rank fails, its launcher signals the others, which may
+            # still have to print why.
             ranks.stop()
     return 0
 
 
-def _ranks_here() -> int:
+def _local_world_size() -> int:
+    """Return the number of ranks on this node, from the environment."""
     names = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
     return next((int(os.environ[name]) for name in names if name in os.environ), 1)
 
 
-def _engine(options: dict[str, Any], config: Any, here: Any) -> Any:
+def _engine(options: dict[str, Any], config: Any, all_ranks: Any) -> Any:
+    """Build the engine that was asked for."""
     if options["engine"] is EngineName.deepspeed:
         from spectral_dist.launch.engines.deepspeed import DeepSpeedEngine
 
         return DeepSpeedEngine(
-            options["config"], config, options["seed"], here, options["zero_init"]
+            options["config"], config, options["seed"], all_ranks, options["zero_init"]
         )
-    settings, seed = options["settings"], options["seed"]
+    run_config, seed = options["run_config"], options["seed"]
     if options["engine"] is EngineName.megatron:
         from spectral_dist.launch.engines.megatron import MegatronEngine
 
-        return MegatronEngine(settings, config, seed, here)
+        return MegatronEngine(run_config, config, seed, all_ranks)
     from spectral_dist.launch.engines.torch import TorchEngine
 
     sharded = options["engine"] is EngineName.fsdp
-    return TorchEngine(settings, config, seed, here, sharded=sharded)
+    return TorchEngine(run_config, config, seed, all_ranks, sharded=sharded)
 
 
 if __name__ == "__main__":

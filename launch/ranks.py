@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, and the few things they do together."""
+"""Start the processes of a run as one group, and decide a few things on all of them together."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from spectral_dist.integrations.torch import mpi
 
 T = TypeVar("T")
 distributed: Any = dist
-"""For the names that torch exports without saying so."""
+"""The same module without types, for names that torch does not declare as exported."""
 LOOPBACK = "127.0.0.1"
-PATIENCE = 1800.0
-"""Seconds in which all ranks have to start."""
+START_TIMEOUT = 1800.0
+"""Seconds within which all ranks have to start."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place, and the device it computes on."""
+    """This process's rank, and the device that it computes on."""
 
     rank: int
     world: int
@@ -35,65 +35,65 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that prints and writes."""
+        """Return whether this is the rank that prints and writes."""
         return self.rank == 0
 
     def total(self, values: Sequence[float]) -> list[float]:
-        """Each value summed over all ranks, in float64."""
-        summed = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(summed)
-        return [float(value) for value in summed.cpu()]
+        """Return the sum of each value over all ranks, in float64."""
+        sums = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(sums)
+        return [float(value) for value in sums.cpu()]
 
     def gather(self, value: int) -> list[int]:
-        """Every rank's value, in rank order."""
-        mine = torch.tensor([value], dtype=torch.int64, device=self.device)
-        all_values = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(all_values, mine)
+        """Return every rank's value, in rank order."""
+        local_value = torch.tensor([value], dtype=torch.int64, device=self.device)
+        all_values = [torch.empty_like(local_value) for _ in range(self.world)]
+        dist.all_gather(all_values, local_value)
         return [int(v) for v in all_values]
 
     def together(self, call: Callable[[], T]) -> list[T]:
-        """call() on every rank, and what each of them returned, in rank order.
+        """Call a function on every rank, and return what each returned, in rank order.
 
         Raises:
-            ValueError: on every rank if it fails on any with a ValueError or an OSError, so that
-                nobody is left waiting.
+            ValueError: on every rank if the call raises a ValueError or OSError on any of them, so
+                that no rank is left waiting.
         """
-        answer: tuple[T | None, str | None]
+        outcome: tuple[T | None, str | None]
         try:
-            answer = (call(), None)
+            outcome = (call(), None)
         except (ValueError, OSError) as error:
-            answer = (None, str(error))
-        everyones: list[tuple[T, str | None]] = [answer] * self.world  # type: ignore[list-item]
+            outcome = (None, str(error))
+        outcomes: list[tuple[T, str | None]] = [outcome] * self.world  # type: ignore[list-item]
         if self.world > 1:
-            dist.all_gather_object(everyones, answer)
-        for _, error_text in everyones:
+            dist.all_gather_object(outcomes, outcome)
+        for _, error_text in outcomes:
             if error_text is not None:
                 raise ValueError(error_text)
-        return [value for value, _ in everyones]
+        return [value for value, _ in outcomes]
 
     def on_first(self, call: Callable[[], T]) -> T:
-        """call() on rank 0 alone, and what it returned on every rank.
+        """Call a function on rank 0 alone, and return its result on every rank.
 
         Raises:
-            ValueError: on every rank, as of ``together``.
+            ValueError: on every rank; see ``together``.
         """
         values = self.together(lambda: [call()] if self.first else [])
         return values[0][0]
 
     def once_per_node(self, build: Callable[[], T]) -> list[T]:
-        """build() on one rank of each node, and what each of these returned.
+        """Call a function on one rank of each node, and return the results of all nodes.
 
         Raises:
-            ValueError: on every rank, as of ``together``.
+            ValueError: on every rank; see ``together``.
         """
         answers = self.together(lambda: [build()] if self.local_rank == 0 else [])
         return [value for values in answers for value in values]
 
 
 def start() -> Ranks:
-    """Join the process group: as torchrun, deepspeed or mpirun started us, or alone.
+    """Join the process group of torchrun, deepspeed or mpirun; without one, be its only process.
 
-    One process alone needs no store that others could reach. Ranks of mpirun on one host have one
+    A single process needs no store that others could reach. Ranks of mpirun on one host have one
     that listens on loopback; torchrun and deepspeed bring a store of their own.
     """
     store: Any = None
@@ -104,12 +104,12 @@ def start() -> Ranks:
                 store = _loopback_store()
         else:
             os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
-            # DeepSpeed wants them set; nobody connects
+            # DeepSpeed requires them; nobody connects
             os.environ.update(MASTER_ADDR=LOOPBACK, MASTER_PORT="0")
             store = distributed.HashStore()
             _use_loopback()
     elif os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store = unused_store(*place())
+        store = fresh_store(*read_environment())
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -119,14 +119,17 @@ def start() -> Ranks:
     if store is None:
         dist.init_process_group(backend)
     else:
-        rank, world, *_ = place()
+        rank, world, *_ = read_environment()
         dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
 def _loopback_store() -> Any:
-    """torch's store, which listens on all interfaces unless it is handed a socket."""
-    rank, world, _, port = place()
+    """Return a TCPStore that listens on loopback only.
+
+    torch's own listener would be on all interfaces, unless it is handed a socket.
+    """
+    rank, world, _, port = read_environment()
     _use_loopback()
     if rank != 0:
         return distributed.TCPStore(LOOPBACK, port, world, is_master=False)
@@ -139,45 +142,48 @@ def _loopback_store() -> Any:
     )
 
 
-def place() -> tuple[int, int, str, int]:
-    """Rank, ranks, and the store's address and port, of the environment."""
+def read_environment() -> tuple[int, int, str, int]:
+    """Return rank, number of ranks, and the store's address and port from the environment."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     return rank, world, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 
 
-def unused_store(rank: int, world: int, address: str, port: int) -> Any:
-    """torchrun's store, under a prefix that ranks before a restart have not written to.
+def fresh_store(rank: int, world: int, address: str, port: int) -> Any:
+    """Return torchrun's store, under a prefix that no rank of an earlier start has written to.
 
-    torchrun keeps its store when it restarts ranks, and says nowhere which start this is that is
-    the same on all nodes: new ranks would find the addresses of those that are gone. So rank 0
-    draws the prefix, and hands it to each rank under a key that this rank has drawn.
+    torchrun keeps its store when it restarts ranks, and counts its starts nowhere that is the same
+    on all nodes: new ranks would find the addresses of ranks that are gone. So rank 0 draws the
+    prefix, and hands it to each rank under a key that this rank has drawn.
     """
-    tcp: Any = distributed.TCPStore(
-        address, port, world, is_master=False, timeout=timedelta(seconds=PATIENCE)
+    tcp_store: Any = distributed.TCPStore(
+        address, port, world, is_master=False, timeout=timedelta(seconds=START_TIMEOUT)
     )
-    store = distributed.PrefixStore("spectral_dist", tcp)
-    drawn = uuid.uuid4().hex
+    store = distributed.PrefixStore("spectral_dist", tcp_store)
+    token = uuid.uuid4().hex
     if rank > 0:
-        store.set(f"key/{rank}", drawn)
-        prefix = store.get(drawn).decode()  # waits for it
+        store.set(f"key/{rank}", token)
+        prefix = store.get(token).decode()  # waits until rank 0 has set it
         store.set(f"{prefix}/{rank}", "")
         return distributed.PrefixStore(prefix, store)
-    waiting = set(range(1, world))
-    until = time.monotonic() + PATIENCE
-    while waiting:
-        for other in sorted(waiting):
-            if store.check([f"key/{other}"]):  # perhaps one from before, and soon another
-                store.set(store.get(f"key/{other}").decode(), drawn)
-            if store.check([f"{drawn}/{other}"]):
-                waiting.discard(other)
-        if time.monotonic() > until:
-            raise TimeoutError(f"ranks {sorted(waiting)} have not started in {PATIENCE:g} seconds")
+    missing_ranks = set(range(1, world))
+    deadline = time.monotonic() + START_TIMEOUT
+    while missing_ranks:
+        for other in sorted(missing_ranks):
+            # The key may be from an earlier start, so it is answered until the rank is there.
+            if store.check([f"key/{other}"]):
+                store.set(store.get(f"key/{other}").decode(), token)
+            if store.check([f"{token}/{other}"]):
+                missing_ranks.discard(other)
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"ranks {sorted(missing_ranks)} have not started in {START_TIMEOUT:g} seconds"
+            )
         time.sleep(0.01)
-    return distributed.PrefixStore(drawn, store)
+    return distributed.PrefixStore(token, store)
 
 
 def _use_loopback() -> None:
-    """Have gloo's own sockets on loopback, unless it was told where."""
+    """Make gloo listen on loopback, unless the environment names another interface."""
     if any(name == "lo" for _, name in socket.if_nameindex()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.jsonl, TensorBoard, a plot, a table; and runs side by side."""
+"""Record a run's metrics in a file and TensorBoard, and show finished runs side by side."""
 
 from __future__ import annotations
 
@@ -22,65 +22,68 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class Log:
-    """metrics.jsonl and TensorBoard of one run; what a resumed run repeats is dropped.
+    """The metrics.jsonl and TensorBoard log of one run.
 
-    A kill at any moment leaves the lines that were there, and at most the last one cut.
+    Records after the step that a run resumes from are dropped, since it repeats them. A kill at any
+    moment leaves the lines that were there, and at most the last one cut.
     """
 
     def __init__(self, out: Path, done: int) -> None:
+        """Open the log of a run that has done ``done`` steps; 0: a new run."""
         from torch.utils.tensorboard import SummaryWriter
 
         out.mkdir(parents=True, exist_ok=True)
         path = out / METRICS
-        kept: list[dict[str, Any]] = []
+        records: list[dict[str, Any]] = []
         if done and not path.is_file():
             print(f"pretrain: {path} is missing: it begins anew after step {done}", flush=True)
         elif done:
-            kept, wrong, _ = _read(path)
-            for number in wrong:
+            records, wrong_lines, _ = _read(path)
+            for number in wrong_lines:
                 print(f"pretrain: {path}:{number}: no whole record, left out", flush=True)
-        lines = [json.dumps(record) + "\n" for record in kept if record["step"] <= done]
+        lines = [json.dumps(record) + "\n" for record in records if record["step"] <= done]
         files.replace(path, "".join(lines))
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(out / "tensorboard", purge_step=done + 1)
 
     def _write(self, part: str, step: int, values: Mapping[str, Any]) -> None:
+        """Append one record to metrics.jsonl."""
         self._file.write(json.dumps({"part": part, "step": step, **values}) + "\n")
         self._file.flush()
 
     def add(self, part: str, step: int, values: dict[str, float]) -> None:
-        """One line, and one point per value."""
+        """Record values of a step under "train" or "validation": one line, one point per value."""
         self._write(part, step, values)
         for name, value in values.items():
             self._board.add_scalar(f"{part}/{name}", value, step)
 
     def matrices(self, step: int, report: Report) -> None:
-        """One line, {quantity: {matrix: value}}, and one point per value."""
+        """Record a monitor's report, {quantity: {matrix: value}}: one line, one point per value."""
         self._write("matrices", step, report)
         to_tensorboard(self._board)(step, report)
 
     def sync(self) -> None:
-        """Have on disk what a checkpoint goes on after."""
+        """Sync the log to disk, before a checkpoint is saved that the run may resume from."""
         os.fsync(self._file.fileno())
         self._board.flush()
 
     def close(self) -> None:
-        """Write what is buffered."""
+        """Write what is buffered, and close both files."""
         self._file.close()
         self._board.close()
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
-    """The records of a run; a last line that a kill has cut is left out, with a message.
+    """Return the records of a run; leave out a last line that a kill has cut, and print a message.
 
     Raises:
-        ValueError: it has none, or another line is no record.
+        ValueError: there is no file, or another line is no record.
     """
     path = out / METRICS
     if not path.is_file():
         raise ValueError(f"no run in {out}: {path} does not exist")
-    records, wrong, lines = _read(path)
-    for number in wrong:
+    records, wrong_lines, lines = _read(path)
+    for number in wrong_lines:
         if number < lines:
             raise ValueError(f"{path}:{number}: this line is no record of a run; delete it")
         print(f"{path}:{number}: the last line is cut, and left out", flush=True)
@@ -88,22 +91,27 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], list[int], int]:
-    """Records, the numbers of the lines that are none, and how many lines there are."""
-    records, wrong = [], []
+    """Return the records of a file, the numbers of lines that are none, and the number of lines."""
+    records, wrong_lines = [], []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line)
             int(record["step"]), str(record["part"])
         except (ValueError, KeyError, TypeError):
-            wrong.append(number)
+            wrong_lines.append(number)
         else:
             records.append(record)
-    return records, wrong, len(lines)
+    return records, wrong_lines, len(lines)
 
 
 def plot(runs: Sequence[Path], target: Path) -> None:
-    """Training loss and validation bits per byte of one or more runs, as a PNG."""
+    """Plot training loss and validation bits per byte of one or more runs, as a PNG.
+
+    Args:
+        runs: folders.
+        target: the file to write.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -128,15 +136,18 @@ def plot(runs: Sequence[Path], target: Path) -> None:
     files.replace(target, picture.getvalue())
 
 
-def _share(part: str) -> Callable[[dict[str, Any]], str]:
+def _seconds_and_share(part: str) -> Callable[[dict[str, Any]], str]:
+    """Return a cell of the table: seconds, and their share of forward, backward and step."""
+
     def cell(s: dict[str, Any]) -> str:
-        whole = s["forward_backward_seconds"] + s["optimizer_seconds"]
-        return f"{s[part]:.1f} s ({s[part] / whole:.0%})" if whole else "-"
+        both = s["forward_backward_seconds"] + s["optimizer_seconds"]
+        return f"{s[part]:.1f} s ({s[part] / both:.0%})" if both else "-"
 
     return cell
 
 
-def _speed(s: dict[str, Any]) -> str:
+def _tokens_per_second(s: dict[str, Any]) -> str:
+    """Return a cell of the table: tokens per second of forward, backward and step."""
     per_step = s["forward_backward_seconds"] + s["optimizer_seconds"]
     return f"{s['tokens'] / per_step:,.0f}" if per_step else "-"
 
@@ -148,9 +159,9 @@ ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
     "steps, tokens": lambda s: f"{s['step']}, {s['tokens']:,}",
     "validation bits per byte": lambda s: f"{s['validation_bits_per_byte']:.4f}",
     "validation loss (nats per token)": lambda s: f"{s['validation_loss']:.4f}",
-    "forward + backward": _share("forward_backward_seconds"),
-    "optimizer step": _share("optimizer_seconds"),
-    "tokens per second": _speed,
+    "forward + backward": _seconds_and_share("forward_backward_seconds"),
+    "optimizer step": _seconds_and_share("optimizer_seconds"),
+    "tokens per second": _tokens_per_second,
     "steps that were skipped": lambda s: f"{s.get('skipped_steps', 0):,}",
     "matrices orthogonalized": lambda s: f"{s['matrices_orthogonalized']:,}",
     "bytes sent by the optimizer": lambda s: f"{s['optimizer_bytes_sent']:,}",
@@ -163,7 +174,7 @@ ROWS: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def table(summaries: dict[str, dict[str, Any]]) -> Table:
-    """One column per run."""
+    """Build the table of runs, one column each, from their summaries by name."""
     result = Table()
     result.add_column()
     for name in summaries:
@@ -176,7 +187,11 @@ def table(summaries: dict[str, dict[str, Any]]) -> Table:
 
 
 def show(runs: Sequence[Path], target: Path) -> None:
-    """Print the table of finished runs and the path of their plot. ValueError: not finished."""
+    """Plot finished runs, and print their table and the path of the plot.
+
+    Raises:
+        ValueError: a run has not finished.
+    """
     summaries = {}
     for run in runs:
         path = run / "summary.json"

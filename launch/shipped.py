@@ -1,4 +1,4 @@
-"""The configuration that an engine is run with when an optimizer's name is all that is given."""
+"""Choose an engine's configuration file when only an optimizer's name was given."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from spectral_dist.rules.options import ROUTING
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ADAMW = "adamw"
-_PLACES = {
+_FILE_NAMES = {
     "deepspeed": ("deepspeed/zero2.json", "deepspeed/zero2_{}.json"),
     "megatron": ("megatron/tiny_muon.yaml", "megatron/tiny_{}.yaml"),
 }
-"""By engine: Muon's configuration, and what another's is called."""
+"""By engine: the file of Muon's configuration, and the pattern for other optimizers' files."""
 
 
 def config_of(engine: str, name: str) -> Path:
-    """Return the configuration of an optimizer.
+    """Return the configuration file of an optimizer.
 
-    The file that is shipped for it; of a rule without one, Muon's with the rule in its place: those
-    of its options that the rule has, and the rule's defaults.
+    It is the file that is shipped for it. For a rule without one, it is Muon's with the rule in its
+    place: those of Muon's options that the rule has, and the rule's defaults.
 
     Args:
         engine: deepspeed, ddp, fsdp or megatron.
@@ -38,8 +38,8 @@ def config_of(engine: str, name: str) -> Path:
     Raises:
         ValueError: an unknown name, or no configuration for this engine.
     """
-    first, others = _PLACES.get(engine, ("torch/muon.yaml", "torch/{}.yaml"))
-    path = CONFIGS / (first if name == "muon" else others.format(name))
+    muon_file, file_pattern = _FILE_NAMES.get(engine, ("torch/muon.yaml", "torch/{}.yaml"))
+    path = CONFIGS / (muon_file if name == "muon" else file_pattern.format(name))
     if path.is_file():
         return path
     known = {entry.name: entry for entry in registry.entries()}
@@ -47,19 +47,20 @@ def config_of(engine: str, name: str) -> Path:
         raise ValueError(f"unknown optimizer {name!r}{suggest(name, [*known, ADAMW])}")
     entry = known.get(name)
     if entry is None or entry.rule is None:
-        prefix = Path(others).stem.removesuffix("{}")
-        shipped = sorted(p.stem.removeprefix(prefix) for p in CONFIGS.glob(others.format("*")))
+        prefix = Path(file_pattern).stem.removesuffix("{}")
+        shipped_files = CONFIGS.glob(file_pattern.format("*"))
+        shipped_names = sorted(path.stem.removeprefix(prefix) for path in shipped_files)
         raise ValueError(
             f"no configuration of {name} is shipped for --engine {engine}; there are"
-            f" {', '.join(shipped)}: or write one, and give it as --config"
+            f" {', '.join(shipped_names)}: or write one, and give it as --config"
         )
-    return _derived(CONFIGS / first, engine, entry, path.name)
+    return _write_derived(CONFIGS / muon_file, engine, entry, path.name)
 
 
-def _derived(muon: Path, engine: str, entry: registry.Entry, name: str) -> Path:
-    """Write Muon's configuration with another rule in its place."""
+def _write_derived(muon_config: Path, engine: str, entry: registry.Entry, name: str) -> Path:
+    """Write Muon's configuration with another rule in its place, to a temporary file."""
     known = {*specs_of(entry.options), *ROUTING}
-    text = muon.read_text(encoding="utf-8")
+    text = muon_config.read_text(encoding="utf-8")
     content: dict[str, Any] = json.loads(text) if engine == "deepspeed" else yaml.load(text, Loader)
     optimizer = content["optimizer"]
     if engine == "deepspeed":

@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluation, checkpoints, a sample. It knows no engine's details."""
+"""Train a model with any engine: steps, evaluation, checkpoints, and a sample of text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from spectral_dist.launch import checkpoints, files, llama
-from spectral_dist.launch.batches import Windows, row_numbers, share
+from spectral_dist.launch.batches import Windows, rank_micro_batches, window_indices
 from spectral_dist.launch.checkpoints import Checkpoint
 from spectral_dist.launch.corpus import Corpus, bits_per_byte
 from spectral_dist.launch.engines.base import Engine
@@ -24,12 +24,24 @@ from spectral_dist.launch.ranks import Ranks
 from spectral_dist.launch.report import Log
 from spectral_dist.launch.run_folder import SUMMARY
 
-VALIDATION_SEED = 0  # all runs are measured on the same windows
+VALIDATION_SEED = 0  # the same windows for all runs
 
 
 @dataclass(frozen=True)
-class Job:
-    """What to do, whichever engine does it. Steps are optimizer steps; 0 means never."""
+class RunSettings:
+    """The settings of a run that are the same for every engine.
+
+    Attributes:
+        out: the folder of the run.
+        steps, stop_at: optimizer steps of the whole run, and where to stop early; 0: do not.
+        seq_len: tokens of a row.
+        seed: of the order of the text and of the sample.
+        eval_every, eval_batches: steps between evaluations (0: only at the start and the end), and
+            their size in batches.
+        save_every, save_minutes: steps and minutes between checkpoints; 0: only at the end, never.
+        prompt: what the sample continues.
+        keep: how many checkpoints to keep; 0: all.
+    """
 
     out: Path
     steps: int
@@ -41,29 +53,29 @@ class Job:
     save_every: int
     prompt: str
     save_minutes: float = 0.0
-    keep: int = 0  # checkpoints; 0: all
+    keep: int = 0
 
 
 @dataclass
 class Clock:
-    """Seconds spent so far, by what they were spent on."""
+    """Seconds spent so far, by purpose."""
 
     forward_backward: float = 0.0
     optimizer: float = 0.0
-    before: float = 0.0  # all of it, in runs that this one goes on from
+    before_resume: float = 0.0  # in all, by the runs that this one resumes
     started: float = field(default_factory=time.perf_counter)
 
     @staticmethod
     def now() -> float:
-        """Seconds, with everything asked of the device done."""
+        """Return the time in seconds, once the device has finished its work."""
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         return time.perf_counter()
 
     @property
     def all(self) -> float:
-        """Seconds since the run began, without those between a stop and a resume."""
-        return self.before + self.now() - self.started
+        """Return the seconds since the run began, without those between a stop and a resume."""
+        return self.before_resume + self.now() - self.started
 
 
 class Trainer:
@@ -71,69 +83,86 @@ class Trainer:
 
     def __init__(
         self,
-        job: Job,
+        settings: RunSettings,
         engine: Engine,
         corpus: Corpus,
         ranks: Ranks,
         preemption: Preemption | None = None,
     ) -> None:
-        """`preemption`, which the caller has entered, says when to save and end early."""
-        self.job, self.engine, self.corpus, self.ranks = job, engine, corpus, ranks
+        """Set up a run that begins at step 0.
+
+        Args:
+            settings: of the run.
+            engine: the model and optimizer to train.
+            corpus: the text.
+            ranks: all ranks of the job.
+            preemption: an entered context that says when to save and end early.
+        """
+        self.settings, self.engine, self.corpus, self.ranks = settings, engine, corpus, ranks
         self.preemption = preemption
-        self.train = Windows(corpus.train, job.seq_len, "training")
-        self.validation = Windows(corpus.validation, job.seq_len, "validation")
+        self.train = Windows(corpus.train, settings.seq_len, "training")
+        self.validation = Windows(corpus.validation, settings.seq_len, "validation")
         self.token_bytes = torch.from_numpy(corpus.token_bytes)
         self.clock = Clock()
         self.done = 0  # steps, including those before a resume
-        self.before = [0.0, 0.0]  # bytes sent and matrices orthogonalized before a resume
-        self.validated = False  # whether this step was, if it has to be
-        self.stopping = self.save_due = False  # as all ranks agree
+        self.counts_before = [0.0, 0.0]  # bytes sent and matrices orthogonalized before a resume
+        self.validated = False  # whether the model has been evaluated at this step
+        self.stopping = self.save_due = False  # the same on all ranks
         self.saved_at = time.monotonic()
-        self.skipped = 0
-        self.checkpoints = job.out / "checkpoints"
+        self.skipped = 0  # steps that the framework has skipped
+        self.checkpoints = settings.out / "checkpoints"
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Go on where a checkpoint stopped. ValueError: of another run, or damaged."""
+        """Continue from a checkpoint.
+
+        Raises:
+            ValueError: it belongs to another run, or is damaged.
+        """
         run, identity = checkpoint.run, self._identity()
-        was, identity["model"] = llama.comparable(run.get("model", {}), identity["model"])
-        comparable = replace(checkpoint, run={**run, "model": was})
+        saved_model, model = llama.drop_release_fields(run.get("model", {}), identity["model"])
+        identity["model"] = model
+        comparable = replace(checkpoint, run={**run, "model": saved_model})
         checkpoints.load(self.engine, self.ranks, comparable, identity)
         self.done, self.validated = int(run["step"]), bool(run["validated"])
         totals = run["totals"]
-        self.before = [totals["optimizer_bytes_sent"], totals["matrices_orthogonalized"]]
-        self.clock.before = totals["seconds"]
+        self.counts_before = [totals["optimizer_bytes_sent"], totals["matrices_orthogonalized"]]
+        self.clock.before_resume = totals["seconds"]
         self.clock.forward_backward = totals["forward_backward_seconds"]
         self.clock.optimizer = totals["optimizer_seconds"]
         self.skipped = self.engine.skipped_steps
 
     def _identity(self) -> dict[str, Any]:
-        """What numbers depend on, and the data's order: it may not change in a run; JSON."""
+        """Return the settings that a resumed run must not change, as JSON.
+
+        The run's numbers and the order of its text depend on them.
+        """
         return {
             **self.engine.identity(),
-            "seed": self.job.seed,
+            "seed": self.settings.seed,
             "batch": self.engine.batch,
-            "seq_len": self.job.seq_len,
+            "seq_len": self.settings.seq_len,
             "corpus": self.corpus.key,
-            "steps": self.job.steps,
+            "steps": self.settings.steps,
             "model": llama.identity(self.engine.llama),
         }
 
     def run(self) -> dict[str, Any] | None:
-        """Train to the end (or to stop_at) and return the summary; equal on all ranks.
+        """Train to the end, or to ``stop_at``, and return the summary, which is equal on all ranks.
 
-        None: a signal has ended it after the step in hand, which is saved.
+        Returns:
+            The summary; None: a signal has ended the run, after a step that is saved.
         """
-        job, first = self.job, self.ranks.first
-        end = min(job.stop_at or job.steps, job.steps)
-        log = Log(job.out, self.done) if first else None
+        settings, first = self.settings, self.ranks.first
+        end = min(settings.stop_at or settings.steps, settings.steps)
+        log = Log(settings.out, self.done) if first else None
         if log:
             self.engine.watch(log.matrices)
         self.saved_at = time.monotonic()
         validation = None
-        missed = (self.done == 0 or self._to_validate()) and not self.validated
-        if self.done >= end or missed:
+        not_yet_validated = (self.done == 0 or self._is_validation_step()) and not self.validated
+        if self.done >= end or not_yet_validated:
             validation = self._validate(None if self.validated else log)
-        bar = tqdm(total=job.steps, initial=self.done, disable=not first, unit="step")
+        bar = tqdm(total=settings.steps, initial=self.done, disable=not first, unit="step")
         with bar:
             while self.done < end and not self.stopping:
                 record = self.step()
@@ -145,12 +174,12 @@ class Trainer:
                 )
                 if log:
                     log.add("train", self.done, record)
-                self._tell_skipped()
+                self._warn_of_skipped()
                 last = self.done == end
-                # a job that is to end has seconds: what is left out here is done by the next one
-                if (last or self._to_validate()) and not self.stopping:
+                # a job that is to end has only seconds left; the resumed run will evaluate
+                if (last or self._is_validation_step()) and not self.stopping:
                     validation = self._validate(log)
-                regular = job.save_every and self.done % job.save_every == 0
+                regular = settings.save_every and self.done % settings.save_every == 0
                 if last or regular or self.save_due or self.stopping:
                     self.save(log)
         if log:
@@ -160,11 +189,12 @@ class Trainer:
         assert validation is not None
         return self._summary(validation)
 
-    def _to_validate(self) -> bool:
-        return bool(self.job.eval_every) and self.done % self.job.eval_every == 0
+    def _is_validation_step(self) -> bool:
+        """Return whether ``eval_every`` asks for an evaluation at this step."""
+        return bool(self.settings.eval_every) and self.done % self.settings.eval_every == 0
 
-    def _tell_skipped(self) -> None:
-        """Say so when a framework has left a step out, which is no error to it."""
+    def _warn_of_skipped(self) -> None:
+        """Print a warning when the framework has skipped a step, which is no error to it."""
         skipped = self.engine.skipped_steps
         if skipped > self.skipped and self.ranks.first:
             tqdm.write(
@@ -175,10 +205,10 @@ class Trainer:
         self.skipped = skipped
 
     def save(self, log: Log | None) -> None:
-        """Checkpoint this step, with what a resumed run needs; on all ranks."""
+        """Save a checkpoint of this step, with what a resumed run needs; all ranks call this."""
         if log:
             log.sync()
-        sent, polar_calls = self._counts()
+        sent, polar_calls = self._total_counts()
         totals = {
             "seconds": self.clock.all,
             "forward_backward_seconds": self.clock.forward_backward,
@@ -188,50 +218,55 @@ class Trainer:
         }
         run = {"step": self.done, "validated": self.validated, "totals": totals}
         run |= self._identity()
-        checkpoints.save(self.engine, self.ranks, self.checkpoints, run, self.job.keep)
+        checkpoints.save(self.engine, self.ranks, self.checkpoints, run, self.settings.keep)
         self.saved_at = time.monotonic()
 
-    def _counts(self) -> tuple[int, int]:
-        """Bytes sent and matrices orthogonalized by all ranks since the run began."""
+    def _total_counts(self) -> tuple[int, int]:
+        """Return the bytes sent and matrices orthogonalized by all ranks since the run began."""
         counts = self.ranks.total([self.engine.comm_bytes(), self.engine.polar_calls()])
-        sent, polar_calls = (int(x + y) for x, y in zip(self.before, counts, strict=True))
+        sent, polar_calls = (int(x + y) for x, y in zip(self.counts_before, counts, strict=True))
         return sent, polar_calls
 
     def _validate(self, log: Log | None) -> dict[str, float]:
+        """Evaluate the model, and log the result."""
         result = self.evaluate()
         self.validated = True
         if log:
             log.add("validation", self.done, result)
         return result
 
-    def _agree(self, loss: float) -> float:
-        """Add up the losses of all ranks, and with them whether to stop, and whether to save.
+    def _sum_and_agree(self, loss: float) -> float:
+        """Sum the losses of all ranks, and with them whether to stop and whether to save.
 
         A signal may reach one rank alone, and clocks differ: what all ranks do after a step is
         decided by numbers that travel with a reduction which every step makes anyway.
         """
-        asked = self.preemption is not None and self.preemption.requested
-        seconds = 60 * self.job.save_minutes
-        due = self.ranks.first and 0 < seconds <= time.monotonic() - self.saved_at
-        total, stopping, save_due = self.ranks.total([loss, float(asked), float(due)])
+        signalled = self.preemption is not None and self.preemption.requested
+        seconds = 60 * self.settings.save_minutes
+        time_to_save = self.ranks.first and 0 < seconds <= time.monotonic() - self.saved_at
+        total, stopping, save_due = self.ranks.total([loss, float(signalled), float(time_to_save)])
         self.stopping, self.save_due = stopping > 0, save_due > 0
         return total
 
     def step(self) -> dict[str, float]:
-        """One optimizer step. FloatingPointError on every rank when the loss is not finite."""
+        """Take one optimizer step, and return its record for the log.
+
+        Raises:
+            FloatingPointError: on every rank: the loss is not finite.
+        """
         engine, ranks, clock = self.engine, self.ranks, self.clock
-        numbers = row_numbers(self.done, engine.batch, self.train.count, self.job.seed)
-        rows = self.train.rows(numbers)
-        mine = share(rows, engine.micro, engine.data_rank, engine.data_ranks)
+        indices = window_indices(self.done, engine.batch, self.train.count, self.settings.seed)
+        rows = self.train.rows(indices)
+        micro_batches = rank_micro_batches(rows, engine.micro, engine.data_rank, engine.data_ranks)
         lr = engine.lr
         started = clock.now()
-        losses = [engine.backward(part, last=part is mine[-1]) for part in mine]
-        middle = clock.now()
+        losses = [engine.backward(rows, last=rows is micro_batches[-1]) for rows in micro_batches]
+        gradients_done = clock.now()
         engine.step()
         ended = clock.now()
-        clock.forward_backward += middle - started
-        clock.optimizer += ended - middle
-        loss = self._agree(float(sum(losses))) / (len(mine) * ranks.world)
+        clock.forward_backward += gradients_done - started
+        clock.optimizer += ended - gradients_done
+        loss = self._sum_and_agree(float(sum(losses))) / (len(micro_batches) * ranks.world)
         self.done += 1
         self.validated = False
         if not math.isfinite(loss):
@@ -250,30 +285,34 @@ class Trainer:
         }
 
     def _bytes(self, tokens: Tensor) -> int:
+        """Return the bytes of text that tokens stand for."""
         return int(self.token_bytes[tokens].sum())
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Loss and bits per byte on up to eval_batches * batch fixed windows held out."""
+        """Compute loss and bits per byte on the held-out text.
+
+        It has up to eval_batches * batch windows, the same at each evaluation.
+        """
         engine, ranks = self.engine, self.ranks
-        count = min(self.validation.count, self.job.eval_batches * engine.batch)
-        chosen = row_numbers(0, self.validation.count, self.validation.count, VALIDATION_SEED)
-        rows = self.validation.rows(chosen[:count])
-        # All ranks make equally many calls, as ZeRO-3 requires; rows of padding count nothing.
-        group = engine.micro * engine.data_ranks
-        padding = -count % group
+        count = min(self.validation.count, self.settings.eval_batches * engine.batch)
+        indices = window_indices(0, self.validation.count, self.validation.count, VALIDATION_SEED)
+        rows = self.validation.rows(indices[:count])
+        # All ranks make equally many calls, as ZeRO-3 requires; the loss leaves out padding rows.
+        rows_at_once = engine.micro * engine.data_ranks
+        padding = -count % rows_at_once
         rows = torch.cat([rows, rows[:1].expand(padding, -1)])
-        counted = (torch.arange(len(rows)) < count)[:, None]
+        is_counted = (torch.arange(len(rows)) < count)[:, None]
         engine.model.eval()
         nats = 0.0
-        parts = share(rows, engine.micro, engine.data_rank, engine.data_ranks)
-        masks = share(counted, engine.micro, engine.data_rank, engine.data_ranks)
-        for part, mask in zip(parts, masks, strict=True):
-            nats += float((engine.losses(part).double().cpu() * mask).sum())
+        micro_batches = rank_micro_batches(rows, engine.micro, engine.data_rank, engine.data_ranks)
+        masks = rank_micro_batches(is_counted, engine.micro, engine.data_rank, engine.data_ranks)
+        for micro_batch, mask in zip(micro_batches, masks, strict=True):
+            nats += float((engine.losses(micro_batch).double().cpu() * mask).sum())
         engine.model.train()
         targets = rows[:count, 1:]
-        copies = ranks.world // engine.data_ranks
-        loss = ranks.total([nats])[0] / copies / targets.numel()
+        ranks_per_row = ranks.world // engine.data_ranks
+        loss = ranks.total([nats])[0] / ranks_per_row / targets.numel()
         return {
             "loss": loss,
             "bits_per_byte": bits_per_byte(loss, targets.numel(), self._bytes(targets)),
@@ -281,31 +320,38 @@ class Trainer:
 
     @torch.no_grad()
     def sample(self, length: int = 48, temperature: float = 0.8, top: int = 40) -> str:
-        """The prompt and a continuation; every rank computes it, as ZeRO-3 requires."""
+        """Return the prompt and a continuation; all ranks compute it, as ZeRO-3 requires.
+
+        Args:
+            length: tokens to add.
+            temperature: of the softmax.
+            top: how many of the likeliest tokens to choose from.
+        """
         tokenizer = self.corpus.tokenizer
-        ids = tokenizer.encode(self.job.prompt).ids or [0]
-        generator = torch.Generator().manual_seed(self.job.seed)
+        ids = tokenizer.encode(self.settings.prompt).ids or [0]
+        generator = torch.Generator().manual_seed(self.settings.seed)
         self.engine.model.eval()
         for _ in range(length):
-            logits = self.engine.logits(torch.tensor([ids[-self.job.seq_len :]]))[0, -1].cpu()
-            best = logits.topk(min(top, len(logits)))
-            odds = (best.values / temperature).softmax(-1)
-            ids.append(int(best.indices[torch.multinomial(odds, 1, generator=generator)]))
+            logits = self.engine.logits(torch.tensor([ids[-self.settings.seq_len :]]))[0, -1].cpu()
+            candidates = logits.topk(min(top, len(logits)))
+            probabilities = (candidates.values / temperature).softmax(-1)
+            choice = torch.multinomial(probabilities, 1, generator=generator)
+            ids.append(int(candidates.indices[choice]))
         self.engine.model.train()
         return str(tokenizer.decode(ids))
 
     def _summary(self, validation: dict[str, float]) -> dict[str, Any]:
-        """Of the whole run, however often it was stopped and resumed."""
+        """Return the summary of the whole run, however often it was stopped and resumed."""
         engine, ranks, clock = self.engine, self.ranks, self.clock
-        sent, polar_calls = self._counts()
+        sent, polar_calls = self._total_counts()
         return {
             "optimizer": engine.kind,
-            "parameters": engine.parameters,
-            "trained_parameters": engine.trained,
+            "parameters": engine.num_parameters,
+            "trained_parameters": engine.num_trained,
             "ranks": ranks.world,
             "step": self.done,
             "skipped_steps": engine.skipped_steps,
-            "tokens": self.done * engine.batch * self.job.seq_len,
+            "tokens": self.done * engine.batch * self.settings.seq_len,
             "validation_loss": validation["loss"],
             "validation_bits_per_byte": validation["bits_per_byte"],
             "seconds": clock.all,
@@ -319,5 +365,5 @@ class Trainer:
 
 
 def write_summary(out: Path, summary: dict[str, Any]) -> None:
-    """Keep the summary as summary.json in `out`."""
+    """Write the summary as summary.json into ``out``."""
     files.replace(out / SUMMARY, json.dumps(summary, indent=1) + "\n")

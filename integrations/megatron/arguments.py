@@ -53,7 +53,7 @@ def forget() -> None:
 
 
 def _clear(choice: _Choice) -> None:
-    """Reset a choice in place."""
+    """Remove the optimizer and options of a choice, in place."""
     choice.is_named, choice.optimizer = False, None
     choice.options.clear()
 

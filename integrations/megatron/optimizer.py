@@ -210,7 +210,7 @@ class SpectralPOET(MegatronInnerOptimizer, POET):
         self._ramp_asked = True  # by ``poet_merge.merge_after_steps``
 
     def require_layers(self) -> None:
-        """Allow that there is no rotated layer, as in the optimizer of a stage's experts."""
+        """Accept groups without a rotated layer, such as those of a stage's experts."""
 
     def steps_taken(self) -> int:
         """Return the steps taken, those before the last merge included."""

@@ -214,7 +214,7 @@ class Projection:
             self._broadcast_states(refreshed)
 
     def reduce(self, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        """Average a bucket's gradients over ranks, projected where that is enough: the hook.
+        """Average a bucket's gradients over ranks, projected where that is enough; DDP's hook.
 
         Returns:
             A future of the bucket's buffer, in which the averages then are.

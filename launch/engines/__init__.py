@@ -1,1 +1,1 @@
-"""What a training loop calls, one module for each engine: DeepSpeed, plain torch, Megatron."""
+"""Drive the model and optimizer of a run; one module for each training framework."""

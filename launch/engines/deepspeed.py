@@ -1,4 +1,4 @@
-"""DeepSpeed as an engine: `deepspeed.initialize` with the JSON of the user."""
+"""Train with DeepSpeed: `deepspeed.initialize` with the user's JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from spectral_dist.launch.ranks import Ranks
 
 
 def prepare_deepspeed() -> Any:
-    """The deepspeed module, set up for this machine."""
+    """Import deepspeed, set up for this machine, and return the module."""
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -25,7 +25,7 @@ def prepare_deepspeed() -> Any:
     from spectral_dist.integrations.deepspeed._compat import without_compiling
 
     logger.setLevel("WARNING")
-    # DeepSpeed calls what torch 2.13 renamed; nobody here can do anything about it.
+    # DeepSpeed calls functions that torch 2.13 has renamed; users cannot change that.
     warnings.filterwarnings("ignore", r".*is deprecated. Please use", FutureWarning)
     if deepspeed.get_accelerator().device_name() == "cpu":
         without_compiling()
@@ -33,13 +33,20 @@ def prepare_deepspeed() -> Any:
 
 
 class DeepSpeedEngine(Engine):
-    """`deepspeed.initialize` with the user's JSON, as it is."""
+    """The engine that `deepspeed.initialize` builds of the user's JSON, unchanged."""
 
     def __init__(self, config: Path, model: Any, seed: int, ranks: Ranks, zero_init: bool) -> None:
-        """`model` is a LlamaConfig. With `zero_init` the whole model never exists on one rank.
+        """Build the model and the engine.
+
+        Args:
+            config: the JSON file.
+            model: a LlamaConfig.
+            seed: of the initial weights.
+            ranks: all ranks of the job.
+            zero_init: construct the model in shards, so that no rank ever holds all of it.
 
         Raises:
-            ValueError: a JSON that is wrong, or that DeepSpeed does not take.
+            ValueError: the JSON is wrong, or DeepSpeed does not accept it.
         """
         fields = deepspeed_config.read(config)
         self.fields, self.path, self.llama = fields, config, model
@@ -52,12 +59,12 @@ class DeepSpeedEngine(Engine):
         if self.kind.lower().startswith("spectral"):
             import spectral_dist.integrations.deepspeed  # noqa: F401  registers the name
         with deepspeed_config.named_errors(config):
-            under = deepspeed.zero.Init(config_dict_or_path=fields) if zero_init else None
-        built = llama.build(model, seed, under)
-        noted = deepspeed_config.Noted(fields)
-        with deepspeed_config.named_errors(config, noted):
-            self.model, *_ = deepspeed.initialize(model=built, config=noted)
-        for note in noted.ignored(config):
+            init_context = deepspeed.zero.Init(config_dict_or_path=fields) if zero_init else None
+        llama_model = llama.build(model, seed, init_context)
+        tracker = deepspeed_config.ReadTracker(fields)
+        with deepspeed_config.named_errors(config, tracker):
+            self.model, *_ = deepspeed.initialize(model=llama_model, config=tracker)
+        for note in tracker.unread_warnings(config):
             if ranks.first:
                 print(f"pretrain: {note}", flush=True)
         self.engine: Any = self.model
@@ -72,32 +79,36 @@ class DeepSpeedEngine(Engine):
         self.device, self.data_rank, self.data_ranks = ranks.device, ranks.rank, ranks.world
 
     def backward(self, rows: Tensor, *, last: bool) -> Tensor:
-        """Forward and backward of one micro-batch; its mean loss, detached."""
+        """Run forward and backward of one micro-batch, and return its mean loss, detached."""
         loss = self.losses(rows).mean()
         self.engine.backward(loss)
         if not last:
-            self.engine.step()  # no step yet: DeepSpeed counts micro-batches in it
+            self.engine.step()  # only counts micro-batches
         return loss.detach()
 
     def step(self) -> None:
-        """Optimizer and schedule, once the last micro-batch is done."""
+        """Step the optimizer and the schedule, after the last micro-batch."""
         assert self.engine.is_gradient_accumulation_boundary()
         self.engine.step()
 
     @property
     def lr(self) -> float:
-        """The first group's learning rate, for the step to come."""
+        """Return the first group's learning rate for the next step."""
         return float(self.engine.get_lr()[0])
 
     def write(self, target: Path) -> None:
-        """Checkpoint everything into the folder `target`, which is there; on all ranks."""
-        # DeepSpeed's own `latest` comes before other ranks' files, and can be left empty.
+        """Write a checkpoint into the existing folder ``target``; all ranks call this."""
+        # DeepSpeed writes its own `latest` before other ranks' files; a kill can leave it empty.
         self.engine.save_checkpoint(str(target.parent), tag=target.name, save_latest=False)
 
     def read(self, source: Path) -> None:
-        """Restore what `write` has written; on all ranks. ValueError: it was another engine.
+        """Restore what ``write`` has written; all ranks call this.
 
-        With "load_universal" in the JSON: what `latest_universal` beside it names, of that step.
+        With "load_universal" in the JSON, the file `latest_universal` beside ``source`` names the
+        universal checkpoint to load, which must be of the same step.
+
+        Raises:
+            ValueError: another engine has written it, or the universal one is of another step.
         """
         universal = self.engine.load_universal_checkpoint()
         path, _ = self.engine.load_checkpoint(
@@ -112,10 +123,10 @@ class DeepSpeedEngine(Engine):
             )
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be gone on from; JSON."""
+        """Return the settings that a resumed run must not change, as JSON."""
         return deepspeed_config.identity(self.path, self.fields)
 
     @property
     def skipped_steps(self) -> int:
-        """Steps that DeepSpeed has left out: a gradient was not finite."""
+        """Return how many steps DeepSpeed has skipped because a gradient was not finite."""
         return int(self.engine.skipped_steps)

@@ -1,4 +1,4 @@
-"""DistributedDataParallel and FSDP2 as engines, and their checkpoints, which either can load."""
+"""Train with DistributedDataParallel or FSDP2, whose checkpoints either of the two can load."""
 
 from __future__ import annotations
 
@@ -26,61 +26,70 @@ from spectral_dist.monitor import Monitor
 
 
 class TorchEngine(Engine):
-    """Plain torch on one process or more; linear warmup, then a cosine to a tenth."""
+    """Plain torch on one process or more, with a linear warmup, then a cosine to a tenth."""
 
     def __init__(
         self, config: TorchConfig, model: Any, seed: int, ranks: Ranks, *, sharded: bool
     ) -> None:
-        """`model` is a LlamaConfig; `sharded`: by FSDP2, else DistributedDataParallel.
+        """Build the model and its optimizer.
 
-        ValueError: a config that does not fit the engine, the model or the ranks.
+        Args:
+            config: the content of the YAML.
+            model: a LlamaConfig.
+            seed: of the initial weights.
+            ranks: all ranks of the job.
+            sharded: shard the model with FSDP2; else use DistributedDataParallel.
+
+        Raises:
+            ValueError: the config does not fit the engine, the model or the ranks.
         """
         config.check_engine("fsdp" if sharded else "ddp")
         self.config, self.llama, self.kind = config, model, config.kind
         self.device, self.batch = ranks.device, config.batch
-        across = config.tensor_parallel
+        tensor_parallel = config.tensor_parallel
         mesh = torch_sharding.make_mesh(config, ranks) if sharded else None
-        self.data_rank, self.data_ranks = ranks.rank // across, ranks.world // across
-        self.micro = config.micro(self.data_ranks)
+        self.data_rank = ranks.rank // tensor_parallel
+        self.data_ranks = ranks.world // tensor_parallel
+        self.micro = config.micro_batch_size(self.data_ranks)
         self.model = llama.build(model, seed)
-        skews = set(map(id, _rotate(config, self.model)))
-        for parameter in self.model.parameters():  # and not the rotary frequencies
-            # which FSDP2 wants of one dtype, as far as it trains
-            wide = skews and (id(parameter) in skews or (sharded and parameter.requires_grad))
-            if not wide:
+        skews = set(map(id, _convert_to_poet(config, self.model)))
+        for parameter in self.model.parameters():  # buffers, as rotary frequencies, stay float32
+            # POET's skew parameters stay float32; FSDP2 wants all that trains to have one dtype.
+            trains_in_float32 = sharded and parameter.requires_grad
+            if not skews or not (id(parameter) in skews or trains_in_float32):
                 parameter.data = parameter.data.to(getattr(torch, config.dtype))
         if mesh is not None:
-            torch_sharding.shard(self.model, mesh, config)  # moves what it cuts to the device
+            torch_sharding.shard(self.model, mesh, config)  # also moves the shards to the device
         self.model = self.model.to(ranks.device)
         if mesh is None and ranks.world > 1:
             self.model = DistributedDataParallel(self.model)
         self.optimizer = self.make_optimizer()
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: config.factor(step)
+            self.optimizer, lambda step: config.lr_factor(step)
         )
         if config.monitor_every:
             self.optimizer.monitor = Monitor(config.monitor_every, [])
 
     def make_optimizer(self) -> Any:
-        """As the configuration says."""
+        """Build the optimizer that the configuration names; benchmarks override this."""
         return _optimizer(self.config, self.model)
 
     def backward(self, rows: Tensor, *, last: bool) -> Tensor:
-        """Forward and backward of one micro-batch; its mean loss, detached."""
+        """Run forward and backward of one micro-batch, and return its mean loss, detached."""
         model = self.model
-        unsynced: AbstractContextManager[Any] = nullcontext()
+        no_sync: AbstractContextManager[Any] = nullcontext()
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last)
         elif isinstance(model, DistributedDataParallel) and not last:
-            unsynced = model.no_sync()
-        with unsynced:
+            no_sync = model.no_sync()
+        with no_sync:
             loss = self.losses(rows).mean()
-            share = self.micro * self.data_ranks / self.batch
-            (loss * share).backward()  # type: ignore[no-untyped-call]
+            loss_weight = self.micro * self.data_ranks / self.batch
+            (loss * loss_weight).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
     def step(self) -> None:
-        """Optimizer and schedule, once the last micro-batch is done."""
+        """Clip the gradients, then step the optimizer and the schedule."""
         if self.config.clip > 0:
             limit = self.config.clip
             if isinstance(self.optimizer, spectral_dist.POET):
@@ -92,12 +101,12 @@ class TorchEngine(Engine):
 
     @property
     def lr(self) -> float:
-        """The learning rate for the step to come: that of the first group that is not AdamW's."""
+        """Return the learning rate for the next step, of the first group that is not AdamW's."""
         groups = self.optimizer.param_groups
         return float(min(groups, key=lambda group: group.get("kind") == "scalar")["lr"])
 
     def write(self, target: Path) -> None:
-        """Checkpoint everything into the folder `target`, which is there; on all ranks."""
+        """Write a checkpoint into the existing folder ``target``; all ranks call this."""
         scheduler = self.scheduler.state_dict()
         if self.kind == ADAMW:
             file = io.BytesIO()
@@ -107,7 +116,11 @@ class TorchEngine(Engine):
             checkpoint.save(target, self.model, self.optimizer, scheduler=scheduler)
 
     def read(self, source: Path) -> None:
-        """Restore what `write` has written; on all ranks. ValueError: it was another engine."""
+        """Restore what ``write`` has written; all ranks call this.
+
+        Raises:
+            ValueError: another engine has written it.
+        """
         if not (source / ".metadata").is_file():
             raise ValueError(f"{source} was not saved by --engine ddp or fsdp")
         if self.kind == ADAMW:
@@ -125,16 +138,17 @@ class TorchEngine(Engine):
         self.scheduler.load_state_dict(extra["scheduler"])
 
     def identity(self) -> dict[str, Any]:
-        """What must be the same for a checkpoint to be gone on from; JSON."""
+        """Return the settings that a resumed run must not change, as JSON."""
         return {"engine": "ddp or fsdp", **self.config.identity()}
 
     def _adamw_state(self) -> dict[str, Any]:
+        """Return the state of the model and of torch's AdamW, by name of the parameter."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
         return {"model": model, "adamw": optimizer}
 
 
-def _rotate(config: TorchConfig, model: nn.Module) -> list[nn.Parameter]:
-    """Convert the model if POET is to train it; its skew parameters."""
+def _convert_to_poet(config: TorchConfig, model: nn.Module) -> list[nn.Parameter]:
+    """Convert the model if the optimizer is POET, and return its skew parameters."""
     if not config.rotates:
         return []
     try:
@@ -146,6 +160,7 @@ def _rotate(config: TorchConfig, model: nn.Module) -> list[nn.Parameter]:
 
 
 def _optimizer(config: TorchConfig, model: nn.Module) -> Any:
+    """Build the optimizer that the configuration names."""
     options = config.options
     if config.kind == ADAMW:
         meshes = {p.device_mesh for p in model.parameters() if isinstance(p, DTensor)}
@@ -157,10 +172,10 @@ def _optimizer(config: TorchConfig, model: nn.Module) -> Any:
             weight_decay=options.weight_decay,
             foreach=False if len(meshes) > 1 else None,  # torch cannot mix meshes in one call
         )
-    given = {f.name: getattr(options, f.name) for f in fields(options)}
+    option_values = {f.name: getattr(options, f.name) for f in fields(options)}
     try:
-        routing = {} if config.rotates else config.routing  # of which the conversion was told
+        routing = {} if config.rotates else config.routing  # the conversion has used it
         groups = spectral_dist.param_groups(model, **routing)
-        return getattr(spectral_dist, config.kind)(groups, **given)
+        return getattr(spectral_dist, config.kind)(groups, **option_values)
     except ValueError as error:
         raise config.fail("optimizer", str(error)) from None

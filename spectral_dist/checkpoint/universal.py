@@ -39,7 +39,7 @@ class Ignored:
     """A stand-in for an object of DeepSpeed that holds nothing of a run."""
 
     def __init__(self, *arguments: Any) -> None:
-        """Ignore all arguments."""
+        """Accept any arguments, and ignore them."""
 
 
 STAND_INS: dict[str, Callable[..., Any]] = {

@@ -82,7 +82,7 @@ def test_a_rank_that_is_slow_to_write(trial: Trial, engine: str) -> None:
     run = trial.start("parts", *options, fault=fault, forked=True)
     assert run.until((trial.folder / "parts.struck.1").exists)
     assert run.pause(2.0)
-    assert files.below(run.out / "checkpoints/step_000004")
+    assert files.sizes_below(run.out / "checkpoints/step_000004")
     run.kill()
     assert trial.check("parts", trial.losses("whole")) == 2
     status, printed = trial.once("parts", *options, forked=True)
@@ -121,7 +121,7 @@ def test_a_damaged_file_of_each_kind(trial: Trial, engine: str) -> None:
     status, printed = trial.once("run", *options, *SAVES, "--stop-at", "4", forked=True)
     assert status == 0, printed
     folder = trial.folder / "run/checkpoints"
-    names = sorted(files.below(folder / "step_000004"))
+    names = sorted(files.sizes_below(folder / "step_000004"))
     assert len(names) > 3
     shutil.copytree(folder, trial.folder / "kept")
     for name in names:

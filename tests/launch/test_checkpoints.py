@@ -133,7 +133,7 @@ def test_an_unfinished_first_save_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "step_000002/model.pt").write_text("half")
     assert checkpoints.find(tmp_path)[0] is None
     save(tmp_path, 2)
-    assert sorted(files.below(tmp_path / "step_000002")) == [
+    assert sorted(files.sizes_below(tmp_path / "step_000002")) == [
         "empty", "manifest.json", "model.pt", "state/0.pt",
     ]  # fmt: skip
 
@@ -161,7 +161,7 @@ def test_why_a_disk_cannot_be_written_is_said(
     monkeypatch.setattr(Engine, "write", full)
     with pytest.raises(RuntimeError, match="unexpected pos"):  # there is room: it is another thing
         save(tmp_path, 4)
-    monkeypatch.setattr(files, "probe", none_left)
+    monkeypatch.setattr(files, "check_writable", none_left)
     with pytest.raises(OSError, match=r"No space left on device: .*'.*/step_000004'"):
         save(tmp_path, 4)
     assert load(tmp_path) == ("step_000002", [])
@@ -228,8 +228,8 @@ def test_a_link_is_not_written_through(tmp_path: Path) -> None:
         assert not (tmp_path / name).is_symlink()
         assert (tmp_path / name).read_text() == "ours"
     assert target.read_text() == "theirs"
-    (tmp_path / f".latest.abc{files.PART}").write_text("killed")
-    files.remove_parts(tmp_path)
+    (tmp_path / f".latest.abc{files.PARTIAL_SUFFIX}").write_text("killed")
+    files.remove_partial_files(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "summary.json", "theirs"]
 
 
@@ -260,7 +260,7 @@ def test_how_a_folder_is_begun(tmp_path: Path) -> None:
 
 
 def test_one_run_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_folder, "PATIENCE", 0.2)
+    monkeypatch.setattr(run_folder, "LOCK_TIMEOUT", 0.2)
     first, second = (RunFolder(tmp_path, Resume.auto) for _ in range(2))
     first.open()
     with pytest.raises(ValueError, match=rf"goes on now \(process {os.getpid()} on "):

@@ -130,7 +130,7 @@ def test_every_megatron_yaml_has_a_model_that_it_cuts_evenly() -> None:
         assert config.use_distributed_optimizer
         assert config.warmup < config.steps
     eight = megatron_config.read(ROOT / "configs/megatron/llama_8b.yaml")
-    assert eight.micro(4) == 1  # TP 2 on 8 GPUs
+    assert eight.micro_batch_size(4) == 1  # TP 2 on 8 GPUs
 
 
 def test_initial_weights_depend_on_seed_and_name() -> None:

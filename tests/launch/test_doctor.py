@@ -141,7 +141,7 @@ def test_command_prints_a_table_and_its_exit_status_says_it(tmp_path: Path) -> N
 
 def test_exit_status_of_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows are those of test_an_unchecked_overflow_is_seen, which takes real steps."""
-    checks = [doctor.Row(f"check {n}", n != 3, "as seen") for n in range(5)]
+    checks = [doctor.CheckResult(f"check {n}", n != 3, "as seen") for n in range(5)]
     monkeypatch.setattr(doctor, "examine", lambda *_: checks)
     bad = CliRunner().invoke(app, command(tmp_path, config(0)))
     assert bad.exit_code == 1
@@ -215,17 +215,17 @@ def test_good_values_and_those_of_hugging_face() -> None:
             doctor_config.check_scheduler(content)
     auto = config(1, options={"lr": "auto"}, gradient_clipping="auto", train_batch_size="auto")
     doctor_config.check_values(auto)
-    assert doctor.adapted(auto)["optimizer"]["params"]["lr"] == doctor.LR
+    assert doctor.adapt_config(auto)["optimizer"]["params"]["lr"] == doctor.LR
 
 
 def faulty(rank: int, *args: Any) -> None:
     """Doctor's rank, of which the second meets a ValueError where the first goes on."""
 
-    def step(self: Any, engine: Any, factor: float = 1.0) -> None:
+    def take_step(self: Any, engine: Any, factor: float = 1.0) -> None:
         raise ValueError("the batch of rank 1 is empty")
 
     if rank == 1:
-        doctor.Examination.step = step
+        doctor.Examination.take_step = take_step
     spawned(rank, *args)
 
 

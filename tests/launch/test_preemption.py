@@ -98,7 +98,7 @@ def test_no_signal_ends_what_is_saved() -> None:
 with module["Preemption"](1.2) as noticed:
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(0.3)
-    noticed.over()
+    noticed.disarm()
     time.sleep(1.5)
     for _ in range(2):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -46,12 +46,12 @@ def test_a_store_with_what_is_left_of_an_earlier_start(monkeypatch: pytest.Monke
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     server = store("127.0.0.1", port, 1, is_master=True, timeout=timedelta(seconds=30))
-    monkeypatch.setattr(ranks, "PATIENCE", 30.0)
+    monkeypatch.setattr(ranks, "START_TIMEOUT", 30.0)
     for _ in range(3):  # the first start, and two restarts
         stores: dict[int, Any] = {}
 
         def start(rank: int, stores: dict[int, Any] = stores) -> None:
-            stores[rank] = ranks.unused_store(rank, 3, "127.0.0.1", port)
+            stores[rank] = ranks.fresh_store(rank, 3, "127.0.0.1", port)
 
         threads = [threading.Thread(target=start, args=(rank,)) for rank in (0, 2, 1)]
         for thread in threads:

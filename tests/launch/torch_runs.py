@@ -9,7 +9,7 @@ import yaml
 from transformers import LlamaConfig
 
 from spectral_dist.launch import checkpoints, torch_config
-from spectral_dist.launch.batches import share
+from spectral_dist.launch.batches import rank_micro_batches
 from spectral_dist.launch.engines.base import Engine
 from spectral_dist.launch.engines.torch import TorchEngine
 from spectral_dist.launch.ranks import Ranks
@@ -73,12 +73,12 @@ def train(
         checkpoints.load(engine, here, checkpoint, run)
     found = []
     for step in range(*steps):
-        parts = share(rows_of(step), engine.micro, engine.data_rank, engine.data_ranks)
+        parts = rank_micro_batches(rows_of(step), engine.micro, engine.data_rank, engine.data_ranks)
         mine = [engine.backward(part, last=part is parts[-1]) for part in parts]
         engine.step()
         found.append(here.total([float(sum(mine))])[0] / (len(mine) * here.world))
     if save is not None:
         checkpoints.save(engine, here, save, {"step": steps[1], **run})
     kept = {"bytes": engine.state_bytes(), "calls": engine.polar_calls(), "lr": engine.lr}
-    kept |= {"watched": watched, "parameters": engine.parameters}
+    kept |= {"watched": watched, "parameters": engine.num_parameters}
     return found, {**kept, "dtypes": {str(p.dtype) for p in engine.model.parameters()}}
