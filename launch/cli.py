@@ -1,4 +1,4 @@
-"""Define the command `spectral-dist`: doctor, calibrate and convert."""
+"""Define the command `spectral-dist`: table, doctor, calibrate and convert."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Spectral optimizers' tools.")
+app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 
 @app.callback()
 def main() -> None:
-    """Run one of the spectral optimizers' tools."""
+    """Run one of the tools of Muon, PolarGrad, ROOT, SUMO and POET for PyTorch."""
 
 
 @app.command()
@@ -42,6 +42,52 @@ def doctor(
         table.add_row(result.check, mark, result.seen)
     console.print(table)
     raise typer.Exit(0 if all(result.passed for result in results) else 1)
+
+
+@app.command()
+def table(
+    model: Annotated[Path, typer.Option(help="A causal language model's config.json.")],
+    matrices: Annotated[
+        list[str] | None, typer.Option(help="A name or pattern to orthogonalize as well.")
+    ] = None,
+    scalars: Annotated[
+        list[str] | None, typer.Option(help="A name or pattern to leave to AdamW.")
+    ] = None,
+    split: Annotated[
+        list[str] | None, typer.Option(help="A fused weight and its parts, as qkv_proj=3.")
+    ] = None,
+) -> None:
+    """Print which parameters of a model are matrices, and why the others are not.
+
+    The model is any that transformers can build; no memory is taken for its weights.
+    """
+    from spectral_dist.launch import llama
+    from spectral_dist.params.classify import classify
+    from spectral_dist.params.table import table as routing_table
+
+    try:
+        specs = classify(
+            llama.build_empty(model),
+            matrices=matrices or [],
+            scalars=scalars or [],
+            split=dict(_split_of(text) for text in split or []),
+        )
+    except ValueError as error:
+        Console(stderr=True).print(f"spectral-dist table: {error}", style="red", markup=False)
+        raise typer.Exit(2) from None
+    typer.echo(routing_table(specs))
+
+
+def _split_of(text: str) -> tuple[str, int]:
+    """Return a pattern and its number of parts.
+
+    Raises:
+        ValueError: the text is not of the form NAME=PARTS.
+    """
+    name, separator, parts = text.partition("=")
+    if not (name and separator and parts.isdecimal()):
+        raise ValueError(f"--split {text!r}: write a name and a number, as qkv_proj=3")
+    return name, int(parts)
 
 
 @app.command()

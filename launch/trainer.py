@@ -20,6 +20,7 @@ from spectral_dist.launch.checkpoints import Checkpoint
 from spectral_dist.launch.corpus import Corpus, bits_per_byte
 from spectral_dist.launch.engines.base import Engine
 from spectral_dist.launch.preemption import Preemption
+from spectral_dist.launch.progress import Progress
 from spectral_dist.launch.ranks import Ranks
 from spectral_dist.launch.report import Log
 from spectral_dist.launch.run_folder import SUMMARY
@@ -162,16 +163,10 @@ class Trainer:
         not_yet_validated = (self.done == 0 or self._is_validation_step()) and not self.validated
         if self.done >= end or not_yet_validated:
             validation = self._validate(None if self.validated else log)
-        bar = tqdm(total=settings.steps, initial=self.done, disable=not first, unit="step")
-        with bar:
+        with Progress(self.done, settings.steps, first) as progress:
             while self.done < end and not self.stopping:
                 record = self.step()
-                bar.update()
-                bar.set_postfix(
-                    loss=f"{record['loss']:.3f}",
-                    bpb=f"{record['bits_per_byte']:.3f}",
-                    tok_s=f"{record['tokens_per_second']:.0f}",
-                )
+                progress.advance(record, last=self.done == end)
                 if log:
                     log.add("train", self.done, record)
                 self._warn_of_skipped()
