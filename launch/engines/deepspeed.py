@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from pathlib import Path
@@ -15,6 +16,11 @@ from spectral_dist.launch.engines.base import Engine
 from spectral_dist.launch.ranks import Ranks
 
 
+def _is_for_users(record: logging.LogRecord) -> bool:
+    """Return False for what every rank says of a schedule that initialize itself asks too early."""
+    return "scheduler before it has started" not in record.getMessage()
+
+
 def prepare_deepspeed() -> Any:
     """Import deepspeed, set up for this machine, and return the module."""
     if not torch.accelerator.is_available():
@@ -25,6 +31,7 @@ def prepare_deepspeed() -> Any:
     from spectral_dist.integrations.deepspeed._compat import without_compiling
 
     logger.setLevel("WARNING")
+    logger.addFilter(_is_for_users)
     # DeepSpeed calls functions that torch 2.13 has renamed; users cannot change that.
     warnings.filterwarnings("ignore", r".*is deprecated. Please use", FutureWarning)
     if deepspeed.get_accelerator().device_name() == "cpu":
