@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.launch.jobs import ROOT
+from tests.support import megatron_cpu
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 WITHOUT_COMPILING = """
@@ -21,6 +22,15 @@ _compat.without_compiling()
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 """DeepSpeed would compile its collectives on CPUs, for a minute."""
+WITHOUT_GPUS = f"""
+import runpy, sys
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+from tests.support import megatron_cpu
+megatron_cpu.install({megatron_cpu.VERSIONS[0]!r})
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+"""Megatron needs GPUs."""
+INSTEAD = {"deepspeed_zero.py": WITHOUT_COMPILING, "megatron_core.py": WITHOUT_GPUS}
 
 
 def commands(path: Path) -> list[list[str]]:
@@ -35,11 +45,10 @@ def printed(command: list[str], folder: Path) -> str:
     words = [where.get(word, word) for word in command]
     program, *rest = words
     python = [sys.executable, *(["-m", "torch.distributed.run"] if program == "torchrun" else [])]
-    if "examples/deepspeed_zero.py" in rest:
+    instead = INSTEAD.get(Path(rest[-1]).name)
+    if instead:
         script = folder / "quick.py"
-        script.write_text(
-            f"import sys\nsys.argv[0] = {str(ROOT / rest[-1])!r}\n{WITHOUT_COMPILING}"
-        )
+        script.write_text(f"import sys\nsys.argv[0] = {str(ROOT / rest[-1])!r}\n{instead}")
         rest = [*rest[:-1], str(script)]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
@@ -62,7 +71,7 @@ def losses(text: str) -> list[float]:
 
 
 def test_every_example_says_how_to_run_it() -> None:
-    assert len(EXAMPLES) >= 7
+    assert len(EXAMPLES) >= 8
     for path in EXAMPLES:
         assert any(f"examples/{path.name}" in command for command in commands(path)), path
         assert len(path.read_text().splitlines()) <= 80, path
