@@ -152,7 +152,7 @@ class SpectralOptimizer(MatrixCheckpoints):
         assert isinstance(unit, MatrixUnit)
         for p, grad in zip(tensors, grads, strict=True):
             if grad is not None:
-                self.state[p]["step"] = self.state[p]["step"] + 1
+                self.state[p]["step"] = self.state[p]["step"].cpu() + 1
         if unit.blocks:
             present = [p for p, grad in zip(tensors, grads, strict=True) if grad is not None]
             counts = [self.state[p]["step"] for p in present]

@@ -248,7 +248,8 @@ class ShardedOptimizer(Rates):
         states = []
         for p, _ in present:
             state = self.state[p]
-            state["step"] = state["step"].clone()  # a universal checkpoint shares it among states
+            # of its own: a universal checkpoint shares it; here: torch.load may have moved it
+            state["step"] = state["step"].to("cpu", copy=True)
             states.append({name: self.placement.local(value) for name, value in state.items()})
         self._scalar_update(
             self.scalar_options(group),
