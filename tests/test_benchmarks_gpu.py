@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from benchmarks import gpu  # noqa: F401  the package itself
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import bench, host_cost, newton_schulz
+from tests.gpu import support
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_every_part_fills_its_rows_and_the_files_are_whole(tmp_path):
@@ -92,3 +98,42 @@ def test_waits_are_counted_by_line():
     ((line, count),) = places.items()
     assert count == 1
     assert ".item()" in line
+
+
+def test_the_script_says_with_its_status_what_failed_and_measures_all_the_same(tmp_path):
+    """As on a machine without a GPU: tests are skipped, then the benchmark has no device."""
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\ncase "$2" in pytest) echo tests; exit $TESTS;;\n'
+        'benchmarks.gpu) echo measured "$@"; exit $MEASURED;; esac\n'
+    )
+    python.chmod(0o755)
+    for tests, measured, status in (("0", "0", 0), ("1", "0", 1), ("0", "2", 2), ("1", "2", 1)):
+        out = tmp_path / f"results-{tests}-{measured}"
+        done = subprocess.run(
+            ["bash", str(ROOT / "launch/gpu.sh"), str(out), "--tiny"],
+            env={**os.environ, "PYTHON": str(python), "TESTS": tests, "MEASURED": measured},
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == status, done.stderr
+        assert (out / "tests.log").read_text() == "tests\n"
+        assert (out / "gpu.log").read_text().rstrip().endswith("--tiny")
+
+
+def test_without_a_gpu_its_tests_are_skipped_and_say_why():
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("SPECTRAL_DIST_GPU_TESTS", None)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "tests/gpu", "--confcutdir", "tests/gpu", "-rs"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " skipped" in done.stdout
+    assert "passed" not in done.stdout
+    assert "torch.cuda.is_available() is False: these tests need a CUDA device" in done.stdout
+
+
+def test_a_package_that_is_missing_skips_its_tests():
+    support.need("torch")
+    with pytest.raises(pytest.skip.Exception, match="no_such_package is not installed"):
+        support.need("no_such_package")

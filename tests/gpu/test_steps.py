@@ -13,7 +13,7 @@ from tests.gpu import support
 
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
-BOUND, HALF = 2e-3, 0.15
+BOUND, HALF = 2e-4, 0.06
 """Of the change of a parameter in three steps: in float32, and with polar factors in bfloat16,
 whose five steps are off by a hundredth or two each."""
 
