@@ -63,7 +63,7 @@ def test_an_error_ends_its_row_or_part_alone(monkeypatch, tmp_path):
         raise RuntimeError("of the part | itself")
 
     parts = [bench.Part(*("a", "rows", 5, rows)), bench.Part("b", "breaks", 5, breaks)]
-    parts.append(bench.Part("c", "hangs", -13, hangs))  # 20 s of patience, less
+    parts.append(bench.Part("c", "hangs", -11, hangs))  # 15 s of patience, less
     monkeypatch.setattr(command, "PARTS", parts)
     monkeypatch.setattr(command, "MINUTES", 1)
     output = tmp_path / "gpu.json"
@@ -137,3 +137,22 @@ def test_a_package_that_is_missing_skips_its_tests():
     support.need("torch")
     with pytest.raises(pytest.skip.Exception, match="no_such_package is not installed"):
         support.need("no_such_package")
+
+
+def test_after_a_device_has_failed_a_new_process_goes_on(monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setattr(bench.Bench, "works", lambda self: False)
+    monkeypatch.setattr(command.os, "execv", lambda path, given: commands.append(given))
+    parts = [bench.Part(letter, "x", 5, lambda b: b.add({"n": 1})) for letter in "abc"]
+    monkeypatch.setattr(command, "PARTS", parts)
+    output = tmp_path / "gpu.json"
+    given = ["--device", "cpu", "--tiny", "--json", str(output), "--minutes", "2"]
+    command.main([*given, "--parts", "b,a,c"])
+    first = commands[0]
+    assert first[1:4] == ["-m", "benchmarks.gpu", "--go-on"]
+    assert first[first.index("--parts") + 1] == "b,c"
+    assert first[first.index("--json") + 1] == str(output)
+    command.main([*given, "--go-on", "--parts", "c"])
+    found = json.loads(output.read_text())["parts"]
+    assert list(found) == ["a", "b", "c"]
+    assert all(part["rows"] == [{"n": 1}] for part in found.values())

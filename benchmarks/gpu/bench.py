@@ -62,6 +62,23 @@ class Bench:
         self.scale = 1.0
         self._part = ""
 
+    def go_on(self) -> None:
+        """Take over what the file has of the parts before, which another process has measured."""
+        if self.output is None or not self.output.is_file():
+            return
+        content = json.loads(self.output.read_text())
+        self.results = {letter: Result(**part) for letter, part in content["parts"].items()}
+        self.curves, self.measured = content["curves"], content["measured"]
+
+    def works(self) -> bool:
+        """Return whether the device still does: after an illegal access it does nothing more."""
+        try:
+            if self.cuda:
+                torch.cuda.synchronize(self.device)
+        except RuntimeError:
+            return False
+        return True
+
     @property
     def cuda(self) -> bool:
         """Return whether this is a GPU."""
@@ -107,18 +124,24 @@ class Bench:
 
     def free(self) -> None:
         """Give back what the allocator keeps."""
-        if self.cuda:
+        if self.cuda and self.works():
             torch.cuda.empty_cache()
 
-    def run(self, part: Part, scale: float) -> None:
-        """Run a part within its time, and keep its error, if it has one."""
+    def run(self, part: Part, scale: float, end: float = math.inf) -> None:
+        """Run a part within its time, and keep its error, if it has one.
+
+        Args:
+            part: what to run.
+            scale: of all times.
+            end: when everything is to have ended, by time.monotonic().
+        """
         self._part = part.letter
         result = self.results[part.letter] = Result(part.title)
         start = time.monotonic()
-        budget = part.seconds * scale
+        budget = min(part.seconds * scale, end - start)
         self.scale, self.deadline = scale, start + budget
         try:
-            with alarm(1.5 * budget + 20):
+            with alarm(max(1.0, min(1.3 * budget + 15, end - start + 15))):
                 part.run(self)
         except Exception as error:  # the other parts are worth having without this one
             result.error, result.traceback = one_line(error), traceback.format_exc()
@@ -141,9 +164,9 @@ class Bench:
         if self.output is None:
             return
         parts = {letter: vars(result) for letter, result in self.results.items()}
-        text = json.dumps(
-            {**self.header(), "parts": parts, "curves": self.curves}, indent=1, default=str
-        )
+        content = {**self.header(), "parts": parts, "curves": self.curves}
+        content["measured"] = self.measured
+        text = json.dumps(content, indent=1, default=str)
         part_file = self.output.with_suffix(".part")
         part_file.write_text(text)
         part_file.replace(self.output)

@@ -14,18 +14,19 @@ from benchmarks.gpu.bench import Bench, Row
 from benchmarks.gpu.timing import seconds_of, synchronize
 
 LEFT_OUT = ("AdamW foreach",)
+SLOW = ("SUMO r = 1/4", "PolarGrad")
+"""Which may take seconds a step: measured last, on one kind of parameters."""
 
 
 def run(bench: Bench) -> None:
-    """Measure each optimizer on parameters in bfloat16, then in float32."""
-    sizes = models.TINY if bench.tiny else models.LLAMA_1B
-    for dtype in (bench.half, torch.float32):
-        model = models.build(sizes, dtype, bench.device)
-        for name, build in contenders.OPTIMIZERS.items():
-            if name in LEFT_OUT or not bench.has_time(f"{name} in {dtype}", 3):
-                continue
-            with bench.attempt({"optimizer": name, "parameters": str(dtype)[6:]}) as row:
-                measure(bench, model, build(model), row)
+    """Measure each optimizer on parameters in bfloat16, then in float32; at last the slow ones."""
+    quick = [name for name in contenders.OPTIMIZERS if name not in (*LEFT_OUT, *SLOW)]
+    for dtype, names in ((bench.half, quick), (torch.float32, quick), (bench.half, SLOW)):
+        model = models.build(models.TINY if bench.tiny else models.LLAMA_1B, dtype, bench.device)
+        for name in names:
+            if bench.has_time(f"{name} in {dtype}", 10 if names is SLOW else 3):
+                with bench.attempt({"optimizer": name, "parameters": str(dtype)[6:]}) as row:
+                    measure(bench, model, contenders.OPTIMIZERS[name](model), row)
         del model
         bench.free()
 
@@ -39,7 +40,7 @@ def measure(bench: Bench, model: torch.nn.Module, optimizer: Any, row: Row) -> N
         before = torch.cuda.memory_allocated(bench.device)
     seconds, calls = [], []
     begin = time.monotonic()
-    while len(seconds) < (1 if bench.tiny else 7) and time.monotonic() - begin < 4:
+    while len(seconds) < (1 if bench.tiny else 5) and time.monotonic() - begin < 4:
         synchronize(bench.device)
         start = time.perf_counter()
         optimizer.step()

@@ -29,7 +29,7 @@ from benchmarks.gpu.llama_step import state_bytes
 from benchmarks.gpu.timing import synchronize
 from spectral_dist.sharding import collectives
 
-NAMES = ("AdamW fused", "Muon", "Muon, gram fp16", "SUMO r = 1/4", "PolarGrad, jordan")
+NAMES = ("AdamW fused", "Muon", "Muon, gram fp16", "PolarGrad, jordan", "SUMO r = 1/4")
 JOBS = (("8B", models.LLAMA_8B, 64), ("8B", models.LLAMA_8B, 512), ("70B", models.LLAMA_70B, 512))
 SMALL = (("tiny", models.TINY, 4),)
 

@@ -54,8 +54,9 @@ def run(bench: Bench) -> None:
     bench.note(f"corpus ready after {time.monotonic() - start:.0f} s")
     losses: dict[str, list[torch.Tensor]] = {}
     made: list[dict[str, Any]] = []
-    for contender in CONTENDERS:
-        seconds = min(SECONDS * bench.scale, bench.left() - 6)
+    for place, contender in enumerate(CONTENDERS):
+        # building the model takes a few seconds of each one's time
+        seconds = min(SECONDS * bench.scale, bench.left() / (len(CONTENDERS) - place) - 4)
         if not bench.tiny and not bench.has_time(contender.name, 10):
             continue
         with bench.attempt({"optimizer": contender.name, "lr": contender.lr}) as row:
@@ -78,15 +79,25 @@ def text(bench: Bench, vocabulary: int, length: int) -> batches.Windows:
     return batches.Windows(corpus.load([], vocabulary).train, length, "training")
 
 
-def make(contender: Contender, model: nn.Module) -> Any:
-    """Return the optimizer, of a model that is converted if POET is to train it."""
-    options = dict(contender.options)
+def make(contender: Contender, model: nn.Module, device: torch.device) -> Any:
+    """Return the optimizer of a model, which moves to the device with its weights in bfloat16.
+
+    Of POET the model is converted first: what it trains stays in float32.
+    """
+    options, skews = dict(contender.options), set()
+    if contender.name == "POET":
+        with contextlib.redirect_stderr(io.StringIO()):
+            poet.convert(model, block=options.pop("block"))
+        layers = [module for module in model.modules() if isinstance(module, poet.PoetLayer)]
+        skews = {id(skew) for layer in layers for skew in layer.skews.values()}
+    for p in model.parameters():  # and no buffers: rotary frequencies
+        if id(p) not in skews:
+            p.data = p.data.to(torch.bfloat16)
+    model.to(device)
     if contender.name == "AdamW":
-        fused = next(model.parameters()).is_cuda
+        fused = device.type == "cuda"
         return torch.optim.AdamW(model.parameters(), lr=contender.lr, fused=fused, **options)
     with contextlib.redirect_stderr(io.StringIO()):
-        if contender.name == "POET":
-            poet.convert(model, block=options.pop("block"))
         groups = spectral_dist.param_groups(model)
     return getattr(spectral_dist, contender.name)(groups, lr=contender.lr, **options)
 
@@ -98,12 +109,12 @@ def train(
     """Return tokens per second and the loss of each step, after ``seconds`` of training."""
     if contender.name == "POET" and bench.tiny:
         contender = Contender("POET", contender.lr, {**contender.options, "block": 32})
-    model = llama.build(config, 0).to(bench.device, bench.half)
-    optimizer = make(contender, model)
+    model = llama.build(config, 0)
+    optimizer = make(contender, model, bench.device)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1.0, (i + 1) / WARMUP))
     losses: list[torch.Tensor] = []
-    begin = time.monotonic()
-    while time.monotonic() - begin < seconds or len(losses) < 2:
+    began = 0.0
+    while len(losses) < 3 or time.monotonic() - began < seconds:
         numbers = batches.row_numbers(len(losses), rows, windows.count, seed=0)
         batch = windows.rows(numbers).to(bench.device, non_blocking=True)
         loss = model(input_ids=batch[:, :-1], labels=batch[:, :-1]).loss
@@ -113,13 +124,14 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         schedule.step()
         losses.append(loss.detach())
-        if len(losses) % 5 == 0:  # nobody runs ahead of the device by more
+        if len(losses) == 1 or len(losses) % 5 == 0:  # the host runs ahead by no more
             synchronize(bench.device)
+        began = began or time.monotonic()  # after the first step, which compiles and plans
     synchronize(bench.device)
-    took = time.monotonic() - begin
+    took, steps = time.monotonic() - began, len(losses) - 1
     found: dict[str, Any] = {"steps": len(losses), "losses": losses}
-    found["tokens/s"] = len(losses) * rows * windows.length / took
-    found["step ms"] = 1e3 * took / len(losses)
+    found["tokens/s"] = steps * rows * windows.length / took
+    found["step ms"] = 1e3 * took / steps
     if bench.cuda:
         found["peak GB"] = torch.cuda.max_memory_allocated(bench.device) / 1e9
         torch.cuda.reset_peak_memory_stats(bench.device)

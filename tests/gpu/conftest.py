@@ -43,6 +43,7 @@ def gpu(device: torch.device) -> torch.device:
     """The same, of a test that means nothing elsewhere."""
     if device.type != "cuda":
         pytest.skip("what a GPU's driver counts is not counted on a CPU")
+    torch.use_deterministic_algorithms(False)  # some of which wait, or take memory of their own
     return device
 
 
