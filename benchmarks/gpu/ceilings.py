@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu import contenders
 from benchmarks.gpu.bench import Bench
@@ -29,7 +30,14 @@ def run(bench: Bench) -> None:
     for n in (32, 64) if bench.tiny else (1024, 2048, 4096, 8192):
         for batch in (1, 4):
             if bench.has_time(f"X X^T, n {n}, batch {batch}"):
-                grams(bench, n, batch)
+                given = inputs((batch, n, n), bench.half, bench.device)
+                symmetric(bench, "X X^T", contenders.grams(), given)
+                del given
+    for n in (32,) if bench.tiny else (2048, 4096):
+        if bench.has_time(f"b R + c R^2, n {n}"):
+            wide = inputs((1, n, n), torch.float32, bench.device)
+            given = [(x + x.mT).div_(n**0.5).to(bench.half) for x in wide]
+            symmetric(bench, "b R + c R^2", contenders.odd_parts(), given)
 
 
 def product(bench: Bench, n: int) -> tuple[float, float]:
@@ -40,16 +48,26 @@ def product(bench: Bench, n: int) -> tuple[float, float]:
     return ms, 2 * n**3 / ms / 1e9
 
 
-def grams(bench: Bench, n: int, batch: int) -> None:
-    """Add a row for each way to X X^T; TFLOP/s of the half that is needed."""
-    given = inputs((batch, n, n), bench.half, bench.device)
-    base = 0.0
-    for name, function in contenders.grams().items():
-        with bench.attempt({"what": f"X X^T {name}", "n": n, "batch": batch}) as row:
+def symmetric(
+    bench: Bench, what: str, functions: dict[str, contenders.Unary | None], given: list[Tensor]
+) -> None:
+    """Add a row for each way to a symmetric result; TFLOP/s of the half that is needed.
+
+    The first is what the others are compared with: its time, and its result in float32.
+    """
+    batch, n, _ = given[0].shape
+    base, exact = 0.0, None
+    for name, function in functions.items():
+        with bench.attempt({"what": f"{what} {name}", "n": n, "batch": batch}) as row:
             if function is None:
                 row["error"] = "not there"
                 continue
             row["ms"] = timed_on(function, given, 0.3)
             row["TFLOP/s"] = batch * n**3 / row["ms"] / 1e9
             base = base or row["ms"]
-            row["x bmm"] = base / row["ms"]
+            row["x as fast"] = base / row["ms"]
+            if exact is None:
+                exact = function(given[0][:1].float())
+            row["relative error"] = float(
+                (function(given[0])[:1].float() - exact).norm() / exact.norm()
+            )

@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,14 +24,25 @@ Unary = Callable[[Tensor], Any]
 TRITON_GEMM = "spectral_dist.polar.triton_gemm"
 TRITON_NEWTON_SCHULZ = "spectral_dist.polar.newton_schulz_triton"
 STEPS = 5
+ROW = (3.4445, -4.7750, 2.0315)
+"""Of ``jordan``: (a, b, c) of every step."""
 
 
 def attribute(module: str, name: str) -> Any:
-    """Return something of a module; None where that cannot be imported or has it not."""
+    """Return something of a module; None where that is not there.
+
+    What is there and cannot be imported raises when it is called: its row then says why.
+    """
     try:
         return getattr(importlib.import_module(module), name, None)
-    except ImportError:
+    except ModuleNotFoundError:
         return None
+    except Exception as error:
+        return partial(_raise, error)
+
+
+def _raise(error: Exception, *_: Any) -> None:
+    raise error
 
 
 def grams() -> dict[str, Unary | None]:
@@ -38,6 +50,16 @@ def grams() -> dict[str, Unary | None]:
     return {
         "bmm": lambda x: torch.bmm(x, x.mT),
         "symmetric": attribute(TRITON_GEMM, "symmetric_gram"),
+    }
+
+
+def odd_parts() -> dict[str, Unary | None]:
+    """Return ways to b R + c R^2 of a batch of symmetric matrices."""
+    _, b, c = ROW
+    symmetric = attribute(TRITON_GEMM, "symmetric_odd_part")
+    return {
+        "baddbmm": lambda r: torch.baddbmm(r, r, r, beta=b, alpha=c),
+        "symmetric": symmetric and (lambda r: symmetric(r, b, c)),
     }
 
 
@@ -65,7 +87,7 @@ def _torch_muon() -> Unary | None:
     function = attribute("torch.optim._muon", "_zeropower_via_newtonschulz")
     if function is None:
         return None
-    return lambda x: function(x[0], (3.4445, -4.7750, 2.0315), STEPS, 1e-7)
+    return lambda x: function(x[0], ROW, STEPS, 1e-7)
 
 
 class Pair:
