@@ -23,7 +23,7 @@ from spectral_dist.launch import batches, corpus, llama
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL, TINY_MODEL = (ROOT / "configs/models" / f"{n}.json" for n in ("llama_130m", "quickstart"))
-ROWS, LENGTH, SECONDS = 16, 1024, 22.0
+ROWS, LENGTH = 16, 1024
 WARMUP, LAST = 20, 0.1
 """Steps of linear warm-up; the part of the steps that the loss is the mean of."""
 
@@ -40,8 +40,11 @@ class Contender:
 CONTENDERS = (
     Contender("AdamW", 1e-3, {"betas": (0.9, 0.95), "weight_decay": 0.1}),
     Contender("Muon", 2e-3),
+    Contender("NorMuon", 2e-3),
+    Contender("ROOT", 2e-3),
     Contender("SUMO", 2e-3, {"rank": 0.25, "period": 50}),
     Contender("POET", 5e-4, {"block": 256, "merge_every": 200, "scalar_lr": 1e-3}),
+    Contender("PolarGrad", 0.1, {"polar": "jordan", "scalar_lr": 1e-3}),
 )
 
 
@@ -56,7 +59,7 @@ def run(bench: Bench) -> None:
     made: list[dict[str, Any]] = []
     for place, contender in enumerate(CONTENDERS):
         # building the model takes a few seconds of each one's time
-        seconds = min(SECONDS * bench.scale, bench.left() / (len(CONTENDERS) - place) - 4)
+        seconds = bench.left() / (len(CONTENDERS) - place) - 4
         if not bench.tiny and not bench.has_time(contender.name, 10):
             continue
         with bench.attempt({"optimizer": contender.name, "lr": contender.lr}) as row:
