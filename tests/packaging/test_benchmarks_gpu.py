@@ -16,7 +16,7 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import bench, host_cost, newton_schulz
 from tests.gpu import support
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_every_part_fills_its_rows_and_the_files_are_whole(tmp_path):
