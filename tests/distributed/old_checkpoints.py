@@ -28,8 +28,8 @@ from spectral_dist import checkpoint, poet
 from tests.distributed.deepspeed import engine
 from tests.distributed.megatron import megatron_runs
 from tests.distributed.torch import layouts
-from tests.distributed.torch.test_torch_equality import quiet
 from tests.support import harness, megatron_model
+from tests.support.quiet import quiet
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "checkpoints_2d3f994"
 PARTS = ("torch", "dcp", "deepspeed", "megatron")

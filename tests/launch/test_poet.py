@@ -16,10 +16,10 @@ import spectral_dist
 from spectral_dist import poet
 from spectral_dist.launch import llama, torch_config
 from spectral_dist.launch.pretrain import app
-from tests.distributed.torch.test_torch_equality import quiet
 from tests.launch.jobs import MODEL, ROOT, STEPS, Job
 from tests.launch.torch_runs import losses, rows_of, write
 from tests.support import harness
+from tests.support.quiet import quiet
 
 POET: dict[str, Any] = {
     "type": "POET", "block": 8, "init": "normalized", "lr": 0.01, "eps": 1e-5, "merge_every": 4,

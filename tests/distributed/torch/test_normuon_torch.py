@@ -12,10 +12,11 @@ from torch import Tensor
 
 import spectral_dist
 from tests.distributed.torch import layouts
-from tests.distributed.torch.test_torch_equality import give, momentum, quiet
+from tests.distributed.torch.training_settings import give, momentum
 from tests.reference import training
 from tests.reference.normuon import Run
 from tests.support import harness
+from tests.support.quiet import quiet
 
 STEPS = 10
 SPLIT = {"qkv": 3}

@@ -11,9 +11,10 @@ from torch import Tensor
 
 import spectral_dist
 from tests.distributed.torch import layouts
-from tests.distributed.torch.test_torch_equality import give, quiet
+from tests.distributed.torch.training_settings import give
 from tests.reference import training
 from tests.support import harness
+from tests.support.quiet import quiet
 from tests.support.weights import Weights
 
 STEPS = 20

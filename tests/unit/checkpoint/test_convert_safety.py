@@ -16,9 +16,9 @@ import spectral_dist
 from spectral_dist import checkpoint
 from spectral_dist.checkpoint import convert, universal
 from spectral_dist.launch.cli import app
-from tests.distributed.torch.test_torch_equality import quiet
 from tests.support import models
-from tests.unit.checkpoint.test_convert import loaded, refused, saved
+from tests.support.quiet import quiet
+from tests.unit.checkpoint.converting import loaded, refused, saved
 
 
 def test_latest_universal_of_another_checkpoint_is_kept(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torch import nn
 import spectral_dist
 from spectral_dist.params.classify import classify
 from tests.support import harness, models
-from tests.unit.params.test_classify import Model, V, linear
+from tests.unit.params.small_models import Model, V, linear
 
 # -- into groups
 

@@ -17,7 +17,7 @@ from tests.reference import rules, training
 from tests.reference.normuon import NorMuon
 from tests.support import harness, models, sharded_model
 from tests.support.weights import FACTORS, SHAPES, Weights, give_gradients, same, values
-from tests.unit.sharding.test_gram import cuts
+from tests.unit.sharding.slab_cuts import cuts
 
 sides = st.integers(1, 9)
 seeds = st.integers(0, 10_000)
