@@ -35,7 +35,7 @@ print(json.dumps(found))
 
 
 @dataclass
-class Job:
+class LaunchedJob:
     """A tiny model, tiny texts, and an environment that leaves the user's caches alone."""
 
     folder: Path

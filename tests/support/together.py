@@ -37,7 +37,7 @@ def plain(width: int = 6, hidden: int = 8) -> nn.Module:
     )
 
 
-class Trial:
+class OptimizedModel:
     """A model under a layout with an optimizer, on this rank."""
 
     def __init__(
@@ -100,7 +100,9 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def assert_kept(trial: Trial, weights: dict[str, Tensor], states: dict[str, Tensor]) -> None:
+def assert_kept(
+    trial: OptimizedModel, weights: dict[str, Tensor], states: dict[str, Tensor]
+) -> None:
     """Assert that nothing has changed since; what states there are now beside those is zero."""
     assert same(trial.weights(), weights)
     for key, value in trial.states().items():
@@ -143,7 +145,7 @@ def failing(says: str) -> Iterator[list[BaseException]]:
 
 
 def expect_failure(
-    trial: Trial, says: str, act: Callable[[], Any], *, keeps: bool = True
+    trial: OptimizedModel, says: str, act: Callable[[], Any], *, keeps: bool = True
 ) -> BaseException:
     """Assert that ``act`` raises on every rank and, with ``keeps``, changes nothing."""
     weights, states = trial.weights(), trial.states()

@@ -14,7 +14,7 @@ import spectral_dist
 from tests.distributed.torch import layouts
 from tests.distributed.torch.training_settings import give, momentum
 from tests.reference import training
-from tests.reference.normuon import Run
+from tests.reference.normuon import NorMuonMatrices
 from tests.support import harness
 from tests.support.quiet import quiet
 
@@ -122,8 +122,8 @@ def test_equals_one_process(layout: str, world: int, options: dict[str, Any]) ->
 def test_one_process_equals_the_reference() -> None:
     """Which the layouts are compared with."""
     wanted = training.train(
-        OPTIONS, STEPS, take=Run(), split=SPLIT, skip_missing=True, make=layouts.conditioned,
-        tokens=layouts.tokens,
+        OPTIONS, STEPS, take=NorMuonMatrices(), split=SPLIT, skip_missing=True,
+        make=layouts.conditioned, tokens=layouts.tokens,
     )  # fmt: skip
     near(alone()["parameters"], wanted)
 

@@ -24,7 +24,8 @@ from spectral_dist import checkpoint
 from spectral_dist.checkpoint import dcp, plain
 from spectral_dist.checkpoint import files as checkpoint_files
 from tests.support import harness, together
-from tests.support.together import LAYOUTS, Trial, quiet
+from tests.support.together import LAYOUTS, OptimizedModel, quiet
+from tests.unit.checkpoint.pickled_code import PickledCode
 
 FLIPS = 20
 RULES = {"Muon": {}, "SUMO": {"rank": 2}}
@@ -241,11 +242,6 @@ def test_an_old_one_that_is_truncated(
 # -- code in files
 
 
-class Code:
-    def __reduce__(self) -> Any:
-        return print, ("run",)
-
-
 def test_code_in_the_metadata_is_not_run(
     saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,7 +249,7 @@ def test_code_in_the_metadata_is_not_run(
     shutil.copytree(saved["Muon"], folder)
     without_manifest(folder)
     metadata = checkpoint_files.read_metadata(folder)
-    metadata.planner_data["more"] = Code()
+    metadata.planner_data["more"] = PickledCode()
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     message = refused(folder, *made("Muon", 1, seed=1))
     assert f"{folder / '.metadata'} cannot be read" in message
@@ -264,8 +260,10 @@ def test_code_in_the_metadata_is_not_run(
 def test_code_in_a_value_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, optimizer = made("Muon", 3)
     content = {
-        "model": model.state_dict(), "optimizer": checkpoint.state_dict(optimizer), "extra": Code(),
-    }  # fmt: skip
+        "model": model.state_dict(),
+        "optimizer": checkpoint.state_dict(optimizer),
+        "extra": PickledCode(),
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp_save(content, checkpoint_id=tmp_path)
@@ -306,11 +304,11 @@ def several(folder: str, layout: str, kind: str) -> None:
 
     options = {**RULES[kind], "kind": kind}
     with quiet():
-        trial = Trial(layout, **options)
+        trial = OptimizedModel(layout, **options)
         for number in range(2):
             trial.step(number)
         spectral_dist.checkpoint.save(folder, trial.model, trial.optimizer, steps=2)
-        other = Trial(layout, **options)
+        other = OptimizedModel(layout, **options)
         other.step(0)
         before = other.weights(), other.states()
         names = sorted(json.loads(Path(folder, "spectral_dist.json").read_text())["files"])

@@ -7,7 +7,7 @@ from torch import nn
 V = 61
 
 
-class Model(nn.Module):
+class ModelOf(nn.Module):
     """Children by keyword, in their order."""
 
     def __init__(self, **children):
@@ -17,7 +17,7 @@ class Model(nn.Module):
 
 
 def blocks(*sizes):
-    return nn.ModuleList(Model(up=nn.Linear(8, n), down=nn.Linear(n, 8)) for n in sizes)
+    return nn.ModuleList(ModelOf(up=nn.Linear(8, n), down=nn.Linear(n, 8)) for n in sizes)
 
 
 def linear(rows, cols=4):

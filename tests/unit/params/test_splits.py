@@ -8,7 +8,7 @@ from torch import nn
 
 from spectral_dist.params.classify import classify
 from spectral_dist.params.splits import matrices_of
-from tests.unit.params.small_models import Model, V, linear
+from tests.unit.params.small_models import ModelOf, V, linear
 
 
 def elements(matrix):
@@ -30,7 +30,7 @@ def test_experts_hold_their_slices():
 
 
 def test_attention_projection_is_three():
-    model = Model(attention=nn.MultiheadAttention(6, 2))
+    model = ModelOf(attention=nn.MultiheadAttention(6, 2))
     by_name = {r.name: r for r in classify(model)}
     whole = numbered(18, 6)
     wanted = [whole[a : a + 6].flatten().tolist() for a in (0, 6, 12)]
@@ -41,14 +41,14 @@ def test_attention_projection_is_three():
 
 @pytest.mark.parametrize("asked", [[], ["[qkv]_proj_weight"]])
 def test_separate_projections_of_attention_are_not_cut_in_three(asked):
-    model = Model(attention=nn.MultiheadAttention(6, 2, kdim=5, vdim=7))
+    model = ModelOf(attention=nn.MultiheadAttention(6, 2, kdim=5, vdim=7))
     by_name = {r.name: r for r in classify(model, matrices=asked)}
     for name, shape in (("q", (6, 6)), ("k", (6, 5)), ("v", (6, 7))):
         assert [m.shape for m in by_name[f"attention.{name}_proj_weight"].matrices] == [shape]
 
 
 def test_split_into_equal_parts():
-    model = Model(gate_up=linear(10))
+    model = ModelOf(gate_up=linear(10))
     (route,) = classify(model, split={"gate_up": 2})
     whole = numbered(10, 4)
     assert [m.shape for m in route.matrices] == [(5, 4), (5, 4)]
@@ -57,7 +57,7 @@ def test_split_into_equal_parts():
 
 
 def test_split_by_rows():
-    model = Model(qkv=linear(16))
+    model = ModelOf(qkv=linear(16))
     (route,) = classify(model, split={"qkv": [8, 4, 4]})
     whole = numbered(16, 4)
     wanted = [part.flatten().tolist() for part in (whole[:8], whole[8:12], whole[12:])]
@@ -68,7 +68,7 @@ def test_split_by_rows():
 def test_split_interleaved_by_query_group():
     # Megatron's layout: 3 groups of (2 heads of q, one of k, one of v), d = 2
     whole = numbered(3, 8, 4)
-    (route,) = classify(Model(qkv=linear(24)), split={"qkv": [4, 2, 2]})
+    (route,) = classify(ModelOf(qkv=linear(24)), split={"qkv": [4, 2, 2]})
     wanted = [whole[:, :4], whole[:, 4:6], whole[:, 6:]]
     assert [m.shape for m in route.matrices] == [(12, 4), (6, 4), (6, 4)]
     assert [elements(m) for m in route.matrices] == [w.flatten().tolist() for w in wanted]
@@ -87,26 +87,26 @@ def test_split_of_every_expert():
 )  # fmt: skip
 def test_split_that_does_not_fit(split):
     with pytest.raises(ValueError, match="split"):
-        classify(Model(qkv=linear(8)), split={"qkv": split})
+        classify(ModelOf(qkv=linear(8)), split={"qkv": split})
 
 
 def test_split_error_says_the_rows():
     with pytest.raises(ValueError, match=r"qkv\.weight.*sum to 7, but the weight has 8 rows"):
-        classify(Model(qkv=linear(8)), split={"qkv": [3, 4]})
+        classify(ModelOf(qkv=linear(8)), split={"qkv": [3, 4]})
 
 
 @pytest.mark.parametrize("split", [3, "qkv", ["qkv"], [["qkv", 3]]])
 def test_split_that_is_no_mapping(split):
     with pytest.raises(ValueError, match="split"):
-        classify(Model(qkv=linear(9)), split=split)
+        classify(ModelOf(qkv=linear(9)), split=split)
 
 
 def test_split_of_what_is_no_matrix():
-    model = Model(embed=nn.Embedding(V, 8), linear=linear(4, 8))
+    model = ModelOf(embed=nn.Embedding(V, 8), linear=linear(4, 8))
     with pytest.raises(ValueError, match=r"'embed' matches embed\.weight, which is no matrix"):
         classify(model, split={"embed": 1})
 
 
 def test_two_splits_of_one_weight_contradict():
     with pytest.raises(ValueError, match="qkv"):
-        classify(Model(qkv=linear(12)), split={"qkv": 3, "weight": [4, 8]})
+        classify(ModelOf(qkv=linear(12)), split={"qkv": 3, "weight": [4, 8]})

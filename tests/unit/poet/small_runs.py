@@ -64,7 +64,7 @@ def reference_run(model, order=4, blocks=BLOCKS, **options):
     index = index_of(model)
     find = lambda key, side, merges: index(key.removeprefix("model."), side, merges)  # noqa: E731
     named = {f"model.{key}": pair for key, pair in blocks.items()}
-    return reference.Run(Loss(net()), named, find, order, **options)
+    return reference.PoetTraining(Loss(net()), named, find, order, **options)
 
 
 def agrees(model, run, tolerance=1e-11):

@@ -330,10 +330,10 @@ TILES = {"tall": (12, 5), "wide": (5, 12), "square": (8, 8), "other": (12, 5), "
 
 def tiled(kind, ranks, replicas, options, strategy):
     """(largest difference from one process, elements of v that this rank is to save)."""
-    here = sharded_model.Trial(
+    here = sharded_model.ShardedModel(
         cuts(kind, ranks, TILES), "NorMuon", ranks, replicas, strategy=strategy, **options
     )
-    alone = sharded_model.Trial(sharded_model.whole(TILES), "NorMuon", **options)
+    alone = sharded_model.ShardedModel(sharded_model.whole(TILES), "NorMuon", **options)
     for step in range(4):
         for each in (here, alone):
             each.step(step, dead_row)

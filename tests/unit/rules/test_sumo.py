@@ -9,12 +9,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 import spectral_dist
 from tests.reference import polar as formulas
 from tests.reference.sumo import Sumo, number, polar, scale
-from tests.support.weights import FACTORS, Weights, same, values
+from tests.support.weights import FACTORS, Single, Weights, same, values
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)
@@ -33,15 +32,6 @@ def graded(m, n, seed, low=0.3, rank=None):
     k = min(m, n) if rank is None else rank
     s = torch.linspace(1, low, k, dtype=torch.float64) if k > 1 else torch.ones(1).double()
     return formulas.with_singular_values(s, m, n, seed)
-
-
-class Single(nn.Module):
-    """One matrix that is given."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.only = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-        self.only.weight = nn.Parameter(weight.clone())
 
 
 def follow(weight, gradients, optimizer=sumo, **options):

@@ -50,7 +50,7 @@ def make(layouts, numel=1 << 30, wire=torch.float32, group="everyone", replicas=
     return exchange, plan, meter
 
 
-class Recorder(MatrixTask):
+class FunctionTask(MatrixTask):
     """A task of plain functions."""
 
     def __init__(self, update_input, direction, apply):

@@ -14,7 +14,7 @@ from spectral_dist.sharding.exchange import MatrixTask
 from spectral_dist.sharding.layout import Cut, Layout, Matrix, Tile, flat_layout
 from tests.reference.layouts import UNTOUCHED, World, random_world
 from tests.support import harness
-from tests.unit.sharding.exchanges import HOME, Recorder, grid, make
+from tests.unit.sharding.exchanges import HOME, FunctionTask, grid, make
 
 ROUNDS = 40
 
@@ -221,7 +221,7 @@ def test_rounds_to_the_wire_even_if_nothing_is_sent():
     def update_input(pieces):
         return [torch.tensor([1.0, 1.001, 1.5, 257.0])]
 
-    exchange.run(Recorder(update_input, whole, apply))
+    exchange.run(FunctionTask(update_input, whole, apply))
     assert torch.equal(seen[0], torch.tensor([[1.0, 1.0], [1.5, 256.0]]))
     assert torch.equal(seen[1], torch.tensor([0.5, 1.0, 1.5, 256.0]))
 
@@ -247,7 +247,7 @@ def tp2_by_dp2():
         seen.append(matrices.clone())
         return matrices * 10
 
-    exchange.run(Recorder(lambda pieces: [view] if pieces else [], ten_times, apply))
+    exchange.run(FunctionTask(lambda pieces: [view] if pieces else [], ten_times, apply))
     assert len(seen) == (rank == plan.owners[0])
     assert all(torch.equal(matrices[0], whole) for matrices in seen)
     assert torch.equal(torch.cat(back).float(), mine * 10)

@@ -8,7 +8,7 @@ import torch.distributed as dist
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.layout import Cut, Matrix, flat_layout
 from tests.support import harness
-from tests.unit.sharding.exchanges import Recorder, grid, make
+from tests.unit.sharding.exchanges import FunctionTask, grid, make
 
 
 def exchange_once(layouts, sizes, numel=1 << 30, **where):
@@ -16,7 +16,9 @@ def exchange_once(layouts, sizes, numel=1 << 30, **where):
     exchange, plan, meter = make(layouts, numel, **where)
     views = exchange.local_runs.views([torch.ones(size) for size in sizes])
     exchange.run(
-        Recorder(lambda pieces: [views[p] for p in pieces], lambda whole: whole, lambda *_: None)
+        FunctionTask(
+            lambda pieces: [views[p] for p in pieces], lambda whole: whole, lambda *_: None
+        )
     )
     return plan.owners, meter.calls, meter.bytes
 

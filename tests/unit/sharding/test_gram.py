@@ -17,13 +17,15 @@ from tests.unit.sharding.slab_cuts import SHAPES, cuts
 def trial(kind, ranks, replicas, optimizer, options, count=3, make=sharded_model.gradient):
     """Largest difference from one process; calls of this rank and of it."""
     if ranks * replicas == 4 and kind == "tp_flat":
-        here = sharded_model.Trial(cuts(kind, 2), optimizer, 4, 1, strategy="gram", **options)
+        here = sharded_model.ShardedModel(
+            cuts(kind, 2), optimizer, 4, 1, strategy="gram", **options
+        )
     else:
-        here = sharded_model.Trial(
+        here = sharded_model.ShardedModel(
             cuts(kind, ranks), optimizer, ranks, replicas, strategy="gram", **options
         )
     alone_options = {k: v for k, v in options.items() if k != "replicate_momentum"}
-    alone = sharded_model.Trial(sharded_model.whole(SHAPES), optimizer, **alone_options)
+    alone = sharded_model.ShardedModel(sharded_model.whole(SHAPES), optimizer, **alone_options)
     for step in range(count):
         here.step(step, make)
         alone.step(step, make)
@@ -112,7 +114,7 @@ def bytes_sent(ranks, count, in_place):
     shape = (8, 30)
     along = 1 if in_place else 0
     found = {f"w{i}": (shape, sharded_model.strips(shape, ranks, along)) for i in range(count)}
-    here = sharded_model.Trial(found, ranks=ranks, strategy="gram", check_finite=False)
+    here = sharded_model.ShardedModel(found, ranks=ranks, strategy="gram", check_finite=False)
     here.step(0)
     return dict(here.optimizer.meter.bytes), dict(here.optimizer.meter.calls), here.unit.plan.owners
 
@@ -156,7 +158,7 @@ def reports(strategy, folder):
     from spectral_dist.monitor import Monitor, to_jsonl
 
     found = cuts("columns", 2)
-    here = sharded_model.Trial(found, "ROOT", 2, 1, strategy=strategy, quantile=0.75)
+    here = sharded_model.ShardedModel(found, "ROOT", 2, 1, strategy=strategy, quantile=0.75)
     path = f"{folder}/{strategy}.jsonl"
     here.optimizer.monitor = Monitor(1, [to_jsonl(path)])
     here.step(0)
@@ -177,7 +179,7 @@ def test_the_monitor_sees_whole_matrices(tmp_path):
 
 
 def observed(strategy):
-    here = sharded_model.Trial(cuts("columns", 2), "Muon", 2, 1, strategy=strategy)
+    here = sharded_model.ShardedModel(cuts("columns", 2), "Muon", 2, 1, strategy=strategy)
     here.step(0)
     here.optimizer.observers.append(lambda names, matrices: None)
     before = {n: p.detach().clone() for n, p in here.weights.items()}
@@ -199,7 +201,7 @@ def test_observers_are_refused_before_anything_changes(strategy):
 def warned():
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
-        sharded_model.Trial(sharded_model.whole(SHAPES), strategy="gram").step(0)
+        sharded_model.ShardedModel(sharded_model.whole(SHAPES), strategy="gram").step(0)
     return [str(w.message) for w in found]
 
 
