@@ -313,7 +313,7 @@ def resume_megatron(
 
 def write_all(folder: Path) -> None:
     """Write every case: its checkpoint, ``PART/NAME``, and beside it ``PART/NAME_after.pt``."""
-    from tests.distributed.deepspeed.test_deepspeed_checkpoints import to_universal
+    from tests.distributed.deepspeed.universal import to_universal
 
     def write_after(part: str, name: str, weights: dict[str, Tensor]) -> None:
         content = {n: weight.detach().clone() for n, weight in weights.items()}

@@ -10,7 +10,7 @@ import torch
 
 import spectral_dist
 from tests.distributed.torch import layouts
-from tests.distributed.torch.test_sumo_torch import OPTIONS, STEPS, alone
+from tests.distributed.torch.sumo_runs import OPTIONS, STEPS, alone
 from tests.reference import training
 from tests.support import harness
 from tests.support.quiet import quiet

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.jobs import ROOT, LaunchedJob
+from tests.launch.jobs import ROOT, LaunchedJob, mpi_or_skip
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh")) + [ROOT / "launch/slurm.sbatch"]
 
@@ -154,12 +154,3 @@ def test_quickstart_knows_its_optimizers() -> None:
     )
     assert done.returncode == 2
     assert "unknown optimizer 'moun'; did you mean 'muon'? Known: adamw, muon" in done.stderr
-
-
-def mpi_or_skip() -> str:
-    """The mpiexec of this environment."""
-    pytest.importorskip("mpi4py")
-    mpiexec = Path(sys.executable).with_name("mpiexec")
-    if not mpiexec.exists():
-        pytest.skip("no MPI in this environment: launch/test.sh installs one")
-    return str(mpiexec)

@@ -20,6 +20,7 @@ import spectral_dist
 from spectral_dist.core.sharded import ShardedOptimizer
 from tests.support import harness
 
+MATRIX, BIAS = "1.weight", "3.bias"
 LAYOUTS = ("ddp", "fsdp")
 BEFORE = 2
 """Good steps before one that fails late."""
@@ -92,6 +93,13 @@ class OptimizedModel:
         }
         parts = getattr(self.optimizer, "matrix_parts", list)()
         return {**found, **{f"{p.matrix} {p.name}": p.values.clone() for p in parts}}
+
+
+def plain_steps(layout: str, count: int, **options: Any) -> OptimizedModel:
+    trial = OptimizedModel(layout, **options)
+    for number in range(count):
+        trial.step(number)
+    return trial
 
 
 def local(tensor: Tensor) -> Tensor:

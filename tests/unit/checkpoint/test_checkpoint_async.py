@@ -25,7 +25,7 @@ from spectral_dist.checkpoint.chunked_tensor import ChunkedTensor
 from spectral_dist.rules import registry
 from tests.support import harness, together
 from tests.support.together import OptimizedModel, quiet
-from tests.unit.checkpoint.test_checkpoint_files import everything, made, unchanged
+from tests.unit.checkpoint.loading import everything, made, unchanged
 
 TITLES = [*(entry.title for entry in registry.builtin_entries()), "POET"]
 OPTIONS: dict[str, dict[str, Any]] = {"SUMO": {"rank": 2}, "POET": {"merge_every": 3}}

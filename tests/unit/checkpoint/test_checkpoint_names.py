@@ -24,7 +24,7 @@ from spectral_dist.checkpoint import files as checkpoint_files
 from spectral_dist.checkpoint.names import Names
 from tests.support import harness
 from tests.support.together import quiet
-from tests.unit.checkpoint.test_checkpoint_files import refused
+from tests.unit.checkpoint.loading import refused
 
 OPTIONS: dict[str, dict[str, Any]] = {"Muon": {}, "SUMO": {"rank": 2}}
 

@@ -14,7 +14,7 @@ from spectral_dist.checkpoint import convert
 from spectral_dist.checkpoint.run import Run
 from spectral_dist.launch.cli import app
 from tests.distributed.deepspeed import engine
-from tests.distributed.deepspeed.test_deepspeed_checkpoints import SCHEDULER, to_universal
+from tests.distributed.deepspeed.universal import SCHEDULER, to_universal
 from tests.distributed.torch import layouts
 from tests.distributed.torch.checkpoint_legs import leg
 from tests.distributed.torch.checkpoint_legs import same as same_states

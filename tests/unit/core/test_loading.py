@@ -21,7 +21,7 @@ from spectral_dist.rules import registry
 from tests.support import together
 from tests.support.together import OptimizedModel, expect
 from tests.support.weights import same, values
-from tests.unit.core.test_copies import build, train
+from tests.unit.core.trained import build, train
 
 TITLES = [entry.title for entry in registry.entries()]
 RULES = [entry.title for entry in registry.entries() if entry.rule is not None]

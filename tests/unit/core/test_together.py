@@ -15,9 +15,17 @@ import pytest
 
 from spectral_dist.monitor import Monitor
 from tests.support import harness, together
-from tests.support.together import BEFORE, LAYOUTS, OptimizedModel, expect, quiet
+from tests.support.together import (
+    BEFORE,
+    BIAS,
+    LAYOUTS,
+    MATRIX,
+    OptimizedModel,
+    expect,
+    plain_steps,
+    quiet,
+)
 
-MATRIX, BIAS = "1.weight", "3.bias"
 TIMES = [(True, 0), (True, BEFORE), (False, 0)]
 """(check_finite, good steps before): without the check, ranks ask each other in the first step."""
 
@@ -106,13 +114,6 @@ MISUSES = {
 }
 OBSERVER = Misuse(observe, "strategy='owner'", unobserve)
 NAN = Misuse(spoil, f"the gradient of {MATRIX} is NaN or infinite")
-
-
-def plain_steps(layout: str, count: int, **options: Any) -> OptimizedModel:
-    trial = OptimizedModel(layout, **options)
-    for number in range(count):
-        trial.step(number)
-    return trial
 
 
 def misused(layout: str, name: str, check_finite: bool, before: int, **options: Any) -> None:

@@ -10,9 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from tests.support import together
-from tests.support.together import LAYOUTS, OptimizedModel, expect, quiet
-from tests.unit.core.test_together import MATRIX
-from tests.unit.core.test_together import plain_steps as steps
+from tests.support.together import LAYOUTS, MATRIX, OptimizedModel, expect, quiet
+from tests.support.together import plain_steps as steps
 
 # -- what all ranks must have alike from the start
 

@@ -17,7 +17,7 @@ from spectral_dist.rules import registry
 from tests.support import harness
 from tests.support.together import OptimizedModel, expect, expect_failure
 from tests.support.weights import give_gradients, same, values
-from tests.unit.core.test_copies import build, train
+from tests.unit.core.trained import build, train
 
 TITLES = [entry.title for entry in registry.entries()]
 RULES = [entry.title for entry in registry.entries() if entry.rule is not None]
