@@ -40,7 +40,7 @@ from traffic import Traffic
 
 
 @dataclass(frozen=True)
-class Contender:
+class DeepSpeedContender:
     """An optimizer of the JSON, and the rows that it is compared with."""
 
     type: str
@@ -57,20 +57,20 @@ def _ours(dtype: str, wire: str, polar: str = "jordan") -> dict[str, Any]:
 ADAM = {"torch_adam": True}  # DeepSpeed's own would be compiled
 BF16, F32, MUON, VOCABULARY = "bfloat16", "float32", "SpectralMuon", 1024
 CONTENDERS = {
-    "AdamW": Contender("AdamW", ADAM),
-    "built-in bf16": Contender("Muon", {**ADAM, "ns_method": "standard"}),
-    "ours bf16, wire bf16": Contender(MUON, _ours(BF16, BF16), peer="built-in bf16"),
-    "ours bf16, wire f32": Contender(MUON, _ours(BF16, F32), peer="built-in bf16"),
-    "built-in gram": Contender("Muon", {**ADAM, "ns_method": "gram"}),
-    "ours gram f32": Contender(MUON, _ours(F32, F32, "gram_jordan"), peer="built-in gram"),
-    "ours f32": Contender(MUON, _ours(F32, F32), peer="built-in gram"),
-    "AdamW rs": Contender("AdamW", ADAM, "AdamW rs", "", True),
-    "ours bf16 rs": Contender(MUON, _ours(BF16, BF16), "AdamW rs", "built-in bf16", True),
+    "AdamW": DeepSpeedContender("AdamW", ADAM),
+    "built-in bf16": DeepSpeedContender("Muon", {**ADAM, "ns_method": "standard"}),
+    "ours bf16, wire bf16": DeepSpeedContender(MUON, _ours(BF16, BF16), peer="built-in bf16"),
+    "ours bf16, wire f32": DeepSpeedContender(MUON, _ours(BF16, F32), peer="built-in bf16"),
+    "built-in gram": DeepSpeedContender("Muon", {**ADAM, "ns_method": "gram"}),
+    "ours gram f32": DeepSpeedContender(MUON, _ours(F32, F32, "gram_jordan"), peer="built-in gram"),
+    "ours f32": DeepSpeedContender(MUON, _ours(F32, F32), peer="built-in gram"),
+    "AdamW rs": DeepSpeedContender("AdamW", ADAM, "AdamW rs", "", True),
+    "ours bf16 rs": DeepSpeedContender(MUON, _ours(BF16, BF16), "AdamW rs", "built-in bf16", True),
 }
 
 
 @dataclass(frozen=True)
-class Settings:
+class DeepSpeedSettings:
     """What is run: ``model`` goes to LlamaConfig, ``seconds`` are those of measuring a stage."""
 
     ranks: int
@@ -79,10 +79,10 @@ class Settings:
     model: dict[str, int]
 
 
-class Runner:
+class DeepSpeedRunner:
     """One contender's engine on this rank, and what its iterations took."""
 
-    def __init__(self, contender: Contender, stage: int, s: Settings) -> None:
+    def __init__(self, contender: DeepSpeedContender, stage: int, s: DeepSpeedSettings) -> None:
         import deepspeed
         from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -137,7 +137,7 @@ def count_built_in() -> Counter[str]:
     return count
 
 
-def rank_main(rank: int, stage: int, s: Settings, output: str) -> None:
+def rank_main(rank: int, stage: int, s: DeepSpeedSettings, output: str) -> None:
     """Everything of one stage on one rank; what was measured goes to output.RANK."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(s.ranks))
     traffic = Traffic()
@@ -152,7 +152,7 @@ def rank_main(rank: int, stage: int, s: Settings, output: str) -> None:
     built_in = count_built_in()
     tokens = torch.randint(VOCABULARY, (1, s.sequence))
     names = [n for n, contender in CONTENDERS.items() if stage == 3 or not contender.reduce_scatter]
-    runners = [Runner(CONTENDERS[name], stage, s) for name in names]
+    runners = [DeepSpeedRunner(CONTENDERS[name], stage, s) for name in names]
     for runner in (*runners, *runners):  # stage 3 learns the order of the modules, then checks it
         runner.iterate(tokens)
     found = {n: r.observe(tokens, traffic, built_in) for n, r in zip(names, runners, strict=True)}
@@ -166,7 +166,7 @@ def rank_main(rank: int, stage: int, s: Settings, output: str) -> None:
     dist.destroy_process_group()
 
 
-def run_stage(stage: int, s: Settings) -> dict[str, dict[str, Any]]:
+def run_stage(stage: int, s: DeepSpeedSettings) -> dict[str, dict[str, Any]]:
     """The rows of one stage, measured in processes of their own: nothing stays in memory."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(rank_main, (stage, s, f"{folder}/out"), nprocs=s.ranks)
@@ -221,7 +221,7 @@ def main(
 ) -> None:
     """Measure, print a table per stage, and say which targets are missed."""
     model = {"num_hidden_layers": layers, "hidden_size": width, "intermediate_size": ff}
-    s = Settings(ranks, sequence, seconds, {**model, "num_attention_heads": width // 64})
+    s = DeepSpeedSettings(ranks, sequence, seconds, {**model, "num_attention_heads": width // 64})
     n = layers * (4 * width**2 + 3 * width * ff)
     print(f"{ranks} ranks, {7 * layers} matrices of {n:,} numbers in all, float32")
     results, missed = {}, []

@@ -32,7 +32,6 @@ import statistics
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,9 +44,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import spectral_dist
+from benchmarks.dispatched_traffic import DispatchedTraffic
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.core.units import MatrixUnit
 
@@ -83,7 +82,7 @@ class Layer(nn.Module):
         return x + self.down(gate if self.gate is None else gate * self.up(y))
 
 
-class Model(nn.Module):
+class LanguageModel(nn.Module):
     """LAYERS layers between an embedding and a head; (heads, kv, ff) of each layer."""
 
     def __init__(self, layers: Sequence[tuple[int, int, int]]) -> None:
@@ -106,64 +105,14 @@ MODELS = {
 }
 
 
-def sharded(model_name: str) -> Model:
+def sharded(model_name: str) -> LanguageModel:
     """The model over all ranks, each layer on its own, the same numbers every time."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(0)
-    model = Model(MODELS[model_name])
+    model = LanguageModel(MODELS[model_name])
     for layer in model.layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
-
-
-RULES = {  # argument, a, b: a (P - 1) / P^b of its bytes
-    **dict.fromkeys(("allreduce_", "all_reduce", "all_reduce_"), (0, 2, 1)),
-    "_reduce_scatter_base_": (1, 1, 1),
-    "reduce_scatter_tensor": (0, 1, 1),
-    **dict.fromkeys(("_allgather_base_", "allgather_"), (1, 1, 0)),
-    "all_gather_into_tensor": (0, 1, 0),
-}
-
-
-class Traffic(TorchDispatchMode):
-    """Collectives and the bytes that this rank sends in them, counted where torch dispatches them.
-
-    NotImplementedError: a collective without a rule.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.bytes: Counter[str] = Counter()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if any(issubclass(t, DTensor) for t in types):
-            return NotImplemented  # its own dispatch first; what that calls comes back here
-        name = func.overloadpacket.__name__
-        skip = ("wait_tensor", "_wrap_tensor_autograd", "barrier")
-        if func.namespace in ("c10d", "_c10d_functional") and name not in skip:
-            self.calls[name] += 1
-            self.bytes[name] += round(self._sent(name, args))
-        return func(*args, **(kwargs or {}))
-
-    def _sent(self, name: str, args: tuple[Any, ...]) -> float:
-        ranks, rank = dist.get_world_size(), dist.get_rank()
-        if name in ("alltoall_base_", "all_to_all_single"):
-            given, splits = (args[1], args[4]) if name == "alltoall_base_" else (args[0], args[2])
-            share = 1 - splits[rank] / max(1, sum(splits)) if splits else (ranks - 1) / ranks
-            return share * given.nbytes
-        if name == "gather_":  # outputs, inputs, group, root
-            return 0 if rank == args[3] else args[1][0].nbytes
-        if name == "scatter_":
-            return args[0][0].nbytes * (ranks - 1) if rank == args[3] else 0
-        if name not in RULES:
-            raise NotImplementedError(f"{name}: its bytes are not counted yet")
-        argument, times, power = RULES[name]
-        given = args[argument]
-        tensors = [given] if isinstance(given, Tensor) else given
-        return times * (ranks - 1) / ranks**power * sum(t.nbytes for t in tensors)
 
 
 class Both:
@@ -229,7 +178,7 @@ def _dtensor(package: str) -> Build:
 
 
 @dataclass(frozen=True)
-class Contender:
+class FSDPContender:
     """How to build an optimizer, and the package it needs."""
 
     build: Build
@@ -239,25 +188,27 @@ class Contender:
 HALF = {"polar_dtype": "bfloat16", "wire_dtype": "bfloat16"}
 FLOAT = {"polar_dtype": "float32", "wire_dtype": "float32"}
 CONTENDERS = {
-    "AdamW (fused)": Contender(lambda m: torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True)),
-    OURS: Contender(_ours("Muon", **HALF)),
-    "ours bf16, no finite check": Contender(_ours("Muon", check_finite=False, **HALF)),
-    "ours float32": Contender(_ours("Muon", **FLOAT)),
-    "PolarGrad bf16 (jordan)": Contender(_ours("PolarGrad", polar="jordan", **HALF)),
-    "PolarGrad float32 (qdwh)": Contender(_ours("PolarGrad", **FLOAT)),
-    "ROOT bf16": Contender(_ours("ROOT", **HALF)),
-    "SUMO r = 1/4": Contender(_ours("SUMO", rank=0.25)),
-    "torch.optim.Muon": Contender(_torch_muon),
-    "muon_fsdp2": Contender(_muon_fsdp2, "muon_fsdp2"),
-    "muonium": Contender(_dtensor("muonium"), "muonium"),
-    "dtensor_muon": Contender(_dtensor("dtensor_muon"), "dtensor_muon"),
+    "AdamW (fused)": FSDPContender(
+        lambda m: torch.optim.AdamW(m.parameters(), lr=1e-4, fused=True)
+    ),
+    OURS: FSDPContender(_ours("Muon", **HALF)),
+    "ours bf16, no finite check": FSDPContender(_ours("Muon", check_finite=False, **HALF)),
+    "ours float32": FSDPContender(_ours("Muon", **FLOAT)),
+    "PolarGrad bf16 (jordan)": FSDPContender(_ours("PolarGrad", polar="jordan", **HALF)),
+    "PolarGrad float32 (qdwh)": FSDPContender(_ours("PolarGrad", **FLOAT)),
+    "ROOT bf16": FSDPContender(_ours("ROOT", **HALF)),
+    "SUMO r = 1/4": FSDPContender(_ours("SUMO", rank=0.25)),
+    "torch.optim.Muon": FSDPContender(_torch_muon),
+    "muon_fsdp2": FSDPContender(_muon_fsdp2, "muon_fsdp2"),
+    "muonium": FSDPContender(_dtensor("muonium"), "muonium"),
+    "dtensor_muon": FSDPContender(_dtensor("dtensor_muon"), "dtensor_muon"),
 }
 
 
-class Runner:
+class FSDPRunner:
     """One contender on this rank, and what its steps took."""
 
-    def __init__(self, contender: Contender, model: nn.Module, grads: Sequence[Tensor]) -> None:
+    def __init__(self, contender: FSDPContender, model: nn.Module, grads: Sequence[Tensor]) -> None:
         self.optimizer = contender.build(model)
         self.pairs = list(zip(model.parameters(), grads, strict=True))
         self.times: list[tuple[float, float]] = []  # (barrier to barrier, CPU of this rank), s
@@ -277,7 +228,7 @@ class Runner:
         """Of one step, untimed: collectives and bytes; and the state's bytes."""
         meter = getattr(self.optimizer, "meter", None)
         before = meter.bytes.get("all_to_all", 0) if meter else 0
-        with Traffic() as traffic:
+        with DispatchedTraffic() as traffic:
             self.optimizer.step()
         if meter and meter.bytes["all_to_all"] - before != traffic.bytes["alltoall_base_"]:
             raise RuntimeError(f"the meter counts {meter.bytes}, torch sends {traffic.bytes}")
@@ -317,7 +268,7 @@ def rank_main(rank: int, ranks: int, model_name: str, seconds: float, names: lis
     logits = model(torch.randint(VOCABULARY, (1, 65)))
     nn.functional.cross_entropy(logits[0, :-1], torch.randint(VOCABULARY, (64,))).backward()
     grads = [p.grad for p in model.parameters()]
-    runners = [Runner(CONTENDERS[name], model, grads) for name in names]
+    runners = [FSDPRunner(CONTENDERS[name], model, grads) for name in names]
     for runner in runners:
         runner.step()
     found = {n: r.observe() for n, r in zip(names, runners, strict=True)}
@@ -353,7 +304,7 @@ def run(ranks: int, *args: Any) -> dict[str, dict[str, Any]]:
 
 def show(model_name: str, rows: dict[str, dict[str, Any]]) -> list[str]:
     """Print one model's balance and table; the targets that are missed."""
-    matrices = matrices_and_rest(Model(MODELS[model_name]))[0]
+    matrices = matrices_and_rest(LanguageModel(MODELS[model_name]))[0]
     found = rows[OURS]["loads"]
     over = imbalance(found)
     print(

@@ -50,7 +50,7 @@ import torch.distributed as dist
 import typer
 from torch import Tensor, nn
 
-from benchmarks.fsdp_step import Traffic
+from benchmarks.dispatched_traffic import DispatchedTraffic
 from spectral_dist.polar.schedules import rows
 from spectral_dist.rules.muon import MuonOptions
 from tests.support import megatron_cpu
@@ -61,7 +61,7 @@ OWNER = "ours owner"
 
 
 @dataclass(frozen=True)
-class Settings:
+class MegatronSettings:
     """The model, the tensor-parallel ranks, what all compute in, and how long it is measured."""
 
     ranks: int
@@ -85,7 +85,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Contender:
+class MegatronContender:
     """A strategy of ours, or a mode of the built-in; ``split``: parts of gate and up."""
 
     mode: str
@@ -93,7 +93,7 @@ class Contender:
     split: int = 1
     period: int = 1
 
-    def build(self, ddp: nn.Module, s: Settings) -> Any:
+    def build(self, ddp: nn.Module, s: MegatronSettings) -> Any:
         """As a user of Megatron does."""
         from megatron.core.optimizer import get_megatron_optimizer
 
@@ -117,7 +117,7 @@ class Contender:
         config = models.optimizer_config(ddp, "muon", **common, **settings)
         return get_megatron_optimizer(config, [ddp])
 
-    def formula(self, s: Settings) -> float | None:
+    def formula(self, s: MegatronSettings) -> float | None:
         """Bytes that a rank sends in a step, the mean over ranks; None for what is chosen."""
         p, item = s.ranks, getattr(torch, s.dtype).itemsize
         w, found = (p - 1) / p, 0.0
@@ -139,19 +139,19 @@ class Contender:
 
 
 CONTENDERS = {
-    OWNER: Contender("owner"),
-    "ours gram": Contender("gram"),
-    "ours auto": Contender("auto"),
-    "ours owner, gate|up": Contender("owner", split=2),
-    "ours gram, gate|up": Contender("gram", split=2),
-    "ours block, gate|up": Contender("block", split=2, period=PERIOD),
-    "built-in duplicated": Contender("duplicated", ours=False),
-    "built-in distributed": Contender("distributed", ours=False),
-    "built-in blockwise": Contender("blockwise", ours=False),
+    OWNER: MegatronContender("owner"),
+    "ours gram": MegatronContender("gram"),
+    "ours auto": MegatronContender("auto"),
+    "ours owner, gate|up": MegatronContender("owner", split=2),
+    "ours gram, gate|up": MegatronContender("gram", split=2),
+    "ours block, gate|up": MegatronContender("block", split=2, period=PERIOD),
+    "built-in duplicated": MegatronContender("duplicated", ours=False),
+    "built-in distributed": MegatronContender("distributed", ours=False),
+    "built-in blockwise": MegatronContender("blockwise", ours=False),
 }
 
 
-class Observer(Traffic):
+class Observer(DispatchedTraffic):
     """Also the multiply-adds of matrix products."""
 
     def __init__(self) -> None:
@@ -181,7 +181,7 @@ def full_gradient(name: str, shape: list[int]) -> Tensor:
 
 
 @cache
-def reference(name: str, shape: tuple[int, ...], split: int, s: Settings) -> Tensor:
+def reference(name: str, shape: tuple[int, ...], split: int, s: MegatronSettings) -> Tensor:
     """The whole weight after its first step, in float64."""
     grad = full_gradient(name, list(shape)).double()
     numbers = torch.arange(shape[0])
@@ -203,10 +203,10 @@ def reference(name: str, shape: tuple[int, ...], split: int, s: Settings) -> Ten
     return weight
 
 
-class Runner:
+class MegatronRunner:
     """One contender on this rank, and what its steps took."""
 
-    def __init__(self, contender: Contender, ddp: nn.Module, s: Settings) -> None:
+    def __init__(self, contender: MegatronContender, ddp: nn.Module, s: MegatronSettings) -> None:
         self.contender, self.s = contender, s
         self.optimizer = contender.build(ddp, s)
         self.inner = [leaf.optimizer for leaf in self.optimizer.chained_optimizers]
@@ -268,12 +268,12 @@ class Runner:
         return {key: value / self.contender.period for key, value in found.items()}
 
 
-def measure(names: list[str], s: Settings) -> dict[str, Any]:
+def measure(names: list[str], s: MegatronSettings) -> dict[str, Any]:
     """Everything on this rank, which has Megatron and a process group."""
     models.parallel(tp=s.ranks)
     sizes = {"hidden": s.hidden, "ffn": s.ffn, "layers": s.layers, "heads": s.hidden // HEAD}
     ddp = models.wrap(models.gpt(**sizes, query_groups=s.ranks, vocab=VOCABULARY))
-    runners = [Runner(CONTENDERS[name], ddp, s) for name in names]
+    runners = [MegatronRunner(CONTENDERS[name], ddp, s) for name in names]
     errors = [runner.error() for runner in runners]
     reference.cache_clear()
     found = {name: {"error": error, **runner.observe(), "times": runner.times}
@@ -287,7 +287,7 @@ def measure(names: list[str], s: Settings) -> dict[str, Any]:
     return found
 
 
-def rank_main(rank: int, names: list[str], s: Settings, peers: str, output: str) -> None:
+def rank_main(rank: int, names: list[str], s: MegatronSettings, peers: str, output: str) -> None:
     """One rank; what was measured goes to output.RANK."""
     import typing
 
@@ -303,7 +303,7 @@ def rank_main(rank: int, names: list[str], s: Settings, peers: str, output: str)
     dist.destroy_process_group()
 
 
-def run(names: list[str], s: Settings, peers: str) -> dict[str, dict[str, Any]]:
+def run(names: list[str], s: MegatronSettings, peers: str) -> dict[str, dict[str, Any]]:
     """The rows of one table, measured in processes of their own."""
     with tempfile.TemporaryDirectory() as folder:
         args = (names, s, peers, f"{folder}/out")
@@ -324,7 +324,7 @@ def run(names: list[str], s: Settings, peers: str) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def show(rows: dict[str, dict[str, Any]], s: Settings) -> None:
+def show(rows: dict[str, dict[str, Any]], s: MegatronSettings) -> None:
     """Print one table."""
     print(f"\n{s.dtype}: {len(rows[OWNER]['seconds'])} turns\n")
     titles = ("median ms", "least ms", "time", "cpu", "calls", "MB mean", "MB max", "formula",
@@ -340,7 +340,7 @@ def show(rows: dict[str, dict[str, Any]], s: Settings) -> None:
         print(f"| {name:<21} | {' | '.join(line)} |")
 
 
-def missed(rows: dict[str, dict[str, Any]], s: Settings) -> list[str]:
+def missed(rows: dict[str, dict[str, Any]], s: MegatronSettings) -> list[str]:
     """Where one of ours that is exact is not below a mode of the built-in that is."""
     columns = {"time ratio": float, "calls": float, "sent": max, "macs": max}
     found: list[str] = []
@@ -384,7 +384,7 @@ def main(
     names = contenders(importlib.util.find_spec("emerging_optimizers") is not None)
     results = {}
     for dtype in dtypes.split(","):
-        s = Settings(ranks, layers, hidden, ffn, dtype, seconds)
+        s = MegatronSettings(ranks, layers, hidden, ffn, dtype, seconds)
         load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
         print(f"\n{ranks} ranks on {os.cpu_count()} cores, load {load};"
               f" {sum(m * n for m, n, _ in s.matrices(1)):,} numbers in matrices")  # fmt: skip

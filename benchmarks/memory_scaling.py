@@ -28,13 +28,13 @@ from typing import Annotated, Any
 import typer
 
 from tests.support.memory.formula import FLOAT
-from tests.support.memory.scaling import OPTIMIZERS, Case
+from tests.support.memory.scaling import OPTIMIZERS, MemoryCase
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {"ddp": "DDP", "fsdp": "FSDP2", **{f"zero{k}": f"ZeRO {k}" for k in range(4)}}
 TITLES = {"adamw": "AdamW", "muon": "Muon", "polargrad": "PolarGrad", "root": "ROOT",
           "poet": "POET"}  # fmt: skip
-Found = dict[tuple[Case, int], list[dict[str, Any]]]
+Found = dict[tuple[MemoryCase, int], list[dict[str, Any]]]
 """(case, ranks) -> of each rank"""
 
 
@@ -54,7 +54,7 @@ def measure(world: int, *arguments: str) -> Found:
         )  # fmt: skip
         if done.returncode:
             raise SystemExit(done.stdout[-5000:])
-        return {(Case(**f["case"]), world): f["ranks"] for f in json.loads(out.read_text())}
+        return {(MemoryCase(**f["case"]), world): f["ranks"] for f in json.loads(out.read_text())}
 
 
 def state(ranks: Sequence[dict[str, Any]]) -> float:
@@ -78,7 +78,7 @@ def temporaries(ranks: Sequence[dict[str, Any]]) -> float:
     return max(rank["peak"] / FLOAT / max(rank["buckets"].values()) for rank in ranks)
 
 
-def title(case: Case) -> str:
+def title(case: MemoryCase) -> str:
     """Of a row or a line."""
     if case.optimizer == "sumo":
         return f"SUMO, r = {case.rank}" + ", refresh" * case.refresh
@@ -132,7 +132,7 @@ def plot(found: Found, by_rank: Found, worlds: Sequence[int], png: Path) -> None
         label = f"SUMO, {world} rank" + "s" * (world > 1)
         right.plot(*zip(*sorted(points.items()), strict=True), color=colors["sumo"], marker="o",
                    markersize=4, label=label, **style)  # fmt: skip
-        muon = state(found[Case("fsdp", "muon"), world])
+        muon = state(found[MemoryCase("fsdp", "muon"), world])
         label = "Muon, as many ranks" if not number else ""
         right.axhline(muon, color=colors["muon"], linewidth=0.8, label=label, **style)
     right.set(xlabel="r", xticks=sorted({case.rank for case, _ in by_rank}))

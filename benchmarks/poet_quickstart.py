@@ -38,7 +38,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import spectral_dist
 from benchmarks import sumo_quickstart
-from benchmarks.sumo_quickstart import ROOT, Contender, read, state_bytes
+from benchmarks.sumo_quickstart import ROOT, QuickstartContender, read, state_bytes
 from spectral_dist import poet
 from spectral_dist.launch import llama, ranks
 from tests.support.memory.live import Live
@@ -49,19 +49,21 @@ LARGE = {"block": 64, "blocks": {"q_proj|k_proj|v_proj|o_proj": 192, "gate|up": 
                                  "down": [256, 192]}}  # fmt: skip
 """The largest blocks of this model: all of a side of 192, half of one of 512."""
 CONTENDERS = (
-    Contender("AdamW", "AdamW", 0.003),
-    Contender("Muon", "Muon", 0.012),
-    Contender("POET b 64", "POET", 0.002, {"block": 64, "merge_every": 20, **REST}),
-    Contender("POET b 64 T 40", "POET", 0.002, {"block": 64, "merge_every": 40, **REST}),
-    Contender(
+    QuickstartContender("AdamW", "AdamW", 0.003),
+    QuickstartContender("Muon", "Muon", 0.012),
+    QuickstartContender("POET b 64", "POET", 0.002, {"block": 64, "merge_every": 20, **REST}),
+    QuickstartContender("POET b 64 T 40", "POET", 0.002, {"block": 64, "merge_every": 40, **REST}),
+    QuickstartContender(
         "POET b 64 normalized", "POET", 0.002,
         {"block": 64, "merge_every": 20, "init": "normalized", **REST},
     ),
-    Contender("POET b 192 and 256", "POET", 0.001, {**LARGE, "merge_every": 20, **REST}),
+    QuickstartContender("POET b 192 and 256", "POET", 0.001, {**LARGE, "merge_every": 20, **REST}),
 )  # fmt: skip
 
 
-def build(model: nn.Module, contender: Contender, adam: Mapping[str, Any], wrap: Any) -> Any:
+def build(
+    model: nn.Module, contender: QuickstartContender, adam: Mapping[str, Any], wrap: Any
+) -> Any:
     """(model, optimizer): POET's is converted, and then it is wrapped."""
     options = dict(contender.options)
     if contender.kind == "POET":
@@ -76,7 +78,7 @@ def build(model: nn.Module, contender: Contender, adam: Mapping[str, Any], wrap:
     return wrapped, spectral_dist.POET(groups, lr=lr, weight_decay=decay, **options)
 
 
-class Engine(sumo_quickstart.Engine):
+class PoetEngine(sumo_quickstart.QuickstartEngine):
     """Of one contender."""
 
     def make_optimizer(self) -> Any:
@@ -87,19 +89,19 @@ class Engine(sumo_quickstart.Engine):
         return optimizer
 
 
-class Bench(sumo_quickstart.Bench):
+class PoetRuns(sumo_quickstart.QuickstartRuns):
     """Runs of these contenders."""
 
-    engine = Engine
+    engine = PoetEngine
 
-    def measure(self, contender: Contender) -> dict[str, float]:
+    def measure(self, contender: QuickstartContender) -> dict[str, float]:
         """Bytes of one step of this job's model."""
         with tempfile.TemporaryDirectory() as folder:
             mp.spawn(_rank, (contender, self.model, folder), nprocs=2)
             return dict(torch.load(Path(folder) / "found.pt"))
 
 
-def _rank(rank: int, contender: Contender, model: Any, folder: str) -> None:
+def _rank(rank: int, contender: QuickstartContender, model: Any, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(os.path.join(folder, "store"), 2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
@@ -159,7 +161,7 @@ def main(
         print(*(sumo_quickstart.line(r) for r in read(path)), sep="\n")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    bench = Bench(path, ROOT / "configs/models/quickstart.json", "")
+    bench = PoetRuns(path, ROOT / "configs/models/quickstart.json", "")
     records = []
     for contender in CONTENDERS:
         if not only or contender.name in only.split(","):

@@ -147,7 +147,7 @@ class Completion(nn.Module):
 
 
 @dataclass(frozen=True)
-class Contender:
+class PolarGradContender:
     """An optimizer with its settings; ``lr`` None: the theory's. ``decay``: StepLR(25, decay)."""
 
     name: str
@@ -174,27 +174,27 @@ class Problem:
     steps: int
     every: int
     label: str
-    contenders: tuple[Contender, ...]
+    contenders: tuple[PolarGradContender, ...]
 
 
 def polar_grad(
     name: str, lr: float | None, momentum: float = 0.0, polar: str = "qdwh", **more: Any
-) -> Contender:
+) -> PolarGradContender:
     """PolarGrad; ``more``: polar_first, decay."""
     decay = more.pop("decay", 1.0)
     options = {"polar": polar, "momentum": momentum, **more}
-    return Contender(f"PolarGrad {polar}{name}", lr, "PolarGrad", options, decay)
+    return PolarGradContender(f"PolarGrad {polar}{name}", lr, "PolarGrad", options, decay)
 
 
-def muon(lr: float, polar: str = "jordan", decay: float = 1.0) -> Contender:
+def muon(lr: float, polar: str = "jordan", decay: float = 1.0) -> PolarGradContender:
     """Muon with Nesterov momentum .95, unscaled."""
     name = f"Muon {polar}" + ", StepLR" * (decay != 1.0)
-    return Contender(name, lr, "Muon", {"polar": polar, "scale": "none"}, decay)
+    return PolarGradContender(name, lr, "Muon", {"polar": polar, "scale": "none"}, decay)
 
 
-def adam(lr: float) -> Contender:
+def adam(lr: float) -> PolarGradContender:
     """torch's."""
-    return Contender("Adam", lr, "Adam")
+    return PolarGradContender("Adam", lr, "Adam")
 
 
 PROBLEMS = {
@@ -257,7 +257,7 @@ class Curve:
         return (self.values[last] / self.values[half]) ** (1 / max(1, last - half))
 
 
-def run(model: nn.Module, contender: Contender, steps: int, every: int) -> Curve:
+def run(model: nn.Module, contender: PolarGradContender, steps: int, every: int) -> Curve:
     """Minimise; measured every so many steps and at the end."""
     optimizer = contender.build(model)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 25, contender.decay)
@@ -281,7 +281,7 @@ def run(model: nn.Module, contender: Contender, steps: int, every: int) -> Curve
     return curve
 
 
-def line(contender: Contender, model: nn.Module, curve: Curve, steps: int) -> str:
+def line(contender: PolarGradContender, model: nn.Module, curve: Curve, steps: int) -> str:
     """Its row of the table."""
     lr = model.theory()[0] if contender.lr is None else contender.lr  # type: ignore[operator]
     head = f"| {contender.name} | {lr:.3g}"

@@ -55,7 +55,7 @@ PERIOD = {"SUMO": "period", "GaLore": "update_proj_gap"}
 
 
 @dataclass(frozen=True)
-class Contender:
+class QuickstartContender:
     """An optimizer, the middle of its lrs, its options, and other options to try in the end.
 
     ``options`` are of the matrices; GaLore's ``rank`` is, as SUMO's, a part of the short side.
@@ -68,7 +68,7 @@ class Contender:
     periods: tuple[int, ...] = ()
     variants: tuple[Mapping[str, Any], ...] = ()
 
-    def given(self, options: Mapping[str, Any]) -> Contender:
+    def given(self, options: Mapping[str, Any]) -> QuickstartContender:
         """With these options instead of its own, and nothing more to try."""
         return replace(self, options={**self.options, **options}, periods=(), variants=())
 
@@ -78,12 +78,16 @@ OWN = {"betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0}
 SUMO = {"period": 250, "perp_scale": 1.0}
 INSIDE = {"perp_scale": 0.0}
 CONTENDERS = (
-    Contender("AdamW", "AdamW", 0.006),
-    Contender("Muon", "Muon", 0.006),
-    Contender("GaLore, r = 1/4", "GaLore", 0.01, {"rank": 1 / 4, **GALORE}, (50, 20), (OWN,)),
-    Contender("GaLore, r = 1/8", "GaLore", 0.01, {"rank": 1 / 8, **GALORE}, (20,)),
-    Contender("SUMO, r = 1/4", "SUMO", 0.006, {"rank": 1 / 4, **SUMO}, (50, 20), (INSIDE,)),
-    Contender("SUMO, r = 1/8", "SUMO", 0.006, {"rank": 1 / 8, **SUMO}, (20,), (INSIDE,)),
+    QuickstartContender("AdamW", "AdamW", 0.006),
+    QuickstartContender("Muon", "Muon", 0.006),
+    QuickstartContender(
+        "GaLore, r = 1/4", "GaLore", 0.01, {"rank": 1 / 4, **GALORE}, (50, 20), (OWN,)
+    ),
+    QuickstartContender("GaLore, r = 1/8", "GaLore", 0.01, {"rank": 1 / 8, **GALORE}, (20,)),
+    QuickstartContender(
+        "SUMO, r = 1/4", "SUMO", 0.006, {"rank": 1 / 4, **SUMO}, (50, 20), (INSIDE,)
+    ),
+    QuickstartContender("SUMO, r = 1/8", "SUMO", 0.006, {"rank": 1 / 8, **SUMO}, (20,), (INSIDE,)),
 )
 
 
@@ -153,10 +157,10 @@ def state_bytes(optimizer: Any, model: nn.Module) -> dict[str, int]:
     }
 
 
-class Engine(TorchEngine):
+class QuickstartEngine(TorchEngine):
     """The torch engine with a contender's optimizer; it keeps no checkpoint."""
 
-    def __init__(self, contender: Contender, peers: str, *args: Any) -> None:
+    def __init__(self, contender: QuickstartContender, peers: str, *args: Any) -> None:
         self.contender, self.peers = contender, peers
         super().__init__(*args, sharded=False)
         self.kind = contender.name
@@ -171,10 +175,10 @@ class Engine(TorchEngine):
         """Nothing."""
 
 
-class Bench:
+class QuickstartRuns:
     """Runs, each done once: those in the file are taken from there."""
 
-    engine = Engine
+    engine = QuickstartEngine
 
     def __init__(self, path: Path, model: Path, peers: str) -> None:
         self.path, self.peers = path, peers
@@ -189,7 +193,7 @@ class Bench:
         names = ("kind", "lr", "options", "seed", "steps", "corpus")
         return json.dumps({name: found[name] for name in names}, sort_keys=True)
 
-    def run(self, contender: Contender, seed: int = 0) -> dict[str, Any]:
+    def run(self, contender: QuickstartContender, seed: int = 0) -> dict[str, Any]:
         """Train to the end; bits_per_byte is infinite if it diverged."""
         config = self.config
         record = {name: getattr(contender, name) for name in ("name", "kind", "lr", "options")}
@@ -219,11 +223,11 @@ class Bench:
         print(line(record), flush=True)
         return self.done[key]
 
-    def bits(self, contender: Contender) -> float:
+    def bits(self, contender: QuickstartContender) -> float:
         """Per byte, at the end."""
         return float(self.run(contender)["bits_per_byte"])
 
-    def best_lr(self, contender: Contender) -> Contender:
+    def best_lr(self, contender: QuickstartContender) -> QuickstartContender:
         """Of the given lr, half and twice that, and on while the last is the best."""
         middle = contender.lr
         tried = [replace(contender, lr=lr) for lr in (middle / 2, middle, 2 * middle)]
@@ -236,7 +240,7 @@ class Bench:
             best = further
         return best
 
-    def finals(self, contender: Contender) -> list[dict[str, Any]]:
+    def finals(self, contender: QuickstartContender) -> list[dict[str, Any]]:
         """The best lr; at it, the other periods; at the best of them, the variants."""
         tuned = self.best_lr(contender)
         periods = [tuned, *(tuned.given({PERIOD[tuned.kind]: k}) for k in tuned.periods)]
@@ -292,7 +296,7 @@ def main(
         print(table(sorted(read(path), key=lambda r: (order[r["name"]], r["bits_per_byte"]))))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    bench = Bench(path, ROOT / "configs/models/quickstart.json", peers)
+    bench = QuickstartRuns(path, ROOT / "configs/models/quickstart.json", peers)
     records = []
     for contender in CONTENDERS:
         if contender.kind in only.split(","):

@@ -3,9 +3,14 @@
 
 TORCH=2.13.0 # the one place that pins torch
 MEGATRON="0.19.2 0.16.1" # what the tests run megatron-core as
-TORCH_TESTS="tests/unit/sharding/test_exchange.py tests/unit/params/test_classify.py tests/unit/poet/test_poet_layer.py
+TORCH_TESTS="tests/unit/sharding/test_exchange.py tests/unit/sharding/test_exchange_costs.py
+  tests/unit/sharding/test_exchange_agreement.py tests/unit/params/test_classify.py
+  tests/unit/params/test_splits.py tests/unit/poet/test_poet_layer.py
   tests/unit/polar/test_polar_front_door.py tests/distributed/torch/test_torch_equality.py
-  tests/distributed/torch/test_fsdp_placement.py tests/distributed/torch/test_torch_checkpoints.py
+  tests/distributed/torch/test_torch_bitwise.py tests/distributed/torch/test_fsdp_placement.py
+  tests/distributed/torch/test_placement_refusals.py
+  tests/distributed/torch/test_torch_checkpoints.py
+  tests/distributed/torch/test_torch_checkpoint_refusals.py
   tests/distributed/torch/test_sumo_ddp.py tests/distributed/torch/test_poet_torch.py"
 DEEPSPEED_TESTS="tests/distributed/deepspeed/test_deepspeed_versions.py
   tests/distributed/deepspeed/test_deepspeed_equality.py tests/distributed/deepspeed/test_deepspeed_safety.py

@@ -51,7 +51,7 @@ SHAPES = {"wide": (8, 20), "tall": (24, 8), "square": (12, 12), "other": (8, 20)
 STEPS, SAVED_AFTER = 4, 2
 
 
-class Weights(nn.Module):
+class CheckedModel(nn.Module):
     """The model that ``check_rule`` trains: matrices of several shapes, and a vector."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
@@ -112,7 +112,7 @@ class Trial:
     def __init__(
         self, cls: type[SpectralOptimizer], options: Mapping[str, Any], layout: str, dtype: str
     ) -> None:
-        self.model: nn.Module = Weights(getattr(torch, dtype))
+        self.model: nn.Module = CheckedModel(getattr(torch, dtype))
         self.layout = layout
         placement = None
         if layout == "ddp":
@@ -142,7 +142,7 @@ class Trial:
 
     def step(self, number: int, scale: float = 1.0) -> None:
         """Take a step on the gradients of this step number, times ``scale``."""
-        shapes = {name: p.shape for name, p in Weights().named_parameters()}
+        shapes = {name: p.shape for name, p in CheckedModel().named_parameters()}
         for name, p in self.model.named_parameters():
             bare_name = name.removeprefix("module.")  # DDP adds the prefix
             gradient = (_values(bare_name, number, shapes[bare_name]) * scale).to(p.dtype)
@@ -167,7 +167,7 @@ class Trial:
                 tensor = tensor.full_tensor()
             bare_name = name.removeprefix("module.")
             if self.placement is not None:
-                shape = dict(Weights().named_parameters())[bare_name].shape
+                shape = dict(CheckedModel().named_parameters())[bare_name].shape
                 runs: list[Any] = [None] * dist.get_world_size()
                 dist.all_gather_object(runs, tensor)
                 tensor = torch.cat(runs).view(shape)
@@ -259,7 +259,7 @@ def check_rule(
     cls = class_of(entry)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        start = {name: p.detach().clone() for name, p in Weights().named_parameters()}
+        start = {name: p.detach().clone() for name, p in CheckedModel().named_parameters()}
         expected = _train(cls, values, "one process")
         change = max(float((expected[name] - start[name]).abs().max()) for name in expected)
         if not change > 0:

@@ -20,10 +20,10 @@ from spectral_dist.testing import check_placement
 from tests.distributed.deepspeed import engine
 from tests.distributed.megatron import megatron_runs as runs
 from tests.distributed.torch import layouts
-from tests.distributed.torch.test_torch_equality import quiet
 from tests.reference import training
 from tests.support import megatron_cpu
 from tests.support import megatron_model as models
+from tests.support.quiet import quiet
 
 MEGATRON = "0.19.2"
 STEPS, SAVED_AFTER = 5, 2

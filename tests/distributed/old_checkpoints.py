@@ -28,8 +28,8 @@ from spectral_dist import checkpoint, poet
 from tests.distributed.deepspeed import engine
 from tests.distributed.megatron import megatron_runs
 from tests.distributed.torch import layouts
-from tests.distributed.torch.test_torch_equality import quiet
 from tests.support import harness, megatron_model
+from tests.support.quiet import quiet
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "checkpoints_2d3f994"
 PARTS = ("torch", "dcp", "deepspeed", "megatron")
@@ -313,7 +313,7 @@ def resume_megatron(
 
 def write_all(folder: Path) -> None:
     """Write every case: its checkpoint, ``PART/NAME``, and beside it ``PART/NAME_after.pt``."""
-    from tests.distributed.deepspeed.test_deepspeed_checkpoints import to_universal
+    from tests.distributed.deepspeed.universal import to_universal
 
     def write_after(part: str, name: str, weights: dict[str, Tensor]) -> None:
         content = {n: weight.detach().clone() for n, weight in weights.items()}

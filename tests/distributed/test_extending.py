@@ -25,9 +25,9 @@ from tests.distributed import contract_runs
 from tests.distributed.contract_runs import MEGATRON, SMALL, Weights, distance
 from tests.distributed.megatron import megatron_runs as runs
 from tests.distributed.torch import layouts
-from tests.distributed.torch.test_torch_equality import quiet
 from tests.support import harness, megatron_cpu
 from tests.support import megatron_model as models
+from tests.support.quiet import quiet
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "extending.md").read_text()

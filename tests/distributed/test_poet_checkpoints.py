@@ -15,9 +15,9 @@ from torch import Tensor
 import spectral_dist
 from spectral_dist import checkpoint, poet
 from tests.distributed.torch import layouts, poet_torch
-from tests.distributed.torch.test_torch_checkpoints import same, states
-from tests.distributed.torch.test_torch_equality import quiet
+from tests.distributed.torch.checkpoint_legs import same, states
 from tests.support import harness
+from tests.support.quiet import quiet
 
 CUTS = (2, 3, 5)
 """Just before the first merge (which is in the third step), just after it, and in mid-cycle."""

@@ -10,10 +10,10 @@ import torch
 
 import spectral_dist
 from tests.distributed.torch import layouts
-from tests.distributed.torch.test_sumo_torch import OPTIONS, STEPS, alone
-from tests.distributed.torch.test_torch_equality import quiet
+from tests.distributed.torch.sumo_runs import OPTIONS, STEPS, alone
 from tests.reference import training
 from tests.support import harness
+from tests.support.quiet import quiet
 
 WAYS = [
     [("ddp", 4, {}), ("fsdp", 3, {"strategy": "gram"}), ("one", 1, {})],

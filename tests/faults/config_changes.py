@@ -73,7 +73,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 @dataclass
-class Case:
+class ChangedRun:
     """Files and options of a run, and the changes that were made in them."""
 
     number: int
@@ -164,7 +164,7 @@ def kind(value: Any) -> str:
     return "number"
 
 
-def change_file(chance: random.Random, case: Case, which: str, content: Any) -> None:
+def change_file(chance: random.Random, case: ChangedRun, which: str, content: Any) -> None:
     """Make a change in the configuration or the model."""
     inside, key, path = chance.choice(list(_places(content)))
     old = inside[key]
@@ -180,7 +180,7 @@ def change_file(chance: random.Random, case: Case, which: str, content: Any) -> 
     case.changes.append(f"{which}: {told}")
 
 
-def _value(chance: random.Random, case: Case, which: str, place: Place) -> str | None:
+def _value(chance: random.Random, case: ChangedRun, which: str, place: Place) -> str | None:
     inside, key, path = place
     old = inside[key]
     value = copy.deepcopy(chance.choice(VALUES))
@@ -196,7 +196,7 @@ def _value(chance: random.Random, case: Case, which: str, place: Place) -> str |
     return f"{path} = {value!r}"
 
 
-def _choice(chance: random.Random, case: Case, which: str, place: Place) -> str | None:
+def _choice(chance: random.Random, case: ChangedRun, which: str, place: Place) -> str | None:
     inside, key, path = place
     known = [
         p for p in _places(case.config if which == "config" else case.model) if p[1] in CHOICES
@@ -212,7 +212,7 @@ def _choice(chance: random.Random, case: Case, which: str, place: Place) -> str 
     return f"{path} = {value!r}"
 
 
-def _delete(chance: random.Random, case: Case, which: str, place: Place) -> str | None:
+def _delete(chance: random.Random, case: ChangedRun, which: str, place: Place) -> str | None:
     inside, key, path = place
     if key in TOO_LONG:
         return None
@@ -220,7 +220,7 @@ def _delete(chance: random.Random, case: Case, which: str, place: Place) -> str 
     return f"no {path}"
 
 
-def _rename(chance: random.Random, case: Case, which: str, place: Place) -> str | None:
+def _rename(chance: random.Random, case: ChangedRun, which: str, place: Place) -> str | None:
     inside, key, path = place
     wrong = misspelt(chance, key)
     inside[wrong] = inside[key]
@@ -231,7 +231,7 @@ def _rename(chance: random.Random, case: Case, which: str, place: Place) -> str 
     return f"{path} is written {wrong}" + " as well" * (key in inside)
 
 
-def _unknown(chance: random.Random, case: Case, which: str, place: Place) -> str | None:
+def _unknown(chance: random.Random, case: ChangedRun, which: str, place: Place) -> str | None:
     inside, _, path = place
     inside["frobnicate"] = copy.deepcopy(chance.choice(VALUES))
     case.names.append("frobnicate")
@@ -240,7 +240,7 @@ def _unknown(chance: random.Random, case: Case, which: str, place: Place) -> str
     return f"frobnicate beside {path}"
 
 
-def _extra(chance: random.Random, case: Case, which: str, place: Place) -> str | None:
+def _extra(chance: random.Random, case: ChangedRun, which: str, place: Place) -> str | None:
     if which == "model":
         names = ("head_dim", "rope_theta", "rope_scaling", "attention_bias", "mlp_bias")
         path: tuple[str, ...] = (chance.choice((*names, "attention_dropout", "bos_token_id")),)
@@ -265,7 +265,7 @@ def _extra(chance: random.Random, case: Case, which: str, place: Place) -> str |
     return f"{'.'.join(path)} = {value!r} is added"
 
 
-def _defaults(case: Case) -> dict[str, Any]:
+def _defaults(case: ChangedRun) -> dict[str, Any]:
     """What settings are that the file leaves out, by name; of those whose default says a kind."""
     declared = [torch_config.TorchConfig, megatron_config.MegatronConfig]
     classes: list[Any] = [] if case.room == "deepspeed" else declared
@@ -285,7 +285,7 @@ def _entries() -> dict[str, Any]:
     }
 
 
-def _optimizer_options(case: Case) -> list[tuple[str, ...]]:
+def _optimizer_options(case: ChangedRun) -> list[tuple[str, ...]]:
     optimizer = case.config.get("optimizer") if isinstance(case.config, dict) else None
     if not isinstance(optimizer, dict):
         return []
@@ -296,7 +296,7 @@ def _optimizer_options(case: Case) -> list[tuple[str, ...]]:
     return [(*where, name) for name in (*specs_of(entry.options), *ROUTING)]
 
 
-def _nest(chance: random.Random, case: Case, which: str, place: Place) -> str | None:
+def _nest(chance: random.Random, case: ChangedRun, which: str, place: Place) -> str | None:
     inside, key, path = place
     if isinstance(inside[key], dict) and inside[key] and chance.random() < 0.7:
         inner = chance.choice(sorted(map(str, inside[key])))
@@ -313,7 +313,7 @@ def _nest(chance: random.Random, case: Case, which: str, place: Place) -> str | 
     return f"{path} is nested: {inside[key]!r}"
 
 
-def _swap(chance: random.Random, case: Case, which: str, place: Place) -> str | None:
+def _swap(chance: random.Random, case: ChangedRun, which: str, place: Place) -> str | None:
     inside, key, path = place
     other = chance.choice(sorted(map(str, inside)))
     if other == key or other not in inside:
@@ -323,14 +323,14 @@ def _swap(chance: random.Random, case: Case, which: str, place: Place) -> str | 
     return f"{path} and {other} are swapped"
 
 
-def _twice(chance: random.Random, case: Case, which: str, place: Place) -> str | None:
+def _twice(chance: random.Random, case: ChangedRun, which: str, place: Place) -> str | None:
     inside, key, path = place
     inside[f"{key}{TWICE}"] = inside[key]
     case.must_fail = True
     return f"{path} is there twice"
 
 
-def _damaged(chance: random.Random, case: Case, which: str, place: Place) -> str | None:
+def _damaged(chance: random.Random, case: ChangedRun, which: str, place: Place) -> str | None:
     if which == "model":
         return _value(chance, case, which, place)
     name, damage = chance.choice(DAMAGES)
@@ -350,7 +350,7 @@ DAMAGES: tuple[tuple[str, Callable[[str], str]], ...] = (
     ("indented by tabs", lambda text: text.replace(" ", "\t") + "\t{"),
     ("with a zero in it", lambda text: text.replace(":", ":\x00", 1)),
 )
-CHANGES: dict[str, tuple[int, Callable[[random.Random, Case, str, Place], str | None]]] = {
+CHANGES: dict[str, tuple[int, Callable[[random.Random, ChangedRun, str, Place], str | None]]] = {
     "value": (8, _value),
     "choice": (4, _choice),
     "delete": (3, _delete),

@@ -18,7 +18,7 @@ from pathlib import Path
 import yaml
 
 from spectral_dist.launch.yaml_config import Loader
-from tests.faults.config_changes import Case, change_file, misspelt
+from tests.faults.config_changes import ChangedRun, change_file, misspelt
 from tests.faults.forked_ranks import HUNG, Ending
 from tests.launch.jobs import MODEL, ROOT
 
@@ -46,7 +46,7 @@ def bases() -> tuple[tuple[str, str, str], ...]:
     return (*found, *(("megatron", path.name, path.read_text()) for path in megatron))
 
 
-def base_of(engine: str, name: str, text: str) -> Case:
+def base_of(engine: str, name: str, text: str) -> ChangedRun:
     """A shipped configuration, made tiny."""
     if engine == "deepspeed":
         config = json.loads(text)
@@ -68,10 +68,10 @@ def base_of(engine: str, name: str, text: str) -> Case:
     options = ["--engine", engine, "--model", "MODEL", "--config", "CONFIG", "--data", "DATA"]
     options += ["--out", "OUT", "--seq-len", "16", "--stop-at", str(STOP)]
     options += ["--eval-every", "0", "--eval-batches", "1"]
-    return Case(-1, engine, name, 2, config, model, options)
+    return ChangedRun(-1, engine, name, 2, config, model, options)
 
 
-def case_of(number: int, megatron: bool = True, ranks: int = 0) -> Case:
+def case_of(number: int, megatron: bool = True, ranks: int = 0) -> ChangedRun:
     """The case of a number; without megatron-core, or on as many ranks, another one."""
     chance = random.Random(f"configuration {number}")
     pool = [base for base in bases() if megatron or base[0] != "megatron"]
@@ -92,7 +92,7 @@ def case_of(number: int, megatron: bool = True, ranks: int = 0) -> Case:
     return case
 
 
-def _change_options(chance: random.Random, case: Case) -> None:
+def _change_options(chance: random.Random, case: ChangedRun) -> None:
     option = chance.choice(OPTIONS)
     options = case.options
     case.names.append(option)
@@ -151,7 +151,7 @@ class Verdict:
     line: str = ""  # of the error
 
 
-def verdict(case: Case, endings: Sequence[Ending], out: Path) -> Verdict:
+def verdict(case: ChangedRun, endings: Sequence[Ending], out: Path) -> Verdict:
     """Judge how the ranks of a case have ended."""
     printed = endings[0].printed
     statuses = [ending.status for ending in endings]
@@ -208,7 +208,7 @@ def _says(line: str, names: Sequence[str]) -> bool:
     return any(re.search(rf"(?<!\w){word}(?!\w)", line) for word in words)
 
 
-def _wrong_run(case: Case, out: Path) -> str:
+def _wrong_run(case: ChangedRun, out: Path) -> str:
     """What is wrong with the metrics of a run that ended well."""
     options = dict(zip(case.options[::2], case.options[1::2], strict=False))
     if {"--out", "--stop-at", "--steps"} & set(case.names):

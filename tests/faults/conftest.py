@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.trials import Trial
+from tests.faults.trials import StruckJob
 
 
 @pytest.fixture
-def trial(tmp_path: Path) -> Trial:
-    return Trial(tmp_path)
+def trial(tmp_path: Path) -> StruckJob:
+    return StruckJob(tmp_path)

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-from tests.launch.jobs import ROOT, Job
+from tests.launch.jobs import ROOT, LaunchedJob
 
 IMPORTED = (
     *("deepspeed", "matplotlib.pyplot", "tensorboard.compat.tensorflow_stub", "torch._dynamo"),
@@ -57,7 +57,7 @@ class Ending:
 class ForkedRanks:
     """The process that forks, started when it is first needed, and again if it has died."""
 
-    def __init__(self, job: Job, megatron: str = "") -> None:
+    def __init__(self, job: LaunchedJob, megatron: str = "") -> None:
         """``megatron``: a version of megatron-core, which all runs then have on the CPU."""
         self.job, self.megatron = job, megatron
         self.server: subprocess.Popen[str] | None = None

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from spectral_dist.launch.preemption import PREEMPTED
-from tests.faults.trials import Run, Trial, send
+from tests.faults.trials import LaunchedRun, StruckJob, send
 
 STEPS = 24
 SAVES = ("--resume", "auto", "--save-every", "1")
@@ -27,7 +27,7 @@ GOES_ON = re.compile(r"goes on from \S+/checkpoints/step_(\d+)")
 class Chain:
     """An engine's runs: ended by ``blow`` until there were enough, each whole one compared."""
 
-    trial: Trial
+    trial: StruckJob
     engine: str
     chance: random.Random
     blow: Callable[[Chain], bool]
@@ -43,7 +43,7 @@ class Chain:
         """The folder of the run in hand."""
         return f"parts{self.whole}"
 
-    def start(self, **keys: Any) -> Run:
+    def start(self, **keys: Any) -> LaunchedRun:
         """Begin, or go on."""
         return self.trial.start(self.out, *self.trial.options(self.engine, STEPS), *SAVES, **keys)
 
@@ -77,7 +77,7 @@ class Chain:
         # there may be a first one that is not complete
         assert self.step == 0 or "damaged" not in printed, printed
 
-    def waited(self, run: Run, start: float) -> bool:
+    def waited(self, run: LaunchedRun, start: float) -> bool:
         """Let a run go on up to ``start`` seconds; 0: some seconds from when it trains.
 
         Returns:

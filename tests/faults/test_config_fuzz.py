@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.config_changes import Case
+from tests.faults.config_changes import ChangedRun
 from tests.faults.config_fuzz import Verdict, base_of, bases, case_of, verdict
 from tests.faults.forked_ranks import ForkedRanks
-from tests.launch.jobs import Job
+from tests.launch.jobs import LaunchedJob
 from tests.support import megatron_cpu
 
 LIMIT = 60.0
@@ -34,11 +34,11 @@ class Runs:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.job = Job(folder)
+        self.job = LaunchedJob(folder)
         self.plain = ForkedRanks(self.job)
         self.megatron = ForkedRanks(self.job, MEGATRON)
 
-    def judge(self, case: Case) -> Verdict:
+    def judge(self, case: ChangedRun) -> Verdict:
         """Run a case."""
         folder = self.folder / "case"
         shutil.rmtree(folder, ignore_errors=True)
@@ -76,7 +76,7 @@ def has_megatron() -> bool:
     return megatron_cpu.folder(MEGATRON).exists()
 
 
-def judge_all(runs: Runs, cases: list[Case]) -> None:
+def judge_all(runs: Runs, cases: list[ChangedRun]) -> None:
     verdicts = [(case, runs.judge(case)) for case in cases]
     counts = collections.Counter(f"{case.engine}: {result.what}" for case, result in verdicts)
     print(dict(sorted(counts.items())))

@@ -14,7 +14,7 @@ import torch
 
 from spectral_dist.launch import checkpoints, files
 from spectral_dist.launch.ranks import Ranks
-from tests.faults.trials import ENGINES, Trial
+from tests.faults.trials import ENGINES, StruckJob
 
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 SAVES = ("--save-every", "2", "--resume", "auto")
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def small_disk(trial: Trial) -> Iterator[Path]:
+def small_disk(trial: StruckJob) -> Iterator[Path]:
     """A folder of checkpoints with room for one."""
     folder = trial.folder / "parts/checkpoints"
     folder.mkdir(parents=True)
@@ -36,7 +36,7 @@ def small_disk(trial: Trial) -> Iterator[Path]:
 
 
 def fails_and_goes_on(
-    trial: Trial,
+    trial: StruckJob,
     engine: str,
     said: str,
     free: Callable[[], object],
@@ -58,13 +58,13 @@ def fails_and_goes_on(
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_file_that_may_not_grow(trial: Trial, engine: str) -> None:
+def test_a_file_that_may_not_grow(trial: StruckJob, engine: str) -> None:
     fault = {"phase": "save", "step": 4, "ranks": [1], "limit": LIMIT}
     fails_and_goes_on(trial, engine, "File too large", lambda: None, fault=fault)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "ds1"])
-def test_a_full_disk(trial: Trial, engine: str, small_disk: Path) -> None:
+def test_a_full_disk(trial: StruckJob, engine: str, small_disk: Path) -> None:
     def free() -> None:
         grow = ["mount", "-o", "remount,size=9m", str(small_disk)]
         subprocess.run(grow, check=True)
@@ -73,7 +73,7 @@ def test_a_full_disk(trial: Trial, engine: str, small_disk: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_rank_that_is_slow_to_write(trial: Trial, engine: str) -> None:
+def test_a_rank_that_is_slow_to_write(trial: StruckJob, engine: str) -> None:
     """All are killed when the other one has written its part."""
     options = (*trial.options(engine), *SAVES)
     status, printed = trial.once("whole", *options, forked=True)
@@ -104,7 +104,7 @@ def emptied(path: Path) -> None:
     os.truncate(path, 0)
 
 
-class Reader:
+class NotingEngine:
     """An engine that notes what it is given to read."""
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ class Reader:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_a_damaged_file_of_each_kind(trial: Trial, engine: str) -> None:
+def test_a_damaged_file_of_each_kind(trial: StruckJob, engine: str) -> None:
     """No framework gets to read it: the one before is taken, or the file is named."""
     options = trial.options(engine)
     status, printed = trial.once("run", *options, *SAVES, "--stop-at", "4", forked=True)
@@ -129,7 +129,7 @@ def test_a_damaged_file_of_each_kind(trial: Trial, engine: str) -> None:
             shutil.rmtree(folder)
             shutil.copytree(trial.folder / "kept", folder)
             damage(folder / "step_000004" / name)
-            reader: Any = Reader()
+            reader: Any = NotingEngine()
             checkpoint, notes = checkpoints.find(folder)
             assert checkpoint is not None
             if damage is flipped and name != checkpoints.MANIFEST:

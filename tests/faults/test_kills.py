@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from spectral_dist.launch.preemption import PREEMPTED
-from tests.faults.trials import ENGINES, Trial
+from tests.faults.trials import ENGINES, StruckJob
 
 SAVES = ("--save-every", "2", "--resume", "auto")
 Whole = Callable[[str], list[float]]
@@ -17,7 +17,7 @@ Whole = Callable[[str], list[float]]
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     """The losses of two ranks of an engine that nobody disturbs."""
-    trial = Trial(tmp_path_factory.mktemp("whole"))
+    trial = StruckJob(tmp_path_factory.mktemp("whole"))
 
     @functools.cache
     def losses(engine: str) -> list[float]:
@@ -28,7 +28,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return losses
 
 
-def test_one_rank_is_told_to_end_and_all_come_back(trial: Trial) -> None:
+def test_one_rank_is_told_to_end_and_all_come_back(trial: StruckJob) -> None:
     """Both ranks save after the same step; torchrun restarts them, and they go on."""
     options = (*trial.options("ddp"), "--resume", "auto")
     status, printed = trial.once("whole", *options)
@@ -49,7 +49,7 @@ def test_one_rank_is_told_to_end_and_all_come_back(trial: Trial) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize("engine", ["ddp", "ds1"])
-def test_each_signal_loses_no_step(trial: Trial, engine: str, number: int) -> None:
+def test_each_signal_loses_no_step(trial: StruckJob, engine: str, number: int) -> None:
     """To one process, in the middle of a step, and where an evaluation is due."""
     options = (*trial.options(engine), "--resume", "auto")
     status, printed = trial.once("whole", *options, ranks=1)
@@ -72,7 +72,7 @@ def test_each_signal_loses_no_step(trial: Trial, engine: str, number: int) -> No
 )
 @pytest.mark.parametrize("engine", ENGINES)
 def test_killed_during_a_save(
-    trial: Trial, whole: Whole, engine: str, phase: str, ranks: list[int]
+    trial: StruckJob, whole: Whole, engine: str, phase: str, ranks: list[int]
 ) -> None:
     """`latest` names the checkpoint before; with all killed at once nobody cleans up."""
     options = (*trial.options(engine), *SAVES)
@@ -90,7 +90,7 @@ def test_killed_during_a_save(
 @pytest.mark.parametrize("engine", ["fsdp", "ds1"])
 @pytest.mark.parametrize(("phase", "step"), [("forward", 2), ("shard", 2), ("forward", 5)])
 def test_torchrun_restarts_by_itself(
-    trial: Trial, whole: Whole, engine: str, phase: str, step: int
+    trial: StruckJob, whole: Whole, engine: str, phase: str, step: int
 ) -> None:
     """Before the first checkpoint is whole, and after it."""
     options = (*trial.options(engine), *SAVES)
@@ -103,7 +103,7 @@ def test_torchrun_restarts_by_itself(
 
 
 @pytest.mark.slow
-def test_a_step_that_deepspeed_skips_is_told(trial: Trial) -> None:
+def test_a_step_that_deepspeed_skips_is_told(trial: StruckJob) -> None:
     fault = {"phase": "nan", "step": 3, "ranks": [0]}
     status, printed = trial.once("run", *trial.options("ds1"), fault=fault, ranks=1)
     assert status == 0, printed
@@ -112,7 +112,7 @@ def test_a_step_that_deepspeed_skips_is_told(trial: Trial) -> None:
 
 
 @pytest.mark.slow
-def test_a_kill_in_the_first_step_after_a_resume_keeps_the_metrics(trial: Trial) -> None:
+def test_a_kill_in_the_first_step_after_a_resume_keeps_the_metrics(trial: StruckJob) -> None:
     options = trial.options("ddp")
     trial.once("run", *options, "--stop-at", "3", ranks=1)
     before = (trial.folder / "run/metrics.jsonl").read_text()

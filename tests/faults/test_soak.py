@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.faults.soak import Chain, kill, preempt, restart
-from tests.faults.trials import ENGINES, Trial
+from tests.faults.trials import ENGINES, StruckJob
 
 KINDS: dict[str, tuple[Callable[[Chain], bool], int, int]] = {
     "kills": (kill, 4, 200),
@@ -20,7 +20,7 @@ KINDS: dict[str, tuple[Callable[[Chain], bool], int, int]] = {
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_left_goes_on(
-    trial: Trial, engine: str, kind: str, request: pytest.FixtureRequest
+    trial: StruckJob, engine: str, kind: str, request: pytest.FixtureRequest
 ) -> None:
     blow, count, total = KINDS[kind]
     if request.config.getoption("--soak"):

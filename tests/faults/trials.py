@@ -17,7 +17,7 @@ import psutil
 
 from spectral_dist.launch import checkpoints, files
 from tests.faults.forked import Forked, preload
-from tests.launch.jobs import ROOT, STEPS, Job
+from tests.launch.jobs import ROOT, STEPS, LaunchedJob
 from tests.launch.torch_runs import write
 
 DRIVER = str(ROOT / "tests/faults/driver.py")
@@ -30,7 +30,7 @@ MARK = "SPECTRAL_DIST_TRIAL"
 
 
 @dataclass
-class Trial(Job):
+class StruckJob(LaunchedJob):
     """A job whose ranks can be struck."""
 
     def options(self, engine: str, steps: int = STEPS) -> list[str]:
@@ -53,7 +53,7 @@ class Trial(Job):
         restarts: int = 0,
         fault: dict[str, Any] | None = None,
         forked: bool = False,
-    ) -> Run:
+    ) -> LaunchedRun:
         """Begin a run; `fault` is of driver.Fault, `forked`: by forked.py."""
         elastic = ["--standalone", "--nproc_per_node", str(ranks)]
         elastic += ["--max_restarts", str(restarts), "--signals_to_handle", HANDED_ON]
@@ -80,7 +80,7 @@ class Trial(Job):
                     stdout=file,
                     stderr=subprocess.STDOUT,
                 )
-        return Run(process, self.folder / out, printed, before)
+        return LaunchedRun(process, self.folder / out, printed, before)
 
     def once(self, out: str, *options: str, **keys: Any) -> tuple[int, str]:
         """A run from its start to its end."""
@@ -124,7 +124,7 @@ def _record(line: str) -> dict[str, Any]:
 
 
 @dataclass
-class Run:
+class LaunchedRun:
     """A launcher and its ranks: what they have printed, and when `metrics.jsonl` was last new."""
 
     process: subprocess.Popen[bytes] | Forked

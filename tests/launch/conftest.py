@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.jobs import Job
+from tests.launch.jobs import LaunchedJob
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> Job:
-    return Job(tmp_path)
+def job(tmp_path: Path) -> LaunchedJob:
+    return LaunchedJob(tmp_path)

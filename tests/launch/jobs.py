@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = {
     "model_type": "llama",
@@ -35,7 +37,7 @@ print(json.dumps(found))
 
 
 @dataclass
-class Job:
+class LaunchedJob:
     """A tiny model, tiny texts, and an environment that leaves the user's caches alone."""
 
     folder: Path
@@ -148,3 +150,12 @@ class Job:
     def summary(self, out: str) -> dict[str, object]:
         """summary.json."""
         return dict(json.loads((self.folder / out / "summary.json").read_text()))
+
+
+def mpi_or_skip() -> str:
+    """The mpiexec of this environment."""
+    pytest.importorskip("mpi4py")
+    mpiexec = Path(sys.executable).with_name("mpiexec")
+    if not mpiexec.exists():
+        pytest.skip("no MPI in this environment: launch/test.sh installs one")
+    return str(mpiexec)

@@ -16,7 +16,7 @@ from spectral_dist.launch.run_folder import Resume, RunFolder
 ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 
 
-class Engine:
+class FileEngine:
     """Writes three files, and remembers what it has read."""
 
     def __init__(self) -> None:
@@ -34,13 +34,13 @@ class Engine:
 
 def save(folder: Path, *steps: int, keep: int = 0) -> None:
     for step in steps:
-        checkpoints.save(Engine(), ALONE, folder, {"step": step, "seed": 0}, keep)  # type: ignore[arg-type]
+        checkpoints.save(FileEngine(), ALONE, folder, {"step": step, "seed": 0}, keep)  # type: ignore[arg-type]
 
 
 def load(folder: Path, **now: Any) -> tuple[str, list[str]]:
     checkpoint, notes = checkpoints.find(folder)
     assert checkpoint is not None
-    engine: Any = Engine()
+    engine: Any = FileEngine()
     checkpoints.load(engine, ALONE, checkpoint, now)
     assert engine.loaded == checkpoint.folder
     return checkpoint.folder.name, notes
@@ -151,14 +151,14 @@ def test_why_a_disk_cannot_be_written_is_said(
 ) -> None:
     """torch's own error has no word of it."""
 
-    def full(engine: Engine, target: Path) -> None:
+    def full(engine: FileEngine, target: Path) -> None:
         raise RuntimeError("unexpected pos 704 vs 598")
 
     def none_left(folder: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     save(tmp_path, 2)
-    monkeypatch.setattr(Engine, "write", full)
+    monkeypatch.setattr(FileEngine, "write", full)
     with pytest.raises(RuntimeError, match="unexpected pos"):  # there is room: it is another thing
         save(tmp_path, 4)
     monkeypatch.setattr(files, "check_writable", none_left)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from spectral_dist.launch import megatron_config
 from spectral_dist.launch.pretrain import app
-from tests.launch.jobs import ROOT, Job
+from tests.launch.jobs import ROOT, LaunchedJob
 from tests.launch.megatron_runs import GROUPED, VERSION
 from tests.support import harness, megatron_cpu
 
@@ -97,7 +97,7 @@ def test_optimizers_are_those_of_the_integration() -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a machine with GPUs")
-def test_it_needs_gpus(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_needs_gpus(job: LaunchedJob, monkeypatch: pytest.MonkeyPatch) -> None:
     config = ROOT / "configs/megatron/tiny_muon.yaml"
     arguments = [*job.arguments("a"), "--engine", "megatron", "--config", str(config)]
     result = CliRunner().invoke(app, arguments)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.launch import torch_runs
-from tests.launch.jobs import ROOT, Job
+from tests.launch.jobs import ROOT, LaunchedJob
 from tests.launch.megatron_runs import GROUPED, TIED, VERSION, compared, losses, parsed
 from tests.launch.torch_runs import write
 from tests.support import harness
@@ -125,7 +125,7 @@ def test_half_precision_resumes_too(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_pretrain_runs_it(job: Job) -> None:
+def test_pretrain_runs_it(job: LaunchedJob) -> None:
     job.script_of_ranks = (str(ROOT / "tests/launch/megatron_pretrain.py"), VERSION)
     options = ("--engine", "megatron", "--config", str(ROOT / "configs/megatron/tiny_muon.yaml"))
     assert "Megatron's local" in job.ranks(4, "whole", *options, "--stop-at", "6")
@@ -137,7 +137,7 @@ def test_pretrain_runs_it(job: Job) -> None:
 
 
 @pytest.mark.parametrize("size", ["8b", "70b"])
-def test_megatron_knows_every_flag_of_the_script(job: Job, size: str) -> None:
+def test_megatron_knows_every_flag_of_the_script(job: LaunchedJob, size: str) -> None:
     echo = job.folder / "python"
     echo.write_text('#!/bin/sh\nfor word; do echo "$word"; done\n')
     echo.chmod(0o755)

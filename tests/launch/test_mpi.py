@@ -8,8 +8,7 @@ import sys
 import pytest
 
 from spectral_dist.integrations.torch import mpi
-from tests.launch.jobs import ROOT
-from tests.launch.test_scripts import mpi_or_skip
+from tests.launch.jobs import ROOT, mpi_or_skip
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PROGRAM = f"""

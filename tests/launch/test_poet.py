@@ -16,10 +16,10 @@ import spectral_dist
 from spectral_dist import poet
 from spectral_dist.launch import llama, torch_config
 from spectral_dist.launch.pretrain import app
-from tests.distributed.torch.test_torch_equality import quiet
-from tests.launch.jobs import MODEL, ROOT, STEPS, Job
+from tests.launch.jobs import MODEL, ROOT, STEPS, LaunchedJob
 from tests.launch.torch_runs import losses, rows_of, write
 from tests.support import harness
+from tests.support.quiet import quiet
 
 POET: dict[str, Any] = {
     "type": "POET", "block": 8, "init": "normalized", "lr": 0.01, "eps": 1e-5, "merge_every": 4,
@@ -193,7 +193,7 @@ def test_the_exported_model_is_a_plain_llama(tmp_path: Path) -> None:
 # -- the command
 
 
-def refusal(job: Job, *options: str) -> str:
+def refusal(job: LaunchedJob, *options: str) -> str:
     model = ("--model", str(job.folder / "model.json"), "--out", str(job.folder / "a"))
     data = ("--data", str(job.folder / "data"))
     result = CliRunner().invoke(app, [*model, *data, *options])
@@ -201,7 +201,7 @@ def refusal(job: Job, *options: str) -> str:
     return " ".join(result.output.replace("│", " ").split())
 
 
-def test_config_or_optimizer(job: Job) -> None:
+def test_config_or_optimizer(job: LaunchedJob) -> None:
     config = str(ROOT / "configs/torch/poet.yaml")
     both = refusal(job, "--engine", "ddp", "--config", config, "--optimizer", "poet")
     assert "both are given: write either --config FILE or --optimizer NAME" in both
@@ -217,7 +217,7 @@ def test_config_or_optimizer(job: Job) -> None:
 
 
 @pytest.mark.slow
-def test_short_names_of_every_engine(job: Job) -> None:
+def test_short_names_of_every_engine(job: LaunchedJob) -> None:
     for engine, names in (
         ("deepspeed", ("muon", "polargrad", "root", "sumo", "adamw")),
         ("ddp", ("muon", "polargrad", "root", "sumo", "poet", "adamw")),
@@ -228,7 +228,7 @@ def test_short_names_of_every_engine(job: Job) -> None:
 
 
 @pytest.mark.slow
-def test_ddp_alone_and_resumed(job: Job) -> None:
+def test_ddp_alone_and_resumed(job: LaunchedJob) -> None:
     config = job.folder / "poet.yaml"
     own = {**POET, "merge_every": 2}
     config.write_text(

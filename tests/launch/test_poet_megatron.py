@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tests.launch import megatron_runs as runs
-from tests.launch.jobs import ROOT, Job
+from tests.launch.jobs import ROOT, LaunchedJob
 from tests.support import harness
 
 SAID = yaml.safe_load((ROOT / "configs/megatron/tiny_poet.yaml").read_text())
@@ -62,7 +62,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path, optimizer, changed, said) -> 
 
 
 @pytest.mark.slow
-def test_pretrain_runs_it(job: Job) -> None:
+def test_pretrain_runs_it(job: LaunchedJob) -> None:
     job.script_of_ranks = (str(ROOT / "tests/launch/megatron_pretrain.py"), runs.VERSION)
     given = {"config": "configs/megatron/tiny_poet.yaml", "model": "configs/models/tiny.json"}
     options = ["--engine", "megatron"]

@@ -12,7 +12,7 @@ from spectral_dist.launch import report
 from spectral_dist.launch.engines import deepspeed as engines
 from spectral_dist.launch.pretrain import app
 from spectral_dist.monitor import QUANTITIES
-from tests.launch.jobs import STEPS, Job
+from tests.launch.jobs import STEPS, LaunchedJob
 from tests.launch.torch_runs import write
 
 ADAMW = {
@@ -28,7 +28,7 @@ SUMMARY = (  # numbers that the table shows
 IN_MATRICES = 2 * (4 * 32 * 32 + 3 * 32 * 48)
 
 
-def _check_report(job: Job, out: str, printed: str) -> None:
+def _check_report(job: LaunchedJob, out: str, printed: str) -> None:
     summary: dict[str, Any] = job.summary(out)
     validation = job.losses(out, "validation")
     assert len(validation) == 3  # before, in the middle, at the end
@@ -42,13 +42,13 @@ def _check_report(job: Job, out: str, printed: str) -> None:
     assert "validation bits per byte" in printed
 
 
-def _torch(job: Job, engine: str, kind: str, **keys: Any) -> tuple[str, ...]:
+def _torch(job: LaunchedJob, engine: str, kind: str, **keys: Any) -> tuple[str, ...]:
     config = write(job.folder, {"type": kind, "lr": 0.01}, f"{kind}_{engine}", steps=STEPS, **keys)
     return ("--engine", engine, "--config", str(config))
 
 
 @pytest.mark.parametrize("kind", [pytest.param("AdamW", marks=pytest.mark.slow), "Muon"])
-def test_ddp_alone_and_resumed(job: Job, kind: str) -> None:
+def test_ddp_alone_and_resumed(job: LaunchedJob, kind: str) -> None:
     options = _torch(job, "ddp", kind)
     printed, _, other_seed, again, nothing, _ = job.in_turn(
         ("whole", *options),
@@ -71,7 +71,7 @@ def test_ddp_alone_and_resumed(job: Job, kind: str) -> None:
 
 
 @pytest.mark.slow
-def test_from_two_ranks_of_fsdp_to_one_process(job: Job) -> None:
+def test_from_two_ranks_of_fsdp_to_one_process(job: LaunchedJob) -> None:
     job.alone("whole", *_torch(job, "ddp", "Muon"))
     fsdp = _torch(job, "fsdp", "Muon", monitor_every=2)
     job.ranks(2, "parts", *fsdp, "--stop-at", "3")
@@ -97,7 +97,7 @@ def _state_bytes(summary: dict[str, Any]) -> int:
 
 
 @pytest.mark.slow
-def test_deepspeed_resumes_as_if_it_had_not_stopped(job: Job) -> None:
+def test_deepspeed_resumes_as_if_it_had_not_stopped(job: LaunchedJob) -> None:
     options = ("--config", str(job.config("zero2", 2, MUON)))
     _check_report(job, "whole", job.ranks(2, "whole", *options))
     job.ranks(2, "parts", *options, "--stop-at", "3")
@@ -140,7 +140,7 @@ def test_runs_side_by_side(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow  # zero.Init and resuming: tests/distributed/deepspeed, and the test above
-def test_zero_init_and_stopping_change_nothing(job: Job) -> None:
+def test_zero_init_and_stopping_change_nothing(job: LaunchedJob) -> None:
     options = ("--config", str(job.config("zero3_adamw", 3, ADAMW)))
     _check_report(job, "plain", job.ranks(2, "plain", *options))
     job.ranks(2, "sharded", *options, "--zero-init", "--stop-at", "3")
@@ -155,7 +155,7 @@ def test_zero_init_and_stopping_change_nothing(job: Job) -> None:
     assert sum(plain["optimizer_state_bytes"]) == pytest.approx(8 * plain["parameters"], rel=0.01)
 
 
-def test_what_would_be_ignored_is_refused(job: Job) -> None:
+def test_what_would_be_ignored_is_refused(job: LaunchedJob) -> None:
     config = job.config("zero2_adamw", 2, ADAMW)
 
     def refusal(*options: str) -> str:
@@ -177,7 +177,7 @@ def test_what_would_be_ignored_is_refused(job: Job) -> None:
     assert not (job.folder / "a").exists()
 
 
-def test_bad_data_ends_all_ranks(job: Job) -> None:
+def test_bad_data_ends_all_ranks(job: LaunchedJob) -> None:
     (job.folder / "data" / "bad.jsonl").write_text('{"txt": 1}\n')
     printed = job.ranks(2, "a", *_torch(job, "fsdp", "AdamW"), fails=True)
     assert printed.count("bad.jsonl:1: expected an object") == 2

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.jobs import ROOT, Job
+from tests.launch.jobs import ROOT, LaunchedJob, mpi_or_skip
 
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh")) + [ROOT / "launch/slurm.sbatch"]
 
@@ -36,7 +36,7 @@ SLURM = pytest.param("slurm.sbatch", marks=pytest.mark.slow)  # its command line
 
 @pytest.mark.parametrize("name", ["torchrun.sh", "deepspeed.sh", "mpirun.sh", SLURM])
 @pytest.mark.fast_cases("torchrun.sh", "deepspeed.sh")
-def test_templates_run_two_ranks_here(job: Job, name: str) -> None:
+def test_templates_run_two_ranks_here(job: LaunchedJob, name: str) -> None:
     if name == "mpirun.sh":
         mpi_or_skip()
     adamw = {"type": "AdamW", "params": {"lr": 0.01, "torch_adam": True}}
@@ -154,12 +154,3 @@ def test_quickstart_knows_its_optimizers() -> None:
     )
     assert done.returncode == 2
     assert "unknown optimizer 'moun'; did you mean 'muon'? Known: adamw, muon" in done.stderr
-
-
-def mpi_or_skip() -> str:
-    """The mpiexec of this environment."""
-    pytest.importorskip("mpi4py")
-    mpiexec = Path(sys.executable).with_name("mpiexec")
-    if not mpiexec.exists():
-        pytest.skip("no MPI in this environment: launch/test.sh installs one")
-    return str(mpiexec)

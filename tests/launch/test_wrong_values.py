@@ -18,7 +18,7 @@ from spectral_dist.launch import deepspeed_config, llama, megatron_config, torch
 from spectral_dist.launch.pretrain import app
 from spectral_dist.launch.yaml_config import Loader
 from tests.faults.forked_ranks import ForkedRanks
-from tests.launch.jobs import ROOT, Job
+from tests.launch.jobs import ROOT, LaunchedJob
 from tests.launch.torch_runs import write
 
 VALUES = (5, -1, 0, True, None, "x", [], {}, 1.5, float("nan"), [1], {"a": 1}, {5: 1})
@@ -127,7 +127,7 @@ def test_what_is_no_configuration(tmp_path: Path, text: str) -> None:
 
 
 @pytest.mark.parametrize("total", [0, -5, True, "7", 1.5, None])
-def test_total_num_steps(job: Job, total: Any) -> None:
+def test_total_num_steps(job: LaunchedJob, total: Any) -> None:
     path = job.config("wrong", 1, {"type": "SpectralMuon", "params": {"lr": 0.01}})
     content = changed(
         json.loads(path.read_text()), ("scheduler", "params", "total_num_steps"), total
@@ -142,7 +142,7 @@ def test_total_num_steps(job: Job, total: Any) -> None:
     assert not (job.folder / "a").exists()
 
 
-def test_resume_may_stand_alone(job: Job) -> None:
+def test_resume_may_stand_alone(job: LaunchedJob) -> None:
     """And says which values it takes."""
     for options in (["--resume", "--seed", "-1"], ["--resume=auto", "--seed", "-1"]):
         result = CliRunner().invoke(app, [*job.arguments("a"), "--optimizer", "muon", *options])
@@ -288,7 +288,7 @@ def test_batches_that_cannot_be_divided(
         ("--seed", str(2**32)),
     ],
 )
-def test_numbers_of_the_command_line(job: Job, option: str, value: str) -> None:
+def test_numbers_of_the_command_line(job: LaunchedJob, option: str, value: str) -> None:
     result = CliRunner().invoke(app, [*job.arguments("a"), "--optimizer", "muon", option, value])
     assert result.exit_code == 2
     assert option in result.output
@@ -297,7 +297,7 @@ def test_numbers_of_the_command_line(job: Job, option: str, value: str) -> None:
 
 
 @pytest.mark.parametrize("option", ["--model", "--config", "--data", "--out"])
-def test_an_empty_path_is_not_this_folder(job: Job, option: str) -> None:
+def test_an_empty_path_is_not_this_folder(job: LaunchedJob, option: str) -> None:
     config = job.config("muon", 1, MUON)
     for given in ([option, ""], [f"{option}="]):
         arguments = [*job.arguments("a"), "--config", str(config), *given]
@@ -306,7 +306,7 @@ def test_an_empty_path_is_not_this_folder(job: Job, option: str) -> None:
         assert f"{option} is empty" in result.output
 
 
-def test_what_deepspeed_says_of_settings(job: Job) -> None:
+def test_what_deepspeed_says_of_settings(job: LaunchedJob) -> None:
     """A slip of one that it has is an error, another is told; its errors name what they can."""
     path = job.config("muon", 1, MUON)
     content = json.loads(path.read_text())
@@ -335,7 +335,7 @@ def test_what_deepspeed_says_of_settings(job: Job) -> None:
     assert "4.json: DeepSpeed has no setting 'stage': ignored" in told
 
 
-def test_training_that_diverges_is_one_line(job: Job) -> None:
+def test_training_that_diverges_is_one_line(job: LaunchedJob) -> None:
     configs = {"adamw": {"type": "AdamW", "lr": 1e30}, "muon": {"type": "Muon", "lr": 1e30}}
     runs = []
     for name, optimizer in configs.items():

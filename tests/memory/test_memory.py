@@ -15,14 +15,14 @@ import pytest
 from tests.support import harness
 from tests.support.memory import scaling
 from tests.support.memory.formula import FLOAT
-from tests.support.memory.scaling import BUCKET, LAYERS, LAYOUTS, OPTIMIZERS, Case
+from tests.support.memory.scaling import BUCKET, LAYERS, LAYOUTS, OPTIMIZERS, MemoryCase
 
 ROOT = Path(__file__).resolve().parents[2]
 Found = list[dict[str, Any]]
 """of each rank"""
 
 
-def check(case: Case, ranks: Found) -> None:
+def check(case: MemoryCase, ranks: Found) -> None:
     """The formulas hold, of buckets that are as small as they are to be."""
     assert scaling.problems(case, ranks) == []
     if (case.layout, case.optimizer) == (
@@ -53,13 +53,13 @@ def check_growth(small: Found, large: Found) -> None:
     assert grown <= 3 * scaling.FF * FLOAT
 
 
-def run(world: int, case: Case) -> Found:
+def run(world: int, case: MemoryCase) -> Found:
     return harness.run(world, scaling.measure, case)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_one_rank_alone(optimizer):
-    case = Case("fsdp", optimizer)
+    case = MemoryCase("fsdp", optimizer)
     ranks = run(1, case)
     check(case, ranks)
     numbers = ranks[0]["numbers"]["matrix"]
@@ -70,19 +70,19 @@ def test_one_rank_alone(optimizer):
 
 
 @pytest.mark.parametrize("case", [
-    Case("zero1", "adamw"),
-    *(Case(layout, "muon") for layout in ("zero0", "zero2", "zero3")),
-    *(Case(layout, "sumo") for layout in ("ddp", "zero1")),
-    *(Case(layout, "poet") for layout in ("ddp", "fsdp")),
+    MemoryCase("zero1", "adamw"),
+    *(MemoryCase(layout, "muon") for layout in ("zero0", "zero2", "zero3")),
+    *(MemoryCase(layout, "sumo") for layout in ("ddp", "zero1")),
+    *(MemoryCase(layout, "poet") for layout in ("ddp", "fsdp")),
 ], ids=lambda case: f"{case.layout}-{case.optimizer}")  # fmt: skip
 def test_two_ranks(case):
     check(case, run(2, case))
 
 
 @pytest.mark.parametrize("case", [
-    pytest.param(Case("ddp", "muon"), marks=pytest.mark.slow),
-    pytest.param(Case("fsdp", "muon"), marks=pytest.mark.slow),
-    pytest.param(Case("fsdp", "sumo", refresh=True), marks=pytest.mark.slow),
+    pytest.param(MemoryCase("ddp", "muon"), marks=pytest.mark.slow),
+    pytest.param(MemoryCase("fsdp", "muon"), marks=pytest.mark.slow),
+    pytest.param(MemoryCase("fsdp", "sumo", refresh=True), marks=pytest.mark.slow),
 ], ids=lambda case: f"{case.layout}-{case.optimizer}")  # fmt: skip
 def test_temporaries_do_not_grow_with_the_model(case):
     small, large = (run(2, replace(case, size=size)) for size in LAYERS)
@@ -93,12 +93,12 @@ def test_temporaries_do_not_grow_with_the_model(case):
 
 def test_it_is_the_bucket_that_bounds_them():
     """In a bucket that holds every model they do grow: the other tests can fail."""
-    case = Case("fsdp", "muon", bucket=2**24)
+    case = MemoryCase("fsdp", "muon", bucket=2**24)
     small, large = (run(1, replace(case, size=size))[0] for size in LAYERS)
-    assert large["peak"] > 2.5 * small["peak"] > 2.5 * run(1, Case("fsdp", "muon"))[0]["peak"]
+    assert large["peak"] > 2.5 * small["peak"] > 2.5 * run(1, MemoryCase("fsdp", "muon"))[0]["peak"]
 
 
-def torchrun(world: int, out: Path, *arguments: str) -> dict[Case, Found]:
+def torchrun(world: int, out: Path, *arguments: str) -> dict[MemoryCase, Found]:
     """What the script writes: ranks by case."""
     environment = {
         **os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu",
@@ -113,13 +113,15 @@ def torchrun(world: int, out: Path, *arguments: str) -> dict[Case, Found]:
         timeout=2400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
-    return {Case(**found["case"]): found["ranks"] for found in json.loads(out.read_text())}
+    return {MemoryCase(**found["case"]): found["ranks"] for found in json.loads(out.read_text())}
 
 
 @pytest.mark.slow
 def test_the_script_measures_the_same(tmp_path):
     found = torchrun(2, tmp_path / "found.json", "--layout", "fsdp", "--optimizer", "adamw,muon")
-    assert found == {case: run(2, case) for case in (Case("fsdp", "adamw"), Case("fsdp", "muon"))}
+    assert found == {
+        case: run(2, case) for case in (MemoryCase("fsdp", "adamw"), MemoryCase("fsdp", "muon"))
+    }
 
 
 @pytest.mark.slow

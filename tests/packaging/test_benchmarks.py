@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import (
+    dispatched_traffic,
     fsdp_step,
     megatron_step,
     poet_drift,
@@ -111,7 +112,7 @@ def test_every_contender_runs_and_is_stopped_if_it_diverges():
 def collectives() -> dict[str, int]:
     rank, ranks = dist.get_rank(), dist.get_world_size()
     x = torch.zeros(12)
-    with fsdp_step.Traffic() as traffic:
+    with dispatched_traffic.DispatchedTraffic() as traffic:
         dist.all_reduce(x)
         dist.all_gather_into_tensor(torch.zeros(12 * ranks), x)
         dist.reduce_scatter_tensor(torch.zeros(12 // ranks), x)
@@ -137,7 +138,7 @@ def balance(name: str) -> list[float]:
 
 def test_newton_schulz_is_balanced_over_ranks():
     for name, number, shapes in (("plain", 16, 4), ("gqa", 28, 7)):
-        matrices = fsdp_step.matrices_and_rest(fsdp_step.Model(fsdp_step.MODELS[name]))[0]
+        matrices = fsdp_step.matrices_and_rest(fsdp_step.LanguageModel(fsdp_step.MODELS[name]))[0]
         assert (len(matrices), len({m.shape for m in matrices})) == (number, shapes)
         loads = harness.run(4, balance, name)
         assert all(other == loads[0] for other in loads)
@@ -156,14 +157,14 @@ def test_multiply_adds_are_counted_at_the_dispatcher():
     assert observer.macs == (3 + 2 * 7) * 30
 
 
-def megatron_owners(names: list[str], settings: megatron_step.Settings) -> dict[str, dict]:
+def megatron_owners(names: list[str], settings: megatron_step.MegatronSettings) -> dict[str, dict]:
     megatron_cpu.install(megatron_step.VERSION)
     return megatron_step.measure(names, settings)
 
 
 def test_megatron_steps_are_what_the_formula_and_the_reference_say():
     names = ["ours owner", "ours owner, gate|up"]
-    settings = megatron_step.Settings(2, 1, 256, 384, "float32", 0)
+    settings = megatron_step.MegatronSettings(2, 1, 256, 384, "float32", 0)
     ranks = harness.run(2, megatron_owners, names, settings, pool=megatron_step.VERSION)
     for name in names:
         contender = megatron_step.CONTENDERS[name]
@@ -214,7 +215,7 @@ def test_every_contender_of_the_quickstart_takes_a_step(galore):
 
 
 def keeps_what_it_says(
-    contender: sumo_quickstart.Contender, model: torch.nn.Module, state: dict[str, int]
+    contender: sumo_quickstart.QuickstartContender, model: torch.nn.Module, state: dict[str, int]
 ) -> None:
     matrices, rest = fsdp_step.matrices_and_rest(model)
     moments = sum(2 * p.nbytes for p in rest)
@@ -262,13 +263,13 @@ def test_state_is_counted_by_storages_each_once():
     assert found == {"all": 416, "matrices": 400, "numbers": 120}
 
 
-class Counted(sumo_quickstart.Bench):
+class FormulaRuns(sumo_quickstart.QuickstartRuns):
     """Bits per byte by a formula, without a run: least at lr 0.04, period 20, perp_scale 0."""
 
     def __init__(self) -> None:
         pass
 
-    def run(self, contender: sumo_quickstart.Contender, seed: int = 0) -> dict[str, Any]:
+    def run(self, contender: sumo_quickstart.QuickstartContender, seed: int = 0) -> dict[str, Any]:
         bits = (torch.tensor(contender.lr / 0.04).log2() ** 2).item() + 1
         period = contender.options.get("period", 0)
         bits -= 0.1 * (period == 20) + 0.01 * (contender.options.get("perp_scale") == 0)
@@ -280,7 +281,7 @@ class Counted(sumo_quickstart.Bench):
 
 
 def test_the_best_lr_is_no_last_one_and_the_table_says_what_was_changed():
-    bench = Counted()
+    bench = FormulaRuns()
     contender = next(c for c in sumo_quickstart.CONTENDERS if c.kind == "SUMO")
     assert bench.best_lr(contender).lr == pytest.approx(0.048)
     finals = bench.finals(contender)

@@ -16,7 +16,7 @@ from tests.reference import rules
 DEFAULTS = {"momentum": 0.95, "beta2": 0.95, "row_eps": 1e-8, "nesterov": True}
 
 
-class NorMuon:
+class NorMuonMatrix:
     """State and steps of one matrix.
 
     Args:
@@ -52,15 +52,15 @@ class NorMuon:
         return d * (factor.norm().item() / size) if size else d
 
 
-class Run:
+class NorMuonMatrices:
     """Of many matrices by name; ``training.train``'s ``take``."""
 
     def __init__(self) -> None:
-        self.matrices: dict[str, NorMuon] = {}
+        self.matrices: dict[str, NorMuonMatrix] = {}
 
     def __call__(self, name: str, w: Tensor, g: Tensor, o: dict[str, Any]) -> None:
         if name not in self.matrices:
             polar = rules.oracle(o["polar"]) if "polar" in o else None
-            self.matrices[name] = NorMuon(o, polar)
+            self.matrices[name] = NorMuonMatrix(o, polar)
         self.matrices[name].o |= o  # lr may have changed
         self.matrices[name].step(w, g.to(torch.promote_types(w.dtype, torch.float32)))

@@ -105,7 +105,7 @@ class Adam:
         p.copy_(p * (1 - lr * self.decay) - lr * ahead)
 
 
-class Run:
+class PoetTraining:
     """Trains a plain model by POET.
 
     Args:

@@ -102,7 +102,7 @@ class Sumo:
         return below > 0 and bool((self.basis.mT @ g).norm() <= below)
 
 
-class Run:
+class SumoMatrices:
     """Of many matrices by name; ``training.train``'s ``take``."""
 
     def __init__(self, due: Callable[[str, int], bool]) -> None:

@@ -128,7 +128,7 @@ def gradient(shape, step, name, dtype=torch.float32):
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
-class Trial:
+class ShardedModel:
     """An optimizer over laid out weights; ``cuts``: name -> (shape, parts)."""
 
     def __init__(self, cuts, kind="Muon", ranks=1, replicas=1, dtype=torch.float32, **options):

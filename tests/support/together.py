@@ -20,6 +20,7 @@ import spectral_dist
 from spectral_dist.core.sharded import ShardedOptimizer
 from tests.support import harness
 
+MATRIX, BIAS = "1.weight", "3.bias"
 LAYOUTS = ("ddp", "fsdp")
 BEFORE = 2
 """Good steps before one that fails late."""
@@ -37,7 +38,7 @@ def plain(width: int = 6, hidden: int = 8) -> nn.Module:
     )
 
 
-class Trial:
+class OptimizedModel:
     """A model under a layout with an optimizer, on this rank."""
 
     def __init__(
@@ -94,13 +95,22 @@ class Trial:
         return {**found, **{f"{p.matrix} {p.name}": p.values.clone() for p in parts}}
 
 
+def plain_steps(layout: str, count: int, **options: Any) -> OptimizedModel:
+    trial = OptimizedModel(layout, **options)
+    for number in range(count):
+        trial.step(number)
+    return trial
+
+
 def local(tensor: Tensor) -> Tensor:
     """Return what this rank stores."""
     tensor = tensor.detach()
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def assert_kept(trial: Trial, weights: dict[str, Tensor], states: dict[str, Tensor]) -> None:
+def assert_kept(
+    trial: OptimizedModel, weights: dict[str, Tensor], states: dict[str, Tensor]
+) -> None:
     """Assert that nothing has changed since; what states there are now beside those is zero."""
     assert same(trial.weights(), weights)
     for key, value in trial.states().items():
@@ -143,7 +153,7 @@ def failing(says: str) -> Iterator[list[BaseException]]:
 
 
 def expect_failure(
-    trial: Trial, says: str, act: Callable[[], Any], *, keeps: bool = True
+    trial: OptimizedModel, says: str, act: Callable[[], Any], *, keeps: bool = True
 ) -> BaseException:
     """Assert that ``act`` raises on every rank and, with ``keeps``, changes nothing."""
     weights, states = trial.weights(), trial.states()

@@ -25,6 +25,15 @@ class Weights(nn.Module):
             setattr(self, name, layer)
 
 
+class Single(nn.Module):
+    """One matrix that is given."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.only = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
+        self.only.weight = nn.Parameter(weight.clone())
+
+
 def muon(model, lr=0.02, matrices=(), scalars=(), split=None, **options):
     found = spectral_dist.param_groups(model, matrices=matrices, scalars=scalars, split=split)
     return spectral_dist.Muon(found, lr=lr, **options)

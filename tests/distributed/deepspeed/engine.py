@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from spectral_dist.core.units import MatrixUnit
+from tests.reference import training
 from tests.support import models
 
 OPTIONS: dict[str, Any] = {
@@ -196,3 +197,13 @@ def interrupted(
     }
     engine.destroy()
     return result
+
+
+def errors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> tuple[float, float]:
+    """(largest difference among matrices, among the rest)."""
+    assert found.keys() == wanted.keys()
+    difference = {n: float((found[n] - wanted[n]).abs().max()) for n in wanted}
+    return (
+        max(e for n, e in difference.items() if training.is_matrix(n)),
+        max(e for n, e in difference.items() if not training.is_matrix(n)),
+    )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.distributed.deepspeed import engine
+from tests.distributed.deepspeed.engine import errors
 from tests.reference import training
 from tests.support import harness, models
 
@@ -69,16 +70,6 @@ def cases() -> list[Any]:
 def matrices(model: models.Tiny) -> int:
     """Matrices that train: 8 in the layers, 3 experts, the unused one."""
     return 8 + 3 + 1
-
-
-def errors(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> tuple[float, float]:
-    """(largest difference among matrices, among the rest)."""
-    assert found.keys() == wanted.keys()
-    difference = {n: float((found[n] - wanted[n]).abs().max()) for n in wanted}
-    return (
-        max(e for n, e in difference.items() if training.is_matrix(n)),
-        max(e for n, e in difference.items() if not training.is_matrix(n)),
-    )
 
 
 @pytest.fixture(scope="module")

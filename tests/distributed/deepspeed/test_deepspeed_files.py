@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from spectral_dist.rules import registry
 from tests.distributed.deepspeed import engine
-from tests.distributed.deepspeed.test_deepspeed_checkpoints import to_universal
+from tests.distributed.deepspeed.universal import to_universal
 from tests.support import harness, together
 
 TITLES = [entry.title for entry in registry.builtin_entries()]

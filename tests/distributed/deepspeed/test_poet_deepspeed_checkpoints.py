@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from tests.distributed.deepspeed import engine
-from tests.distributed.deepspeed.test_deepspeed_checkpoints import to_universal
-from tests.distributed.deepspeed.test_poet_deepspeed import (
+from tests.distributed.deepspeed.poet_runs import (
     BF16,
     CONVERSION,
     FP32_SUMS,
@@ -20,6 +19,7 @@ from tests.distributed.deepspeed.test_poet_deepspeed import (
     start,
     train,
 )
+from tests.distributed.deepspeed.universal import to_universal
 from tests.support import harness
 
 

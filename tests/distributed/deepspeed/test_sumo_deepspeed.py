@@ -10,10 +10,10 @@ import pytest
 import torch.distributed as dist
 
 from tests.distributed.deepspeed import engine
-from tests.distributed.deepspeed.test_deepspeed_checkpoints import to_universal
+from tests.distributed.deepspeed.universal import to_universal
 from tests.distributed.torch import layouts
-from tests.distributed.torch.test_sumo_torch import OPTIONS, SETTINGS, STEPS
-from tests.distributed.torch.test_sumo_torch import train as train_plain
+from tests.distributed.torch.sumo_runs import OPTIONS, SETTINGS, STEPS
+from tests.distributed.torch.sumo_runs import train as train_plain
 from tests.reference import training
 from tests.support import harness
 

@@ -10,7 +10,7 @@ from torch import Tensor
 import spectral_dist
 from spectral_dist import poet
 from tests.distributed.torch import layouts
-from tests.distributed.torch.test_torch_equality import quiet
+from tests.support.quiet import quiet
 
 STEPS = 8
 EVERY = 3

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -19,140 +16,8 @@ from torch.distributed.tensor.parallel import (
 
 import spectral_dist
 from spectral_dist.placement.dtensor import MeshPlacement
-from spectral_dist.sharding import collectives
-from spectral_dist.sharding.exchange import MatrixTask
+from tests.distributed.torch.placed import Holder, inspect, mesh, wholes_of
 from tests.support import harness
-
-
-@cache
-def mesh(shape, names):
-    return init_device_mesh("cpu", shape, mesh_dim_names=names)
-
-
-class Holder(nn.Module):
-    """Parameters of any shape, each in a module of its own: 2-D Linears, stacks, convolutions."""
-
-    def __init__(self, **shapes):
-        super().__init__()
-        for name, shape in shapes.items():
-            setattr(self, name, self.module(shape))
-        number(self)
-
-    @staticmethod
-    def module(shape):
-        if isinstance(shape, nn.Module):
-            return shape
-        if len(shape) == 2:
-            return nn.Linear(shape[1], shape[0], bias=False)
-        inner = nn.Module()
-        inner.weight = nn.Parameter(torch.empty(shape))
-        inner.experts = True
-        return inner
-
-
-def number(model):
-    """Every element of every parameter another number, exact in float32."""
-    count = 1.0
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.arange(count, count + p.numel()).view(p.shape))
-            count += p.numel()
-
-
-class Doubling(MatrixTask):
-    """Directions are twice the matrices; which must be the true ones."""
-
-    def __init__(self, views, outputs, layouts, truths):
-        self.views, self.outputs, self.layouts, self.truths = views, outputs, layouts, truths
-        self.owned = []
-
-    def update_input(self, pieces):
-        return [self.views[piece] for piece in pieces]
-
-    def direction(self, matrices, which):
-        for i, matrix in zip(which, matrices, strict=True):
-            name = self.layouts[i].matrix.name
-            assert torch.equal(matrix, self.truths[name]), name
-            self.owned.append(name)
-        return 2 * matrices
-
-    def slab_direction(self, slabs, reduction):
-        raise AssertionError("no matrix is in slabs")
-
-    def apply(self, pieces, directions):
-        for piece, part in zip(pieces, directions, strict=True):
-            self.outputs[piece].copy_(part)
-
-
-def local(p):
-    return (p.to_local() if isinstance(p, DTensor) else p).detach()
-
-
-def check_runs(layout, rank, tensors, truth, covered):
-    """What the layout says this rank has of a matrix, element by element, against its tensors."""
-    matrix = layout.matrix
-    seen = torch.zeros(matrix.shape)
-    for tile in layout.tiles:
-        seen[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols] += 1
-        start, length = tile.run(rank)
-        if not length:
-            continue
-        at = max(0, tile.cut.run(rank)[0] - tile.offset)
-        block = truth[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols]
-        mine = tensors[tile.tensor].reshape(-1)[start : start + length]
-        assert torch.equal(mine, block.reshape(-1)[at : at + length]), matrix.name
-        covered[tile.tensor][start : start + length] += 1
-    assert (seen == 1).all(), matrix.name  # the tiles are the matrix
-
-
-def inspect(model, wholes, group=None, **options):
-    """(ranks of the group, ranks of the replicas, owners of) each matrix; after all was checked.
-
-    ``wholes``: the parameters before they were sharded, by name.
-    """
-    found = spectral_dist.param_groups(model, **options)
-    optimizer = spectral_dist.Muon(found, lr=0.1, process_group=group, bucket_mb=1e-4)
-    result = {}
-    for param_group in optimizer.param_groups:
-        if param_group["kind"] != "matrix":
-            continue
-        routes = optimizer.routes[param_group["id"]]
-        truths = {
-            m.name: torch.cat([
-                wholes[route.name].reshape(-1)[start : start + rows * m.shape[1]]
-                for start, rows in m.blocks
-            ]).view(m.shape)
-            for route in routes for m in route.matrices
-        }  # fmt: skip
-        units = optimizer.units(param_group)
-        assert sorted(i for u in units for i in u.tensors) == list(
-            range(len(param_group["params"]))
-        )
-        for unit in units:
-            tensors = [local(param_group["params"][i]) for i in unit.tensors]
-            covered = [torch.zeros(t.numel()) for t in tensors]
-            placement, layouts = unit.located, unit.located.layouts
-            rank = collectives.rank(placement.group)
-            for layout in layouts:
-                check_runs(layout, rank, tensors, truths[layout.matrix.name], covered)
-            assert all((c == 1).all() for c in covered)
-            outputs = [torch.zeros_like(t) for t in tensors]
-            views = unit.exchange.local_runs.views
-            task = Doubling(views(tensors), views(outputs), layouts, truths)
-            unit.exchange.run(task)
-            for out, tensor in zip(outputs, tensors, strict=True):
-                assert torch.equal(out, 2 * tensor)
-            ranks = [[dist.get_rank()] if g is None else dist.get_process_group_ranks(g)
-                     for g in (placement.group, placement.replicas)]  # fmt: skip
-            here = collectives.rank(placement.replicas) * len(ranks[0]) + rank
-            for layout, owner in zip(layouts, unit.plan.owners, strict=True):
-                assert (layout.matrix.name in task.owned) == (owner == here)
-                result[layout.matrix.name] = (*ranks, owner)
-    return result
-
-
-def wholes_of(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def all_agree(results, group, replicas=None):
@@ -246,23 +111,6 @@ def test_convolutions_are_matrices_and_no_stacks(dimension):
     results = harness.run(2, convolutions, dimension)
     all_agree(results, [[0, 1]])
     assert len(results[0]) == 4
-
-
-def beyond():
-    model = Holder(two=nn.Conv2d(2, 4, (4, 2), bias=False))
-    wholes = wholes_of(model)
-    fully_shard(model, shard_placement_fn=lambda p: Shard(2))
-    try:
-        inspect(model, wholes)
-    except ValueError as error:
-        return str(error)
-    return "no error"
-
-
-def test_a_convolution_cut_in_its_window_is_refused():
-    for text in harness.run(2, beyond):
-        assert text.startswith("two.weight, ")
-        assert "cut its first" in text
 
 
 # -- tensor parallelism, and both
@@ -436,108 +284,6 @@ def test_experts_of_each_rank_sharded_over_others(rows):
 
 
 # -- errors
-
-
-def error_of(make, **options):
-    """The text of what building and placing raises."""
-    try:
-        model, group = make()
-        optimizer = spectral_dist.Muon(
-            spectral_dist.param_groups(model, **options), lr=0.1, process_group=group
-        )
-        for param_group in optimizer.param_groups:
-            optimizer.units(param_group)
-    except ValueError as error:
-        return str(error)
-    return "no error"
-
-
-def partial():
-    def make():
-        over = mesh((dist.get_world_size(),), ("dp",))
-        model = Holder(a=(4, 4), b=(4, 4))
-        model.a.weight = nn.Parameter(distribute_tensor(model.a.weight.detach(), over, [Shard(0)]))
-        pending = DTensor.from_local(model.b.weight.detach(), over, [Partial()])
-        model.b.weight = nn.Parameter(pending)
-        return model, None
-
-    return error_of(make)
-
-
-def test_a_partial_parameter_is_refused():
-    for text in harness.run(2, partial):
-        assert text.startswith("b.weight is ")
-        assert "mesh dimension 0; shard or replicate it" in text
-
-
-def copied_twice():
-    def make():
-        model = Holder(a=(4, 4))
-        fully_shard(model, mesh=mesh((2, 2), ("replicate", "shard")))
-        return model, dist.group.WORLD
-
-    return error_of(make)
-
-
-def test_replicas_by_mesh_and_by_process_group_are_refused():
-    for text in harness.run(4, copied_twice):
-        assert text.startswith("a.weight is replicated by its mesh ")
-        assert "process_group" in text
-        assert "leave one of them out" in text
-
-
-def downwards():
-    def make():
-        over = DeviceMesh("cpu", list(range(dist.get_world_size()))[::-1], mesh_dim_names=("dp",))
-        model = Holder(a=(4, 4))
-        fully_shard(model, mesh=over)
-        return model, None
-
-    return error_of(make)
-
-
-def test_a_mesh_that_numbers_ranks_downwards_is_refused():
-    for text in harness.run(2, downwards):
-        assert "does not number its ranks upwards" in text
-
-
-def not_contiguous():
-    def make():
-        over = mesh((dist.get_world_size(),), ("dp",))
-        model = Holder(a=(4, 6))
-        mine = model.a.weight.detach()[:2].T.contiguous().T
-        model.a.weight = nn.Parameter(DTensor.from_local(mine, over, [Shard(0)]))
-        return model, None
-
-    return error_of(make)
-
-
-def test_a_local_tensor_in_another_memory_order_is_refused():
-    for text in harness.run(2, not_contiguous):
-        assert text == "a.weight is not contiguous; call .contiguous() on it first"
-
-
-def unknown_layout():
-    """Local tensors that are not what torch's placements would give."""
-    over = mesh((dist.get_world_size(),), ("dp",))
-    model = Holder(a=(5, 4))
-    wholes = wholes_of(model)
-    rank = dist.get_rank()
-    mine = model.a.weight.detach()[(0, 1)[rank] : (1, 5)[rank]]  # 1 + 4 rows, not 3 + 2
-    model.a.weight = nn.Parameter(
-        DTensor.from_local(mine, over, [Shard(0)], run_check=False, shape=(5, 4), stride=(4, 1))
-    )
-    try:
-        inspect(model, wholes)
-    except RuntimeError as error:
-        return str(error)
-    return "no error"
-
-
-def test_a_local_tensor_of_another_size_is_an_error():
-    for text in harness.run(2, unknown_layout):
-        assert text.startswith("a.weight: ")
-        assert "its layout is not one that this release knows" in text
 
 
 def test_without_any_mesh_it_is_whole_parameters():

@@ -12,10 +12,11 @@ from torch import Tensor
 
 import spectral_dist
 from tests.distributed.torch import layouts
-from tests.distributed.torch.test_torch_equality import give, momentum, quiet
+from tests.distributed.torch.training_settings import give, momentum
 from tests.reference import training
-from tests.reference.normuon import Run
+from tests.reference.normuon import NorMuonMatrices
 from tests.support import harness
+from tests.support.quiet import quiet
 
 STEPS = 10
 SPLIT = {"qkv": 3}
@@ -121,8 +122,8 @@ def test_equals_one_process(layout: str, world: int, options: dict[str, Any]) ->
 def test_one_process_equals_the_reference() -> None:
     """Which the layouts are compared with."""
     wanted = training.train(
-        OPTIONS, STEPS, take=Run(), split=SPLIT, skip_missing=True, make=layouts.conditioned,
-        tokens=layouts.tokens,
+        OPTIONS, STEPS, take=NorMuonMatrices(), split=SPLIT, skip_missing=True,
+        make=layouts.conditioned, tokens=layouts.tokens,
     )  # fmt: skip
     near(alone()["parameters"], wanted)
 

@@ -17,8 +17,8 @@ from torch.distributed.tensor import distribute_tensor
 import spectral_dist
 from spectral_dist import poet
 from tests.distributed.torch import layouts, poet_torch
-from tests.distributed.torch.test_torch_equality import quiet
 from tests.support import harness
+from tests.support.quiet import quiet
 
 LAYOUTS = [
     ("ddp", 2, 3), ("fsdp", 2, 3),

@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 import spectral_dist
 from spectral_dist.integrations.torch.sumo_ddp_hook import project_gradients
 from tests.distributed.torch import layouts
-from tests.distributed.torch.test_sumo_torch import OPTIONS, STEPS
-from tests.distributed.torch.test_torch_equality import quiet
+from tests.distributed.torch.sumo_runs import OPTIONS, STEPS
 from tests.reference import training
 from tests.support import harness
+from tests.support.quiet import quiet
 
 SUBSPACE = {**OPTIONS, "perp_scale": 0.0}
 HEADS = {"qkv": [8, 8, 8]}

@@ -20,83 +20,16 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
 import spectral_dist
 from spectral_dist import checkpoint
 from tests.distributed.torch import layouts
-from tests.distributed.torch.test_torch_equality import quiet
+from tests.distributed.torch.checkpoint_legs import RULES, leg, same, start, states, take_steps
 from tests.support import harness
+from tests.support.quiet import quiet
 
-OPTIONS = {"lr": 0.02, "weight_decay": 0.1, "scalar_lr": 0.005, "scalar_weight_decay": 0.01}
-RULES: dict[str, tuple[str, dict[str, Any]]] = {
-    "muon": ("Muon", OPTIONS),
-    "polar first": ("PolarGrad", {**OPTIONS, "lr": 0.1, "polar_first": True}),
-    "root": ("ROOT", OPTIONS),
-}
-# of the first block's qkv each matrix lies in three places; of the second's, in one
-SPLIT = {r"layers\.0\.qkv": [12, 6, 6], r"layers\.1\.qkv": 3}
 MOMENTA = 10
 """Matrix parameters, the stack of experts and the unused one among them."""
-
-
-def start(layout: str, rule: str = "muon", **changes: Any) -> tuple[layouts.Laid, Any]:
-    """The model laid out, other weights if not trained from here, and its optimizer."""
-    model = layouts.LAYOUTS[layout][0](layouts.conditioned(seed=changes.pop("seed", 0)))
-    name, options = RULES[rule]
-    with quiet():
-        groups = spectral_dist.param_groups(model.model, split=changes.pop("split", SPLIT))
-        return model, getattr(spectral_dist, name)(groups, **{**options, **changes})
-
-
-def take_steps(placed: layouts.Laid, optimizer: Any, first: int, last: int) -> list[float]:
-    losses = []
-    with quiet():
-        for step in range(first, last):
-            losses += placed.backward(step)
-            optimizer.step()
-    return losses
-
-
-def states(optimizer: Any) -> dict[str, dict[str, Tensor]]:
-    """What this rank keeps, by parameter and key."""
-    routes = {id(route.parameter): route.name for route in optimizer.all_routes}
-    found: dict[str, dict[str, Tensor]] = {}
-    for p, state in optimizer.state.items():
-        local = {k: v.to_local() if isinstance(v, DTensor) else v for k, v in state.items()}
-        found[routes[id(p)]] = {k: v.detach().clone() for k, v in local.items()}
-    return found
-
-
-def same(found: dict[str, dict[str, Tensor]], wanted: dict[str, dict[str, Tensor]]) -> None:
-    """Every bit and dtype of ``states``."""
-    assert found.keys() == wanted.keys()
-    for name, state in wanted.items():
-        assert found[name].keys() == state.keys()
-        for key, value in state.items():
-            assert found[name][key].dtype == value.dtype
-            assert torch.equal(found[name][key], value), (name, key)
-
-
-def leg(
-    layout: str, rule: str, first: int, last: int, load: str = "", save: str = "", **changes: Any
-) -> dict[str, Any]:
-    """Load folder ``load`` if given, take steps [first, last), save into ``save`` if given."""
-    placed, optimizer = start(layout, rule, **({"seed": 1} if load else {}), **changes)
-    if load:
-        with quiet():  # torch warns of one process
-            checkpoint.load(load, placed.model, optimizer)
-    loaded = states(optimizer)
-    losses = take_steps(placed, optimizer, first, last)
-    if save:
-        with quiet():
-            checkpoint.save(save, placed.model, optimizer)
-    return {
-        "losses": losses,
-        "parameters": placed.full(),
-        "loaded": loaded,
-        "states": states(optimizer),
-    }
 
 
 def legs(world: int, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -259,59 +192,6 @@ def ranks_own_extra(folder: str) -> Any:
 
 def test_extra_is_that_of_the_first_rank(tmp_path: Path) -> None:
     assert harness.run(3, ranks_own_extra, str(tmp_path)) == [(0, [0, 1, 2])] * 3
-
-
-# -- what is refused
-
-
-def small(**parts: nn.Module) -> nn.ModuleDict:
-    torch.manual_seed(0)
-    return nn.ModuleDict({"a": nn.Linear(4, 6), "b": nn.Linear(4, 6), **parts})
-
-
-def saved(folder: Path, model: nn.Module, **options: Any) -> None:
-    with quiet():
-        groups = spectral_dist.param_groups(model, **options)
-        checkpoint.save(folder, model, spectral_dist.Muon(groups))
-
-
-def refusal(folder: Path, model: nn.Module, **options: Any) -> str:
-    with quiet():
-        optimizer = spectral_dist.Muon(spectral_dist.param_groups(model, **options))
-        with pytest.raises(ValueError) as error:  # noqa: PT011
-            checkpoint.load(folder, model, optimizer)
-    return str(error.value)
-
-
-def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
-    assert "holds no checkpoint" in refusal(tmp_path / "nowhere", small())
-
-
-def test_another_model_is_refused(tmp_path: Path) -> None:
-    saved(tmp_path, small())
-    message = refusal(tmp_path, small(c=nn.Linear(3, 3)))
-    assert "c.weight" in message
-    assert "another model" in message
-
-
-def test_a_parameter_of_another_kind_is_refused(tmp_path: Path) -> None:
-    saved(tmp_path / "matrix", small())
-    assert "no exp_avg_sq of a.weight" in refusal(tmp_path / "matrix", small(), scalars=["a"])
-    saved(tmp_path / "scalar", small(), scalars=["a.weight"])
-    message = refusal(tmp_path / "scalar", small())
-    assert "a.weight is of kind 'matrix' here, but of kind 'scalar' in the checkpoint" in message
-
-
-def test_groups_with_other_options_are_refused(tmp_path: Path) -> None:
-    model = small()
-    with quiet():
-        groups = spectral_dist.param_groups(model)
-        matrices = groups[0]["params"]
-        split = [{"params": [p], "lr": lr} for p, lr in zip(matrices, (0.1, 0.2), strict=True)]
-        spectral_dist.tag(model)
-        optimizer = spectral_dist.Muon([*split, {"params": groups[1]["params"]}])
-        checkpoint.save(tmp_path, model, optimizer)
-    assert "in two with different options" in refusal(tmp_path, small())
 
 
 # -- state_dict() of torch's own

@@ -55,7 +55,7 @@ STEPS = 3
 
 
 @dataclass(frozen=True)
-class Case:
+class MemoryCase:
     """What is run. ``rank`` is SUMO's r; ``bucket`` elements; ``refresh``: SUMO's every step."""
 
     layout: str
@@ -66,7 +66,7 @@ class Case:
     refresh: bool = False
 
 
-def build_model(case: Case) -> nn.Module:
+def build_model(case: MemoryCase) -> nn.Module:
     """A Llama with matrices of five shapes, 7 in each layer; the same on every rank."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -94,7 +94,7 @@ def shapes_of(model: nn.Module) -> dict[str, dict[str, tuple[int, ...]]]:
     return found
 
 
-def options(case: Case) -> dict[str, Any]:
+def options(case: MemoryCase) -> dict[str, Any]:
     """Of the optimizer, as keywords or JSON."""
     given: dict[str, Any] = {"lr": 1e-3}
     if case.optimizer == "poet":
@@ -176,7 +176,7 @@ class Reduced:
 
 @contextlib.contextmanager
 def training(
-    case: Case, model: nn.Module, reduced: Reduced
+    case: MemoryCase, model: nn.Module, reduced: Reduced
 ) -> Iterator[tuple[Any, Callable[[Tensor], None]]]:
     """The optimizer, and what takes a training step."""
     quiet = contextlib.redirect_stderr(io.StringIO())  # the table of what is a matrix
@@ -210,7 +210,7 @@ def training(
     yield optimizer, step
 
 
-def _optimizer(case: Case, model: nn.Module) -> torch.optim.Optimizer:
+def _optimizer(case: MemoryCase, model: nn.Module) -> torch.optim.Optimizer:
     if case.optimizer == "adamw":
         return torch.optim.AdamW(by_kind(model), **options(case))
     found: torch.optim.Optimizer = getattr(spectral_dist, NAMES[case.optimizer])(
@@ -219,7 +219,7 @@ def _optimizer(case: Case, model: nn.Module) -> torch.optim.Optimizer:
     return found
 
 
-def _engine(case: Case, model: nn.Module) -> Any:
+def _engine(case: MemoryCase, model: nn.Module) -> Any:
     from tests.distributed.deepspeed.engine import engine_for
 
     params, own = options(case), case.optimizer != "adamw"
@@ -237,7 +237,7 @@ def _engine(case: Case, model: nn.Module) -> Any:
     return engine_for(configuration, model=model, parameters=None if own else by_kind(model))
 
 
-def measure(case: Case) -> dict[str, Any]:
+def measure(case: MemoryCase) -> dict[str, Any]:
     """Of this rank: bytes of state as found and as the formula has them, and of temporaries.
 
     ``peak``: the least of the steps after the first, which makes state. All have the same, but
@@ -278,14 +278,14 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-def bound(case: Case, buckets: dict[str, int]) -> int:
+def bound(case: MemoryCase, buckets: dict[str, int]) -> int:
     """Bytes that a step may take beside what was there."""
     rule = case.optimizer + " refresh" * case.refresh
     copies = dist.get_world_size() if case.layout in ("ddp", "zero0") else 1
     return math.ceil(FLOAT * step_peak(rule, buckets, copies, WIDTH, case.rank))
 
 
-def problems(case: Case, ranks: Sequence[dict[str, Any]]) -> list[str]:
+def problems(case: MemoryCase, ranks: Sequence[dict[str, Any]]) -> list[str]:
     """What is not as the formulas have it, on any rank or over all."""
     found = []
     for rank, result in enumerate(ranks):
@@ -343,17 +343,17 @@ def main(
     out: Annotated[Path, typer.Option(help="JSON file to write")],
     layout: Annotated[str, typer.Option(help=", ".join(LAYOUTS))],
     optimizer: Annotated[str, typer.Option(help=", ".join(OPTIMIZERS))],
-    rank: Annotated[str, typer.Option(help="SUMO's r")] = str(Case.rank),
-    size: Annotated[str, typer.Option(help=", ".join(LAYERS))] = Case.size,
+    rank: Annotated[str, typer.Option(help="SUMO's r")] = str(MemoryCase.rank),
+    size: Annotated[str, typer.Option(help=", ".join(LAYERS))] = MemoryCase.size,
 ) -> None:
     """Measure one case, or all of lists with commas, on the ranks that torchrun started."""
     dist.init_process_group("gloo")
     cases = []
     for where, which, big in product(layout.split(","), optimizer.split(","), size.split(",")):
-        ranks = rank.split(",") if which == "sumo" else [str(Case.rank)]
+        ranks = rank.split(",") if which == "sumo" else [str(MemoryCase.rank)]
         refreshes = (False, True) if which == "sumo" else (False,)
         cases += [
-            Case(where, which, int(r), big, refresh=refresh)
+            MemoryCase(where, which, int(r), big, refresh=refresh)
             for r, refresh in product(ranks, refreshes)
         ]
     found, wrong = [], []

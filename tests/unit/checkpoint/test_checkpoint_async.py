@@ -24,15 +24,15 @@ from spectral_dist.checkpoint import files as checkpoint_files
 from spectral_dist.checkpoint.chunked_tensor import ChunkedTensor
 from spectral_dist.rules import registry
 from tests.support import harness, together
-from tests.support.together import Trial, quiet
-from tests.unit.checkpoint.test_checkpoint_files import everything, made, unchanged
+from tests.support.together import OptimizedModel, quiet
+from tests.unit.checkpoint.loading import everything, made, unchanged
 
 TITLES = [*(entry.title for entry in registry.builtin_entries()), "POET"]
 OPTIONS: dict[str, dict[str, Any]] = {"SUMO": {"rank": 2}, "POET": {"merge_every": 3}}
 
 
-def trial(layout: str, kind: str) -> Trial:
-    return Trial(layout, kind=kind, **OPTIONS.get(kind, {}))
+def trial(layout: str, kind: str) -> OptimizedModel:
+    return OptimizedModel(layout, kind=kind, **OPTIONS.get(kind, {}))
 
 
 def hold(monkeypatch: Any) -> threading.Event:

@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 import spectral_dist
@@ -24,53 +23,18 @@ from spectral_dist import checkpoint
 from spectral_dist.checkpoint import dcp, plain
 from spectral_dist.checkpoint import files as checkpoint_files
 from tests.support import harness, together
-from tests.support.together import LAYOUTS, Trial, quiet
+from tests.support.together import LAYOUTS, OptimizedModel, quiet
+from tests.unit.checkpoint.loading import (
+    RULES,
+    everything,
+    made,
+    refused,
+    unchanged,
+    without_manifest,
+)
+from tests.unit.checkpoint.pickled_code import PickledCode
 
 FLIPS = 20
-RULES = {"Muon": {}, "SUMO": {"rank": 2}}
-
-
-def made(
-    kind: str = "Muon", steps: int = 0, seed: int = 0, **options: Any
-) -> tuple[nn.Module, Any]:
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 6))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        given = {**RULES.get(kind, {}), **options}
-        optimizer = getattr(spectral_dist, kind)(spectral_dist.param_groups(model), **given)
-    for step in range(steps):
-        optimizer.zero_grad()
-        model(torch.randint(7, (5,), generator=torch.manual_seed(step))).square().sum().backward()
-        optimizer.step()
-    return model, optimizer
-
-
-def everything(model: nn.Module, optimizer: Any) -> tuple[list[tuple[str, Tensor]], Any]:
-    """All that a load may change: weights, states, matrix state; and the groups."""
-    tensors = [(name, value) for name, value in model.state_dict().items()]
-    for index, p in enumerate(model.parameters()):
-        tensors += [(f"{index}.{key}", value) for key, value in optimizer.state[p].items()]
-    tensors += [(f"{m}.{k}", v) for m, s in optimizer.matrix_state().items() for k, v in s.items()]
-    groups = [{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]
-    return [(name, value.detach().clone()) for name, value in tensors], groups
-
-
-def unchanged(before: Any, model: nn.Module, optimizer: Any) -> None:
-    after = everything(model, optimizer)
-    assert after[1] == before[1]
-    assert [name for name, _ in after[0]] == [name for name, _ in before[0]]
-    for (name, value), (_, old) in zip(after[0], before[0], strict=True):
-        assert torch.equal(value, old), name
-
-
-def refused(folder: Path, model: nn.Module, optimizer: Any) -> str:
-    """What a load says, which must have changed nothing."""
-    before = everything(model, optimizer)
-    with pytest.raises(ValueError) as error:  # noqa: PT011
-        checkpoint.load(folder, model, optimizer)
-    unchanged(before, model, optimizer)
-    return str(error.value)
 
 
 @pytest.fixture(scope="module")
@@ -80,14 +44,6 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for kind, folder in folders.items():
         checkpoint.save(folder, *made(kind, 3), step=3)
     return folders
-
-
-def without_manifest(folder: Path) -> None:
-    """Make it one of an older release."""
-    (folder / checkpoint_files.MANIFEST).unlink()
-    metadata = checkpoint_files.read_metadata(folder)
-    del metadata.manifest  # type: ignore[attr-defined]
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 # -- the manifest
@@ -241,11 +197,6 @@ def test_an_old_one_that_is_truncated(
 # -- code in files
 
 
-class Code:
-    def __reduce__(self) -> Any:
-        return print, ("run",)
-
-
 def test_code_in_the_metadata_is_not_run(
     saved: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,7 +204,7 @@ def test_code_in_the_metadata_is_not_run(
     shutil.copytree(saved["Muon"], folder)
     without_manifest(folder)
     metadata = checkpoint_files.read_metadata(folder)
-    metadata.planner_data["more"] = Code()
+    metadata.planner_data["more"] = PickledCode()
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     message = refused(folder, *made("Muon", 1, seed=1))
     assert f"{folder / '.metadata'} cannot be read" in message
@@ -264,8 +215,10 @@ def test_code_in_the_metadata_is_not_run(
 def test_code_in_a_value_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, optimizer = made("Muon", 3)
     content = {
-        "model": model.state_dict(), "optimizer": checkpoint.state_dict(optimizer), "extra": Code(),
-    }  # fmt: skip
+        "model": model.state_dict(),
+        "optimizer": checkpoint.state_dict(optimizer),
+        "extra": PickledCode(),
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp_save(content, checkpoint_id=tmp_path)
@@ -306,11 +259,11 @@ def several(folder: str, layout: str, kind: str) -> None:
 
     options = {**RULES[kind], "kind": kind}
     with quiet():
-        trial = Trial(layout, **options)
+        trial = OptimizedModel(layout, **options)
         for number in range(2):
             trial.step(number)
         spectral_dist.checkpoint.save(folder, trial.model, trial.optimizer, steps=2)
-        other = Trial(layout, **options)
+        other = OptimizedModel(layout, **options)
         other.step(0)
         before = other.weights(), other.states()
         names = sorted(json.loads(Path(folder, "spectral_dist.json").read_text())["files"])

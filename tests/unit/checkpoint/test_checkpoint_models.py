@@ -17,7 +17,7 @@ from spectral_dist import checkpoint, poet
 from spectral_dist.checkpoint import dcp
 from spectral_dist.checkpoint import files as checkpoint_files
 from spectral_dist.rules import registry
-from tests.unit.checkpoint.test_checkpoint_files import (
+from tests.unit.checkpoint.loading import (
     everything,
     refused,
     unchanged,

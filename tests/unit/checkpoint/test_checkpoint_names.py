@@ -24,12 +24,12 @@ from spectral_dist.checkpoint import files as checkpoint_files
 from spectral_dist.checkpoint.names import Names
 from tests.support import harness
 from tests.support.together import quiet
-from tests.unit.checkpoint.test_checkpoint_files import refused
+from tests.unit.checkpoint.loading import refused
 
 OPTIONS: dict[str, dict[str, Any]] = {"Muon": {}, "SUMO": {"rank": 2}}
 
 
-class Net(nn.Module):
+class ParametrizedNet(nn.Module):
     """Two blocks and a head; the weight of the second block is parametrized."""
 
     def __init__(self, seed: int) -> None:
@@ -45,32 +45,32 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def activation(model: Net) -> nn.Module:
+def activation(model: ParametrizedNet) -> nn.Module:
     for i, layer in enumerate(model.layers):
         model.layers[i] = checkpoint_wrapper(layer)
     return model
 
 
-def blocks_compiled(model: Net) -> nn.Module:
+def blocks_compiled(model: ParametrizedNet) -> nn.Module:
     for i, layer in enumerate(model.layers):
         model.layers[i] = torch.compile(layer, backend="eager")
     return model
 
 
-def sharded(model: Net) -> nn.Module:
+def sharded(model: ParametrizedNet) -> nn.Module:
     for layer in model.layers:
         fully_shard(layer)
     return fully_shard(model)
 
 
-ALONE: dict[str, Callable[[Net], nn.Module]] = {
+ALONE: dict[str, Callable[[ParametrizedNet], nn.Module]] = {
     "plain": lambda model: model,
     "activation": activation,
     "compiled": lambda model: torch.compile(model, backend="eager"),
     "blocks compiled": blocks_compiled,
     "compiled activation": lambda model: torch.compile(activation(model), backend="eager"),
 }
-TOGETHER: dict[str, Callable[[Net], nn.Module]] = {
+TOGETHER: dict[str, Callable[[ParametrizedNet], nn.Module]] = {
     "ddp": DistributedDataParallel,
     "ddp activation": lambda model: DistributedDataParallel(activation(model)),
     "compiled ddp": lambda model: torch.compile(DistributedDataParallel(model), backend="eager"),
@@ -83,7 +83,7 @@ TOGETHER: dict[str, Callable[[Net], nn.Module]] = {
 
 def trained(wrap: Any, kind: str, steps: int, seed: int = 0) -> tuple[nn.Module, Any]:
     with quiet():
-        model = wrap(Net(seed))
+        model = wrap(ParametrizedNet(seed))
         groups = spectral_dist.param_groups(model)
         optimizer = getattr(spectral_dist, kind)(groups, **OPTIONS[kind])
         for step in range(steps):
@@ -99,9 +99,9 @@ def test_wrappers_change_no_name_that_patterns_and_seeds_see(wrap: str) -> None:
     """SUMO draws its bases by names."""
     pattern = r"^layers\.\d+\.1\.weight$"
     with quiet():
-        groups = spectral_dist.param_groups(ALONE[wrap](Net(0)), matrices=[pattern])
+        groups = spectral_dist.param_groups(ALONE[wrap](ParametrizedNet(0)), matrices=[pattern])
     names = {route.name for group in groups for route in group["routes"]}
-    assert names == {name for name, _ in Net(0).named_parameters()}
+    assert names == {name for name, _ in ParametrizedNet(0).named_parameters()}
     plain, _ = trained(ALONE["plain"], "SUMO", 3)
     wrapped, _ = trained(ALONE[wrap], "SUMO", 3)
     for p, q in zip(plain.parameters(), wrapped.parameters(), strict=True):
@@ -161,7 +161,7 @@ def test_in_one_process(kind: str, name: str, tmp_path: Path) -> None:
     for other in ALONE:
         same(contents(tmp_path / other), wanted)
     names = {key.removeprefix("model.") for key in wanted if key.startswith("model.")}
-    assert names == set(Net(0).state_dict())
+    assert names == set(ParametrizedNet(0).state_dict())
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,10 @@ import spectral_dist
 from spectral_dist import checkpoint
 from spectral_dist.checkpoint import convert, universal
 from spectral_dist.launch.cli import app
-from tests.distributed.torch.test_torch_equality import quiet
 from tests.support import models
-from tests.unit.checkpoint.test_convert import loaded, refused, saved
+from tests.support.quiet import quiet
+from tests.unit.checkpoint.converting import loaded, refused, saved
+from tests.unit.checkpoint.pickled_code import PickledCode
 
 
 def test_latest_universal_of_another_checkpoint_is_kept(tmp_path: Path) -> None:
@@ -38,17 +39,12 @@ def test_latest_universal_of_another_checkpoint_is_kept(tmp_path: Path) -> None:
     assert latest.read_text() == "d\n"
 
 
-class Code:
-    def __reduce__(self) -> Any:
-        return print, ("run",)
-
-
 def test_code_in_the_place_of_a_tensor_is_not_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     saved(tmp_path / "a", count=1)
     convert.convert("dcp", tmp_path / "a", "universal", tmp_path / "b")
-    torch.save({"param": Code()}, tmp_path / "b" / "zero" / "embed.weight" / "exp_avg.pt")
+    torch.save({"param": PickledCode()}, tmp_path / "b" / "zero" / "embed.weight" / "exp_avg.pt")
     refused("is no plain data", "universal", tmp_path / "b", "dcp", tmp_path / "c")
     assert "run" not in capsys.readouterr().out
 
@@ -62,7 +58,7 @@ def test_code_in_engines_files_is_not_run(
     path = tmp_path / "b" / name
     content = torch.load(path, weights_only=True)
     path.unlink()  # it is linked
-    torch.save({**content, "more": Code()}, path)
+    torch.save({**content, "more": PickledCode()}, path)
     refused(f"{re.escape(str(path))} is no plain data.*print", "universal", tmp_path / "b", "dcp",
             tmp_path / "c")  # fmt: skip
     assert "run" not in capsys.readouterr().out

@@ -9,7 +9,7 @@ import spectral_dist
 from spectral_dist.monitor import Monitor
 from spectral_dist.rules import registry
 from tests.support.weights import give_gradients, same, values
-from tests.unit.core.test_copies import build
+from tests.unit.core.trained import build
 
 TITLES = [entry.title for entry in registry.entries()]
 

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.state_dict import (
 import spectral_dist
 from spectral_dist.rules import registry
 from tests.support import together
-from tests.support.together import Trial, expect
+from tests.support.together import OptimizedModel, expect
 from tests.support.weights import same, values
-from tests.unit.core.test_copies import build, train
+from tests.unit.core.trained import build, train
 
 TITLES = [entry.title for entry in registry.entries()]
 RULES = [entry.title for entry in registry.entries() if entry.rule is not None]
@@ -272,7 +272,7 @@ def test_torchs_own_functions(title: str, flat: bool) -> None:
 def loading(layout: str, kind: str, damage: str) -> None:
     """Rank 1 alone has a state dict that does not fit."""
     options = {"replicate_momentum": True} if layout == "ddp" else {}
-    trial = Trial(layout, kind, **options)
+    trial = OptimizedModel(layout, kind, **options)
     for number in range(2):
         trial.step(number)
     saved = copy.deepcopy(trial.optimizer.state_dict())

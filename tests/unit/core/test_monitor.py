@@ -146,14 +146,14 @@ def test_sinks(tmp_path: Any) -> None:
     model = models.build(odd=False)
     optimizer = spectral_dist.Muon(spectral_dist.param_groups(model))
 
-    class Writer:
+    class ScalarWriter:
         def __init__(self) -> None:
             self.scalars: list[tuple[str, float, int]] = []
 
         def add_scalar(self, tag: str, value: float, step: int) -> None:
             self.scalars.append((tag, value, step))
 
-    writer = Writer()
+    writer = ScalarWriter()
     file = tmp_path / "folder" / "metrics.jsonl"
     optimizer.monitor = Monitor(2, [to_jsonl(file), to_tensorboard(writer)])
     for step in range(4):

@@ -15,9 +15,17 @@ import pytest
 
 from spectral_dist.monitor import Monitor
 from tests.support import harness, together
-from tests.support.together import BEFORE, LAYOUTS, Trial, expect, quiet
+from tests.support.together import (
+    BEFORE,
+    BIAS,
+    LAYOUTS,
+    MATRIX,
+    OptimizedModel,
+    expect,
+    plain_steps,
+    quiet,
+)
 
-MATRIX, BIAS = "1.weight", "3.bias"
 TIMES = [(True, 0), (True, BEFORE), (False, 0)]
 """(check_finite, good steps before): without the check, ranks ask each other in the first step."""
 
@@ -28,16 +36,16 @@ class Misuse(NamedTuple):
     ``first``: what is said in the first step, if that is something else.
     """
 
-    do: Callable[[Trial], Any]
+    do: Callable[[OptimizedModel], Any]
     says: str
-    mend: Callable[[Trial], Any] = lambda trial: None
+    mend: Callable[[OptimizedModel], Any] = lambda trial: None
     first: str = ""
 
 
-def drop(*names: str) -> Callable[[Trial], None]:
+def drop(*names: str) -> Callable[[OptimizedModel], None]:
     """Take gradients away on rank 1: those of ``names``, or all."""
 
-    def do(trial: Trial) -> None:
+    def do(trial: OptimizedModel) -> None:
         for name, p in trial.model.named_parameters():
             if trial.rank == 1 and (not names or name.removeprefix("module.") in names):
                 p.grad = None
@@ -45,35 +53,35 @@ def drop(*names: str) -> Callable[[Trial], None]:
     return do
 
 
-def spoil(trial: Trial, ranks: tuple[int, ...] = (0,)) -> None:
+def spoil(trial: OptimizedModel, ranks: tuple[int, ...] = (0,)) -> None:
     if trial.rank in ranks:
         together.local(trial.parameter(MATRIX).grad)[1, 2] = math.nan
 
 
-def write(name: str, value: Any, ranks: tuple[int, ...] = (1,)) -> Callable[[Trial], None]:
+def write(name: str, value: Any, ranks: tuple[int, ...] = (1,)) -> Callable[[OptimizedModel], None]:
     """As a scheduler would, into the first group."""
 
-    def do(trial: Trial) -> None:
+    def do(trial: OptimizedModel) -> None:
         if trial.rank in ranks:
             trial.optimizer.param_groups[0][name] = value
 
     return do
 
 
-def observe(trial: Trial) -> None:
+def observe(trial: OptimizedModel) -> None:
     if trial.rank == 1:
         trial.optimizer.observers.append(lambda names, matrices: None)
 
 
-def unobserve(trial: Trial) -> None:
+def unobserve(trial: OptimizedModel) -> None:
     trial.optimizer.observers.clear()
 
 
-def watch_differently(trial: Trial) -> None:
+def watch_differently(trial: OptimizedModel) -> None:
     trial.optimizer.monitor = Monitor(2 + trial.rank, [])
 
 
-def watch_alike(trial: Trial) -> None:
+def watch_alike(trial: OptimizedModel) -> None:
     trial.optimizer.monitor = Monitor(2, [])
 
 
@@ -106,13 +114,6 @@ MISUSES = {
 }
 OBSERVER = Misuse(observe, "strategy='owner'", unobserve)
 NAN = Misuse(spoil, f"the gradient of {MATRIX} is NaN or infinite")
-
-
-def plain_steps(layout: str, count: int, **options: Any) -> Trial:
-    trial = Trial(layout, **options)
-    for number in range(count):
-        trial.step(number)
-    return trial
 
 
 def misused(layout: str, name: str, check_finite: bool, before: int, **options: Any) -> None:
@@ -171,7 +172,7 @@ def test_state_of_matrices_is_left_alone(kind: str) -> None:
 
 
 def without_gradients(layout: str, check_finite: bool) -> None:
-    trial = Trial(layout, check_finite=check_finite)
+    trial = OptimizedModel(layout, check_finite=check_finite)
     says = "no parameter has a gradient; call backward()"
     error = together.expect_failure(trial, says, trial.optimizer.step)
     trial.step(0)
@@ -209,7 +210,7 @@ def raising(layout: str, what: str, check_finite: bool, before: int) -> None:
         raise OSError("the disk is full")
 
     with quiet():
-        trial = Trial(layout, check_finite=check_finite, strategy="owner")
+        trial = OptimizedModel(layout, check_finite=check_finite, strategy="owner")
         for number in range(before):
             trial.step(number)
         trial.backward(before)
@@ -239,7 +240,7 @@ def watched(layout: str, ranks: tuple[int, ...], check_finite: bool, before: int
     """(reports, calls, bytes) of a monitor on some ranks, set after some steps."""
     seen: list[Any] = []
     with quiet():
-        trial = Trial(layout, check_finite=check_finite)
+        trial = OptimizedModel(layout, check_finite=check_finite)
         for number in range(before + 3):
             if number == before and trial.rank in ranks:
                 write = [lambda step, report: seen.append((step, report))]

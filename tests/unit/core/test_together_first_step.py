@@ -10,9 +10,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from tests.support import together
-from tests.support.together import LAYOUTS, Trial, expect, quiet
-from tests.unit.core.test_together import MATRIX
-from tests.unit.core.test_together import plain_steps as steps
+from tests.support.together import LAYOUTS, MATRIX, OptimizedModel, expect, quiet
+from tests.support.together import plain_steps as steps
 
 # -- what all ranks must have alike from the start
 
@@ -36,7 +35,7 @@ def differing(layout: str, name: str, check_finite: bool) -> None:
     if name == "check_finite":
         each[1]["check_finite"] = not check_finite
     with quiet():
-        trial = Trial(layout, **each[torch.distributed.get_rank()])
+        trial = OptimizedModel(layout, **each[torch.distributed.get_rank()])
         trial.backward(0)
         says = f"`{name.strip()} "
         error = together.expect_failure(trial, says, trial.optimizer.step)
@@ -59,14 +58,14 @@ def test_options_that_differ(layout: str, name: str, check_finite: bool) -> None
 # -- where parameters are, looked at in the first step
 
 
-def scattered(trial: Trial) -> None:
+def scattered(trial: OptimizedModel) -> None:
     """Another order of elements on rank 1, where every rank has the whole matrix."""
     if trial.rank == 1:
         p = trial.parameter(MATRIX)
         p.data = p.data.T.contiguous().T
 
 
-def gathered(trial: Trial) -> None:
+def gathered(trial: OptimizedModel) -> None:
     p = trial.parameter(MATRIX)
     p.data = p.data.contiguous()
 
@@ -80,7 +79,7 @@ def tiles(rows: int, contiguous: bool) -> torch.nn.Parameter:
 
 def placed(layout: str, what: str, check_finite: bool) -> None:
     with quiet():
-        trial = Trial("one" if layout != "ddp" else layout, check_finite=check_finite)
+        trial = OptimizedModel("one" if layout != "ddp" else layout, check_finite=check_finite)
         options = {"lr": 0.02, "check_finite": check_finite}
         if layout == "ddp":
             trial.backward(0)

@@ -11,7 +11,7 @@ from torch import nn
 
 import spectral_dist
 from tests.support import harness, together
-from tests.support.together import LAYOUTS, Trial, expect, quiet
+from tests.support.together import LAYOUTS, OptimizedModel, expect, quiet
 
 SUMO = {"kind": "SUMO", "rank": 2}
 
@@ -25,14 +25,14 @@ def saved(folder: str, layout: str, sizes: tuple[int, ...] = (), **options: Any)
         spectral_dist.checkpoint.save(folder, trial.model, trial.optimizer, steps=2)
 
 
-def made(layout: str, sizes: tuple[int, ...], **options: Any) -> Trial:
+def made(layout: str, sizes: tuple[int, ...], **options: Any) -> OptimizedModel:
     model = together.plain(*sizes) if len(sizes) == 2 else None
     if len(sizes) == 1:  # one matrix, for two ranks
         torch.manual_seed(0)
         model = nn.Sequential(nn.Embedding(7, 6), nn.Linear(6, *sizes))
     elif len(sizes) == 3:  # one more
         model = together.plain().append(nn.Linear(6, 9))
-    return Trial(layout, model=model, **options)
+    return OptimizedModel(layout, model=model, **options)
 
 
 def loading(

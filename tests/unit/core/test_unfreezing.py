@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import spectral_dist
 from tests.support import harness
 from tests.support.weights import give_gradients, same, values
-from tests.unit.core.test_copies import train
+from tests.unit.core.trained import train
 
 
 def build() -> nn.Module:

@@ -1,4 +1,4 @@
-"""Which parameters are matrices, how weights split, and what the user is told."""
+"""Which parameters are matrices, and what the user is told."""
 
 from __future__ import annotations
 
@@ -11,18 +11,7 @@ from torch import nn
 
 import spectral_dist
 from spectral_dist.params.classify import classify
-from spectral_dist.params.splits import matrices_of
-
-V = 61
-
-
-class Model(nn.Module):
-    """Children by keyword, in their order."""
-
-    def __init__(self, **children):
-        super().__init__()
-        for name, child in children.items():
-            setattr(self, name, child)
+from tests.unit.params.small_models import ModelOf, V, blocks, linear
 
 
 def kinds(model, **options):
@@ -37,16 +26,8 @@ def reasons(model, **options):
     return {route.name: route.reason for route in classify(model, **options)}
 
 
-def blocks(*sizes):
-    return nn.ModuleList(Model(up=nn.Linear(8, n), down=nn.Linear(n, 8)) for n in sizes)
-
-
-def linear(rows, cols=4):
-    return nn.Linear(cols, rows, bias=False)
-
-
 def test_by_type():
-    model = Model(
+    model = ModelOf(
         embed=nn.Embedding(V, 8),
         bag=nn.EmbeddingBag(10, 8),
         layers=blocks(16, 12),
@@ -83,24 +64,24 @@ def test_by_type():
 @pytest.mark.parametrize("shape", [(8,), (4, 8), (3, 4, 8)])
 @pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
 def test_norms_are_no_matrices_whatever_their_shape(norm, shape):
-    assert matrices(Model(norm=norm(shape), linear=linear(3))) == {"linear.weight"}
+    assert matrices(ModelOf(norm=norm(shape), linear=linear(3))) == {"linear.weight"}
 
 
 def test_tied_head_is_the_embedding_and_counts_once():
-    model = Model(embed=nn.Embedding(V, 8), layers=blocks(16), head=nn.Linear(8, V, bias=False))
+    model = ModelOf(embed=nn.Embedding(V, 8), layers=blocks(16), head=nn.Linear(8, V, bias=False))
     model.head.weight = model.embed.weight
     assert kinds(model)["embed.weight"] == "scalar"
     assert "head.weight" not in kinds(model)
     assert "tied" in reasons(model)["embed.weight"]
     # registered before the embedding, the tied weight bears the head's name
-    model = Model(head=nn.Linear(8, V, bias=False), embed=nn.Embedding(V, 8), layers=blocks(16))
+    model = ModelOf(head=nn.Linear(8, V, bias=False), embed=nn.Embedding(V, 8), layers=blocks(16))
     model.head.weight = model.embed.weight
     assert kinds(model)["head.weight"] == "scalar"
     assert "embed.weight" not in kinds(model)
 
 
 def test_an_inner_linear_of_the_vocabularys_size_is_no_head():
-    model = Model(embed=nn.Embedding(V, 8), layers=blocks(V, V), head=nn.Linear(8, V, bias=False))
+    model = ModelOf(embed=nn.Embedding(V, 8), layers=blocks(V, V), head=nn.Linear(8, V, bias=False))
     inner = {f"layers.{i}.{name}.weight" for i in (0, 1) for name in ("up", "down")}
     assert matrices(model) == inner
     # tied heads are found by tying, never by size
@@ -109,15 +90,15 @@ def test_an_inner_linear_of_the_vocabularys_size_is_no_head():
 
 
 def test_width_equal_to_the_vocabulary():
-    layers = nn.ModuleList(Model(up=linear(24, 16), down=linear(16, 24)) for _ in range(2))
-    model = Model(embed=nn.Embedding(16, 16), layers=layers, head=linear(16, 16))
+    layers = nn.ModuleList(ModelOf(up=linear(24, 16), down=linear(16, 24)) for _ in range(2))
+    model = ModelOf(embed=nn.Embedding(16, 16), layers=layers, head=linear(16, 16))
     inner = {f"layers.{i}.{name}.weight" for i in (0, 1) for name in ("up", "down")}
     assert matrices(model) == inner
 
 
 def test_a_backbone_without_head_whose_width_is_the_vocabulary():
-    layers = nn.ModuleList(Model(up=linear(24, 16), down=linear(16, 24)) for _ in range(2))
-    model = Model(embed=nn.Embedding(16, 16), layers=layers, norm=nn.LayerNorm(16))
+    layers = nn.ModuleList(ModelOf(up=linear(24, 16), down=linear(16, 24)) for _ in range(2))
+    model = ModelOf(embed=nn.Embedding(16, 16), layers=layers, norm=nn.LayerNorm(16))
     inner = {f"layers.{i}.{name}.weight" for i in (0, 1) for name in ("up", "down")}
     assert matrices(model) == inner
 
@@ -131,8 +112,8 @@ def test_the_last_linear_of_a_sequential_is_its_head():
 
 def test_a_head_inside_a_numbered_part():
     """Backbone and head as two parts of a Sequential, as pipelines have them."""
-    backbone = Model(embed=nn.Embedding(V, 8), layers=blocks(16, 12))
-    model = nn.Sequential(backbone, Model(norm=nn.LayerNorm(8), proj=nn.Linear(8, V)))
+    backbone = ModelOf(embed=nn.Embedding(V, 8), layers=blocks(16, 12))
+    model = nn.Sequential(backbone, ModelOf(norm=nn.LayerNorm(8), proj=nn.Linear(8, V)))
     inner = {f"0.layers.{i}.{name}.weight" for i in (0, 1) for name in ("up", "down")}
     assert matrices(model) == inner
 
@@ -160,7 +141,7 @@ def test_llama(tied):
 
 
 def test_convolutions_are_out_by_the_rest():
-    model = Model(
+    model = ModelOf(
         one=nn.Conv1d(3, 4, 5),
         two=nn.Conv2d(3, 4, (5, 2)),
         three=nn.Conv3d(3, 4, 2),
@@ -172,7 +153,7 @@ def test_convolutions_are_out_by_the_rest():
 
 
 def test_stacks_of_experts():
-    model = Model(linear=linear(3))
+    model = ModelOf(linear=linear(3))
     model.experts = nn.Parameter(torch.randn(3, 4, 6))
     model.position = nn.Parameter(torch.randn(1, 9, 6))
     model.table = nn.Parameter(torch.randn(5, 6))
@@ -184,109 +165,10 @@ def test_stacks_of_experts():
     assert by_name["table"].kind == "scalar"
 
 
-def elements(matrix):
-    """Its elements of the flattened parameter, in order."""
-    n = matrix.shape[1]
-    found = [e for start, rows in matrix.blocks for e in range(start, start + rows * n)]
-    assert len(found) == matrix.numel
-    return found
-
-
-def numbered(*shape):
-    return torch.arange(torch.Size(shape).numel()).view(shape)
-
-
-def test_experts_hold_their_slices():
-    whole = numbered(3, 4, 6)
-    found = [elements(m) for m in matrices_of("e", (3, 4, 6), None)]
-    assert found == [whole[k].flatten().tolist() for k in range(3)]
-
-
-def test_attention_projection_is_three():
-    model = Model(attention=nn.MultiheadAttention(6, 2))
-    by_name = {r.name: r for r in classify(model)}
-    whole = numbered(18, 6)
-    wanted = [whole[a : a + 6].flatten().tolist() for a in (0, 6, 12)]
-    assert [elements(m) for m in by_name["attention.in_proj_weight"].matrices] == wanted
-    assert [m.shape for m in by_name["attention.out_proj.weight"].matrices] == [(6, 6)]
-    assert by_name["attention.in_proj_bias"].kind == "scalar"
-
-
-@pytest.mark.parametrize("asked", [[], ["[qkv]_proj_weight"]])
-def test_separate_projections_of_attention_are_not_cut_in_three(asked):
-    model = Model(attention=nn.MultiheadAttention(6, 2, kdim=5, vdim=7))
-    by_name = {r.name: r for r in classify(model, matrices=asked)}
-    for name, shape in (("q", (6, 6)), ("k", (6, 5)), ("v", (6, 7))):
-        assert [m.shape for m in by_name[f"attention.{name}_proj_weight"].matrices] == [shape]
-
-
-def test_split_into_equal_parts():
-    model = Model(gate_up=linear(10))
-    (route,) = classify(model, split={"gate_up": 2})
-    whole = numbered(10, 4)
-    assert [m.shape for m in route.matrices] == [(5, 4), (5, 4)]
-    wanted = [whole[:5].flatten().tolist(), whole[5:].flatten().tolist()]
-    assert [elements(m) for m in route.matrices] == wanted
-
-
-def test_split_by_rows():
-    model = Model(qkv=linear(16))
-    (route,) = classify(model, split={"qkv": [8, 4, 4]})
-    whole = numbered(16, 4)
-    wanted = [part.flatten().tolist() for part in (whole[:8], whole[8:12], whole[12:])]
-    assert [elements(m) for m in route.matrices] == wanted
-    assert len({m.name for m in route.matrices}) == 3
-
-
-def test_split_interleaved_by_query_group():
-    # Megatron's layout: 3 groups of (2 heads of q, one of k, one of v), d = 2
-    whole = numbered(3, 8, 4)
-    (route,) = classify(Model(qkv=linear(24)), split={"qkv": [4, 2, 2]})
-    wanted = [whole[:, :4], whole[:, 4:6], whole[:, 6:]]
-    assert [m.shape for m in route.matrices] == [(12, 4), (6, 4), (6, 4)]
-    assert [elements(m) for m in route.matrices] == [w.flatten().tolist() for w in wanted]
-
-
-def test_split_of_every_expert():
-    whole = numbered(2, 6, 3)
-    found = matrices_of("gate_up", (2, 6, 3), [2, 4])
-    wanted = [whole[0, :2], whole[0, 2:], whole[1, :2], whole[1, 2:]]
-    assert [elements(m) for m in found] == [w.flatten().tolist() for w in wanted]
-    assert len({m.name for m in found}) == 4
-
-
-@pytest.mark.parametrize(
-    "split", [0, -2, 5, True, 2.5, "2", [], [3, 4], [0, 8], [-2, 10], [16], [1.5, 2.5], ["4", "4"]]
-)  # fmt: skip
-def test_split_that_does_not_fit(split):
-    with pytest.raises(ValueError, match="split"):
-        classify(Model(qkv=linear(8)), split={"qkv": split})
-
-
-def test_split_error_says_the_rows():
-    with pytest.raises(ValueError, match=r"qkv\.weight.*sum to 7, but the weight has 8 rows"):
-        classify(Model(qkv=linear(8)), split={"qkv": [3, 4]})
-
-
-@pytest.mark.parametrize("split", [3, "qkv", ["qkv"], [["qkv", 3]]])
-def test_split_that_is_no_mapping(split):
-    with pytest.raises(ValueError, match="split"):
-        classify(Model(qkv=linear(9)), split=split)
-
-
-def test_split_of_what_is_no_matrix():
-    model = Model(embed=nn.Embedding(V, 8), linear=linear(4, 8))
-    with pytest.raises(ValueError, match=r"'embed' matches embed\.weight, which is no matrix"):
-        classify(model, split={"embed": 1})
-
-
-def test_two_splits_of_one_weight_contradict():
-    with pytest.raises(ValueError, match="qkv"):
-        classify(Model(qkv=linear(12)), split={"qkv": 3, "weight": [4, 8]})
-
-
 def test_overrides():
-    model = Model(embed=nn.Embedding(V, 8), layers=blocks(16, 12), head=nn.Linear(8, V, bias=False))
+    model = ModelOf(
+        embed=nn.Embedding(V, 8), layers=blocks(16, 12), head=nn.Linear(8, V, bias=False)
+    )
     assert matrices(model, matrices=[r"^head\.", "embed"], scalars=[r"layers\.1\..*weight"]) == {
         "embed.weight",
         "head.weight",
@@ -299,13 +181,13 @@ def test_overrides():
 
 
 def test_override_of_a_table():
-    model = Model(linear=linear(3))
+    model = ModelOf(linear=linear(3))
     model.table = nn.Parameter(torch.randn(5, 6))
     assert matrices(model, matrices=["table"]) == {"table", "linear.weight"}
 
 
 def test_override_of_a_grouped_convolution():
-    model = Model(conv=nn.Conv1d(4, 4, 3, groups=2))
+    model = ModelOf(conv=nn.Conv1d(4, 4, 3, groups=2))
     (route, _) = classify(model, matrices=[r"conv\.weight"])
     assert [m.shape for m in route.matrices] == [(4, 6)]
 
@@ -314,20 +196,20 @@ def test_override_of_a_grouped_convolution():
 def test_a_pattern_that_matches_nothing(option):
     given = {"nowhere": 2} if option == "split" else ["nowhere"]
     with pytest.raises(ValueError, match=rf"{option}: 'nowhere' matches no .*up\.weight"):
-        classify(Model(up=linear(8)), **{option: given})
+        classify(ModelOf(up=linear(8)), **{option: given})
 
 
 @pytest.mark.parametrize("option", ["matrices", "scalars", "split"])
 def test_a_pattern_that_is_no_regular_expression(option):
     given = {"(": 2} if option == "split" else ["("]
     with pytest.raises(ValueError, match=rf"{option}: '\(' is no regular expression"):
-        classify(Model(up=linear(8)), **{option: given})
+        classify(ModelOf(up=linear(8)), **{option: given})
 
 
 @pytest.mark.parametrize("option", ["matrices", "scalars"])
 def test_a_lone_string_is_not_taken_letter_by_letter(option):
     """u and p would match other names."""
-    model = Model(up=linear(8), plus=linear(8), layer=linear(8), pool=nn.Embedding(3, 4))
+    model = ModelOf(up=linear(8), plus=linear(8), layer=linear(8), pool=nn.Embedding(3, 4))
     pattern = "up"
     try:
         found = kinds(model, **{option: pattern})
@@ -341,16 +223,16 @@ def test_contradicting_patterns():
     with pytest.raises(
         ValueError, match=r"up\.weight matches both matrices: 'up' and scalars: 'w'"
     ):
-        classify(Model(up=linear(8), down=linear(8)), matrices=["up"], scalars=["w"])
+        classify(ModelOf(up=linear(8), down=linear(8)), matrices=["up"], scalars=["w"])
 
 
 def test_a_bias_cannot_be_a_matrix():
     with pytest.raises(ValueError, match=r"matches linear\.bias, which is 1-D"):
-        classify(Model(linear=nn.Linear(4, 4)), matrices=["bias"])
+        classify(ModelOf(linear=nn.Linear(4, 4)), matrices=["bias"])
 
 
 def test_frozen_parameters_are_shown_and_left_out(caplog):
-    model = Model(first=linear(8), second=linear(8), third=nn.Linear(4, 4))
+    model = ModelOf(first=linear(8), second=linear(8), third=nn.Linear(4, 4))
     model.second.weight.requires_grad_(False)
     assert kinds(model)["second.weight"] == "frozen"
     found = spectral_dist.param_groups(model)
@@ -365,11 +247,11 @@ def test_frozen_parameters_are_shown_and_left_out(caplog):
 
 def test_all_frozen():
     with pytest.raises(ValueError, match="no parameter is trainable"):
-        classify(Model(up=linear(8)).requires_grad_(False))
+        classify(ModelOf(up=linear(8)).requires_grad_(False))
 
 
 def test_no_matrix_at_all_is_an_error_with_the_table():
-    model = Model(embed=nn.Embedding(V, 8), norm=nn.LayerNorm(8))
+    model = ModelOf(embed=nn.Embedding(V, 8), norm=nn.LayerNorm(8))
     with pytest.raises(ValueError, match=r'(?s)matrices=\["pattern"\].*AdamW +1 .*embed\.weight'):
         spectral_dist.param_groups(model)
     with pytest.raises(ValueError, match="no parameter is a matrix"):
@@ -377,7 +259,7 @@ def test_no_matrix_at_all_is_an_error_with_the_table():
 
 
 def test_the_table(caplog, capsys):
-    model = Model(
+    model = ModelOf(
         embed=nn.Embedding(V, 8),
         layers=blocks(16, 12),
         qkv=linear(24, 8),
@@ -406,13 +288,13 @@ def test_the_table(caplog, capsys):
 def test_lazy_parameters(embedding):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = Model(embed=nn.Embedding(V, 8) if embedding else None, lazy=nn.LazyLinear(4))
+        model = ModelOf(embed=nn.Embedding(V, 8) if embedding else None, lazy=nn.LazyLinear(4))
     with pytest.raises(ValueError, match=r"lazy\.weight has no shape yet"):
         classify(model)
 
 
 def test_integers_cannot_be_trained():
-    model = Model(linear=linear(4))
+    model = ModelOf(linear=linear(4))
     model.codes = nn.Parameter(torch.zeros(3, 3, dtype=torch.int64), requires_grad=False)
     assert kinds(model)["codes"] == "frozen"
     model.waves = nn.Parameter(torch.zeros(3, 3, dtype=torch.complex64))
@@ -422,7 +304,9 @@ def test_integers_cannot_be_trained():
 
 def test_zero_stage_3_hides_the_shape():
     """DeepSpeed empties parameters and keeps their shape in ds_shape."""
-    model = Model(embed=nn.Embedding(V, 8), up=linear(12, 8), down=linear(8, 12), head=linear(V, 8))
+    model = ModelOf(
+        embed=nn.Embedding(V, 8), up=linear(12, 8), down=linear(8, 12), head=linear(V, 8)
+    )
     for p in model.parameters():
         p.ds_shape, p.data = p.shape, torch.empty(0)
     assert matrices(model) == {"up.weight", "down.weight"}
@@ -430,7 +314,7 @@ def test_zero_stage_3_hides_the_shape():
 
 
 def test_compiled_names():
-    model = Model(layers=blocks(16), head=linear(3, 8))
+    model = ModelOf(layers=blocks(16), head=linear(3, 8))
     before = kinds(model)
     model.layers[0] = torch.compile(model.layers[0], backend="eager")
     assert kinds(model) == before

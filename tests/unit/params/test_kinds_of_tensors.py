@@ -15,9 +15,9 @@ import spectral_dist
 from spectral_dist.integrations.torch.sumo_ddp_hook import project_gradients
 from spectral_dist.rules import registry
 from tests.support import harness
-from tests.support.together import Trial, expect, expect_failure
+from tests.support.together import OptimizedModel, expect, expect_failure
 from tests.support.weights import give_gradients, same, values
-from tests.unit.core.test_copies import build, train
+from tests.unit.core.trained import build, train
 
 TITLES = [entry.title for entry in registry.entries()]
 RULES = [entry.title for entry in registry.entries() if entry.rule is not None]
@@ -70,7 +70,7 @@ def test_of_a_layer_itself() -> None:
 
 
 def sparse_on_one_rank() -> None:
-    trial = Trial("ddp")
+    trial = OptimizedModel("ddp")
     trial.step(0)
     trial.backward(1)
     if trial.rank == 1:

@@ -94,7 +94,7 @@ def test_named_by_hand_they_are_out_by_the_rest() -> None:
     assert shapes == [[(4, 18)], [(4, 18)], [(6, 12)], [(4, 54)]]
 
 
-class Block(nn.Module):
+class StackedWeight(nn.Module):
     """One parameter of three dimensions."""
 
     def __init__(self, name: str, *shape: int) -> None:
@@ -103,8 +103,8 @@ class Block(nn.Module):
         setattr(self, name, nn.Parameter(0.3 * torch.randn(*shape)))
 
 
-def of_class(name: str, module: str = __name__) -> type[Block]:
-    return type(name, (Block,), {"__module__": module})
+def of_class(name: str, module: str = __name__) -> type[StackedWeight]:
+    return type(name, (StackedWeight,), {"__module__": module})
 
 
 @pytest.mark.parametrize(
@@ -115,9 +115,9 @@ def of_class(name: str, module: str = __name__) -> type[Block]:
         of_class("DeepseekV3NaiveMoe")("gate_up_proj", 3, 8, 6),
         of_class("GroupedExperts")("w1", 3, 8, 6),
         of_class("FSDPGroupedExperts")("w1", 3, 8, 6),
-        Block("experts", 3, 8, 6),
-        nn.ModuleDict({"experts": Block("w1", 3, 8, 6)}),
-        nn.ModuleDict({"shared_experts": Block("w1", 3, 8, 6)}),
+        StackedWeight("experts", 3, 8, 6),
+        nn.ModuleDict({"experts": StackedWeight("w1", 3, 8, 6)}),
+        nn.ModuleDict({"shared_experts": StackedWeight("w1", 3, 8, 6)}),
     ],
 )
 def test_stacks_of_experts(block: nn.Module) -> None:
@@ -129,8 +129,8 @@ def test_stacks_of_experts(block: nn.Module) -> None:
 @pytest.mark.parametrize(
     "block",
     [
-        Block("r_kernel", 3, 8, 6),
-        Block("position_embeddings", 3, 8, 6),
+        StackedWeight("r_kernel", 3, 8, 6),
+        StackedWeight("position_embeddings", 3, 8, 6),
         of_class("Qwen3MoeVisionEmbedding")("table", 3, 8, 6),
         of_class("MoeModel")("queries", 3, 8, 6),
         nn.ParameterList([nn.Parameter(torch.randn(3, 8, 6))]),

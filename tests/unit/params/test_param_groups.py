@@ -14,13 +14,13 @@ from torch import nn
 import spectral_dist
 from spectral_dist.params.classify import classify
 from tests.support import harness, models
-from tests.unit.params.test_classify import Model, V, linear
+from tests.unit.params.small_models import ModelOf, V, linear
 
 # -- into groups
 
 
 def small():
-    return Model(
+    return ModelOf(
         embed=nn.Embedding(V, 8), up=linear(12, 8), down=linear(8, 12), norm=nn.LayerNorm(8)
     )
 

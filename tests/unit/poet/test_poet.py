@@ -10,83 +10,19 @@ from torch import nn
 
 import spectral_dist
 from spectral_dist import poet
-from spectral_dist.poet.optimizer import clip_ramp_factor
-from tests.reference import poet as reference
 from tests.support.weights import same, values
-
-BLOCKS = {"0": (4, 3), "2": (6, 5)}
-
-
-def net(dtype=torch.float64, seed=0):
-    """8 -> 12 -> 10, with a norm between, which is a scalar as the biases are."""
-    torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(8, 12), nn.LayerNorm(12), nn.Linear(12, 10)).to(dtype)
-
-
-class Loss(nn.Module):
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x, y):
-        return (torch.tanh(self.model(x)) - y).square().mean()
-
-
-def batch(step, dtype=torch.float64, rows=16, wide=(8, 10)):
-    g = torch.Generator().manual_seed(100 + step)
-    x, y = (torch.randn(rows, d, generator=g, dtype=torch.float64).to(dtype) for d in wide)
-    return x, torch.tanh(y)
-
-
-def made(dtype=torch.float64, settings=None, **options):
-    chosen = {"blocks": {"^0$": (4, 3), "^2$": (6, 5)}, **(settings or {})}
-    model = poet.convert(net(dtype), **chosen)
-    optimizer = spectral_dist.POET(
-        spectral_dist.param_groups(model), **{**reference.OPTIONS, **options}
-    )
-    return model, optimizer
-
-
-def train(model, optimizer, steps, start=0, schedule=lambda step: 1.0, dtype=torch.float64):
-    base = [group["lr"] for group in optimizer.param_groups]
-    for step in range(start, start + steps):
-        for group, lr in zip(optimizer.param_groups, base, strict=True):
-            group["lr"] = lr * schedule(step)
-        optimizer.zero_grad()
-        Loss(model)(*batch(step, dtype)).backward()
-        optimizer.step()
-
-
-def index_of(model):
-    """The permutations, as data."""
-    layers = {key: model.get_submodule(key) for key in BLOCKS}
-    sides = {(k, r.key.rpartition("/")[2]): r for k, m in layers.items() for r in m.rotations}
-    return lambda key, side, merges: sides[key, side].index(merges)
-
-
-def reference_run(model, order=4, blocks=BLOCKS, **options):
-    """Of the reference on the model before it was converted."""
-    index = index_of(model)
-    find = lambda key, side, merges: index(key.removeprefix("model."), side, merges)  # noqa: E731
-    named = {f"model.{key}": pair for key, pair in blocks.items()}
-    return reference.Run(Loss(net()), named, find, order, **options)
-
-
-def agrees(model, run, tolerance=1e-11):
-    for (key, side), skew in run.skews.items():
-        mine = getattr(model.get_submodule(key.removeprefix("model.")), f"skew_{side}")
-        torch.testing.assert_close(mine.detach().view_as(skew), skew, rtol=0, atol=tolerance)
-    for key, w in run.frozen.items():
-        layer = model.get_submodule(key.removeprefix("model."))
-        torch.testing.assert_close(layer.weight.detach(), w, rtol=0, atol=tolerance)
-        assert layer.merges == run.merges
-    for key, p in run.scalars.items():
-        mine = model.get_parameter(key.removeprefix("model."))
-        torch.testing.assert_close(mine.detach(), p, rtol=0, atol=tolerance)
-
+from tests.unit.poet.small_runs import (
+    Loss,
+    agrees,
+    batch,
+    made,
+    net,
+    reference_run,
+    skew_states,
+    train,
+)
 
 # -- steps and merges
-
 
 CASES = [
     ({}, {}),
@@ -122,13 +58,6 @@ def test_steps_and_three_merges(settings, options):
     assert run.merges == 3
     moved = (w - net().get_submodule(k[6:]).weight for k, w in run.frozen.items())
     assert all(change.norm() > 0.1 for change in moved)
-
-
-def skew_states(optimizer):
-    for group in optimizer.param_groups:
-        if group["kind"] == "skew":
-            for p in group["params"]:
-                yield p, optimizer.state[p]
 
 
 def test_a_merge_starts_the_skews_again_and_leaves_the_rest():
@@ -314,84 +243,6 @@ def test_resumed_bitwise(at, form, tmp_path):
     for (_, a), (_, b) in zip(skew_states(optimizer), skew_states(resumed), strict=True):
         assert a.keys() == b.keys()
         assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-# -- clipping
-
-
-def test_clip_factor_ramps_up_after_each_merge_but_the_start():
-    model, optimizer = made(clip_ramp=3)
-    found = []
-    for step in range(9):
-        found.append(optimizer.clip_factor())
-        train(model, optimizer, 1, step)
-    assert found == pytest.approx([1, 1, 1, 1, 0.1, 0.4, 0.7, 1, 0.1])
-    model, optimizer = made()
-    train(model, optimizer, 5)
-    assert optimizer.clip_factor() == 1.0
-
-
-@pytest.mark.parametrize(
-    ("since", "ramp", "merged", "expected"),
-    [(0, 4, True, 0.1), (1, 4, True, 0.325), (3, 4, True, 0.775), (4, 4, True, 1), (9, 4, True, 1),
-     (0, 4, False, 1), (3, 4, False, 1), (0, 0, True, 1)],
-)  # fmt: skip
-def test_clip_ramp_factor(since, ramp, merged, expected):
-    assert clip_ramp_factor(since, ramp, merged) == pytest.approx(expected)
-
-
-def factors(model, optimizer, steps, start=0):
-    """Of each step, asked for before it."""
-    asked = []
-    for step in range(start, start + steps):
-        asked.append(optimizer.clip_factor())
-        train(model, optimizer, 1, step)
-    return asked
-
-
-def test_no_ramp_in_the_first_cycle_of_a_new_optimizer_of_a_merged_model():
-    """As at the start of any run; its own merges have one, in a resumed run as well."""
-    model, optimizer = made(clip_ramp=3)
-    factors(model, optimizer, 6)
-    again, fresh = made(clip_ramp=3)
-    again.load_state_dict(model.state_dict())
-    assert fresh.layers[0].merges == 1
-    assert factors(again, fresh, 1, 6) == [1]
-    saved, resumed = made(clip_ramp=3)
-    saved.load_state_dict(again.state_dict())
-    resumed.load_state_dict(fresh.state_dict())
-    expected = [1, 1, 1, 0.1, 0.4, 0.7, 1, 0.1]
-    assert factors(again, fresh, 8, 7) == pytest.approx(expected)
-    assert factors(saved, resumed, 8, 7) == pytest.approx(expected)
-
-
-def test_a_run_resumed_after_a_merge_ramps_as_if_never_stopped():
-    model, optimizer = made(clip_ramp=3)
-    factors(model, optimizer, 5)
-    again, resumed = made(clip_ramp=3)
-    again.load_state_dict(model.state_dict())
-    resumed.load_state_dict(optimizer.state_dict())
-    assert factors(again, resumed, 4, 5) == pytest.approx([0.4, 0.7, 1, 0.1])
-
-
-def test_the_ramp_of_a_model_of_which_only_rotations_train():
-    """Nothing counts all steps; the model's merges do."""
-    torch.manual_seed(0)
-    model = poet.convert(
-        nn.Sequential(nn.Linear(8, 10, bias=False)).double(), block=2, matrices=["0"]
-    )
-    optimizer = spectral_dist.POET(
-        spectral_dist.param_groups(model), **{**reference.OPTIONS, "clip_ramp": 3}
-    )
-    assert factors(model, optimizer, 6) == pytest.approx([1, 1, 1, 1, 0.1, 0.4])
-
-
-def test_a_ramp_that_nobody_asks_for_warns_once():
-    model, optimizer = made(clip_ramp=3)
-    train(model, optimizer, 4)
-    with pytest.warns(UserWarning, match="clip_factor"):
-        train(model, optimizer, 1, 4)
-    train(model, optimizer, 6, 5)
 
 
 # -- errors

@@ -12,7 +12,7 @@ from spectral_dist import poet
 from spectral_dist.params.classify import classify
 from spectral_dist.poet.layer import PoetLinear
 from tests.support import models
-from tests.unit.poet.test_poet_layer import One, rotated, spin, weight_of
+from tests.unit.poet.rotated_layers import One, rotated, spin, weight_of
 
 FITS = {"block": 8, "blocks": {"unused": (8, 3)}}
 

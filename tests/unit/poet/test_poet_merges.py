@@ -14,7 +14,7 @@ from spectral_dist import poet
 from spectral_dist.monitor import Monitor, to_jsonl
 from spectral_dist.poet.report import QUANTITIES, drift
 from tests.reference import poet as reference
-from tests.unit.poet.test_poet import BLOCKS, Loss, batch, made, skew_states, train
+from tests.unit.poet.small_runs import BLOCKS, Loss, batch, made, skew_states, train
 
 # -- spectra
 

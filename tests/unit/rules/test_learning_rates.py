@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 import spectral_dist
 from spectral_dist.rules import registry
 from tests.support.weights import give_gradients, same, values
-from tests.unit.core.test_copies import build, train
+from tests.unit.core.trained import build, train
 
 TITLES = [entry.title for entry in registry.entries()]
 NUMBERS: dict[str, Any] = {

@@ -14,10 +14,10 @@ import spectral_dist
 from spectral_dist.polar import METHODS
 from tests.reference import polar as formulas
 from tests.reference import rules, training
-from tests.reference.normuon import NorMuon
+from tests.reference.normuon import NorMuonMatrix
 from tests.support import harness, models, sharded_model
 from tests.support.weights import FACTORS, SHAPES, Weights, give_gradients, same, values
-from tests.unit.sharding.test_gram import cuts
+from tests.unit.sharding.slab_cuts import cuts
 
 sides = st.integers(1, 9)
 seeds = st.integers(0, 10_000)
@@ -69,7 +69,9 @@ def check(model, count=5, bound=1e-9, split=None, polar=None, **options):
     splits = {n: k for n, k in splits.items() if training.is_matrix(n) or "embed" not in n}
     wanted = {n: p.detach().clone() for n, p in model.named_parameters() if n in splits}
     theirs = {
-        training.part_name(n, i, w, splits[n]): NorMuon(o, rules.oracle(polar) if polar else None)
+        training.part_name(n, i, w, splits[n]): NorMuonMatrix(
+            o, rules.oracle(polar) if polar else None
+        )
         for n, w in wanted.items()
         for i in range(len(training.parts(w, splits[n])))
     }
@@ -312,7 +314,7 @@ def test_a_group_has_a_beta2_of_its_own():
     groups[0] |= {"beta2": 0.5, "row_eps": 1e-3}
     wanted, reference = (
         values(model)["a.weight"].double(),
-        NorMuon({"lr": 0.02, "weight_decay": 0.1, "beta2": 0.5, "row_eps": 1e-3}),
+        NorMuonMatrix({"lr": 0.02, "weight_decay": 0.1, "beta2": 0.5, "row_eps": 1e-3}),
     )
     optimizer = spectral_dist.NorMuon(groups, lr=0.02, beta2=0.9)
     for step in range(3):
@@ -330,10 +332,10 @@ TILES = {"tall": (12, 5), "wide": (5, 12), "square": (8, 8), "other": (12, 5), "
 
 def tiled(kind, ranks, replicas, options, strategy):
     """(largest difference from one process, elements of v that this rank is to save)."""
-    here = sharded_model.Trial(
+    here = sharded_model.ShardedModel(
         cuts(kind, ranks, TILES), "NorMuon", ranks, replicas, strategy=strategy, **options
     )
-    alone = sharded_model.Trial(sharded_model.whole(TILES), "NorMuon", **options)
+    alone = sharded_model.ShardedModel(sharded_model.whole(TILES), "NorMuon", **options)
     for step in range(4):
         for each in (here, alone):
             each.step(step, dead_row)

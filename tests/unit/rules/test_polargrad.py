@@ -13,7 +13,7 @@ from torch import nn
 import spectral_dist
 from tests.reference import polar as formulas
 from tests.reference import rules
-from tests.support.weights import SHAPES, Weights, give_gradients, values
+from tests.support.weights import SHAPES, Single, Weights, give_gradients, values
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 sides = st.integers(1, 9)
@@ -32,15 +32,6 @@ def conditioned(m, n, seed):
     generator = torch.Generator().manual_seed(seed)
     s = 0.2 + 0.8 * torch.rand(min(m, n), dtype=torch.float64, generator=generator)
     return formulas.with_singular_values(s, m, n, seed)
-
-
-class Single(nn.Module):
-    """One matrix that is given."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.only = nn.Linear(*weight.shape[::-1], bias=False, dtype=weight.dtype)
-        self.only.weight.data = weight.clone()
 
 
 def after(weight, gradients, optimizer=polargrad, **options):

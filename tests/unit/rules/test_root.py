@@ -8,13 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 import spectral_dist
 from spectral_dist.polar import reductions
 from tests.reference import polar as formulas
 from tests.reference import rules
-from tests.support.weights import SHAPES, Weights, give_gradients, values
+from tests.support.weights import SHAPES, Single, Weights, give_gradients, values
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 sides = st.integers(1, 9)
@@ -28,15 +27,6 @@ def root(model, lr=0.02, split=None, **options):
 
 def muon(model, lr=0.02, **options):
     return spectral_dist.Muon(spectral_dist.param_groups(model), lr=lr, **options)
-
-
-class Single(nn.Module):
-    """One matrix that is given."""
-
-    def __init__(self, weight):
-        super().__init__()
-        self.only = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-        self.only.weight = nn.Parameter(weight.clone())
 
 
 def after(weight, gradients, optimizer=root, **options):

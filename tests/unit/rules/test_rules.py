@@ -30,9 +30,9 @@ BOUNDS = {"NorMuon": 2e-6, "SUMO": 2e-6}
 def reference(title: str, options: dict[str, Any]) -> dict[str, Any]:
     """How ``training.train`` is to step."""
     if title == "SUMO":
-        return {"take": sumo.Run(lambda name, step: step == 0)}
+        return {"take": sumo.SumoMatrices(lambda name, step: step == 0)}
     if title == "NorMuon":
-        return {"take": normuon.Run()}
+        return {"take": normuon.NorMuonMatrices()}
     polar = options.get("polar", {"Muon": "jordan", "PolarGrad": "qdwh"}.get(title))
     return {"rule": title.lower(), "oracle": polar and rules.oracle(polar)}
 

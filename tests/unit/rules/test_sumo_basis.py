@@ -10,7 +10,7 @@ import torch
 
 from tests.reference import polar as formulas
 from tests.support.weights import Weights, give_gradients, same
-from tests.unit.rules.test_sumo import (
+from tests.unit.rules.sumo_steps import (
     LONG,
     equal,
     follow,

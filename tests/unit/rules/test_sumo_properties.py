@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.reference import polar as formulas
 from tests.support.weights import Weights, give_gradients, same, values
-from tests.unit.rules.test_sumo import LONG, after, follow, graded, state_of, sumo
+from tests.unit.rules.sumo_steps import LONG, after, follow, graded, state_of, sumo
 
 quick = settings(max_examples=25, deadline=None, derandomize=True)
 seeds = st.integers(0, 10_000)

@@ -17,7 +17,7 @@ from spectral_dist.params.classify import classify
 from tests.reference.sumo import galore_numbers, number, sumo_numbers
 from tests.support import models
 from tests.support.weights import Weights, give_gradients, mixed_model, same, values
-from tests.unit.rules.test_sumo import equal, state_of, sumo
+from tests.unit.rules.sumo_steps import equal, state_of, sumo
 
 CONFIGS = Path(spectral_dist.__file__).parent / "configs" / "models"
 

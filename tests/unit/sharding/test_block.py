@@ -20,7 +20,7 @@ OPTIONS = {"lr": 0.02, "weight_decay": 0.1}
 def slow(kind, ranks, period, count):
     """Muon in float64, every block or the whole of it by itself, written out."""
     found = {}
-    start = sharded_model.Trial(sharded_model.whole(SHAPES), **OPTIONS)
+    start = sharded_model.ShardedModel(sharded_model.whole(SHAPES), **OPTIONS)
     for name, (shape, parts) in cuts(kind, ranks).items():
         w = start.weights[name].detach().double().view(shape)
         m = torch.zeros(shape, dtype=torch.float64)
@@ -59,7 +59,7 @@ def steps(kind, ranks, replicas, count, unnamed=False, **options):
         for _, parts in found.values():
             for part in parts:
                 part.block = 0
-    here = sharded_model.Trial(
+    here = sharded_model.ShardedModel(
         found, "Muon", ranks, replicas, **{"strategy": "block", **OPTIONS, **options}
     )
     wanted = slow(kind, tp, options.get("block_period", 5), count)
@@ -105,8 +105,8 @@ def test_a_block_may_be_cut_in_flat_runs():
 
 def compare(first, second, count=4):
     """Whether two strategies have the same bits after some steps."""
-    a = sharded_model.Trial(cuts("columns", 2), "Muon", 2, 1, **{**OPTIONS, **first})
-    b = sharded_model.Trial(cuts("columns", 2), "Muon", 2, 1, **{**OPTIONS, **second})
+    a = sharded_model.ShardedModel(cuts("columns", 2), "Muon", 2, 1, **{**OPTIONS, **first})
+    b = sharded_model.ShardedModel(cuts("columns", 2), "Muon", 2, 1, **{**OPTIONS, **second})
     for step in range(count):
         a.step(step)
         b.step(step)
@@ -122,10 +122,10 @@ def test_period_one_is_owner_bitwise():
 def resumed(skip):
     """Going on in mid-period from a state dict equals never having stopped."""
     options = {**OPTIONS, "strategy": "block", "block_period": 3}
-    never = sharded_model.Trial(cuts("columns", 2), "Muon", 2, 1, **options)
+    never = sharded_model.ShardedModel(cuts("columns", 2), "Muon", 2, 1, **options)
     for step in range(2):
         never.step(step, skip=skip)
-    other = sharded_model.Trial(cuts("columns", 2), "Muon", 2, 1, **options)
+    other = sharded_model.ShardedModel(cuts("columns", 2), "Muon", 2, 1, **options)
     for name, p in other.weights.items():
         p.data = never.weights[name].detach().clone()
     other.optimizer.load_state_dict(copy.deepcopy(never.optimizer.state_dict()))
@@ -154,7 +154,9 @@ def test_resumes_in_mid_period(skip):
 def empty_rank():
     """The last rank has nothing of any matrix, and a count that a checkpoint has forgotten."""
     found = {"w": ((4, 12), sharded_model.strips((4, 12), 3, 1, [0, 5, 12, 12]))}
-    here = sharded_model.Trial(found, "Muon", 3, 1, strategy="block", block_period=2, **OPTIONS)
+    here = sharded_model.ShardedModel(
+        found, "Muon", 3, 1, strategy="block", block_period=2, **OPTIONS
+    )
     for step in range(4):
         here.step(step)
         if dist.get_rank() == 2:
@@ -168,7 +170,7 @@ def test_a_rank_without_a_part_agrees_on_the_step():
 
 def refused():
     found = {"w": ((4, 13), sharded_model.flat((4, 13), 2))}
-    here = sharded_model.Trial(found, "Muon", 2, 1, strategy="block")
+    here = sharded_model.ShardedModel(found, "Muon", 2, 1, strategy="block")
     try:
         here.step(0)
     except ValueError as error:

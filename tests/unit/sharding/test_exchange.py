@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache, wraps
+from functools import wraps
 
 import pytest
 import torch
@@ -10,14 +10,12 @@ import torch.distributed as dist
 
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Meter
-from spectral_dist.sharding.exchange import Exchange, MatrixTask
+from spectral_dist.sharding.exchange import MatrixTask
 from spectral_dist.sharding.layout import Cut, Layout, Matrix, Tile, flat_layout
-from spectral_dist.sharding.plan import make_plan
 from tests.reference.layouts import UNTOUCHED, World, random_world
 from tests.support import harness
+from tests.unit.sharding.exchanges import HOME, FunctionTask, grid, make
 
-CPU = torch.device("cpu")
-HOME = torch.float64  # in which directions come back
 ROUNDS = 40
 
 
@@ -25,59 +23,6 @@ def direction(whole):
     """Not symmetric in anything: a direction that comes back misplaced is another number."""
     m, n = whole.shape
     return whole + (3 * torch.arange(m)[:, None] + 5 * torch.arange(n)) % 50
-
-
-def group_here():
-    return dist.group.WORLD if dist.is_initialized() else None
-
-
-@cache
-def grid(ranks, replicas, apart):
-    """(group, replicas) of this rank; ``apart``: replicas are neighbours, ranks far apart."""
-    everyone = torch.arange(ranks * replicas)
-    rows = everyone.view(ranks, replicas).T if apart else everyone.view(replicas, ranks)
-    found = []
-    for lines, length in ((rows.tolist(), ranks), (rows.T.tolist(), replicas)):
-        groups = [dist.new_group(line) if length > 1 else None for line in lines]
-        where = [dist.get_rank() in line for line in lines].index(True)
-        found.append(groups[where])
-    return tuple(found)
-
-
-def make(layouts, numel=1 << 30, wire=torch.float32, group="everyone", replicas=None):
-    group = group_here() if group == "everyone" else group
-    plan = make_plan(layouts, collectives.size(group), numel, collectives.size(replicas))
-    meter = Meter()
-    exchange = Exchange(
-        layouts,
-        plan,
-        group=group,
-        replicas=replicas,
-        device=CPU,
-        like=torch.empty(0, dtype=HOME),
-        wire_dtype=wire,
-        meter=meter,
-    )
-    return exchange, plan, meter
-
-
-class Recorder(MatrixTask):
-    """A task of plain functions."""
-
-    def __init__(self, update_input, direction, apply):
-        self._update_input, self._direction, self._apply = update_input, direction, apply
-
-    def update_input(self, pieces):
-        return self._update_input(pieces)
-
-    def direction(self, matrices, which):
-        return self._direction(matrices)
-
-    def slab_direction(self, slabs, reduction):
-        raise AssertionError("no matrix is in slabs")
-
-    def apply(self, pieces, directions):
-        self._apply(pieces, directions)
 
 
 class Checked(MatrixTask):
@@ -276,69 +221,9 @@ def test_rounds_to_the_wire_even_if_nothing_is_sent():
     def update_input(pieces):
         return [torch.tensor([1.0, 1.001, 1.5, 257.0])]
 
-    exchange.run(Recorder(update_input, whole, apply))
+    exchange.run(FunctionTask(update_input, whole, apply))
     assert torch.equal(seen[0], torch.tensor([[1.0, 1.0], [1.5, 256.0]]))
     assert torch.equal(seen[1], torch.tensor([0.5, 1.0, 1.5, 256.0]))
-
-
-def exchange_once(layouts, sizes, numel=1 << 30, **where):
-    """Owners, calls and bytes of one exchange of tensors that are all ones."""
-    exchange, plan, meter = make(layouts, numel, **where)
-    views = exchange.local_runs.views([torch.ones(size) for size in sizes])
-    exchange.run(
-        Recorder(lambda pieces: [views[p] for p in pieces], lambda whole: whole, lambda *_: None)
-    )
-    return plan.owners, meter.calls, meter.bytes
-
-
-def straddling():
-    # one buffer of 20 in two halves: a (2 x 3) on rank 0, b (3 x 4) straddles as 4 + 8, c on rank 1
-    cut = Cut.even(10, 2)
-    shapes = (("a", 2, 3, 0), ("b", 3, 4, 6), ("c", 1, 2, 18))
-    layouts = [flat_layout(Matrix(x, (m, n), ((0, m),)), cut, offset=o) for x, m, n, o in shapes]
-    return exchange_once(layouts, [10])
-
-
-def test_bytes_of_a_straddling_matrix():
-    # b goes to rank 1, whose load (c: 1 * (4 + 1)) is below rank 0's (a: 4 * (6 + 2)); 4 elements
-    # of 4 bytes go there, and 4 come back; a and c cost nothing
-    for result in harness.run(2, straddling):
-        assert result == ((0, 1, 1), {"all_to_all": 2}, {"all_to_all": 16})
-
-
-def fully_sharded():
-    # a: 4 x 4 as 6 + 6 + 4; the owner of the only matrix is the rank with the most of it, rank 0
-    layouts = [flat_layout(Matrix("a", (4, 4), ((0, 4),)), Cut((0, 3, 10, 16)))]
-    rank = dist.get_rank()
-    return exchange_once(layouts, [(3, 7, 6)[rank]])
-
-
-def test_bytes_of_a_matrix_sharded_over_all_ranks():
-    results = harness.run(3, fully_sharded)
-    (owner,) = results[0][0]
-    held = (3, 7, 6)
-    for rank, (owners, calls, sent) in enumerate(results):
-        assert (owners, calls) == ((owner,), {"all_to_all": 2})
-        # everyone sends what it holds; the owner what the others hold
-        assert sent == {"all_to_all": 4 * (16 - held[owner] if rank == owner else held[rank])}
-
-
-def replicas(numel):
-    shapes = ((2, 3), (2, 3), (2, 2))
-    layouts = [
-        flat_layout(Matrix(f"m{i}", (m, n), ((0, m),)), Cut((0, m * n)), tensor=i)
-        for i, (m, n) in enumerate(shapes)
-    ]
-    return exchange_once(layouts, [6, 6, 4], numel, group=None, replicas=dist.group.WORLD)
-
-
-def test_bytes_of_replicas():
-    # owners 0, 1, 0 own 10 and 6 numbers; the gather is padded: everyone sends 10 to the other
-    for result in harness.run(2, replicas, 1 << 30):
-        assert result == ((0, 1, 0), {"all_gather": 1}, {"all_gather": 40})
-    # at most 7 numbers an owner: {0: m0, 1: m1} padded to 6, then {0: m2} padded to 4
-    for result in harness.run(2, replicas, 14):
-        assert result == ((0, 1, 0), {"all_gather": 2}, {"all_gather": 40})
 
 
 def tp2_by_dp2():
@@ -362,7 +247,7 @@ def tp2_by_dp2():
         seen.append(matrices.clone())
         return matrices * 10
 
-    exchange.run(Recorder(lambda pieces: [view] if pieces else [], ten_times, apply))
+    exchange.run(FunctionTask(lambda pieces: [view] if pieces else [], ten_times, apply))
     assert len(seen) == (rank == plan.owners[0])
     assert all(torch.equal(matrices[0], whole) for matrices in seen)
     assert torch.equal(torch.cat(back).float(), mine * 10)
@@ -371,139 +256,3 @@ def tp2_by_dp2():
 
 def test_tensor_parallel_tiles_cut_over_their_replicas():
     assert harness.run(4, tp2_by_dp2) == [[0, 1, 2, 3]] * 4
-
-
-def disagreement(kind):
-    """The error's text on this rank; the last rank has other ideas about matrix b."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    differs = rank == ranks - 1
-    names = ["a", "b", "c"]
-    numel, wire = 1 << 30, torch.float32
-    if differs and kind == "name":
-        names[1] = "x"
-    if differs and kind == "count":
-        names = ["a"]
-    if differs and kind == "bucket":
-        numel = 12
-    if differs and kind == "wire":
-        wire = torch.bfloat16
-    cut = Cut.even(12, ranks)
-    layouts = []
-    for i, name in enumerate(names):
-        odd = differs and i == 1
-        m, n = (4, 3) if odd and kind == "shape" else (2, 6)
-        layouts.append(
-            flat_layout(
-                Matrix(name, (m, n), ((0, m),)),
-                Cut((0, *range(11, 12 * ranks, 12), 12 * ranks)) if odd and kind == "cut" else cut,
-                offset=7 if odd and kind == "offset" else 6,
-            )
-        )
-    try:
-        make(layouts, numel, wire)
-    except RuntimeError as error:
-        return str(error)
-    return "no error"
-
-
-@pytest.mark.parametrize("kind", ["name", "count", "shape", "cut", "offset"])
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_that_disagree_say_so_everywhere(ranks, kind, monkeypatch):
-    monkeypatch.setattr(harness, "TIMEOUT", 60.0)
-    texts = harness.run(ranks, disagreement, kind)
-    assert len(set(texts)) == 1
-    assert "entry 1 is `b " in texts[0]
-    assert "rank 0 but" in texts[0]
-    assert f"on rank {ranks - 1}." in texts[0]
-    assert "`nothing`" in texts[0] or kind != "count"
-
-
-@pytest.mark.parametrize("kind", ["bucket", "wire"])
-def test_ranks_that_disagree_about_buckets_or_the_wire_say_so(kind, monkeypatch):
-    """They would exchange different numbers of bytes, or wait for each other for ever."""
-    monkeypatch.setattr(harness, "TIMEOUT", 60.0)
-    texts = harness.run(2, disagreement, kind)
-    assert "no error" not in texts
-    assert len(set(texts)) == 1
-
-
-def disagreement_of_a_replica():
-    """2 replicas x 2 ranks; the last rank has another matrix."""
-    group, copies = grid(2, 2, False)
-    m, n = (4, 3) if dist.get_rank() == 3 else (2, 6)
-    layouts = [flat_layout(Matrix("b", (m, n), ((0, m),)), Cut.even(6, 2))]
-    try:
-        make(layouts, group=group, replicas=copies)
-    except RuntimeError as error:
-        return str(error)
-    return "no error"
-
-
-def test_replicas_that_disagree_say_so_everywhere(monkeypatch):
-    monkeypatch.setattr(harness, "TIMEOUT", 60.0)
-    texts = harness.run(4, disagreement_of_a_replica)
-    assert all("entry 0 is `b " in text for text in texts)
-
-
-def agreement():
-    exchange, _, meter = make([flat_layout(Matrix("a", (2, 6), ((0, 2),)), Cut.even(12, 2))])
-    return len(exchange.routes), meter.calls
-
-
-def test_ranks_that_agree_do_not_raise():
-    assert harness.run(2, agreement) == [(1, {}), (1, {})]
-
-
-def sharded_and_replicated():
-    """2 replicas x 2 ranks, a matrix in halves and two on the second rank: (owners, cost)."""
-    group, copies = grid(2, 2, False)
-    rank = collectives.rank(group)
-    layouts = [
-        flat_layout(Matrix("halves", (4, 4), ((0, 4),)), Cut.even(8, 2), tensor=0),
-        flat_layout(Matrix("second", (2, 3), ((0, 2),)), Cut((0, 0, 6)), tensor=1),
-        flat_layout(Matrix("third", (2, 2), ((0, 2),)), Cut((0, 0, 4)), tensor=2),
-    ]
-    return exchange_once(layouts, [8, *((0, 0), (6, 4))[rank]], group=group, replicas=copies)
-
-
-def test_bytes_of_sharded_matrices_with_replicas():
-    # the costliest, "halves", goes to rank 0 of replica 0, "second" to rank 1 of replica 0, "third"
-    # to rank 1 of replica 1. 8 elements to the owner of "halves" and 8 back, in replica 0 only;
-    # then each replica gives the other what it has. In the bucket of "halves" 8 of replica 0, which
-    # replica 1 pads to; in the other one nothing at ranks 0, and 6 at ranks 1, padded for 4
-    results = harness.run(4, sharded_and_replicated)
-    for place, (owners, calls, sent) in enumerate(results):
-        assert owners == (0, 1, 3)
-        assert calls == {"all_to_all": 2, "all_gather": 2}
-        gathered = 4 * (8, 8 + 6)[place % 2]
-        assert sent == {"all_to_all": 4 * 8 * (place < 2), "all_gather": gathered}
-
-
-def flags(values):
-    meter = Meter()
-    mine = torch.tensor(values[dist.get_rank()])
-    return collectives.any_rank(mine, (dist.group.WORLD,), meter), meter.calls
-
-
-@pytest.mark.parametrize("values", [(False, False), (True, False), (False, True)])
-def test_any_rank(values):
-    assert harness.run(2, flags, values) == [(any(values), {"all_reduce": 1})] * 2
-
-
-def test_any_rank_alone():
-    meter = Meter()
-    for groups in ((), (None,), (None, None)):
-        assert collectives.any_rank(torch.tensor(True), groups, meter) is True
-        assert collectives.any_rank(torch.tensor(False), groups, meter) is False
-    assert meter == Meter()
-
-
-def flag_on(which):
-    meter = Meter()
-    mine = torch.tensor(dist.get_rank() == which)
-    return collectives.any_rank(mine, grid(2, 2, False), meter), meter.calls
-
-
-@pytest.mark.parametrize("which", [0, 1, 2, 3, None])
-def test_any_rank_of_shards_and_replicas(which):
-    assert harness.run(4, flag_on, which) == [(which is not None, {"all_reduce": 2})] * 4

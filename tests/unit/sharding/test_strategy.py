@@ -231,7 +231,7 @@ def test_buckets_of_slabs_respect_the_bound():
 def disagreeing():
     """One rank forces gram."""
     forced = dist.get_rank() == 1
-    here = sharded_model.Trial(
+    here = sharded_model.ShardedModel(
         {"w": ((4, 12), sharded_model.strips((4, 12), 2, 1))}, "Muon", 2, 1,
         strategy="gram" if forced else "owner",
     )  # fmt: skip
