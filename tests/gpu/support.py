@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import spectral_dist
 from spectral_dist import poet
-from tests import models
+from tests.support import models
 
 WIDTH, HIDDEN, BLOCK = 64, 168, 8
 BLOCKS = {r"layers\.1\.up": (8, 173), r"layers\.1\.down": (173, 8)}

@@ -12,8 +12,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tests import models
 from tests.gpu import support
+from tests.support import models
 
 pytestmark = pytest.mark.gpu
 BOUND = 1e-3
