@@ -114,12 +114,14 @@ def inline(page: str) -> list[str]:
 
 def anchors(page: str) -> set[str]:
     """The anchors of a page's headings, as mkdocs makes them."""
-    found = set()
-    for heading in re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE):
-        plain = unicodedata.normalize("NFKD", heading.replace("`", "")).encode("ascii", "ignore")
-        text = re.sub(r"[^\w\s-]", "", plain.decode()).strip().lower()
-        found.add(re.sub(r"[-\s]+", "-", text))
-    return found
+    return {slug(heading) for heading in re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)}
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as mkdocs makes it."""
+    plain = unicodedata.normalize("NFKD", heading.replace("`", "")).encode("ascii", "ignore")
+    text = re.sub(r"[^\w\s-]", "", plain.decode()).strip().lower()
+    return re.sub(r"[-\s]+", "-", text)
 
 
 def test_the_readme_is_a_landing_page_and_the_site_has_every_page() -> None:
