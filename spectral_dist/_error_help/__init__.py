@@ -29,8 +29,13 @@ TEXTS: dict[str, tuple[str, ...]] = {
 """Anchor -> regular expressions of the texts that it explains; the first that fits counts."""
 
 
+ON_RANK = re.compile(r" \(on rank \d+( of \d+)?\)$")
+"""What an error adds that another rank had."""
+
+
 def anchor_of(text: str) -> str | None:
     """Return the anchor on ``PAGE`` of an error's text; None if it is no text of ours."""
+    text = ON_RANK.sub("", text)
     for anchor, patterns in TEXTS.items():
         if any(re.search(pattern, text, re.DOTALL) for pattern in patterns):
             return anchor

@@ -32,6 +32,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     ),
     "a-deepspeed-json-that-deepspeed-refuses": (
         r": DeepSpeed: ",
+        r": it gives no reason",
         r"--zero-init needs ZeRO stage 3",
         r"checkpoint: its writer goes on after a save has returned",
     ),

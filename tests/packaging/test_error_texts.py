@@ -20,6 +20,7 @@ from spectral_dist import polar
 from spectral_dist._error_help import PAGE, TEXTS, anchor_of, explained
 from spectral_dist.checkpoint import convert
 from spectral_dist.core.optimizer import SpectralOptimizer
+from spectral_dist.sharding import collectives
 from tests.packaging.test_documentation import slug
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,39 +38,40 @@ NO_TEXT = {"A rank died": "a-rank-died"}
 Texts = Mapping[str, list[str]]
 
 
-def texts_of(node: ast.expr | None, names: Texts, depth: int = 0) -> list[str]:
+def texts_of(node: ast.expr | None, names: Texts) -> list[str]:
     """What an expression may say, with VALUE for what only a run knows.
 
     Args:
         node: the expression.
         names: what names, and functions that return texts, may say.
-        depth: of names that were followed.
     """
     match node:
         case ast.Constant(value=str(text)):
             return [text]
         case ast.JoinedStr(values=values):
-            return products(values, names, depth)
+            return products(values, names)
         case ast.FormattedValue(value=value):
-            return texts_of(value, names, depth)
+            return texts_of(value, names)
         case ast.BinOp(left=left, op=ast.Add(), right=right):
-            return products([left, right], names, depth)
+            return products([left, right], names)
         case ast.BinOp(left=left, op=ast.Mult()):
-            return [*texts_of(left, names, depth), ""]
+            return [*texts_of(left, names), ""]
         case ast.IfExp(body=body, orelse=orelse):
-            return [*texts_of(body, names, depth), *texts_of(orelse, names, depth)]
+            return [*texts_of(body, names), *texts_of(orelse, names)]
+        case ast.BoolOp(values=values):
+            return [text for value in values for text in texts_of(value, names)]
         case ast.Name(id=name) | ast.Subscript(value=ast.Name(id=name)):
             return names.get(name, [VALUE])
         case ast.Call(func=ast.Attribute(value=value, attr="format")):
-            return [re.sub(r"\{.*?\}", VALUE, text) for text in texts_of(value, names, depth)]
+            return [re.sub(r"\{.*?\}", VALUE, text) for text in texts_of(value, names)]
         case ast.Call(func=ast.Name(id=name)):
             return names.get(f"{name}()", [VALUE])
     return [VALUE]
 
 
-def products(parts: list[ast.expr], names: Texts, depth: int) -> list[str]:
+def products(parts: list[ast.expr], names: Texts) -> list[str]:
     """What parts may say one after the other."""
-    alternatives = [texts_of(part, names, depth)[:6] for part in parts]
+    alternatives = [texts_of(part, names)[:6] for part in parts]
     return ["".join(said) for said in itertools.islice(itertools.product(*alternatives), 64)]
 
 
@@ -218,6 +220,7 @@ def test_every_text_has_an_anchor() -> None:
     for text, place in ERRORS.items():
         if anchor_of(text) is None:
             without.setdefault(place.partition(":")[0], set()).add(text)
+        assert anchor_of(f"{text} (on rank 1 of 2)") == anchor_of(text)
     assert without == ELSEWHERE
 
 
@@ -329,6 +332,13 @@ def test_public_functions_add_the_note_once(anchor: str, tmp_path: Path) -> None
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         ENTRIES[anchor](tmp_path)
     assert notes(caught.value) == [f"spectral_dist: {PAGE}#{anchor}"]
+
+
+def test_an_error_of_another_rank_names_its_anchor() -> None:
+    text = "SUMO: rank is 3 here, but 2 in the checkpoint; write the rank that it was saved with"
+    with pytest.raises(ValueError, match="on rank 1 of 2") as caught, explained:
+        collectives.raise_first(f"ValueError\n{text} (on rank 1 of 2)", [])
+    assert notes(caught.value) == [f"spectral_dist: {PAGE}#write-the-rank-that-it-was-saved-with"]
 
 
 def test_nested_calls_add_one_note() -> None:
