@@ -27,8 +27,6 @@ TEXTS: dict[str, tuple[str, ...]] = {
     **general.TEXTS,
 }
 """Anchor -> regular expressions of the texts that it explains; the first that fits counts."""
-
-
 ON_RANK = re.compile(r" \(on rank \d+( of \d+)?\)$")
 """What an error adds that another rank had."""
 
