@@ -145,6 +145,7 @@ def load_matrix_state(
     files.read(folder, content)
 
 
+@explained
 def check_matrix_state(
     optimizer: ShardedOptimizer, names: Names, saved: Mapping[str, Any], prefix: str
 ) -> None:

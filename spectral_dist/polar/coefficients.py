@@ -84,6 +84,7 @@ def check_row(row: Row, where: str) -> None:
         raise ValueError(f"{where}: {error}") from None
 
 
+@explained
 def parse_shape(text: object, where: str = "") -> Shape:
     """Return (min, max) of a shape written as "512x2048".
 

@@ -10,6 +10,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -339,6 +340,15 @@ def test_an_error_of_another_rank_names_its_anchor() -> None:
     with pytest.raises(ValueError, match="on rank 1 of 2") as caught, explained:
         collectives.raise_first(f"ValueError\n{text} (on rank 1 of 2)", [])
     assert notes(caught.value) == [f"spectral_dist: {PAGE}#write-the-rank-that-it-was-saved-with"]
+
+
+@pytest.mark.parametrize("module", [spectral_dist.checkpoint, spectral_dist.poet])
+def test_no_public_function_is_left_out(module: ModuleType) -> None:
+    functions = [getattr(module, name) for name in module.__all__]
+    plain = {
+        f.__name__ for f in functions if inspect.isfunction(f) and not hasattr(f, "__wrapped__")
+    }
+    assert plain <= {"matrix_state"}  # which raises nothing of its own
 
 
 def test_nested_calls_add_one_note() -> None:
