@@ -387,3 +387,13 @@ def test_signatures_and_texts_stay() -> None:
         assert inspect.getdoc(function)
     assert list(inspect.signature(spectral_dist.Muon.step).parameters) == ["self", "closure"]
     assert anchor_of("out of memory") is None
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_an_error_of_a_save_in_the_background_names_its_anchor(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    optimizer = optimizer_with_gradients()
+    future = spectral_dist.checkpoint.async_save(tmp_path / "file" / "in", model(), optimizer)
+    with pytest.raises(RuntimeError, match="was not saved") as caught:
+        future.result()
+    assert notes(caught.value) == [f"spectral_dist: {PAGE}#was-not-saved"]
