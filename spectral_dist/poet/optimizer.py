@@ -99,7 +99,7 @@ class POET(ShardedOptimizer):
         merged = self.layers[0].merges > 0
         return merged and (not totals or max(totals) > self.steps_since_merge())
 
-    def complete(self, carried: ParamGroup, routes: Sequence[ParamSpec]) -> ParamGroup:
+    def finalize_group(self, carried: ParamGroup, routes: Sequence[ParamSpec]) -> ParamGroup:
         """Return the fields of a group unchanged.
 
         Raises:
