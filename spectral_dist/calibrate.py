@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from spectral_dist._error_help import explained
 from spectral_dist.polar.coefficients import Shape, check_row, key, parse_shape, read, row_of_shape
 from spectral_dist.polar.fit import FALLBACK, PUBLISHED, fit, random_spectrum, relative_error
 from spectral_dist.polar.schedules import Row
@@ -65,6 +66,7 @@ class Calibration:
     spectra: int
 
 
+@explained
 def calibrate(shape: Sequence[int], spectra: Tensor | None = None, steps: int = 5) -> Calibration:
     """Fit the coefficients of one shape, to random matrices and to captured spectra.
 
@@ -128,6 +130,7 @@ def _quantiles(spectra: Tensor, count: int = 2048) -> Tensor:
     return values[positions.long()]
 
 
+@explained
 def write(path: Path | str, calibrations: Mapping[Shape, Calibration], steps: int) -> None:
     """Write a coefficients file, all of it or nothing.
 
@@ -169,6 +172,7 @@ class Recorder:
         limit: the most spectra of a shape that are kept.
     """
 
+    @explained
     def __init__(self, path: Path | str | None = None, every: int = 100, limit: int = 256) -> None:
         for name, value in (("every", every), ("limit", limit)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -179,6 +183,7 @@ class Recorder:
         self._offered: dict[Shape, int] = {}
         self._random = random.Random(0)
 
+    @explained
     @torch.no_grad()
     def __call__(self, names: Sequence[str], x: Tensor) -> None:
         """Keep the spectra of the matrices whose turn it is.
@@ -213,6 +218,7 @@ class Recorder:
         """
         return {shape: torch.stack(kept) for shape, kept in sorted(self._kept.items())}
 
+    @explained
     def save(self, path: Path | str | None = None) -> None:
         """Write what was recorded to a file for ``load``, ``read_spectra`` or torch.load.
 
@@ -222,6 +228,7 @@ class Recorder:
         content = {"format": _FORMAT, "spectra": {key(s): v for s, v in self.spectra.items()}}
         _replace(self._resolve_path(path), lambda new: torch.save(content, new))
 
+    @explained
     def load(self, path: Path | str | None = None) -> None:
         """Add the spectra of a file, as if they had been recorded here.
 
@@ -252,6 +259,7 @@ class Recorder:
             kept[index] = values
 
 
+@explained
 def read_spectra(paths: Iterable[Path | str]) -> dict[Shape, Tensor]:
     """Read the spectra of all files that ``Recorder.save`` wrote.
 

@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.nn.parallel import DistributedDataParallel
 
 from spectral_dist import checkpoint
+from spectral_dist._error_help import explained
 from spectral_dist.core.check_placement import check_placement
 from spectral_dist.core.named import class_of
 from spectral_dist.core.optimizer import SpectralOptimizer
@@ -228,6 +229,7 @@ def _entry(rule: type[Rule[Any]]) -> registry.Entry:
     )
 
 
+@explained
 def check_rule(
     rule: type[Rule[Any]],
     options: Mapping[str, Any] | None = None,

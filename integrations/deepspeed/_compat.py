@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from spectral_dist._error_help import explained
+
 __all__ = [
     "DEEPSPEED_OPTIMIZERS",
     "FROZEN_PARAM_FRAGMENTS",
@@ -38,6 +40,7 @@ does not start. Above it there was no release to try.
 """
 
 
+@explained
 def check_version(version: str) -> None:
     """Raise unless this release of DeepSpeed is one that was tested.
 
@@ -102,6 +105,7 @@ class LossScale(Protocol):
     cur_scale: float
 
 
+@explained
 def wrap_engine(
     configure: Configure, distribute: Distribute, check_type: Callable[[str], None]
 ) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from spectral_dist._error_help import explained
 from spectral_dist.integrations.deepspeed import latest
 from spectral_dist.integrations.deepspeed._compat import argument
 
@@ -37,6 +38,7 @@ def wrap_checkpoints(
     save, load = engine.save_checkpoint, engine.load_checkpoint
 
     @functools.wraps(save)
+    @explained
     def save_checkpoint(
         save_dir: str,
         tag: Any = None,
@@ -51,6 +53,7 @@ def wrap_checkpoints(
         return save(save_dir, tag, {**(client_state or {}), **added}, *args, **kwargs)
 
     @functools.wraps(load)
+    @explained
     def load_checkpoint(load_dir: str, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
         if tag is None:
             tag = latest.read(load_dir, engine.load_universal_checkpoint())

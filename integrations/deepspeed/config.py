@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from spectral_dist._error_help import explained
 from spectral_dist._errors import suggest
 from spectral_dist.integrations.deepspeed._compat import (
     DEEPSPEED_OPTIMIZERS,
@@ -15,6 +16,7 @@ from spectral_dist.integrations.deepspeed._compat import (
 )
 
 
+@explained
 def refuse_type(name: str | None, ours: Iterable[str]) -> None:
     """Raise if the JSON's optimizer type is unknown to DeepSpeed, to torch and to us.
 

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import nn
 
+from spectral_dist._error_help import explained
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.integrations.deepspeed import _compat, poet
@@ -48,6 +49,7 @@ def _engine_of(module: nn.Module) -> DeepSpeedEngine | None:
     return None if reference is None else reference()
 
 
+@explained
 def _refuse_replaced_engine(*args: Any, **kwargs: Any) -> NoReturn:
     """Raise a ValueError, as ``backward`` and ``step`` of an engine that has lost its model do."""
     raise ValueError(
@@ -88,6 +90,7 @@ def _refuse_replaced_optimizer(client: Any) -> None:
             )
 
 
+@explained
 def configure(
     original: Callable[..., None], engine: DeepSpeedEngine, client: Any, parameters: Any
 ) -> None:
@@ -145,6 +148,7 @@ def configure(
         refuse_poet(engine)
 
 
+@explained
 def distribute(original: Callable[..., None], engine: DeepSpeedEngine, model: nn.Module) -> None:
     """Take the model into an engine, after checks and, if the JSON names POET, its conversion.
 

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
+from spectral_dist._error_help import explained
 from spectral_dist._errors import suggest
 from spectral_dist.integrations.megatron import _compat, _compat_hooks
 from spectral_dist.integrations.megatron.arguments import add_spectral_args, parsed, restore
@@ -30,6 +31,7 @@ _building: ContextVar[bool] = ContextVar("spectral optimizer being built", defau
 """Whether ``get_spectral_megatron_optimizer`` is running in this thread."""
 
 
+@explained
 def get_spectral_megatron_optimizer(
     config: Any, model_chunks: Any, config_overrides: Any = None, **options: Any
 ) -> Any:
@@ -76,6 +78,7 @@ def _with_ours(original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap Megatron's ``get_megatron_optimizer``: it builds ours where the config asks for it."""
 
     @functools.wraps(original)
+    @explained
     def get_megatron_optimizer(config: Any, *args: Any, **kwargs: Any) -> Any:
         name = str(config.optimizer)
         if _is_ours(config) or name.startswith("spectral"):
@@ -97,6 +100,7 @@ def _refuse_our_checkpoints(built: Any) -> Any:
     load = built.load_state_dict
 
     @functools.wraps(load)
+    @explained
     def load_state_dict(state_dict: Any) -> Any:
         refuse_foreign({"param_groups": [{}]}, state_dict)
         return load(state_dict)
@@ -112,6 +116,7 @@ def _guarded(inner: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(inner)
+    @explained
     def guarded(config: Any, *args: Any, **kwargs: Any) -> Any:
         if _is_ours(config) and not _building.get():
             raise ValueError(

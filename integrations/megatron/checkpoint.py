@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from spectral_dist._error_help import explained
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.integrations.megatron import _compat, matrix_checkpoint
 from spectral_dist.integrations.megatron.foreign import refuse_foreign
@@ -41,6 +42,7 @@ def wrap_checkpointing(
     is_nested = False
 
     @functools.wraps(sharded)
+    @explained
     def sharded_state_dict(
         model_sharded_state_dict: Any, is_loading: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
@@ -61,6 +63,7 @@ def wrap_checkpointing(
         return state_dict
 
     @functools.wraps(load)
+    @explained
     @torch.no_grad()
     def load_state_dict(state_dict: Any) -> Any:
         inner.prepare()

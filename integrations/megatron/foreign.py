@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from spectral_dist._error_help import explained
 from spectral_dist.integrations.megatron.optimizer import STATE, TYPES
 
 ADAM = "Megatron's own optimizer"
@@ -15,6 +16,7 @@ UNNAMED = "a spectral optimizer"
 """The optimizer of a checkpoint that an older release wrote, without the optimizer's name."""
 
 
+@explained
 def refuse_foreign(current: Any, saved: Any) -> None:
     """Raise if a checkpoint was saved with another optimizer than that of this run.
 

@@ -11,6 +11,7 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
+from spectral_dist._error_help import explained
 from spectral_dist.integrations.megatron import _compat
 from spectral_dist.integrations.megatron.build import on_any_stage, parallel_ranks
 from spectral_dist.integrations.megatron.names import global_names, unwrap
@@ -30,6 +31,7 @@ RowPart: TypeAlias = tuple[str, tuple[Span, ...]]
 """A matrix in the rows of a layer's tile: its name ('' if it is the only one), and its rows."""
 
 
+@explained
 def convert(
     model: nn.Module,
     *,
@@ -91,6 +93,7 @@ def convert(
     return model
 
 
+@explained
 @torch.no_grad()
 def export(model: nn.Module) -> dict[str, Any]:
     """Return this rank's state dict with the keys that it had before ``convert``.

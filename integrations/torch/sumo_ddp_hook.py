@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from spectral_dist._error_help import explained
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.core.units import MatrixUnit
 from spectral_dist.params.spec import ParamSpec
@@ -28,6 +29,7 @@ from spectral_dist.sharding.layout import Matrix
 GradBucket: TypeAlias = dist.GradBucket  # type: ignore[attr-defined,name-defined]
 
 
+@explained
 def project_gradients(model: DistributedDataParallel, optimizer: SpectralOptimizer) -> "Projection":
     """Make ``model`` reduce the projection of each matrix's gradient where SUMO needs no more.
 

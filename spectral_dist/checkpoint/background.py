@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from spectral_dist._error_help import explained
 from spectral_dist.checkpoint import files
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group
@@ -42,7 +43,7 @@ class Background:
         copied = stager.stage(dict(content))
         assert isinstance(copied, dict)
         stager.close()
-        self._pending = self._thread.submit(files.write_in, group, folder, copied)
+        self._pending = self._thread.submit(explained(files.write_in), group, folder, copied)
         return self._pending
 
     def _group(self) -> Group:

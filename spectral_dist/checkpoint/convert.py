@@ -27,6 +27,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from spectral_dist._error_help import explained
 from spectral_dist.checkpoint.dcp_run import read_dcp, write_dcp
 from spectral_dist.checkpoint.foreign import read_dion, read_torch, write_dion, write_torch
 from spectral_dist.checkpoint.plain import first
@@ -34,6 +35,7 @@ from spectral_dist.checkpoint.run import Run
 from spectral_dist.checkpoint.universal import read_universal, write_universal
 
 
+@explained
 def convert(from_format: str, source: str | Path, to_format: str, target: str | Path) -> Run:
     """Write a checkpoint in another format.
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
+from spectral_dist._error_help import explained
 from spectral_dist.checkpoint import files
 from spectral_dist.checkpoint.background import BACKGROUND
 from spectral_dist.checkpoint.checks import check_entries, check_groups, check_rule, take_groups
@@ -40,6 +41,7 @@ SKEW = "skew_in"
 """The name of a parameter that every layer of POET has, and no other module."""
 
 
+@explained
 def state_dict(optimizer: ShardedOptimizer, *, saving: bool = True) -> dict[str, Any]:
     """Return an optimizer's state for torch.distributed.checkpoint; collective the first time.
 
@@ -102,6 +104,7 @@ def _parts(optimizer: ShardedOptimizer) -> Iterator[MatrixStatePart]:
         yield from optimizer.matrix_parts()
 
 
+@explained
 def save_matrix_state(folder: str | Path, optimizer: ShardedOptimizer) -> str:
     """Write only the matrix state, for a framework that saves the rest; a collective call.
 
@@ -111,6 +114,7 @@ def save_matrix_state(folder: str | Path, optimizer: ShardedOptimizer) -> str:
     return files.write(folder, {"matrices": matrix_state(optimizer, names_of(optimizer), True)})
 
 
+@explained
 def load_matrix_state(
     folder: str | Path, optimizer: ShardedOptimizer, saved_as: str | None = None
 ) -> None:
@@ -141,6 +145,7 @@ def load_matrix_state(
     files.read(folder, content)
 
 
+@explained
 def check_matrix_state(
     optimizer: ShardedOptimizer, names: Names, saved: Mapping[str, Any], prefix: str
 ) -> None:
@@ -175,6 +180,7 @@ def check_matrix_state(
         )
 
 
+@explained
 def load_state_dict(optimizer: ShardedOptimizer, loaded: Mapping[str, Any]) -> None:
     """Set the options of groups from a ``state_dict`` that torch.distributed.checkpoint has filled.
 
@@ -198,6 +204,7 @@ def load_state_dict(optimizer: ShardedOptimizer, loaded: Mapping[str, Any]) -> N
         call()
 
 
+@explained
 def save(folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer, **extra: Any) -> None:
     """Write a model, its optimizer and other values into a folder; a collective call.
 
@@ -219,6 +226,7 @@ def save(folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer, **ex
     files.write(folder, _content(model, optimizer, extra))
 
 
+@explained
 def async_save(
     folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer, **extra: Any
 ) -> Future[str]:
@@ -256,6 +264,7 @@ def _content(
     return content
 
 
+@explained
 def load(folder: str | Path, model: nn.Module, optimizer: ShardedOptimizer) -> dict[str, Any]:
     """Load what ``save`` has written, on any number of ranks; a collective call.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import TensorWeakRef
 
+from spectral_dist._error_help import explained
 from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.base import ParamGroup, Placement
 from spectral_dist.placement.dtensor import MeshPlacement
@@ -44,6 +45,7 @@ class Loading(torch.optim.Optimizer):
     def prepare_placement(self) -> None:
         """Bring the placement up to date with the parameter groups."""
 
+    @explained
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or pickle is made of.
 
@@ -75,6 +77,7 @@ class Loading(torch.optim.Optimizer):
                 " second model and optimizer as the first were built, and load it there"
             )
 
+    @explained
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what ``__getstate__`` has returned; also called by torch at the end of a load."""
         if "options" in self.__dict__:
@@ -100,6 +103,7 @@ class Loading(torch.optim.Optimizer):
     def rule_name(self) -> str:
         """Return the name that checkpoints know the rule by."""
 
+    @explained
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load as torch does, but keep the dtype that states were saved in.
 

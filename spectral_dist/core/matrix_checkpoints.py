@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from spectral_dist._error_help import explained
 from spectral_dist.core import matrix_state
 from spectral_dist.core.first_step import matrix_of
 from spectral_dist.core.matrix_state import MatrixStatePart
@@ -71,6 +72,7 @@ class MatrixCheckpoints(ShardedOptimizer):
         """Return what a copy or pickle is made of, matrix state included."""
         return {**super().__getstate__(), "matrix_state": self.matrix_state()}
 
+    @explained
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore what ``__getstate__`` has returned."""
         whole = state.get("matrix_state")
@@ -79,6 +81,7 @@ class MatrixCheckpoints(ShardedOptimizer):
             self.initialize_state()
             matrix_state.load(self.matrix_parts(), whole)
 
+    @explained
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict, with "matrix_state" beside "state" if the rule has any.
 
@@ -103,6 +106,7 @@ class MatrixCheckpoints(ShardedOptimizer):
             )
         return {**super().state_dict(), "matrix_state": self.matrix_state()}
 
+    @explained
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` has returned, in the dtype that it was saved in.
 

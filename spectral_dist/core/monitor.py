@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from spectral_dist._error_help import explained
 from spectral_dist.polar import reductions
 from spectral_dist.rules import registry
 from spectral_dist.rules.base import Rule
@@ -176,6 +177,7 @@ class Monitor:
             or your own.
     """
 
+    @explained
     def __init__(self, every: int, write: Sequence[Callable[[int, Report], None]]) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every is {every!r}; it must be a whole number of steps, at least 1")

@@ -8,6 +8,7 @@ from dataclasses import fields
 from functools import cache
 from typing import Any
 
+from spectral_dist._error_help import explained
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.rules import registry
 from spectral_dist.rules.fields import specs_of
@@ -33,7 +34,8 @@ def class_of(entry: Entry) -> type[SpectralOptimizer]:
     self_parameter = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
     def __init__(self: SpectralOptimizer, params: Any, *args: Any, **kwargs: Any) -> None:
-        super(made, self).__init__(params, *args, **kwargs)
+        with explained:
+            super(made, self).__init__(params, *args, **kwargs)
 
     signature = signature_of(entry)
     __init__.__signature__ = signature.replace(  # type: ignore[attr-defined]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectral_dist._error_help import explained
 from spectral_dist.core import agreement as agreeing
 from spectral_dist.core.agreement import Agreement, Grads
 from spectral_dist.core.matrix_ops import Observer
@@ -108,6 +109,7 @@ class ShardedOptimizer(Rates):
         """Return the placement for plain torch, which reads it off the parameters."""
         return MeshPlacement(group, getattr(self.options, "replicate_momentum", False))
 
+    @explained
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add parameters; a group of both kinds becomes two."""
         for group in split_by_kind([param_group], options=self.options_type):
@@ -174,6 +176,7 @@ class ShardedOptimizer(Rates):
         counts = [s["step"] for s in self.state.values() if isinstance(s, dict) and "step" in s]
         return int(max(map(float, counts), default=0.0))
 
+    @explained
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one optimizer step on the current gradients.
@@ -187,10 +190,8 @@ class ShardedOptimizer(Rates):
                 infinite, if ranks differ in which parameters have one, or if a scheduler has
                 written a bad option.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         self.prepare_placement()
         if not self.placement.is_ready:
             return loss

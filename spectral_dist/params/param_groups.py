@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from spectral_dist._error_help import explained
 from spectral_dist.params.classify import classify
 from spectral_dist.params.spec import TAGS, ParamSpec
 from spectral_dist.params.splits import Split
@@ -20,6 +21,7 @@ EXACT = {"polar": "eigh", "polar_steps": None, "polar_dtype": "auto"}
 """Options of a group of one-sided matrices, unless the user's group has others."""
 
 
+@explained
 def param_groups(
     model: nn.Module,
     *,
@@ -49,6 +51,7 @@ def param_groups(
     return split_by_kind([spec.parameter for spec in specs if spec.kind != "frozen"], specs)
 
 
+@explained
 def tag(
     model: nn.Module,
     *,

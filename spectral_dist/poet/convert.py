@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from spectral_dist import polar
+from spectral_dist._error_help import explained
 from spectral_dist._errors import suggest
 from spectral_dist._log import logger
 from spectral_dist.params import classify as classifying
@@ -32,6 +33,7 @@ PRETRAINED = (
 """Logged when a model of transformers is converted."""
 
 
+@explained
 def convert(
     model: nn.Module,
     *,
@@ -246,6 +248,7 @@ def initial(key: str, shape: tuple[int, ...], settings: Settings) -> Tensor:
     return polar.polar(gaussian, method="svd")
 
 
+@explained
 @torch.no_grad()
 def export(model: nn.Module, optimizer: Any = None) -> dict[str, Tensor]:
     """Return the state dict of the model as it was before ``convert``, with W_eff = R_o W R_i as W.

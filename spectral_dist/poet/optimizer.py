@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spectral_dist._error_help import explained
 from spectral_dist.core.agreement import Grads
 from spectral_dist.core.precision import without_autocast
 from spectral_dist.core.sharded import ShardedOptimizer
@@ -56,6 +57,7 @@ class POET(ShardedOptimizer):
     copied = (*ShardedOptimizer.copied, "_ramp_asked")
     options: POETOptions
 
+    @explained
     def __init__(self, params: Iterable[Any], lr: float | None = None, **options: Any) -> None:
         super().__init__(params, lr, **options)
         self.require_layers()
@@ -97,7 +99,7 @@ class POET(ShardedOptimizer):
         merged = self.layers[0].merges > 0
         return merged and (not totals or max(totals) > self.steps_since_merge())
 
-    def complete(self, carried: ParamGroup, routes: Sequence[ParamSpec]) -> ParamGroup:
+    def finalize_group(self, carried: ParamGroup, routes: Sequence[ParamSpec]) -> ParamGroup:
         """Return the fields of a group unchanged.
 
         Raises:
@@ -134,6 +136,7 @@ class POET(ShardedOptimizer):
             return 1.0
         return clip_ramp_factor(self.steps_since_merge(), ramp, self.has_merged())
 
+    @explained
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step, and merge if it is due (unless a framework has yet to write the model).
@@ -156,6 +159,7 @@ class POET(ShardedOptimizer):
             self.merge_if_due()
         return loss
 
+    @explained
     @torch.no_grad()
     def merge_if_due(self) -> bool:
         """Merge if it is due, and return whether it was. A collective call.

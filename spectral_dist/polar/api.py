@@ -10,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from spectral_dist._error_help import explained
 from spectral_dist.polar import exact, newton_schulz
 from spectral_dist.polar.qdwh import polar_by_qdwh
 from spectral_dist.polar.scaling import null_cutoff, unit_frobenius
@@ -56,6 +57,7 @@ DTYPES = {
 }
 
 
+@explained
 @torch.no_grad()
 def polar(
     x: Tensor,

@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from spectral_dist._error_help import explained
 from spectral_dist.polar.fit import FALLBACK
 from spectral_dist.polar.schedules import Row
 from spectral_dist.polar.stability import check_fixed
@@ -34,6 +35,7 @@ def row_of_shape(shape: Sequence[int], table: Mapping[Shape, Row] | None = None)
     return (table or {}).get((min(shape), max(shape)), FALLBACK)
 
 
+@explained
 def read(path: Path | str, steps: int | None = None) -> dict[Shape, Row]:
     """Read a coefficients file and check every row of it.
 
@@ -82,6 +84,7 @@ def check_row(row: Row, where: str) -> None:
         raise ValueError(f"{where}: {error}") from None
 
 
+@explained
 def parse_shape(text: object, where: str = "") -> Shape:
     """Return (min, max) of a shape written as "512x2048".
 

@@ -14,6 +14,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from spectral_dist._error_help import explained
 from spectral_dist.polar.schedules import SCHEDULES, Row, check_steps
 from spectral_dist.polar.stability import check_fixed
 
@@ -58,6 +59,7 @@ def evaluate(sigmas: Tensor, row: Row, steps: int) -> Tensor:
     return x
 
 
+@explained
 def relative_error(sigmas: Tensor, row: Row, steps: int, weights: Tensor | None = None) -> float:
     """Return ||p(S) - 1|| / sqrt(count), the polar factor's relative error in the Frobenius norm.
 
@@ -75,6 +77,7 @@ def relative_error(sigmas: Tensor, row: Row, steps: int, weights: Tensor | None 
     return math.sqrt(square.item())
 
 
+@explained
 def random_spectrum(shape: Sequence[int], count: int = 512) -> Tensor:
     """Return quantiles of the singular values of a Gaussian matrix over its Frobenius norm.
 
@@ -115,6 +118,7 @@ def random_spectrum(shape: Sequence[int], count: int = 512) -> Tensor:
     return (quantiles / (quantiles.mean() * short)).sqrt()
 
 
+@explained
 def fit(
     sigmas: Tensor, weights: Tensor | None = None, *, steps: int = 5, start: Row | None = None
 ) -> Row:

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from spectral_dist._error_help import explained
 from spectral_dist.polar.schedules import Row, check_steps
 from spectral_dist.polar.stability import critical_points, evaluate
 
@@ -26,6 +27,7 @@ _CONVERGED = 5e-6
 system is singular in that limit, and p is 1 to within the cube of the width."""
 
 
+@explained
 def optimal(
     lower: float,
     steps: int,

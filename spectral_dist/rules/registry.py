@@ -21,6 +21,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from spectral_dist._error_help import explained
 from spectral_dist._errors import suggest
 from spectral_dist.rules.fields import specs_of
 from spectral_dist.rules.options import BaseOptions
@@ -73,6 +74,7 @@ def register(name: str) -> Callable[[R], R]:
         ValueError: a name or title that is taken or malformed, or a rule without options.
     """
 
+    @explained
     def decorate(rule: R) -> R:
         """Register the rule and return it."""
         if getattr(rule, "options_type", None) is None:
@@ -86,6 +88,7 @@ def register(name: str) -> Callable[[R], R]:
     return decorate
 
 
+@explained
 def add(entry: Entry) -> None:
     """Register an optimizer, and pass it to all listeners.
 
@@ -131,6 +134,7 @@ def add_listener(listener: Callable[[Entry], None]) -> None:
     _listeners.append(listener)
 
 
+@explained
 def find(name: str) -> Entry:
     """Return the optimizer of this name.
 

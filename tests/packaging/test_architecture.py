@@ -31,6 +31,7 @@ FLOORS = {
     "polar": 1,
     "configs": 0,
     "machine": 0,
+    "_error_help": 0,
     "_errors": 0,
     "_version": 0,
 }

@@ -1,0 +1,118 @@
+"""What errors of the launcher and the command line say."""
+
+TEXTS: dict[str, tuple[str, ...]] = {
+    "unknown-key": (
+        r"unknown key ",
+        r"unknown field ",
+        r"the key .* is there twice",
+    ),
+    "a-configuration-cannot-be-read": (
+        r"cannot read the configuration",
+        r"expected keys and values, as in",
+        r"cannot read the DeepSpeed configuration",
+        r"expected an object with \"optimizer\"",
+        r"optimizer has no \"type\"",
+        r"optimizer\.params has a \"type\"",
+        r"optimizer is .*; write \{type",
+        r"optimizer\.params is .*; write an object",
+        r"scheduler(?:\.params)? is .*; write an object",
+        r"there is nothing to watch: ",
+    ),
+    "batch-sizes-do-not-fit-the-ranks": (
+        r"is no multiple of micro_batch",
+        r"rank\(s\) it must be ",
+        r"train_batch_size is .*, which is no multiple",
+        r"; write a whole number, at least 1$",
+        r"gradient_clipping is .*; write a number, at least 0",
+    ),
+    "-steps-is-needed": (r"--steps is needed: ",),
+    "the-scheduler-of-the-deepspeed-json": (
+        r"scheduler\.type is .*, which neither DeepSpeed nor torch knows",
+        r"scheduler \".*\": ",
+    ),
+    "a-deepspeed-json-that-deepspeed-refuses": (
+        r": DeepSpeed: ",
+        r": it gives no reason",
+        r"--zero-init needs ZeRO stage 3",
+        r"checkpoint: its writer goes on after a save has returned",
+    ),
+    "tensor_parallel-pipeline_parallel-sequence_parallel-and-mesh": (
+        r"rank\(s\) cannot be cut into",
+        r"is no multiple of \S+$",
+        r"has 1 only; launch/megatron\.sh",
+        r"it needs tensor_parallel above 1",
+        r"only --engine fsdp has it",
+        r"POET has it with --engine megatron only",
+        r"ranks, each tensor_parallel .*, are not the",
+        r"mesh is .*; write \{replicate",
+        r"mesh: only one of replicate and shard",
+        r"sequence_parallel: ",
+    ),
+    "doctor-checks-spectral-optimizers": (
+        r"doctor checks spectral optimizers",
+        r"so none of what doctor checks applies",
+        r"40 steps in a row overflowed",
+    ),
+    "no-configuration-of-is-shipped-for-engine": (
+        r"no configuration of .* is shipped for --engine",
+    ),
+    "-engine-megatron-builds-llamas-with": (r"--engine megatron builds Llamas with",),
+    "-engine-megatron-needs": (r"--engine megatron needs",),
+    "a-models-json-cannot-be-used": (
+        r"cannot read the model",
+        r"expected a LlamaConfig",
+        r"no Llama can be built from it",
+        r"--seq-len .*: the model's max_position_embeddings",
+        r"a byte-level vocabulary needs",
+    ),
+    "the-training-text-cannot-be-read": (
+        r"cannot read the text",
+        r"no \.txt or \.jsonl file below",
+        r"expected a \.txt or \.jsonl file",
+        r"is a link to .*, which is not there",
+        r"no such file or directory",
+        r"is no regular file",
+        r" is empty: remove it",
+        r"is not UTF-8",
+        r": not JSON: ",
+        r"expected an object with a string under",
+        r"is half a character",
+    ),
+    "there-is-too-little-text": (
+        r"too little text: ",
+        r"too few for a sequence of",
+    ),
+    "the-default-corpus-needs-an-installed-torch": (
+        r"the default corpus needs an installed torch",
+        r"no Python source under",
+    ),
+    "the-nodes-do-not-have-the-same-text": (
+        r"the nodes do not have the same text",
+        r"has changed since it was checked",
+    ),
+    "the-cache-of-tokens-cannot-be-used": (r"set SPECTRAL_DIST_CACHE to a folder",),
+    "holds-a-run-pass-resume-or-another-out": (
+        r"holds a run: pass --resume",
+        r"no checkpoint to resume in",
+        r"is the folder of a run that goes on now",
+        r"cannot write to --out",
+    ),
+    "cannot-resume": (
+        r"cannot resume ",
+        r"no checkpoint in .* is whole",
+        r"was not saved by --engine",
+        r"and the run goes on from .*; convert that one",
+    ),
+    "no-run-in": (
+        r"no run in ",
+        r"this line is no record of a run",
+        r"no finished run in",
+    ),
+    "mpirun-and-mpi4py": (
+        r"mpirun started ",
+        r"starting under mpirun needs mpi4py",
+        r"mpi4py loads no MPI library",
+    ),
+    "ranks-have-not-started-in-seconds": (r"have not started in .* seconds",),
+}
+"""Anchor -> regular expressions of the texts that it explains."""

@@ -1,0 +1,167 @@
+"""What errors say of the model, of options and of coefficients."""
+
+TEXTS: dict[str, tuple[str, ...]] = {
+    "no-parameter-is-a-matrix": (r"no parameter is a matrix",),
+    "no-parameter-is-trainable": (r"no parameter is trainable",),
+    "bare-parameters-do-not-tell-matrices-from-embeddings": (
+        r"bare parameters do not tell matrices",
+    ),
+    "params-is": (
+        r"^params is ",
+        r"is no parameter; ",
+    ),
+    "model-is-write-the-nnmodule-itself": (r"model is .*; write the nn\.Module itself",),
+    "was-flattened-to-1-d-by-fsdp1": (r"was flattened to 1-D by FSDP1",),
+    "has-no-shape-yet": (r"has no shape yet",),
+    "only-real-floating-point-can-be-trained": (r"only real floating-point can be trained",),
+    "is-frozen-requires_grad-is-false": (r"is frozen \(requires_grad is False\)",),
+    "cannot-be-trained": (r"cannot be trained: ",),
+    "the-model-that-param_groups-or-tag-has-read-is-gone": (
+        r"the model that param_groups or tag has read is gone",
+    ),
+    "a-parameter-group-sets-which-none-of-its-parameters-has": (
+        r"a parameter group sets .*, which none of its parameters has",
+        r"a parameter group of kind .* has no option",
+    ),
+    "matches-no-trainable-parameter": (r"matches no trainable parameter",),
+    "write-a-list-of-regular-expressions": (
+        r"write a list of regular expressions",
+        r"is no regular expression: ",
+    ),
+    "make-them-narrower": (r"; make (?:them|one of them) narrower",),
+    "split-matches-which-is": (r"split: .* matches .*, which is (?:stored in x out|no matrix)",),
+    "matches-which-is": (r": .* matches .*, which is ",),
+    "split-is-write-pattern-and-parts": (r"split is .*; write pattern and parts",),
+    "the-parts-of-a-split-do-not-fit": (
+        r"is neither a number of parts nor a list of rows",
+        r"must list whole numbers of rows",
+        r"rows cannot be cut into .* equal parts",
+        r"parts of .* rows sum to",
+    ),
+    "unknown-option-did-you-mean": (
+        r"unknown option ",
+        r"unknown setting ",
+        r"is no name of an option",
+        r"has no option ",
+    ),
+    "belongs-to-param_groups": (r"so it belongs to param_groups",),
+    "an-option-has-no-effect": (
+        r"it has an effect with strategy=",
+        r"clip_ramp has no effect with clip: 0",
+        r"clip_ramp is .*, but (?:gradient_clipping|clip_grad) is",
+        r": replicate_momentum is ",
+        r"; write weight_decay: the skew has none",
+        r"has no effect: .* orthogonalizes no matrix",
+        r"scalar_weight_decay has no effect",
+    ),
+    "clip_ramp-is-it-must-be-at-most-merge_every": (r"it must be at most merge_every",),
+    "but-it-is-kept-as-a-ratio-to-lr-which-is-0": (r"it is kept as a ratio to lr, which is 0",),
+    "process_group-is-given-beside-placement": (r"process_group is given beside placement",),
+    "but-its-states-were-made-with": (r"but its states were made with",),
+    "weight_decay-is-set-for-rotations": (r"weight_decay is set for rotations",),
+    "scalar_backend-is-apex-but": (r"scalar_backend is 'apex', but ",),
+    "unknown-number": (r"unknown number ",),
+    "strategy-is-gram-but": (
+        r"strategy is 'gram', but ",
+        r"which needs the matrix itself: its Gram matrix",
+        r"which raise the rounding errors of a Gram matrix",
+    ),
+    "strategy-is-block-but": (r"strategy is 'block', but ",),
+    "this-optimizer-does-not-have-that-strategy": (r": strategy is .*; .*write 'owner'",),
+    "an-observer-calibrates-recorder-or-one-of-your-own-gets-whole-matrices": (
+        r"an observer \(calibrate's recorder",
+    ),
+    "zero-3-steps-on-a-part-of-the-matrices-at-a-time": (
+        r"ZeRO-3 steps on a part of the matrices at a time",
+    ),
+    "sumos-rank-and-limiter": (
+        r"a fraction of the short side in \(0, 1\]",
+        r"write the growth allowed, at least 1",
+    ),
+    "has-no-smaller-subspace-in": (r"has no smaller subspace in",),
+    "clip_ramp-is-but-nobody-asks-for-clip_factor": (r"but nobody asks for clip_factor\(\)",),
+    "every-is-it-must-be-a-whole-number-of-steps": (
+        r"it must be a whole number of steps, at least 1",
+    ),
+    "unknown-optimizer": (
+        r"unknown optimizer ",
+        r"OptimizerConfig's optimizer is ",
+        r"optimizer\.type is .*, which is unknown",
+        r"optimizer: unknown type ",
+    ),
+    "unstable-step": (r"unstable: step ",),
+    "makes-small-singular-values-smaller-not-larger": (
+        r"makes small singular values smaller, not larger",
+    ),
+    "unknown-polar-method": (r"unknown polar method ",),
+    "polar-method-does-not-work-in": (
+        r"polar method .* does not work in ",
+        r"this schedule does not work in ",
+    ),
+    "polar-method-computes-in-not-in": (r"polar method .* computes in .*, not in ",),
+    "unknown-compute_dtype": (r"unknown compute_dtype ",),
+    "steps-would-have-no-effect": (r"steps=.* would have no effect: polar method",),
+    "has-exactly-steps": (
+        r"has exactly .* steps",
+        r"it must be a whole number, at least 1 and at most ",
+    ),
+    "the-rows-of-a-schedule": (
+        r"write a list of \(a, b, c\)",
+        r"write at least one \(a, b, c\)",
+        r"write three numbers \(a, b, c\)",
+        r"its numbers must be finite",
+    ),
+    "polar-takes": (r"; polar takes ",),
+    "arguments-of-polargenerateoptimal": (
+        r"lower is .*; write the smallest normalised singular value",
+        r"degree is .*; write 5 or 3",
+        r"cushion is .*; write a number in \[0, 1\)",
+        r"safety is .*; write a number of at least 1",
+    ),
+    "coefficients-has-nothing-for-matrices-of": (
+        r"coefficients has nothing for matrices of",
+        r"coefficients: .* has none for ",
+    ),
+    "a-file-of-coefficients-cannot-be-used": (
+        r"cannot read the coefficients",
+        r"expected \{\"steps\": 5, \"coefficients\"",
+        r": steps is .*; it must be a whole number, at least 1$",
+        r"write the shorter side first",
+    ),
+    "its-coefficients-are-for-steps": (r"its coefficients are for .* steps, not for ",),
+    "is-no-shape-write-it-as-in-512x2048": (
+        r"is no shape; write it as in",
+        r"sides must be at least 1",
+        r"shape is .*; write two whole numbers",
+    ),
+    "a-file-of-spectra-cannot-be-used": (
+        r"cannot read the spectra",
+        r"expected rows of .* singular values in \[0, 1\]",
+    ),
+    "recorder-has-no-path": (r"Recorder has no path",),
+    "names-for-x-of-shape": (r"names for x of shape",),
+    "no-shape-to-calibrate": (
+        r"no shape to calibrate",
+        r"none of the shapes asked for",
+    ),
+    "singular-values-and-weights-of-a-fit": (
+        r"sigmas is empty",
+        r"sigmas must be singular values",
+        r"weights for .* sigmas",
+        r"weights must be finite",
+    ),
+    "a-rule-cannot-be-registered": (
+        r"rule .* has no options; write class",
+        r"is no name for a rule",
+        r"is registered already, by",
+        r"is not registered; decorate it",
+    ),
+    "a-rule-breaks-its-contract": (
+        r"\.direction returned ",
+        r"\.direction asks for a polar factor",
+        r"which is not in its quantities",
+        r"this rule needs whole matrices",
+    ),
+    "an-error-of-this-package-report-it": (r"POET has no groups of matrices",),
+}
+"""Anchor -> regular expressions of the texts that it explains."""
