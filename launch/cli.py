@@ -10,12 +10,20 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from spectral_dist._error_help import with_page
+
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
 
 @app.callback()
 def main() -> None:
     """Run one of the tools of Muon, PolarGrad, ROOT, SUMO and POET for PyTorch."""
+
+
+def _print_error(command: str, error: ValueError) -> None:
+    """Print what is wrong in one line, and where the docs say more."""
+    text = " ".join(f"spectral-dist {command}: {with_page(str(error))}".split())
+    Console(stderr=True).print(text, style="red", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -34,7 +42,7 @@ def doctor(
         small, note = llama.shrink(llama.load_config(model), full)
         results = checks.examine(fields, small)
     except ValueError as error:
-        Console(stderr=True).print(f"spectral-dist doctor: {error}", style="red", markup=False)
+        _print_error("doctor", error)
         raise typer.Exit(2) from None
     table = Table("check", "", "seen", title=f"{config}: {note}")
     for result in results:
@@ -73,7 +81,7 @@ def table(
             split=dict(_split_of(text) for text in split or []),
         )
     except ValueError as error:
-        Console(stderr=True).print(f"spectral-dist table: {error}", style="red", markup=False)
+        _print_error("table", error)
         raise typer.Exit(2) from None
     typer.echo(routing_table(specs))
 
@@ -131,7 +139,7 @@ def calibrate(
             )
         calibration.write(out, fits, steps)
     except ValueError as error:
-        Console(stderr=True).print(f"spectral-dist calibrate: {error}", style="red", markup=False)
+        _print_error("calibrate", error)
         raise typer.Exit(2) from None
     table.title = f"{out}: relative error to the exact polar factor after {steps} steps"
     notes = []
@@ -184,8 +192,7 @@ def convert(
     try:
         run = conversion.convert(from_format, source, to_format, target)
     except ValueError as error:
-        text = " ".join(f"spectral-dist convert: {error}".split())
-        Console(stderr=True).print(text, style="red", markup=False, soft_wrap=True)
+        _print_error("convert", error)
         raise typer.Exit(1) from None
     counts = [len(run.names(kind)) for kind in ("matrix", "scalar")]
     note = f"{target}: {counts[0]} parameters of matrices and {counts[1]} of AdamW"

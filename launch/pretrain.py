@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import BadParameter, Option
 
+from spectral_dist._error_help import with_page
 from spectral_dist.launch.preemption import PREEMPTED, Preemption
 from spectral_dist.launch.run_folder import Resume, RunFolder
 
@@ -175,7 +176,7 @@ def _prepare_or_exit(options: dict[str, Any], folder: RunFolder) -> trainer.Trai
                 options["save_every"] = run_config.save_every
         return _prepare(options, folder)
     except ValueError as error:
-        typer.echo(f"pretrain: error: {error}", err=True)
+        typer.echo(f"pretrain: error: {with_page(str(error))}", err=True)
         raise typer.Exit(2) from None
 
 
@@ -262,7 +263,7 @@ def _run(run: trainer.Trainer, grace: float) -> int:
                 trainer.write_summary(out, summary)
                 report.show([out], out / "loss.png")
         except (FloatingPointError, ValueError, OSError) as error:  # not finite, or a full disk
-            typer.echo(f"pretrain: error: {error}", err=True)
+            typer.echo(f"pretrain: error: {with_page(str(error))}", err=True)
             return 1
         finally:
             # Inside of the context: when one rank fails, its launcher signals the others, which may

@@ -46,6 +46,12 @@ def note_of(text: str) -> str | None:
     return None if anchor is None else f"{PACKAGE}: {PAGE}#{anchor}"
 
 
+def with_page(text: str) -> str:
+    """Return a text followed by where it is explained, for a program that prints one line."""
+    anchor = anchor_of(text)
+    return text if anchor is None else f"{text} ({PAGE}#{anchor})"
+
+
 class _Explained(ContextDecorator):
     """Adds a note with its anchor to an error that passes, if this package has raised it.
 

@@ -63,10 +63,10 @@ def test_an_error_ends_its_row_or_part_alone(monkeypatch, tmp_path):
         raise RuntimeError("of the part | itself")
 
     parts = [bench.Part(*("a", "rows", 5, rows)), bench.Part("b", "breaks", 5, breaks)]
-    parts.append(bench.Part("c", "hangs", -11, hangs))  # 15 s of patience, less
+    parts.append(bench.Part("c", "hangs", -9, hangs))  # 15 s of patience, less
     monkeypatch.setattr(command, "PARTS", parts)
     output = tmp_path / "gpu.json"
-    options = ["--device", "cpu", "--minutes", "0.02", "--json", str(output)]
+    options = ["--device", "cpu", "--minutes", str(1 / 60), "--json", str(output)]
     command.main(options)
     found = json.loads(output.read_text())["parts"]
     assert [row.get("half") for row in found["a"]["rows"]] == [-1, None, 1]
