@@ -42,7 +42,7 @@ from spectral_dist.sharding import collectives
 KIND_KEY = "spectral_kind"
 """The key by which Megatron keeps parameters of different kinds in different groups."""
 ONE_SIDED = "one_sided"
-"""The kind of matrices whose polar factor is taken exactly, beside those of ``Route.kind``."""
+"""The kind of matrices whose polar factor is taken exactly, beside those of ``ParamSpec.kind``."""
 
 
 def build(

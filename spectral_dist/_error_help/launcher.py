@@ -62,9 +62,12 @@ TEXTS: dict[str, tuple[str, ...]] = {
         r"cannot read the model",
         r"expected a LlamaConfig",
         r"no Llama can be built from it",
+        r"model_type is .*, which transformers does not know",
+        r"no model can be built from",
         r"--seq-len .*: the model's max_position_embeddings",
         r"a byte-level vocabulary needs",
     ),
+    "write-a-name-and-a-number-as-qkv_proj3": (r"write a name and a number, as qkv_proj=3",),
     "the-training-text-cannot-be-read": (
         r"cannot read the text",
         r"no \.txt or \.jsonl file below",

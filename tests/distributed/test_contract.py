@@ -53,6 +53,7 @@ def test_deepspeed(entry: Entry, number: int, tmp_path: Path) -> None:
 
 
 @cases(2)
+@pytest.mark.slow
 def test_megatron(entry: Entry, number: int, tmp_path: Path) -> None:
     """TP 2: the same, and restored in one process."""
     args = (entry.megatron_name, {}, {"tp": number}, {}, str(tmp_path))
@@ -101,6 +102,7 @@ def test_placements_of_deepspeed(stage: int, world: int) -> None:
 
 
 @pytest.mark.parametrize("distributed", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_placements_of_megatron(distributed: bool) -> None:
     """TP 2 x DP 2."""
     wrapping = {"use_distributed_optimizer": distributed}

@@ -24,7 +24,7 @@ from tests.support import megatron_cpu
 LIMIT = 60.0
 MEGATRON = megatron_cpu.VERSIONS[0]
 BATCHES, EACH = 10, 100
-FAST = 30
+FAST = 15
 REPORT = os.environ.get("SPECTRAL_FUZZ_REPORT")
 """A file that gets a line of JSON for each case."""
 

@@ -113,7 +113,7 @@ def _quiet() -> Any:
 
 
 @pytest.mark.parametrize("title", sorted({title for title, _ in CASES}))
-@pytest.mark.fast_cases("Muon", "SUMO")
+@pytest.mark.fast_cases("Muon")
 def test_mistakes(title: str) -> None:
     for name in (name for owner, name in CASES if owner == title):
         for value in MISTAKES:

@@ -75,7 +75,7 @@ def test_it_is_the_run_of_plain_torch(folder: Path, layout: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["spectral_polargrad", "adam"])
-@pytest.mark.fast_cases("adam")
+@pytest.mark.slow
 def test_with_every_optimizer(folder: Path, kind: str) -> None:
     agrees(folder, kind, "TP 2, sequence parallel", 1e-3)
 

@@ -177,6 +177,7 @@ def test_what_would_be_ignored_is_refused(job: LaunchedJob) -> None:
     assert not (job.folder / "a").exists()
 
 
+@pytest.mark.slow
 def test_bad_data_ends_all_ranks(job: LaunchedJob) -> None:
     (job.folder / "data" / "bad.jsonl").write_text('{"txt": 1}\n')
     printed = job.ranks(2, "a", *_torch(job, "fsdp", "AdamW"), fails=True)

@@ -36,6 +36,7 @@ def test_same_world(stage: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stages", [(1, 1, 1), (3, 3, 3), (1, 2, 1)])
+@pytest.mark.slow
 def test_universal_over_2_4_3_ranks(stages: tuple[int, int, int], tmp_path: Path) -> None:
     """Between stages 1 and 2 too; DeepSpeed 0.19.8 itself refuses between 3 and the others."""
     wanted = training.train(engine.OPTIONS, 9)

@@ -72,6 +72,7 @@ def test_a_cut_model_trains_like_a_whole_one(version, layout):
 
 
 @pytest.mark.parametrize("version", megatron_cpu.VERSIONS)
+@pytest.mark.fast_cases("0.19.2")
 def test_a_cut_mixture_of_experts_trains_like_a_whole_one(version):
     agree(version, SPARSE, EXPERTS)
 

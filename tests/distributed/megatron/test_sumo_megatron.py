@@ -104,6 +104,7 @@ TARGETS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         pytest.param(OLD, {}, GRAM, marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.slow
 def test_losses_are_those_of_the_run_that_never_stopped(tmp_path, version, wrapping, saved):
     """Saved at TP 2 x DP 2, at owners or in slabs; loaded by other owners, or in slabs."""
     args = (version, "spectral_sumo", {"tp": 2}, wrapping)

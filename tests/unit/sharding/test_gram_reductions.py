@@ -182,6 +182,7 @@ def quantile_case(draw):
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(st.lists(quantile_case(), min_size=10, max_size=10))
+@pytest.mark.slow
 def test_quantiles_are_those_of_the_whole_matrix_bitwise(cases):
     assert harness.run(2, quantiles, cases) == [[], []]
 
