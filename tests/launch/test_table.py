@@ -2,13 +2,14 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
-from spectral_dist.launch import progress
+from spectral_dist.launch import command, progress
 from spectral_dist.launch.cli import app
 from spectral_dist.launch.progress import Progress
 
@@ -84,3 +85,22 @@ def test_progress_in_a_file_is_a_line_a_minute(
     with Progress(0, 1, first=False) as hidden:
         hidden.advance(record, last=True)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("missing", "extra"), [("typer", "cli"), ("rich", "cli"), ("transformers", "train")]
+)
+def test_what_is_not_installed_is_named(
+    monkeypatch: pytest.MonkeyPatch, missing: str, extra: str
+) -> None:
+    """The package itself needs torch alone."""
+    for name in [n for n in sys.modules if n == missing or n.startswith(f"{missing}.")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("cli", "llama"):
+        monkeypatch.delitem(sys.modules, f"spectral_dist.launch.{name}", raising=False)
+        monkeypatch.delattr(f"spectral_dist.launch.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr(sys, "argv", ["spectral-dist", "table", "--model", "config.json"])
+    said = rf"spectral-dist needs {missing}: pip install 'spectral-dist\[{extra}\]'"
+    with pytest.raises(SystemExit, match=said):
+        command.main()
