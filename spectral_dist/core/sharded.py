@@ -249,7 +249,7 @@ class ShardedOptimizer(Rates):
         states = []
         for p, _ in present:
             state = self.state[p]
-            # of its own: a universal checkpoint shares it; here: torch.load may have moved it
+            # a universal checkpoint shares the count, and torch.load may have moved it to a GPU
             state["step"] = state["step"].to("cpu", copy=True)
             states.append({name: self.placement.local(value) for name, value in state.items()})
         self._scalar_update(
