@@ -12,7 +12,7 @@ from tests.support import harness, slow_parts
 
 # Also in place of the profile that hypothesis loads by itself where CI is set
 hypothesis.settings.register_profile(
-    "spectral_dist", derandomize=True, deadline=None, max_examples=25
+    "spectral_dist", derandomize=True, deadline=None, max_examples=15
 )
 hypothesis.settings.load_profile("spectral_dist")
 

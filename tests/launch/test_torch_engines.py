@@ -44,6 +44,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if kind in ("Muon", "AdamW") or layout == "fsdp on 2"
     ],
 )
+@pytest.mark.fast_cases(
+    "ddp on 2-Muon",
+    "ddp on 2-AdamW",
+    "fsdp alone-Muon",
+    "fsdp on 2-AdamW",
+    "fsdp on 2-Muon",
+    "fsdp on 2-PolarGrad",
+    "fsdp on 2-SUMO",
+    "hsdp on 4-Muon",
+    "tp and fsdp on 4-Muon",
+)
 def test_however_many_ranks_share_it(folder: Path, kind: str, layout: str) -> None:
     world, sharded, keys = LAYOUTS[layout]
     path = write(folder, OPTIMIZERS[kind], **keys)
@@ -72,6 +83,7 @@ def test_goes_on_elsewhere_as_if_it_had_not_stopped(folder: Path, kind: str) -> 
 
 
 @pytest.mark.parametrize("kind", ["Muon", "AdamW"])
+@pytest.mark.fast_cases("Muon")
 def test_half_precision(folder: Path, kind: str) -> None:
     wanted = alone(kind, folder)
     kept = write(folder, OPTIMIZERS[kind], "kept", param_dtype="bfloat16")

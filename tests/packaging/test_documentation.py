@@ -173,7 +173,9 @@ def flags_of(words: list[str]) -> set[str] | str:
         own = {flag for parameter in command.params for flag in parameter.opts}
         return own | {"--standalone", "--nproc_per_node"}
     if "-m" in words and (module := words[words.index("-m") + 1]).startswith("benchmarks."):
-        return "-m" + (ROOT / f"{module.replace('.', '/')}.py").read_text()
+        path = ROOT / module.replace(".", "/")
+        file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        return "-m" + file.read_text()
     if words[0] == "bash" or words[0].startswith("launch/"):
         script = words[words[0] == "bash"]
         return (ROOT / script).read_text()

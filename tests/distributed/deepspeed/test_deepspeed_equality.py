@@ -53,17 +53,19 @@ STAGES = {setting: sorted(ONLY.get(setting, range(4))) for setting in SETTINGS}
 
 
 def cases() -> list[Any]:
-    """(world, stage, setting): each pair of the last two; of some all three worlds, mostly slow."""
+    """(world, stage, setting): each pair of the last two; of some all three worlds.
+
+    Fast are "everything" at each stage, and each other setting at one stage.
+    """
     chosen = []
     for number, (setting, stages) in enumerate(STAGES.items()):
         every = setting in ("plain", "everything") or len(stages) < len(WORLDS)
         for stage in stages:
             usual = WORLDS[(number + stage) % len(WORLDS)]
-            for world in WORLDS:
-                if world == usual or setting == "everything":
-                    chosen.append(pytest.param(world, stage, setting))
-                elif every:
-                    chosen.append(pytest.param(world, stage, setting, marks=pytest.mark.slow))
+            turn = setting == "everything" or stage == stages[number % len(stages)]
+            for world in WORLDS if every else [usual]:
+                marks = [] if turn and world == usual else [pytest.mark.slow]
+                chosen.append(pytest.param(world, stage, setting, marks=marks))
     return sorted(chosen, key=lambda case: case.values)
 
 

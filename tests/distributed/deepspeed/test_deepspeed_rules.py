@@ -73,6 +73,14 @@ def reference() -> Any:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(("world", "stage"), [(2, 0), (2, 1), (3, 2), (2, 3), (4, 3)])
+@pytest.mark.fast_cases(
+    "2-0-polargrad",
+    "2-1-root",
+    "3-2-polargrad, polar first",
+    "4-3-root",
+    "2-3-polargrad, polar first, jordan",
+    "4-3-polargrad",
+)
 def test_sharded_equals_one_process(world: int, stage: int, case: str, reference: Any) -> None:
     wanted = reference(case)
     ranks = harness.run(world, train, configured(stage, world, case))

@@ -61,6 +61,7 @@ def check(version, name, layout, model=None, options=None, cut=None):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.fast_cases("TP 2 x DP 2", "TP 2 x DP 2, distributed optimizer", "TP 2 x PP 2")
 def test_five_steps_are_those_of_one_process(layout):
     found = check(NEW, "spectral_muon", layout)
     assert sum(one["polar_calls"] for one in found) == 5 * MATRICES
@@ -81,6 +82,7 @@ def test_five_steps_of_the_other_rules(name, layout):
 @pytest.mark.parametrize(
     "name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])]
 )
+@pytest.mark.fast_cases("spectral_muon-TP 2 x DP 2, distributed optimizer")
 def test_five_steps_are_those_of_one_process_in_the_older_megatron(name, layout):
     found = check(OLD, name, layout)
     assert sum(one["polar_calls"] for one in found) == 5 * MATRICES
@@ -119,6 +121,7 @@ def test_eight_ranks(name, strategy, wrapping):
     assert sum(one["polar_calls"] for one in found) == 5 * MATRICES
 
 
+@pytest.mark.slow
 def test_matrices_that_stay_cut_in_the_older_megatron():
     check(OLD, "spectral_muon", "TP 2 x DP 2", options=GRAM)
 
@@ -168,6 +171,7 @@ def test_sequence_parallelism():
     check(NEW, "spectral_muon", "TP 2 x DP 2", cut={"sequence_parallel": True})
 
 
+@pytest.mark.slow
 def test_replicas_keep_one_momentum_between_them():
     found = check(NEW, "spectral_muon", "TP 2 x DP 2")
     whole = alone(NEW, "spectral_muon")["momentum"]
@@ -228,6 +232,7 @@ def blocks(key: str, value: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("layout", ["TP 2 x DP 2", "TP 2 x DP 2, distributed optimizer"])
+@pytest.mark.fast_cases("TP 2 x DP 2, distributed optimizer")
 def test_blocks_are_orthogonalized_alone(layout):
     """In the first steps of five, each with its own scale; then whole matrices again."""
     ranks, groups, wrapping = LAYOUTS[layout]
@@ -253,6 +258,7 @@ def test_blocks_are_orthogonalized_alone(layout):
 
 
 @pytest.mark.parametrize("layout", ["TP 2 x DP 2", "TP 2 x DP 2, distributed optimizer"])
+@pytest.mark.fast_cases("TP 2 x DP 2, distributed optimizer")
 def test_gradients_are_clipped_as_for_adam(layout):
     """The first step's norm is Megatron's for Adam; clipping changes the weights of Adam only."""
     ranks, groups, wrapping = LAYOUTS[layout]

@@ -119,7 +119,7 @@ def offsets(version, groups, model):
     return found
 
 
-@pytest.mark.parametrize("version", [NEW, OLD])
+@pytest.mark.parametrize("version", [NEW, pytest.param(OLD, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("model", ["tied", "experts", "experts in some layers"])
 def test_numbers_are_those_of_megatrons_checkpoints(version, model):
     """Its keys go by metadata and layer spec (norms under other names); numbers are the same."""

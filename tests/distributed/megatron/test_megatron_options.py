@@ -28,7 +28,7 @@ def matrices(version=NEW, ranks=4, groups=None, **kwargs):
     return {name: (kind, held) for name, kind, held in found}
 
 
-@pytest.mark.parametrize("version", [NEW, OLD])
+@pytest.mark.parametrize("version", [NEW, pytest.param(OLD, marks=pytest.mark.slow)])
 def test_matrices_are_known_whole_by_megatrons_own_modules(version):
     found = matrices(version)
     for name, held in LAYER.items():
@@ -115,7 +115,7 @@ def named(version, name):
     return type(runs.inner(built)[0]).__name__, sorted(k for k in table if "spectral" in k)
 
 
-@pytest.mark.parametrize("version", [NEW, OLD])
+@pytest.mark.parametrize("version", [NEW, pytest.param(OLD, marks=pytest.mark.slow)])
 def test_the_name_alone_is_enough(version):
     names = sorted(entry.megatron_name for entry in registry.entries())
     found = harness.run(1, named, version, "spectral_root", pool=version)[0]
@@ -175,7 +175,7 @@ def overridden(version, wanted, settings):
     ]
 
 
-@pytest.mark.parametrize("version", [NEW, OLD])
+@pytest.mark.parametrize("version", [NEW, pytest.param(OLD, marks=pytest.mark.slow)])
 def test_overridden_betas_and_eps_are_taken(version):
     """As Megatron's Adam takes them."""
     given = {"betas": (0.8, 0.9), "eps": 1e-3}
@@ -185,7 +185,7 @@ def test_overridden_betas_and_eps_are_taken(version):
     assert "a parameter group of kind 'matrix' has no option 'eps'" in text
 
 
-@pytest.mark.parametrize("version", [NEW, OLD])
+@pytest.mark.parametrize("version", [NEW, pytest.param(OLD, marks=pytest.mark.slow)])
 def test_an_optimizer_for_some_parameters_is_refused(version):
     text = harness.run(
         1, overridden, version, "linear_fc1", {"optimizer": "adam"}, pool=version
@@ -228,7 +228,7 @@ def by_collection(version):
     return runs.same_bits(other["parameters"], plain["parameters"])
 
 
-@pytest.mark.parametrize("version", [NEW, OLD])
+@pytest.mark.parametrize("version", [NEW, pytest.param(OLD, marks=pytest.mark.slow)])
 def test_process_groups_may_be_handed_over(version):
     assert harness.run(4, by_collection, version, pool=version) == [True] * 4
 
@@ -247,7 +247,7 @@ def early(version):
     return "nothing was raised"
 
 
-@pytest.mark.parametrize("version", [NEW, OLD])
+@pytest.mark.parametrize("version", [NEW, pytest.param(OLD, marks=pytest.mark.slow)])
 def test_a_function_imported_too_early_never_trains_with_adam(version):
     text = harness.run(1, early, version, pool=version)[0]
     assert "imported before spectral_dist.integrations.megatron" in text

@@ -78,7 +78,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any]]] =
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", [NEW, OLD])
+@pytest.mark.parametrize("version", [NEW, pytest.param(OLD, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout(layout: str, version: str) -> None:
     ranks, *args = LAYOUTS[layout]
@@ -132,7 +132,7 @@ def test_other_models_and_settings(name: str, sequence_parallel: bool) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", [NEW, OLD])
+@pytest.mark.parametrize("version", [NEW, pytest.param(OLD, marks=pytest.mark.slow)])
 def test_experts_are_rotated_each_by_itself(version: str) -> None:
     wanted = harness.run(1, train, NEW, {}, {}, {"moe_experts": 4}, pool=NEW)[0]
     found = harness.run(2, train, version, {"ep": 2}, {}, {"moe_experts": 4}, pool=version)

@@ -23,7 +23,7 @@ TARGETS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", [NEW, OLD])
+@pytest.mark.parametrize("version", [NEW, pytest.param(OLD, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("wrapping", [{}, DISTRIBUTED])
 def test_any_layout_goes_on_from_the_middle_of_a_cycle(tmp_path, wrapping, version) -> None:
     """Saved at TP 2 x DP 2, one step after a merge; a merge follows. Bit for bit there."""
@@ -72,7 +72,7 @@ def test_settings_of_the_checkpoint_are_checked(tmp_path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", [NEW, OLD])
+@pytest.mark.parametrize("version", [NEW, pytest.param(OLD, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("wrapping", [{}, DISTRIBUTED])
 def test_experts_in_checkpoints(tmp_path, wrapping, version) -> None:
     kwargs = {"model": {"moe_experts": 4}, "pool": version}
@@ -84,7 +84,7 @@ def test_experts_in_checkpoints(tmp_path, wrapping, version) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("version", [NEW, OLD])
+@pytest.mark.parametrize("version", [NEW, pytest.param(OLD, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("ranks", "wrapping", "half"),
     [(2, {}, True), (4, DISTRIBUTED, True), (4, GATHERING, True), (4, DISTRIBUTED, False)],

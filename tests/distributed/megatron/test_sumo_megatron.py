@@ -217,7 +217,7 @@ def test_any_division_loads_what_any_other_saved(tmp_path, saved, version):
         assert sum(map(len, found)) >= 8
 
 
-@pytest.mark.parametrize("version", [NEW, OLD])
+@pytest.mark.parametrize("version", [NEW, pytest.param(OLD, marks=pytest.mark.slow)])
 def test_a_checkpoint_without_it_is_an_error(tmp_path, version):
     harness.run(1, store, version, str(tmp_path), "", pool=version)
     found = harness.run(1, restore, version, str(tmp_path), "one", pool=version)[0]
