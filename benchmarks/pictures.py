@@ -4,7 +4,8 @@
 
 loss.png: training loss against tokens of every optimizer (results/h100/training.json, which
 `python -m benchmarks.gpu --parts g --minutes 3.9 --json ...` writes on a GPU). sent.png: bytes that
-a rank sends in a step under FSDP2 (results/fsdp_step.json, which benchmarks.fsdp_step writes).
+a rank sends in a step under FSDP2 (results/fsdp_step.json: what is exact of that which
+`python -m benchmarks.fsdp_step --peers DIR --json FILE` writes, its counts).
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ def draw_bytes(measured: dict[str, Any], path: Path) -> None:
     names = sorted(rows, key=lambda name: -rows[name])
     bars = axis.barh(names, [rows[name] for name in names])
     axis.bar_label(bars, fmt="%.1f", padding=3)
+    axis.margins(x=0.1)
     ranks = measured["settings"]["ranks"]
     axis.set(xlabel=f"MB that a rank sends in one optimizer step, FSDP2 on {ranks} ranks")
     figure.savefig(path, dpi=110)

@@ -9,7 +9,7 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-PICTURES = ("benchmarks/memory.png", "benchmarks/loss.png")
+PICTURES = ("benchmarks/memory.png", "benchmarks/loss.png", "benchmarks/sent.png")
 """Files away from docs/ that pages show."""
 FENCE = re.compile(r"^```(\w+) ([\w.]+)$", re.MULTILINE)
 """A block of code with a label: a file's name, or what its test calls it."""

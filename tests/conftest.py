@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.support import harness, slow_parts
 
@@ -91,12 +93,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.skip(f"torch {torch.__version__} has no such layout")
 
 
-def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+@pytest.hookimpl(wrapper=True)  # around the fixtures' ends
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> Iterator[None]:
     """End ranks with Megatron's twenty process groups with the last test that needs them.
 
-    Each group's threads poll for as long as it lives, and slow whatever runs beside them.
+    Each group's threads poll for as long as it lives, and slow whatever runs beside them. And a
+    test that leaves a group in this process fails, in place of those that come after it.
     """
     if "megatron" in item.nodeid and (nextitem is None or "megatron" not in nextitem.nodeid):
         for (_, name), pool in list(harness.POOLS.items()):
             if name:
                 pool.end()
+    yield
+    if dist.is_initialized() and "one_rank" not in getattr(item, "fixturenames", ()):
+        dist.destroy_process_group()
+        pytest.fail("the test has left torch.distributed initialized")
