@@ -23,7 +23,7 @@ from matplotlib import pyplot
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 TOKENS = 16 * 1024
-"""Of a step of the training."""
+"""How many tokens a step of the training takes."""
 SMOOTH = 9
 """Steps of which a point of the curve is the mean."""
 

@@ -47,11 +47,27 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.markexpr = "slow" if asked in ("", "not slow") else f"slow and ({asked})"
 
 
+CASES = pytest.StashKey[dict[str, tuple[set[str], set[str]]]]()
+"""What ``fast_cases`` of a test names, and the cases that the test has."""
+
+
 def pytest_itemcollected(item: pytest.Item) -> None:
     """Make slow what ``fast_cases`` does not name."""
     fast = item.get_closest_marker("fast_cases")
-    if fast is not None and item.callspec.id not in fast.args:  # type: ignore[attr-defined]
+    if fast is None:
+        return
+    case = item.callspec.id  # type: ignore[attr-defined]
+    cases = item.config.stash.setdefault(CASES, {})
+    cases.setdefault(item.nodeid.partition("[")[0], (set(fast.args), set()))[1].add(case)
+    if case not in fast.args:
         item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuse a name in ``fast_cases`` that no case has: all cases would be slow in silence."""
+    for test, (fast, ids) in session.config.stash.get(CASES, {}).items():
+        if fast - ids and not any("::" in word for word in session.config.args):
+            raise pytest.UsageError(f"{test}: fast_cases names no case: {sorted(fast - ids)}")
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k

@@ -25,7 +25,7 @@ TRITON_GEMM = "spectral_dist.polar.triton_gemm"
 TRITON_NEWTON_SCHULZ = "spectral_dist.polar.newton_schulz_triton"
 STEPS = 5
 ROW = (3.4445, -4.7750, 2.0315)
-"""Of ``jordan``: (a, b, c) of every step."""
+"""(a, b, c) of every step of ``jordan``."""
 
 
 def attribute(module: str, name: str) -> Any:

@@ -17,8 +17,8 @@ from tests.support import models
 
 pytestmark = pytest.mark.gpu
 BOUND = 1e-3
-"""Of the change of a parameter: a framework may add up gradients in another order, and five steps
-of jordan make rounding 485 times as large."""
+"""Bound of a parameter's change: a framework may add up gradients in another order, and
+five steps of jordan make rounding 485 times as large."""
 ZERO_OPTIONS = {"lr": 0.02, "scalar_lr": 0.005, **support.FLOAT}
 
 

@@ -10,7 +10,7 @@ from spectral_dist.polar import METHODS, check, polar
 pytestmark = pytest.mark.gpu
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 BOUND = {"bfloat16": 0.1, "float16": 0.02, "float32": 2e-4, "float64": 1e-9}
-"""Of |U - U64| / |U64|: schedules raise rounding by the product of their slopes at 0, 485 of
+"""Bounds of |U - U64| / |U64|: schedules raise rounding by the product of their slopes at 0, 485 of
 jordan's, of directions that are nearly null; matrices here have condition numbers below 100."""
 SHAPES = ((3, 96, 96), (2, 64, 200), (2, 200, 64))
 

@@ -14,7 +14,7 @@ from tests.gpu import support
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
 BOUND, HALF = 2e-4, 0.06
-"""Of the change of a parameter in three steps: in float32, and with polar factors in bfloat16,
+"""Bounds of a parameter's change in three steps: in float32, and with polar factors in bfloat16,
 whose five steps are off by a hundredth or two each."""
 
 
@@ -49,8 +49,9 @@ def test_three_steps_of_bfloat16_weights(name, device):
     for key, value in wanted.items():
         off = (found[key].cpu().float() - value.float()).abs()
         spacing = value.float().abs().clamp_min(0.01) * 2**-7
-        # a float32 factor's last bits can round a weight the other way, here and there
-        assert float((off > 3 * spacing).float().mean()) <= 1e-3, key
+        # QDWH's last bits can round some weights of PolarGrad the other way (seen on an H100)
+        few = 1e-3 if name == "PolarGrad" else 0.0
+        assert float((off > 3 * spacing).float().mean()) <= few, key
         assert bool((off <= 16 * spacing).all()), key
         assert not torch.equal(found[key], before[key])
 

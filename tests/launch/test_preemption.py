@@ -21,7 +21,7 @@ module = runpy.run_path({preemption.__file__!r})
 
 @pytest.fixture(autouse=True)
 def _interruptible() -> Iterator[None]:
-    """As in a terminal: shells start what stands before an & with SIGINT ignored."""
+    """Let SIGINT end processes as in a terminal: shells ignore it for what stands before an &."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

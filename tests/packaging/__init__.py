@@ -1,1 +1,1 @@
-"""Of the project itself: its layers, its pages, its wheel, its benchmarks, its tests' own tools."""
+"""Tests of the project itself: layers, pages, the wheel, benchmarks, the tests' tools."""

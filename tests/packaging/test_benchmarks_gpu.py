@@ -100,7 +100,7 @@ def test_waits_are_counted_by_line():
 
 
 def test_the_script_says_with_its_status_what_failed_and_measures_all_the_same(tmp_path):
-    """As on a machine without a GPU: tests are skipped, then the benchmark has no device."""
+    """Without a GPU the tests are skipped, and then the benchmark has no device."""
     python = tmp_path / "python"
     python.write_text(
         '#!/bin/sh\ncase "$2" in pytest) echo tests; exit $TESTS;;\n'

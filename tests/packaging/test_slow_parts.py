@@ -95,3 +95,19 @@ def test_a_part_without_tests_is_said_and_no_failure(suite):
     result = suite.runpytest_inprocess("--slow-part", "8/7")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     assert "write K/N" in result.stderr.str()
+
+
+def test_fast_cases_name_what_is_not_slow_and_must_be_cases(suite):
+    """A slip in a name would make every case slow, and nobody would see it."""
+    text = """
+        import pytest
+        @pytest.mark.parametrize("n", [1, 2])
+        @pytest.mark.fast_cases("{}")
+        def test_case(n): pass
+        """
+    suite.makepyfile(test_cases=text.format("2"))
+    assert names(suite.runpytest_inprocess("-v", "test_cases.py")) == ["test_case[2]"]
+    suite.makepyfile(test_cases=text.format("3"))
+    result = suite.runpytest_inprocess("-v", "test_cases.py")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    assert "fast_cases names no case: ['3']" in result.stdout.str() + result.stderr.str()

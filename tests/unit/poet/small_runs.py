@@ -60,7 +60,7 @@ def index_of(model):
 
 
 def reference_run(model, order=4, blocks=BLOCKS, **options):
-    """Of the reference on the model before it was converted."""
+    """Return what the reference gives of the model before it was converted."""
     index = index_of(model)
     find = lambda key, side, merges: index(key.removeprefix("model."), side, merges)  # noqa: E731
     named = {f"model.{key}": pair for key, pair in blocks.items()}

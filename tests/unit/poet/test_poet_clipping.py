@@ -35,7 +35,7 @@ def test_clip_ramp_factor(since, ramp, merged, expected):
 
 
 def factors(model, optimizer, steps, start=0):
-    """Of each step, asked for before it."""
+    """Return the factor of each step, asked for before it."""
     asked = []
     for step in range(start, start + steps):
         asked.append(optimizer.clip_factor())
@@ -44,7 +44,7 @@ def factors(model, optimizer, steps, start=0):
 
 
 def test_no_ramp_in_the_first_cycle_of_a_new_optimizer_of_a_merged_model():
-    """As at the start of any run; its own merges have one, in a resumed run as well."""
+    """A run begins with a ramp, and each merge has one, in a resumed run as well."""
     model, optimizer = made(clip_ramp=3)
     factors(model, optimizer, 6)
     again, fresh = made(clip_ramp=3)

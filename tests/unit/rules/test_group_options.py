@@ -75,7 +75,7 @@ def test_bad_values_of_a_group(which, changes, match):
 
 
 def test_a_groups_exact_method_and_the_optimizers_steps():
-    """They do not go together: said when the optimizer is built, not in the first step."""
+    """Options that do not go together are named when the optimizer is built, no later."""
     with pytest.raises(ValueError, match="no effect"):
         grouped({"polar": "svd"}, polar_steps=7)
     with pytest.raises(ValueError, match="cubic5 has exactly 5"):
