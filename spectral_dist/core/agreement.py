@@ -7,22 +7,23 @@ A rank that finds something wrong, or something other than what was agreed last,
 from __future__ import annotations
 
 import json
-import math
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from spectral_dist.core.finite import BAD, NEWS
 from spectral_dist.core.units import Unit
 from spectral_dist.rules.fields import plain, specs_of
 from spectral_dist.rules.options import BaseOptions
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group
 
+STRIDED = torch.strided
 Grads: TypeAlias = Sequence[Tensor | None]
 """The gradients of a unit's tensors, None where there is none."""
 
@@ -33,12 +34,14 @@ class Status:
 
     Attributes:
         missing: parameters without a gradient on this rank, of which other ranks may have one.
+        has_absent: whether any parameter has no gradient on this rank.
         lacks_gradients: whether this rank has parameters, and none has a gradient.
         monitor_every: the period of this rank's monitor, 0 without one.
         is_observed: whether there are observers.
     """
 
     missing: tuple[str, ...] = ()
+    has_absent: bool = field(default=False, compare=False)
     lacks_gradients: bool = False
     monitor_every: int = 0
     is_observed: bool = False
@@ -87,18 +90,12 @@ class RankReport:
     error: str = ""
 
 
-def extremes(grads: Sequence[Tensor]) -> list[Tensor]:
-    """Return 0-d tensors that are all finite exactly if the gradients are (sums would overflow)."""
-    if grads[0].device.type == "cpu":  # on CPUs the norm takes twenty times as long
-        return [extreme for grad in grads for extreme in torch.aminmax(grad)]
-    return list(torch._foreach_norm(list(grads), ord=math.inf))
-
-
 def without_gradient(units: Sequence[Unit], grads: Sequence[Grads]) -> list[str]:
     """Return the names of parameters without a gradient; ``grads``: those of each unit."""
     return [
         name
         for unit, unit_grads in zip(units, grads, strict=True)
+        if any(grad is None for grad in unit_grads)
         for name, index, _, _ in unit.located.spans
         if unit_grads[index] is None
     ]
@@ -114,40 +111,45 @@ def missing(units: Sequence[Unit], grads: Sequence[Grads]) -> list[str]:
     return without_gradient([unit for unit, _ in shared], [g for _, g in shared])
 
 
-def with_gradient(names: Iterable[str], units: Sequence[Unit], grads: Sequence[Grads]) -> list[str]:
-    """Return those of some parameters that have a gradient on this rank."""
+def with_gradient(absent: Container[str], units: Sequence[Unit], names: Iterable[str]) -> list[str]:
+    """Return those of some parameters that have a gradient on this rank.
+
+    Args:
+        absent: the names of all that have none.
+        units: that are stepped.
+        names: of the parameters that are asked for.
+    """
     wanted = set(names)
-    return [
-        name
-        for unit, unit_grads in zip(units, grads, strict=True)
-        for name, index, _, _ in unit.located.spans
-        if name in wanted and unit_grads[index] is not None
-    ]
+    held = [name for unit in units for name, _, _, _ in unit.located.spans]
+    return [name for name in held if name in wanted and name not in absent]
+
+
+def names_by_gradient(units: Sequence[Unit], grads: Sequence[Grads]) -> list[list[str]]:
+    """Return the parameters in each gradient of this rank that is not None and not empty."""
+    names = []
+    for unit, unit_grads in zip(units, grads, strict=True):
+        by_index: dict[int, list[str]] = {}
+        for name, index, _, _ in unit.located.spans:
+            by_index.setdefault(index, []).append(name)
+        names += [
+            by_index.get(index, [])
+            for index, grad in enumerate(unit_grads)
+            if grad is not None and grad.numel()
+        ]
+    return names
 
 
 def check_dense(units: Sequence[Unit], grads: Sequence[Grads]) -> None:
     """Raise a ValueError for a sparse gradient, which neither AdamW nor any rule could take."""
     for unit, unit_grads in zip(units, grads, strict=True):
-        for name, index, _, _ in unit.located.spans:
-            grad = unit_grads[index]
-            if grad is not None and grad.layout is not torch.strided:
+        sparse = [i for i, g in enumerate(unit_grads) if g is not None and g.layout is not STRIDED]
+        for name, index, _, _ in unit.located.spans if sparse else ():
+            if index in sparse:
+                layout = unit_grads[index].layout  # type: ignore[union-attr]
                 raise ValueError(
-                    f"the gradient of {name} is sparse ({grad.layout}), which is not supported;"
+                    f"the gradient of {name} is sparse ({layout}), which is not supported;"
                     " write nn.Embedding(..., sparse=False)"
                 )
-
-
-def not_finite(units: Sequence[Unit], grads: Sequence[Grads]) -> list[str]:
-    """Return the names of parameters whose gradient on this rank has NaN or infinity in it."""
-    names = []
-    for unit, unit_grads in zip(units, grads, strict=True):
-        for name, index, start, numel in unit.located.spans:
-            grad = unit_grads[index]
-            if grad is not None:
-                part = grad.reshape(-1)[start : start + numel]
-                if not bool(part.isfinite().all()):
-                    names.append(name)
-    return names
 
 
 def status_of(
@@ -162,9 +164,10 @@ def status_of(
         is_observed: whether this rank has observers.
     """
     all_grads = [grad for unit_grads in grads for grad in unit_grads]
-    absent = missing(units, grads) if any(grad is None for grad in all_grads) else []
-    lacks = bool(all_grads) and all(grad is None for grad in all_grads)
-    return Status(tuple(absent), lacks, monitor_every, is_observed)
+    has_absent = any(grad is None for grad in all_grads)
+    lacks = has_absent and all(grad is None for grad in all_grads)
+    absent = tuple(missing(units, grads)) if has_absent else ()
+    return Status(absent, has_absent, lacks, monitor_every, is_observed)
 
 
 def report_of(
@@ -219,26 +222,31 @@ def group_lines(options: type[BaseOptions], group: Mapping[str, object]) -> list
     return [f"{name} {plain(group[name])!r}" for name in names]
 
 
-def number_of(lines: Sequence[Sequence[str]]) -> int:
-    """Return a number below 2^24 that differs, but for a chance of 1 in 2^24, where lines do."""
-    return zlib.crc32(repr(lines).encode()) >> 8
-
-
-def flag_of(
-    grads: Sequence[Tensor], differs: bool, device: torch.device, check_finite: bool
-) -> Tensor:
-    """Return the 0-d bool tensor that this rank sends: whether the ranks must send reports.
+def number_of(lines: Sequence[Sequence[str]], missing: Sequence[str] = ()) -> int:
+    """Return a number below 2^24 that differs, but for a chance of 1 in 2^24, where arguments do.
 
     Args:
-        grads: of this rank.
-        differs: whether this rank has an error, or another status than was agreed on.
-        device: of the result.
-        check_finite: whether gradients that are not finite set the flag.
+        lines: the options of each group.
+        missing: the parameters without a gradient.
     """
-    flag = torch.full((), differs, dtype=torch.bool, device=device)
-    if check_finite and grads:
-        flag |= (~torch.isfinite(torch.stack(extremes(grads))).all()).to(device)
-    return flag
+    return zlib.crc32(repr((lines, missing) if missing else lines).encode()) >> 8
+
+
+def level_of(norms: Tensor | None, has_error: bool, has_news: bool, device: torch.device) -> Tensor:
+    """Return what this rank tells the others before a step: 0, ``NEWS`` or ``BAD``, 0-d float32.
+
+    Args:
+        norms: numbers that are all finite exactly if this rank's gradients are; None: there are
+            none, or they are not looked at.
+        has_error: whether this rank has an error.
+        has_news: whether this rank has another status than was agreed on.
+        device: of the result.
+    """
+    known = BAD if has_error else NEWS if has_news else 0.0
+    level = torch.full((), known, device=device)
+    if norms is None:
+        return level
+    return torch.where(norms.isfinite().all().to(device), level, BAD)
 
 
 def check_without_agreement(

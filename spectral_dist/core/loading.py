@@ -98,6 +98,10 @@ class Loading(torch.optim.Optimizer):
         ]
         self.begin(None)
 
+    @abstractmethod
+    def forget_last_step(self) -> None:
+        """Forget what is known of steps before a load, which replaces all that they have done."""
+
     @property
     @abstractmethod
     def rule_name(self) -> str:
@@ -122,6 +126,7 @@ class Loading(torch.optim.Optimizer):
         by_rank = type(self.placement) is not MeshPlacement  # a framework may load rank by rank
         collectives.raise_together(error, () if by_rank else self.placement.world_groups())
         before = [dict(group) for group in self.param_groups]
+        self.forget_last_step()
         super().load_state_dict(state_dict)
         for group, old in zip(self.param_groups, before, strict=True):
             self.fill_in(group, old)

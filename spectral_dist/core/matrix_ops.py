@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from spectral_dist.core.finite import LastStep
 from spectral_dist.core.monitor import Watch
 from spectral_dist.polar import null_cutoff, of_gram, polar, reductions, resolve_dtype
 from spectral_dist.rules.base import PolarSpec, Rule, Shape
@@ -29,6 +30,7 @@ class StepContext:
         observers: of the optimizer.
         watch: where the monitor's quantities of this step are recorded; None: there is no report.
         pooled: sums of ``MatrixOps.pool`` by (short, long) side; None: this step pools nothing.
+        last_step: this step, if the device decides whether it changes anything.
         polar_calls: how many matrices were orthogonalized on this rank.
         observer_error: the first error of an observer, which must not be raised inside of the
             exchange, where other ranks would wait for this one.
@@ -40,6 +42,7 @@ class StepContext:
     observers: Sequence[Observer] = ()
     watch: Watch | None = None
     pooled: dict[Shape, Tensor] | None = None
+    last_step: LastStep | None = None
     polar_calls: int = 0
     observer_error: Exception | None = field(default=None, repr=False)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from spectral_dist.core.matrix_ops import SlabMatrixOps, StepContext, WholeMatrixOps
 from spectral_dist.core.units import MatrixUnit
+from spectral_dist.sharding.bucket_routes import pack
 from spectral_dist.sharding.exchange import MatrixTask, Piece
 from spectral_dist.sharding.gram import Reduction
 from spectral_dist.sharding.layout import Matrix
@@ -40,8 +41,10 @@ class MatrixStep(MatrixTask):
         self.context, self.unit, self.lr = context, unit, lr
         self.rule, self.options = context.rule, context.options
         self.present = [grad is not None for grad in grads]
+        self.all_present = all(self.present)
         self.absent = self._matrices_without_gradient()
-        self.state_place: Any = (exchange.state_device, exchange.state_dtype)
+        last = context.last_step
+        self.skip: dict[str, Tensor] = {} if last is None else {"skip": last.skip}
         gradients = [
             torch.zeros_like(w) if g is None else g.contiguous()
             for w, g in zip(weights, grads, strict=True)
@@ -64,14 +67,24 @@ class MatrixStep(MatrixTask):
 
     def _accumulate(self, pieces: Sequence[Piece]) -> list[Tensor]:
         """Accumulate gradients into momentum, if there is one; return them in the state's dtype."""
-        grads = [self.grad_of[p].to(*self.state_place) for p in pieces]
-        if not self.has_momentum:
-            return grads
-        present = [i for i, p in enumerate(pieces) if self.present[p.tensor]]
-        momenta = [self.momentum_of[pieces[i]] for i in present]
-        if present:
-            self.rule.accumulate(self.options, momenta, [grads[i] for i in present])
+        exchange = self.unit.exchange
+        grads = [self.grad_of[p] for p in pieces]
+        if any(g.dtype != exchange.state_dtype or g.device != exchange.state_device for g in grads):
+            flat = pack(grads, exchange.state_dtype, exchange.state_device)
+            grads = list(torch.split(flat, [g.numel() for g in grads]))
+        if self.has_momentum:
+            present = self._with_gradient(pieces)
+            momenta = [self.momentum_of[pieces[i]] for i in present]
+            if present:
+                values = [grads[i] for i in present]
+                self.rule.accumulate(self.options, momenta, values, **self.skip)
         return grads
+
+    def _with_gradient(self, pieces: Sequence[Piece]) -> Sequence[int]:
+        """Return the places of the runs whose parameter has a gradient."""
+        if self.all_present:
+            return range(len(pieces))
+        return [i for i, p in enumerate(pieces) if self.present[p.tensor]]
 
     def direction(self, matrices: Tensor, which: Sequence[int]) -> Tensor:
         """Return the rule's direction of a batch of whole matrices."""
@@ -126,9 +139,21 @@ class MatrixStep(MatrixTask):
             return
         absent = [k for k, matrix in enumerate(which) if matrix in self.absent]
         before = state.copies(which, owned, absent) if absent else []
+        guarded = {name: t.clone() for name, t in state.of(which).items()} if self.skip else {}
         yield state.of(which)
+        for name, kept in guarded.items():
+            self._guard(state.of(which)[name], kept)
         for tensor, rows, values in before:
             tensor[rows] = values
+
+    def _guard(self, tensor: Tensor, before: Tensor) -> None:
+        """Restore a tensor, on the device, if the step is skipped; the host's own once it knows."""
+        last = self.context.last_step
+        assert last is not None
+        if tensor.device == last.skip.device:
+            torch.where(last.skip > 0, before, tensor, out=tensor)
+        else:
+            last.undo.append(partial(tensor.copy_, before))
 
     def _matrices_without_gradient(self) -> set[int]:
         """Return the indices of matrices of this rank's parameters that have no gradient.
@@ -150,7 +175,7 @@ class MatrixStep(MatrixTask):
             and self.has_momentum
         ):
             self._accumulate([p for p in pieces if p not in self.unit.owned_runs])
-        present = [i for i, p in enumerate(pieces) if self.present[p.tensor]]
+        present = self._with_gradient(pieces)
         if not present:
             return
         if self.context.watch:
@@ -165,5 +190,6 @@ class MatrixStep(MatrixTask):
             self.lr,
             [self.weight_of[pieces[i]] for i in present],
             [directions[i] for i in present],
-            [self._matrix(pieces[i].matrix).read_shape for i in present],
+            [self.unit.read_shapes[pieces[i].matrix] for i in present],
+            **self.skip,
         )

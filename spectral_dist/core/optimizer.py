@@ -51,6 +51,7 @@ class SpectralOptimizer(MatrixCheckpoints):
         self._pooled: dict[Shape, Tensor] | None = None
         self._observer_error: Exception | None = None
         self._rule_options: dict[int, tuple[list[Any], MatrixOptions]] = {}
+        self._steps_of_blocks: dict[int, int] = {}
 
     # -- options
 
@@ -83,6 +84,8 @@ class SpectralOptimizer(MatrixCheckpoints):
         names = self.options_type.names("matrix")
         values = [plain(group[name]) for name in names]
         cached = self._rule_options.get(group["id"])
+        if cached is not None and self._last_step is not None and self._last_step.has_error:
+            return cached[1]
         if cached is None or cached[0] != values:
             options = replace(self.options, **dict(zip(names, values, strict=True)))
             cached = self._rule_options[group["id"]] = values, options
@@ -150,24 +153,25 @@ class SpectralOptimizer(MatrixCheckpoints):
             grads: their local gradients.
         """
         assert isinstance(unit, MatrixUnit)
-        for p, grad in zip(tensors, grads, strict=True):
-            if grad is not None:
-                self.state[p]["step"] = self.state[p]["step"].cpu() + 1
+        states = [self.state[p] for p in tensors]
+        present = [s for s, grad in zip(states, grads, strict=True) if grad is not None]
+        self.give_each_its_count(present)
+        self.count_step(present)
         if unit.blocks:
-            present = [p for p, grad in zip(tensors, grads, strict=True) if grad is not None]
-            counts = [self.state[p]["step"] for p in present]
-            unit = unit.at(strategy.global_step_count(unit, counts))
-        options, lr = self.rule_options(group), self.lr_of(group)
-        momenta = []
-        if unit.has_momentum:
-            momenta = [self.placement.local(self.state[p]["exp_avg"]) for p in tensors]
+            unit = unit.at(self._count_with_blocks(unit, present))
+        options, lr = self.rule_options(group), self._lr_in_step(group)
         watch = None
         if self._watches is not None:
             watch = Watch(unit.located, self.rule, options, lr)
             self._watches.append(watch)
         observers = tuple(self.observers) if self._agreement.is_observed else ()
-        context = StepContext(self.rule, options, unit.names, observers, watch, self._pooled)
-        stored = [self.placement.local(p) for p in tensors] + momenta
+        context = StepContext(
+            self.rule, options, unit.names, observers, watch, self._pooled, self._last_step
+        )
+        local = self.placement.local
+        stored = [local(p) for p in tensors]
+        if unit.has_momentum:
+            stored += [local(state["exp_avg"]) for state in states]
         row_major = [tensor.contiguous() for tensor in stored]  # copies of channels_last ones only
         weights, momenta = row_major[: len(tensors)], row_major[len(tensors) :]
         unit.exchange.run(MatrixStep(context, unit, lr, weights, grads, momenta))
@@ -176,6 +180,41 @@ class SpectralOptimizer(MatrixCheckpoints):
                 tensor.copy_(contiguous)
         self.polar_calls += context.polar_calls
         self._observer_error = self._observer_error or context.observer_error
+
+    def _lr_in_step(self, group: ParamGroup) -> float:
+        """Return a group's learning rate; 0 if this rank's options are wrong in this step."""
+        last = self._last_step
+        return 0.0 if last is not None and last.has_error else self.lr_of(group)
+
+    def _count_with_blocks(self, unit: MatrixUnit, states: Sequence[dict[str, Tensor]]) -> int:
+        """Return how many steps a unit with blocks has taken, this one included.
+
+        The ranks agree on it in their first step and after a load; then each counts by itself.
+        """
+        counts = self._steps_of_blocks
+        if id(unit) not in counts:
+            taken = strategy.global_step_count(unit, [state["step"] for state in states])
+            counts[id(unit)] = taken
+        else:
+            counts[id(unit)] += 1
+        if self._last_step is not None:
+            self._last_step.undo.append(partial(counts.update, {id(unit): counts[id(unit)] - 1}))
+        return counts[id(unit)]
+
+    def forget_last_step(self) -> None:
+        """Forget the last step and the counts of steps, which a load replaces."""
+        super().forget_last_step()
+        self._steps_of_blocks.clear()
+
+    def can_skip(self) -> bool:
+        """Return whether a flag on the device can keep a step from changing anything."""
+        return super().can_skip() and self.rule.can_skip()
+
+    def is_reported(self) -> bool:
+        """Return whether the host must know about the coming step, which pools or is reported."""
+        pooling = self._pooling()
+        pools = pooling is not None and (self.steps_taken() + 1) % pooling.every == 0
+        return pools or super().is_reported()
 
     def check_observers(self) -> None:
         """Raise a ValueError if there are observers, but matrices are in slabs or blocks."""

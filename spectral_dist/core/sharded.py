@@ -12,11 +12,11 @@ from torch import Tensor
 
 from spectral_dist._error_help import explained
 from spectral_dist.core import agreement as agreeing
+from spectral_dist.core.agreed_steps import AgreedSteps
 from spectral_dist.core.agreement import Agreement, Grads
 from spectral_dist.core.matrix_ops import Observer
 from spectral_dist.core.monitor import Monitor, Watch, add_up
 from spectral_dist.core.precision import without_autocast
-from spectral_dist.core.rates import Rates
 from spectral_dist.core.unique_names import with_unique_names
 from spectral_dist.core.units import Unit
 from spectral_dist.core.written_options import WrittenOptions
@@ -35,7 +35,7 @@ from spectral_dist.sharding.collectives import Group, Meter
 from spectral_dist.sharding.layout import Located
 
 
-class ShardedOptimizer(Rates):
+class ShardedOptimizer(AgreedSteps):
     """An optimizer with the same numbers under every layout of its parameters.
 
     In plain torch a group is stepped with its ``lr``: ``scalar_lr`` is that of AdamW's groups, and
@@ -104,6 +104,7 @@ class ShardedOptimizer(Rates):
         self._units: dict[object, list[Unit]] = {}
         self._written = WrittenOptions()
         self._scalar_update = BACKENDS[self.options.scalar_backend]()
+        self._last_step = None
 
     def _placement(self, group: Group) -> Placement:
         """Return the placement for plain torch, which reads it off the parameters."""
@@ -181,14 +182,17 @@ class ShardedOptimizer(Rates):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one optimizer step on the current gradients.
 
-        A collective call of the ranks that train the model together. It waits for the device once,
-        to know that every rank's gradients are finite and that all go on; with check_finite=False
-        in the first step only, after which a rank raises by itself for an error in its options.
+        A collective call of the ranks that train the model together. On GPUs it does not wait for
+        the device, but in the first step, in steps that the monitor reports, and where a rule, an
+        option or a framework says so. A flag on the device keeps a step that must not be taken
+        from changing anything, and the call after that raises the error (see ``check_last_step``).
+        With check_finite=False ranks agree in the first step only, and a rank raises by itself for
+        an error in its options.
 
         Raises:
             ValueError: on every rank and before anything has changed, if a gradient is NaN or
                 infinite, if ranks differ in which parameters have one, or if a scheduler has
-                written a bad option.
+                written a bad option: in this step, or on GPUs in the one before.
         """
         with torch.enable_grad():
             loss = None if closure is None else closure()
@@ -201,6 +205,8 @@ class ShardedOptimizer(Rates):
         with without_autocast(self.device):
             if not self._agree(work, grads):
                 return loss
+            if self._last_step is not None and self._last_step.has_error:
+                grads = [[None] * len(params) for params in tensors]
             absent = agreeing.without_gradient([unit for _, unit in work], grads)
             for name in (name for name in absent if name not in self._warned):
                 self._warned.add(name)
@@ -246,19 +252,50 @@ class ShardedOptimizer(Rates):
     def step_scalars(self, group: ParamGroup, tensors: Sequence[Tensor], grads: Grads) -> None:
         """Take AdamW's step, elementwise, on parameters of one unit."""
         present = [(p, g) for p, g in zip(tensors, grads, strict=True) if g is not None]
-        states = []
-        for p, _ in present:
-            state = self.state[p]
-            # a universal checkpoint shares the count, and torch.load may have moved it to a GPU
-            state["step"] = state["step"].to("cpu", copy=True)
-            states.append({name: self.placement.local(value) for name, value in state.items()})
+        if not present:
+            return
+        states = [self.state[p] for p, _ in present]
+        self.give_each_its_count(states)
+        self.count_step(states, 0)
+        local = self.placement.local
         self._scalar_update(
             self.scalar_options(group),
             self.lr_of(group),
-            [self.placement.local(p) for p, _ in present],
+            [local(p) for p, _ in present],
             [g for _, g in present],
-            states,
+            [{name: local(value) for name, value in state.items()} for state in states],
+            **self.skip_argument,
         )
+
+    @property
+    def skip_argument(self) -> dict[str, Tensor]:
+        """Return the argument ``skip`` of what writes, if the device decides on this step."""
+        return {} if self._last_step is None else {"skip": self._last_step.skip}
+
+    def count_step(self, states: Sequence[dict[str, Tensor]], count: int = 1) -> None:
+        """Add to the step counts of parameters; it is taken back if the device skips the step.
+
+        Args:
+            states: of the parameters.
+            count: to add; 0 where the update itself adds 1.
+        """
+        counts = [state["step"] for state in states]
+        if counts and count:
+            torch._foreach_add_(counts, count)
+        if counts and self._last_step is not None:
+            self._last_step.undo.append(lambda: torch._foreach_sub_(counts, 1))
+
+    def give_each_its_count(self, states: Sequence[dict[str, Tensor]]) -> None:
+        """Make every step count a tensor of its own on the CPU.
+
+        A universal checkpoint shares it, and torch.load may have moved it to a GPU.
+        """
+        counts = [state["step"] for state in states]
+        if any(c.device.type != "cpu" for c in counts) or (
+            len({c.data_ptr() for c in counts}) < len(counts)
+        ):
+            for state in states:
+                state["step"] = state["step"].to("cpu", copy=True)
 
     def scalar_options(self, group: ParamGroup) -> AdamWOptions:
         """Return the options of AdamW's step of a group."""
@@ -271,6 +308,20 @@ class ShardedOptimizer(Rates):
 
     def take_over(self, group: ParamGroup, options: BaseOptions) -> None:
         """Update what depends on a group's options, after they have changed."""
+
+    def can_skip(self) -> bool:
+        """Return whether a flag on the device can keep a step from changing anything."""
+        return self._scalar_update is adamw.update
+
+    @explained
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state as torch does.
+
+        Raises:
+            ValueError: on a GPU, if the last step was not applied and its error not yet raised.
+        """
+        self.refuse_skipped_step()
+        return super().state_dict()
 
     def prepare_placement(self) -> None:
         """Bring the placement up to date with the parameter groups."""
@@ -340,61 +391,6 @@ class ShardedOptimizer(Rates):
         """Create a parameter's state, before the first step, so that all ranks have equal keys."""
         if "exp_avg" not in self.state[p]:
             self.state[p].update(adamw.new_state(p))
-
-    def _agree(self, work: Sequence[tuple[ParamGroup, Unit]], grads: Sequence[Grads]) -> bool:
-        """Agree with the other ranks on the step; return whether any rank has gradients."""
-        groups, known = self.placement.world_groups(), self._agreement
-        units = [unit for _, unit in work]
-        error = self._first_error(units, grads)
-        if error is None:
-            self.warn_of_one_lr()
-        status = agreeing.status_of(
-            units, grads, self.monitor.every if self.monitor else 0, bool(self.observers)
-        )
-        check = self.options.check_finite
-        if not check and known.is_made:
-            agreeing.check_without_agreement(error, status, known.status, self._warned)
-            return True
-        dense = check and error is None  # after an error, gradients may be sparse
-        present = [g for gs in grads for g in gs if g is not None and g.numel()] * dense
-        device = work[0][1].located.device if work else self.device
-        differs = error is not None or status != known.status
-        flag = agreeing.flag_of(present, differs, device, check)
-        options = self._option_lines()
-        number = agreeing.number_of(options)
-        if collectives.any_rank(flag, groups, self.meter if check else Meter(), number):
-            bad = agreeing.not_finite(units, grads) if dense else []
-            steps = 0 if error else self.steps_taken()  # a bad option may affect the count
-            report = agreeing.report_of(status, steps, options, bad, error)
-            agreeing.agree(
-                known, report, lambda names: agreeing.with_gradient(names, units, grads), groups
-            )
-            known.status = status
-        known.is_made = True
-        if not known.has_gradients and "step" not in self._warned:
-            self._warned.add("step")
-            warnings.warn("no parameter has a gradient, so this step changes nothing", stacklevel=4)
-        return known.has_gradients
-
-    def _option_lines(self) -> list[list[str]]:
-        """Return the checked options of each group, after the name of its first parameter."""
-        return [
-            [self.routes[group["id"]][0].name, *self._written.lines(group)]
-            for group in self.param_groups
-            if self.routes[group["id"]]
-        ]
-
-    def _first_error(self, units: Sequence[Unit], grads: Sequence[Grads]) -> Exception | None:
-        """Return the first error that this rank finds before a step, without asking others."""
-        try:
-            agreeing.check_dense(units, grads)
-            for group in self.param_groups:
-                self.check_group(group)
-            if self.options.check_finite or not self._agreement.is_made:
-                self.check_observers()
-        except (ValueError, TypeError) as error:
-            return error
-        return None
 
     def check_observers(self) -> None:
         """Raise a ValueError if there are observers, but no whole matrices to show them."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spectral_dist.core.matrix_state import MatrixState
 from spectral_dist.polar import DTYPES, resolve_dtype
-from spectral_dist.rules.base import PolarSpec
+from spectral_dist.rules.base import PolarSpec, Shape
 from spectral_dist.rules.options import MatrixOptions
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.exchange import Exchange, Pieces
@@ -80,6 +80,11 @@ class MatrixUnit(Unit):
     def names(self) -> list[str]:
         """Return the names of the unit's matrices."""
         return [layout.matrix.name for layout in self.located.layouts]
+
+    @cached_property
+    def read_shapes(self) -> list[Shape]:
+        """Return the shapes of the unit's matrices, as rules read them."""
+        return [layout.matrix.read_shape for layout in self.located.layouts]
 
     @cached_property
     def momentum_runs(self) -> Pieces:

@@ -168,6 +168,7 @@ class POET(ShardedOptimizer):
         """
         if self.steps_since_merge() < self._merge_every():
             return False
+        self.check_last_step()  # a merge changes the model whatever the flag on the device says
         with without_autocast(self.device):
             self._merge()
         return True

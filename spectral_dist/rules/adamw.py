@@ -5,13 +5,15 @@ The step is computed by torch's own functional form.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
+
+from spectral_dist.rules.elementwise import widened
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,12 @@ def update(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
     states: Sequence[dict[str, Tensor]],
+    skip: Tensor | None = None,
 ) -> None:
     """Take one AdamW step in place.
 
     The step is elementwise, so that shards of any layout give the same numbers. Half-precision
-    weights are updated in float32 and rounded once.
+    weights are updated in float32 and rounded once. On GPUs it is torch's fused kernel.
 
     Args:
         options: decays, eps and weight decay.
@@ -41,19 +44,30 @@ def update(
         weights: the parameters' shards, of any shapes.
         grads: of each weight, shaped as it.
         states: of each weight, ``exp_avg`` and ``exp_avg_sq`` (float32 or wider, shaped as it) and
-            ``step`` (a 0-d float32 tensor on the CPU, of the steps before this one).
+            ``step`` (a 0-d float32 tensor on the CPU, of the steps before this one, each of its
+            own).
+        skip: 0-d float32 on the weights' device: 1 leaves all but ``step`` as it is. None: always
+            update.
     """
-    wide_weights = [
-        w if w.dtype == s["exp_avg"].dtype else w.to(s["exp_avg"].dtype)
-        for w, s in zip(weights, states, strict=True)
-    ]
+    if not weights:
+        return
+    steps = [s["step"] for s in states]
+    fused = skip is not None or weights[0].device.type != "cpu"
+    if fused:
+        torch._foreach_add_(steps, 1)
+        counts = (torch.stack(steps) - 1).tolist()
+        steps = _on_device(counts, weights[0].device)
+    moments = [s["exp_avg"] for s in states]
+    wide_weights = widened(weights, moments[0].dtype)
     adamw(
-        list(wide_weights),
-        [g.to(w.dtype) for g, w in zip(grads, wide_weights, strict=True)],
-        [s["exp_avg"] for s in states],
+        wide_weights,
+        widened(grads, moments[0].dtype),
+        moments,
         [s["exp_avg_sq"] for s in states],
         [],
-        [s["step"] for s in states],
+        steps,
+        fused=fused or None,
+        found_inf=skip,
         amsgrad=False,
         beta1=options.betas[0],
         beta2=options.betas[1],
@@ -62,9 +76,15 @@ def update(
         eps=options.eps,
         maximize=False,
     )
-    for weight, value in zip(weights, wide_weights, strict=True):
-        if weight is not value:
-            weight.copy_(value)
+    if wide_weights[0] is not weights[0]:
+        torch._foreach_copy_(list(weights), wide_weights)
+
+
+def _on_device(counts: Sequence[float], device: torch.device) -> list[Tensor]:
+    """Return numbers as 0-d float32 tensors of a device, without waiting for it."""
+    if len(set(counts)) == 1:
+        return list(torch.full((len(counts),), counts[0], device=device).unbind())
+    return [torch.full((), count, device=device) for count in counts]
 
 
 def new_state(weight: Tensor) -> dict[str, Tensor]:
@@ -80,7 +100,16 @@ def new_state(weight: Tensor) -> dict[str, Tensor]:
     }
 
 
-Update: TypeAlias = Callable[
-    [AdamWOptions, float, Sequence[Tensor], Sequence[Tensor], Sequence[dict[str, Tensor]]], None
-]
-"""The type of ``update``: options, lr, weights, gradients and states."""
+class Update(Protocol):
+    """The type of ``update``; one that cannot skip a step on the device takes no ``skip``."""
+
+    def __call__(
+        self,
+        options: AdamWOptions,
+        lr: float,
+        weights: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
+        skip: Tensor | None = None,
+    ) -> None:
+        """Take one AdamW step in place."""

@@ -55,11 +55,14 @@ class FusedAdamW:
         weights: Sequence[Tensor],
         grads: Sequence[Tensor],
         states: Sequence[dict[str, Tensor]],
+        skip: Tensor | None = None,
     ) -> None:
         """Take one AdamW step in place, as ``rules.adamw.update`` does.
 
-        The weights need not all have taken the same number of steps.
+        The weights need not all have taken the same number of steps. Apex's kernels know no
+        ``skip``, so that an optimizer with this backend never passes it.
         """
+        assert skip is None
         by_step: dict[int, list[int]] = {}
         for i, state in enumerate(states):
             by_step.setdefault(int(state["step"]), []).append(i)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spectral_dist.polar import Method
+from spectral_dist.rules import elementwise
 from spectral_dist.rules.options import MatrixOptions, PolarOptions
 
 O = TypeVar("O", bound=MatrixOptions)  # noqa: E741  the letter of options, as T is of types
@@ -214,9 +215,32 @@ class Rule(Generic[O]):
         """
         return options
 
-    def accumulate(self, options: O, momenta: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-        """Update the momenta in place: M <- beta M + (1 - beta) G."""
-        torch._foreach_lerp_(list(momenta), list(grads), 1 - options.momentum)
+    def can_skip(self) -> bool:
+        """Return whether ``accumulate`` and ``update_weights`` take the argument ``skip``.
+
+        Those of this class do. With a rule that has its own, and does not say so here, every step
+        waits until the host knows that gradients are finite.
+        """
+        inherits = (type(self).accumulate, type(self).update_weights)
+        return inherits == (Rule.accumulate, Rule.update_weights)
+
+    def accumulate(
+        self,
+        options: O,
+        momenta: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        skip: Tensor | None = None,
+    ) -> None:
+        """Update the momenta in place: M <- beta M + (1 - beta) G.
+
+        Args:
+            options: of the group.
+            momenta: flat runs of shards.
+            grads: of each of the momenta, shaped as it.
+            skip: 0-d float32 on their device: 1 leaves everything as it is. None, or left out by
+                a rule that cannot skip: always update.
+        """
+        elementwise.average_(momenta, grads, 1 - options.momentum, skip)
 
     def update_input(
         self, options: O, momenta: Sequence[Tensor], grads: Sequence[Tensor]
@@ -250,6 +274,7 @@ class Rule(Generic[O]):
         weights: Sequence[Tensor],
         directions: Sequence[Tensor],
         shapes: Sequence[Shape],
+        skip: Tensor | None = None,
     ) -> None:
         """Update the weights in place: W <- (1 - lr wd) W - lr s D.
 
@@ -261,15 +286,16 @@ class Rule(Generic[O]):
             weights: flat runs of shards.
             directions: of each of the weights, shaped as it.
             shapes: of the whole matrices that the weights belong to.
+            skip: as in ``accumulate``.
         """
-        factors = [-lr * self.scale(options, shape) for shape in shapes]
+        rate_of = {shape: lr * self.scale(options, shape) for shape in set(shapes)}
         # a weight that has the direction's dtype is itself updated, any other by its wider copy
-        updated = [w.to(d.dtype) for w, d in zip(weights, directions, strict=True)]
-        torch._foreach_mul_(updated, 1 - lr * options.weight_decay)
-        torch._foreach_add_(updated, list(torch._foreach_mul(list(directions), factors)))
-        copied = [i for i, weight in enumerate(weights) if updated[i] is not weight]
-        if copied:
-            torch._foreach_copy_([weights[i] for i in copied], [updated[i] for i in copied])
+        updated = elementwise.widened(weights, directions[0].dtype)
+        elementwise.decay_and_subtract_(
+            updated, directions, [rate_of[s] for s in shapes], lr * options.weight_decay, skip
+        )
+        if updated[0] is not weights[0]:
+            torch._foreach_copy_(list(weights), updated)
 
     def pooling(self, options: O) -> Pooling | None:
         """Return the sum over all matrices of the model that the rule needs, or None."""

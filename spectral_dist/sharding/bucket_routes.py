@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Protocol, TypeAlias
 
 import torch
@@ -21,9 +22,11 @@ Tiles: TypeAlias = tuple[tuple[int, int, int, int], ...] | None
 are the matrix's row-major elements."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # looked up in every step: by identity, not value
 class Piece:
     """A contiguous run of a local tensor's elements that belongs to one matrix.
+
+    A rank makes each run once, when its routes are built.
 
     Attributes:
         tensor: the index of the local tensor.
@@ -38,7 +41,7 @@ class Piece:
     matrix: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Batch:
     """Matrices of one shape and tiling that this rank owns in a bucket and computes in one call.
 
@@ -62,25 +65,39 @@ class Batch:
         matrices = flat.view(len(self.matrices), *self.shape)
         if self.tiles is None:
             return matrices
+        by_matrix = flat.view(len(self.matrices), -1)
+        if self.num_columns:
+            tiles = by_matrix.view(len(self.matrices), self.num_columns, self.shape[0], -1)
+            return tiles.transpose(1, 2).reshape(matrices.shape)
         matrices = torch.empty_like(matrices)
-        start = 0
-        for k in range(len(self.matrices)):
-            for row, col, rows, cols in self.tiles:
-                tile = flat[start : start + rows * cols].view(rows, cols)
-                matrices[k, row : row + rows, col : col + cols] = tile
-                start += rows * cols
+        for part, (row, col, rows, cols) in zip(self._of_tiles(by_matrix), self.tiles, strict=True):
+            matrices[:, row : row + rows, col : col + cols] = part.view(-1, rows, cols)
         return matrices
 
     def split(self, matrices: Tensor) -> Tensor:
         """Return the tiles' elements one after the other, flat: the inverse of ``join``."""
         if self.tiles is None:
             return matrices.reshape(-1)
+        if self.num_columns:
+            columns = matrices.view(*matrices.shape[:2], self.num_columns, -1)
+            return columns.transpose(1, 2).reshape(-1)
         parts = [
-            matrices[k, row : row + rows, col : col + cols].reshape(-1)
-            for k in range(len(self.matrices))
+            matrices[:, row : row + rows, col : col + cols].flatten(1)
             for row, col, rows, cols in self.tiles
         ]
-        return torch.cat(parts)
+        return torch.cat(parts, dim=1).view(-1)
+
+    @cached_property
+    def num_columns(self) -> int:
+        """Return the number of tiles if these are equal slices of columns, in order; else 0."""
+        count = len(self.tiles or ())
+        width = self.shape[1] // max(count, 1)
+        columns = tuple((0, width * i, self.shape[0], width) for i in range(count))
+        return count if self.tiles == columns and count * width == self.shape[1] else 0
+
+    def _of_tiles(self, by_matrix: Tensor) -> Sequence[Tensor]:
+        """Split (k, elements of a matrix, tile by tile) into (k, elements) of each tile."""
+        return torch.split(by_matrix, [rows * cols for _, _, rows, cols in self.tiles or ()], dim=1)
 
 
 class Packing(Protocol):
@@ -182,6 +199,8 @@ class WholePacking:
         self._received_at_place = [0] * len(by_sender)
         for index, number in enumerate(self._place_of_received):
             self._received_at_place[number] = index
+        self._lengths_at_place = [self._recv_lengths[i] for i in self._received_at_place]
+        self._is_in_order = self._place_of_received == list(range(len(by_sender)))
 
     def pack_to_send(self, runs: Tensor) -> Tensor:
         """Return the runs unchanged: ``send_runs`` has them by owner already."""
@@ -191,8 +210,10 @@ class WholePacking:
         """Return the owned matrices, (k, m, n) for each batch, built from the received runs."""
         if not self.batches:
             return []
-        received_runs = torch.split(received, self._recv_lengths)
-        flat = torch.cat([received_runs[i] for i in self._received_at_place])
+        flat = received
+        if not self._is_in_order:
+            received_runs = torch.split(received, self._recv_lengths)
+            flat = torch.cat([received_runs[i] for i in self._received_at_place])
         parts = torch.split(flat, [batch.numel for batch in self.batches])
         return [batch.join(part) for batch, part in zip(self.batches, parts, strict=True)]
 
@@ -202,9 +223,9 @@ class WholePacking:
         """Return the owned matrices' directions, flat, run by run as they were received."""
         tiles = [batch.split(d) for batch, d in zip(self.batches, directions, strict=True)]
         flat = pack(tiles, dtype, device)
-        if not self._recv_lengths:
+        if self._is_in_order:
             return flat
-        parts = torch.split(flat, [self._recv_lengths[i] for i in self._received_at_place])
+        parts = torch.split(flat, self._lengths_at_place)
         return torch.cat([parts[i] for i in self._place_of_received])
 
     def unpack_directions(self, runs: Tensor) -> Tensor:
@@ -281,9 +302,17 @@ def route_to_owners(
 
 
 def pack(parts: list[Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Copy tensors one after the other into one new flat tensor of this dtype and device."""
+    """Copy tensors one after the other into one new flat tensor of this dtype and device.
+
+    Args:
+        parts: of any shapes and dtypes.
+        dtype, device: of the result.
+    """
+    parts = [part if part.ndim == 1 else part.reshape(-1) for part in parts]
+    if parts and all(part.dtype == dtype and part.device == device for part in parts):
+        return torch.cat(parts)
     sizes = [part.numel() for part in parts]
     flat = torch.empty(sum(sizes), dtype=dtype, device=device)
     if parts:  # one pass that casts as it copies
-        torch._foreach_copy_(list(torch.split(flat, sizes)), [p.reshape(-1) for p in parts])
+        torch._foreach_copy_(list(torch.split(flat, sizes)), parts)
     return flat

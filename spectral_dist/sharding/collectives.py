@@ -123,12 +123,23 @@ def any_rank(flag: Tensor, groups: Sequence[Group], meter: Meter, number: int = 
         meter: counts the bytes.
         number: below 2^24, which float32 holds exactly.
     """
-    values = torch.stack([flag.float(), *(torch.full_like(flag, n, dtype=torch.float32)
-                                          for n in (number, -number))])  # fmt: skip
+    raised, largest, smallest = compare(flag.float(), number, groups, meter).tolist()
+    return bool(raised) or largest != -smallest
+
+
+def compare(level: Tensor, number: int, groups: Sequence[Group], meter: Meter) -> Tensor:
+    """Return [largest level, largest number, largest minus number] of all ranks, without waiting.
+
+    Args:
+        level: 0-d float32.
+        number: below 2^24, which float32 holds exactly.
+        groups: that span the ranks, one after the other.
+        meter: counts the bytes.
+    """
+    values = torch.stack([level, *(torch.full_like(level, n) for n in (number, -number))])
     for group in groups:
         max_ranks(values, group, meter)
-    raised, largest, smallest = values.tolist()
-    return bool(raised) or largest != -smallest
+    return values
 
 
 def sum_ranks(values: Tensor, group: Group, meter: Meter) -> None:

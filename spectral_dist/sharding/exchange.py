@@ -75,7 +75,11 @@ class Pieces:
         views: list[Tensor] = []
         for index, sizes in self._splits.items():
             flat = tensors[index].detach().view(-1)
-            views += torch.split(flat, [*sizes, flat.numel() - sum(sizes)])[1::2]
+            rest = flat.numel() - sum(sizes)
+            if len(sizes) == 2 and not sizes[0] and not rest:  # one run that is all of the tensor
+                views.append(flat)
+            else:
+                views += torch.split(flat, [*sizes, rest])[1::2]
         return dict(zip(self.pieces, views, strict=True))
 
     def packed_views(self, index: int, packed: Tensor) -> dict[Piece, Tensor]:
