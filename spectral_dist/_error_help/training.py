@@ -2,6 +2,10 @@
 
 TEXTS: dict[str, tuple[str, ...]] = {
     "the-gradient-of-is-nan-or-infinite": (r"the gradient of .* is NaN or infinite",),
+    "the-last-step-was-not-applied": (
+        r"the last step was not applied",
+        r"so the step was not applied",
+    ),
     "the-gradient-of-is-sparse": (r"the gradient of .* is sparse",),
     "no-parameter-has-a-gradient-call-backward-before-step": (
         r"no parameter has a gradient; call backward",

@@ -111,6 +111,7 @@ def save_matrix_state(folder: str | Path, optimizer: ShardedOptimizer) -> str:
     Returns:
         The id of what was written, for ``load_matrix_state``.
     """
+    optimizer.check_last_step()
     return files.write(folder, {"matrices": matrix_state(optimizer, names_of(optimizer), True)})
 
 
@@ -249,6 +250,7 @@ def _content(
     model: nn.Module, optimizer: ShardedOptimizer, extra: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return what a checkpoint holds, checked to be loadable; a collective call."""
+    optimizer.check_last_step()
     content: dict[str, Any] = {
         "model": get_model_state_dict(model),
         "optimizer": _state_dict(optimizer, names_of(optimizer, model), True),

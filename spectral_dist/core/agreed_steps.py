@@ -128,11 +128,11 @@ class AgreedSteps(Rates):
             raise error
         dense = check and error is None  # after an error, gradients may be sparse
         present = [g for gs in grads for g in gs if g is not None and g.numel()] * dense
-        norms = torch.stack(finite.extremes(present)) if present else None
         device = work[0][1].located.device if work else self.device
+        later = check and known.is_made and self._looks_later(device, grads)
+        norms = finite.norms_of(present, each=later)
         level = agreeing.level_of(norms, error is not None, status != known.status, device)
         options = self._option_lines()
-        later = check and known.is_made and self._looks_later(device, grads)
         number = agreeing.number_of(options, status.missing if later else ())
         flags = collectives.compare(level, number, groups, self.meter if check else Meter())
         absent = set(agreeing.without_gradient(units, grads)) if status.has_absent else set()
@@ -195,7 +195,8 @@ class AgreedSteps(Rates):
                         " was not applied; call backward() on every rank before step()"
                     )
             except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
-                error.args = (f"in the last step, which was not applied: {error}",)
+                applied = "not applied" if was_skipped else "applied"
+                error.args = (f"in the last step, which was {applied}: {error}",)
                 raise
             known.status = status
 

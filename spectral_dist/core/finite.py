@@ -25,16 +25,23 @@ NEWS, BAD = 1.0, 2.0
 """What a rank tells the others: it has something to say; the step must not be taken."""
 
 
-def extremes(grads: Sequence[Tensor]) -> list[Tensor]:
-    """Return 0-d tensors that are all finite exactly if the gradients are (sums would overflow)."""
-    if grads[0].device.type != "cpu":
-        return list(torch._foreach_norm(list(grads), ord=math.inf))
-    # on CPUs the norm takes twenty times as long, and each call of a small one more than its work
+def norms_of(grads: Sequence[Tensor], each: bool) -> Tensor | None:
+    """Return numbers that are all finite exactly if the gradients are (sums would overflow).
+
+    Args:
+        grads: not empty; there may be none.
+        each: whether there is one number for each gradient, as there always is on GPUs.
+    """
+    if not grads:
+        return None
+    if each or grads[0].device.type != "cpu":
+        return torch.stack(torch._foreach_norm(list(grads), ord=math.inf))
+    # on CPUs the norm takes twenty times as long, and each call for a small one more than its work
     small = [grad.reshape(-1) for grad in grads if grad.numel() <= SMALL]
     large = [grad for grad in grads if grad.numel() > SMALL]
     if small and all(grad.dtype == small[0].dtype for grad in small):
         small = [torch.cat(small)]
-    return [extreme for grad in (*small, *large) for extreme in torch.aminmax(grad)]
+    return torch.stack([extreme for grad in (*small, *large) for extreme in torch.aminmax(grad)])
 
 
 def not_finite(units: Sequence[Unit], grads: Sequence[Sequence[Tensor | None]]) -> list[str]:

@@ -97,15 +97,19 @@ class SpectralOptimizer(MatrixCheckpoints):
         Raises:
             ValueError: a bad value.
         """
-        if group["kind"] == "matrix" and "betas" in group:
-            problem = betas_problem(group["betas"])
-            if problem:
-                raise ValueError(f"a parameter group: betas is {group['betas']!r}; {problem}")
-            beta1, beta2 = group["betas"]
-            if beta1 != self._momenta[group["id"]]:
-                group["momentum"] = beta1
+        if group["kind"] != "matrix" or "betas" not in group:
+            super().check_group(group)
+            return
+        problem = betas_problem(group["betas"])
+        if problem:
+            raise ValueError(f"a parameter group: betas is {group['betas']!r}; {problem}")
+        beta1, beta2 = group["betas"]
+        if beta1 != self._momenta[group["id"]]:
+            group["momentum"] = beta1
+        if group["momentum"] != beta1:  # written there: betas follow once it is known to be good
+            super().check_group(group)
             group["betas"] = (group["momentum"], beta2)
-            self._momenta[group["id"]] = group["momentum"]
+        self._momenta[group["id"]] = group["momentum"]
         super().check_group(group)
 
     def take_over(self, group: ParamGroup, options: BaseOptions) -> None:
