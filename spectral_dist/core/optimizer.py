@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_dist.core import strategy
+from spectral_dist.core import batching, strategy
 from spectral_dist.core.agreement import Grads
 from spectral_dist.core.matrix_checkpoints import MatrixCheckpoints, learned_names
 from spectral_dist.core.matrix_ops import StepContext
@@ -287,6 +287,9 @@ class SpectralOptimizer(MatrixCheckpoints):
             like=torch.empty(0, dtype=torch.promote_types(dtype, torch.float32), device=device),
             wire_dtype=wire,
             meter=self.meter,
+            rounds_alike=lambda matrix, count: batching.rounds_alike(
+                self.rule, options, matrix.read_shape, count, wire
+            ),
         )
         state = MatrixState(self.rule, options, located.layouts, exchange) if keeps_state else None
         unit = MatrixUnit(located, plan, exchange, self.rule.has_momentum(options), state)

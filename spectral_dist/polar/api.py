@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spectral_dist._error_help import explained
 from spectral_dist.polar import exact, newton_schulz
+from spectral_dist.polar.batching import batch_has_same_bits
 from spectral_dist.polar.qdwh import polar_by_qdwh
 from spectral_dist.polar.scaling import null_cutoff, unit_frobenius
 from spectral_dist.polar.schedules import SCHEDULES, Row, check_steps
@@ -111,14 +112,29 @@ def polar(
     if x.numel() == 0:
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
     batch = x.reshape(-1, *x.shape[-2:])
-    if x.device.type != "cpu" or len(batch) == 1:
+    if x.device.type != "cpu" or _rounds_alike(
+        tuple(batch.shape), x.dtype, _hashable(method), steps, dtype, torch.get_num_threads()
+    ):
+        batch = batch.clone() if x.device.type == "cpu" else batch
         return _factor(batch, method, steps, dtype).to(x.dtype).reshape(x.shape)
-    # a CPU's GEMM rounds by how a matrix is aligned and how many are in the batch: one at a time,
-    # each in fresh memory, is what makes the bits those of the matrix alone (at no loss of speed)
+    # each in fresh memory: see ``batching``
     out = torch.empty(batch.shape, dtype=x.dtype)
     for i in range(len(batch)):
         out[i : i + 1] = _factor(batch[i : i + 1], method, steps, dtype)
     return out.reshape(x.shape)
+
+
+@lru_cache(maxsize=1024)
+def _rounds_alike(
+    shape: tuple[int, int, int],
+    given: torch.dtype,
+    method: Method,
+    steps: int | None,
+    dtype: torch.dtype,
+    threads: int,
+) -> bool:
+    """Return whether a batch on the CPU gives the bits of each matrix alone, with these threads."""
+    return batch_has_same_bits(lambda x, _: [_factor(x, method, steps, dtype)], shape, given)
 
 
 def _factor(x: Tensor, method: Method, steps: int | None, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ sends.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Protocol, TypeAlias
@@ -264,7 +264,7 @@ def route_to_owners(
     ranks: int,
     replica: int,
     replicas: int,
-    batch_equal_shapes: bool = True,
+    is_batch: Callable[[Batch], bool] = lambda batch: True,
 ) -> BucketRoute:
     """Return this rank's route for a bucket whose matrices are brought together at their owners.
 
@@ -275,11 +275,16 @@ def route_to_owners(
         ranks: the number of ranks of a replica.
         replica: this rank's replica.
         replicas: the number of replicas.
-        batch_equal_shapes: whether matrices of one shape are computed in one call.
+        is_batch: whether matrices of one shape are computed in one call.
     """
     batches = batches_of(layouts, bucket.matrices.get(replica * ranks + rank, ()))
-    if not batch_equal_shapes:
-        batches = [replace(batch, matrices=(i,)) for batch in batches for i in batch.matrices]
+    batches = [
+        part
+        for batch in batches
+        for part in (
+            [batch] if is_batch(batch) else [replace(batch, matrices=(i,)) for i in batch.matrices]
+        )
+    ]
     packing = WholePacking(layouts, batches, ranks)
     route = BucketRoute(
         bucket.moves,

@@ -7,16 +7,16 @@ of who needs them, concatenate, one collective. All orders are computed once.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from spectral_dist.sharding import collectives
-from spectral_dist.sharding.bucket_routes import BucketRoute, Piece, pack, route_to_owners
+from spectral_dist.sharding.bucket_routes import Batch, BucketRoute, Piece, pack, route_to_owners
 from spectral_dist.sharding.collectives import Group, Meter, Pending
 from spectral_dist.sharding.gram import Reduction
-from spectral_dist.sharding.layout import Layout
+from spectral_dist.sharding.layout import Layout, Matrix
 from spectral_dist.sharding.plan import Plan
 from spectral_dist.sharding.slabs import route_to_slabs
 
@@ -112,6 +112,8 @@ class Exchange:
             numbers do not depend on the layout.
         meter: counts calls and bytes.
         replicas: the ranks that store the same shards as this one.
+        rounds_alike: on a CPU, whether so many matrices like this one may be computed in one call,
+            because that changes no bit; None: never. On other devices they are.
 
     Attributes:
         state_device, state_dtype: of ``like``.
@@ -135,6 +137,7 @@ class Exchange:
         wire_dtype: torch.dtype,
         meter: Meter,
         replicas: Group = None,
+        rounds_alike: Callable[[Matrix, int], bool] | None = None,
     ) -> None:
         self.state_device, self.state_dtype = like.device, like.dtype
         self.group, self.replicas, self.device = group, replicas, device
@@ -148,14 +151,22 @@ class Exchange:
         lines += [f"bucket {bucket}" for bucket in plan.buckets] + [f"wire {wire_dtype}"]
         collectives.assert_same(lines, groups, device)
         # on CPUs the rounding of a product depends on the operands' alignment, and on the other
-        # matrices of its batch: to be equal bit by bit, matrices are computed one by one there
-        self._one_by_one = device.type == "cpu"
+        # matrices of its batch: each batch gets memory of its own there
+        self._is_on_cpu = device.type == "cpu"
+
+        def is_batch(batch: Batch) -> bool:
+            """Return whether matrices of one shape are computed in one call."""
+            if not self._is_on_cpu or len(batch.matrices) == 1:
+                return True
+            matrix = layouts[batch.matrices[0]].matrix
+            return rounds_alike is not None and rounds_alike(matrix, len(batch.matrices))
+
         self.routes: list[BucketRoute] = []
         self._reductions: dict[tuple[int, ...], Reduction] = {}
         for bucket in plan.buckets:
             arguments = (bucket, layouts, rank, ranks, replica, self.num_replicas)
             if not bucket.gram:
-                self.routes.append(route_to_owners(*arguments, not self._one_by_one))
+                self.routes.append(route_to_owners(*arguments, is_batch))
                 continue
             route, batches = route_to_slabs(*arguments)
             self.routes.append(route)
@@ -226,7 +237,7 @@ class Exchange:
             if reduction:
                 directions.append(task.slab_direction(x, reduction))
             else:
-                directions.append(task.direction(x.clone() if self._one_by_one else x, which))
+                directions.append(task.direction(x.clone() if self._is_on_cpu else x, which))
         return directions
 
     def _deliver(self, route: BucketRoute, directions: list[Tensor]) -> Pending:
