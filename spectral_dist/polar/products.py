@@ -134,7 +134,8 @@ def products_for(short: int, dtype: torch.dtype, device: torch.device) -> Produc
         return TORCH
     if which == "auto":
         shortest = SHORTEST.get(_capability(device), math.inf)
-        is_faster = dtype in HALF and short >= shortest
+        # torch.compile would compile the kernels anew, by rules of its own
+        is_faster = dtype in HALF and short >= shortest and not torch.compiler.is_compiling()
         return _triton() if is_faster and _works(device) else TORCH
     from spectral_dist.polar import triton_gemm
 

@@ -174,6 +174,19 @@ def test_the_number_of_graphs_is_bounded_and_the_oldest_give_way(monkeypatch):
     assert Graph.captured == 5
 
 
+def test_the_graph_that_gives_way_is_the_one_not_used_for_longest(monkeypatch):
+    monkeypatch.setattr(graphs, "MOST", 2)
+    monkeypatch.setattr(graphs, "PATIENCE", 3)
+    first, second, third = (reference.gaussian(2, 3 + i) for i in range(3))
+    for x in (first, second, first, first, first, third):
+        polar(x)
+    assert Graph.captured == 3
+    polar(first)
+    assert Graph.captured == 3
+    polar(second)  # no room until the others are as old
+    assert Graph.captured == 3
+
+
 def test_what_cannot_be_captured_is_computed_and_logged_once(monkeypatch, caplog):
     monkeypatch.setattr(Capture, "fails", True)
     xs = [reference.gaussian(4, n) for n in (5, 6)]

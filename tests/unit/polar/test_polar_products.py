@@ -50,6 +50,11 @@ def test_auto_follows_the_table(variable, h100, monkeypatch):
         assert products_for(8192, dtype, GPU) is TORCH
 
 
+def test_auto_is_torch_within_torch_compile(h100, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert products_for(8192, BF16, GPU) is TORCH
+
+
 @pytest.mark.parametrize("capability", [(0, 0), (8, 0), (8, 9), (10, 0), (12, 0)])
 def test_auto_is_torch_on_cards_that_were_not_measured(capability, h100, monkeypatch):
     monkeypatch.setattr(products, "_capability", lambda device: capability)
