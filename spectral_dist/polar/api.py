@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spectral_dist._error_help import explained
 from spectral_dist.polar import exact, graphs, newton_schulz, products
+from spectral_dist.polar.products import ALIGNED, HALF, products_for
 from spectral_dist.polar.qdwh import polar_by_qdwh
 from spectral_dist.polar.scaling import null_cutoff, unit_frobenius
 from spectral_dist.polar.schedules import SCHEDULES, Row, check_steps
@@ -45,7 +46,6 @@ METHODS: tuple[str, ...] = (*SCHEDULES, *(_GRAM + name for name in SCHEDULES), *
 Method = str | Sequence[Sequence[float]]
 """A name out of ``METHODS``, or a schedule of one's own: the (a, b, c) of every step."""
 
-_HALF = (torch.float16, torch.bfloat16)
 _HALF_MARGIN = 1e-3
 """Relative growth per step with which every named schedule but ``cans`` stays stable."""
 
@@ -140,7 +140,7 @@ def _factor(x: Tensor, method: Method, steps: int | None, dtype: torch.dtype) ->
     uses_gram = str(method).startswith(_GRAM) and long >= 1.5 * short
     iterate = newton_schulz.gram if uses_gram else newton_schulz.standard
 
-    symmetric = products.products_for(short, dtype, x.device)
+    symmetric = products_for(short, dtype, x.device)
 
     def compute(x: Tensor) -> Tensor:
         y = iterate(unit_frobenius(x, dtype, safety, _multiple(x, dtype)), rows, symmetric)
@@ -158,7 +158,7 @@ def _multiple(x: Tensor, dtype: torch.dtype) -> int:
     On GPUs, of half precision: rows that do not begin at 16 bytes take cuBLAS 5 times as long
     (measured on an H100, 2048 x 11059 in bf16). Elsewhere 1, which leaves the bits what they are.
     """
-    return products.ALIGNED if x.is_cuda and dtype in _HALF else 1
+    return ALIGNED if x.is_cuda and dtype in HALF else 1
 
 
 def check(
@@ -213,7 +213,7 @@ def _check(method: Method, steps: int | None, compute_dtype: torch.dtype | str |
     if isinstance(method, Sequence) and not isinstance(method, str):
         rows = _rows_of_table(method, steps)
         dtype = _dtype(compute_dtype)
-        if dtype in _HALF and not _is_stable_in_half(rows):
+        if dtype in HALF and not _is_stable_in_half(rows):
             raise ValueError(
                 f"this schedule does not work in {_name(dtype)}: it diverges on what that rounds"
                 " by; write float32 or float64, or coefficients that stay lower"
@@ -230,7 +230,7 @@ def _check(method: Method, steps: int | None, compute_dtype: torch.dtype | str |
         return
     name = method.removeprefix(_GRAM)
     named_rows(name, steps)
-    if not SCHEDULES[name].stable_in_half and dtype in _HALF:
+    if not SCHEDULES[name].stable_in_half and dtype in HALF:
         raise ValueError(
             f"polar method {method!r} does not work in {_name(dtype)}: its polynomials diverge on "
             "what that rounds by; write float32 or float64, or take 'polar_express'"
