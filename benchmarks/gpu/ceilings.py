@@ -31,13 +31,13 @@ def run(bench: Bench) -> None:
         for batch in (1, 4):
             if bench.has_time(f"X X^T, n {n}, batch {batch}"):
                 given = inputs((batch, n, n), bench.half, bench.device)
-                symmetric(bench, "X X^T", contenders.grams(), given)
+                symmetric(bench, "X X^T", contenders.grams(bench.device), given)
                 del given
     for n in (32,) if bench.tiny else (2048, 4096):
         if bench.has_time(f"b R + c R^2, n {n}"):
             wide = inputs((1, n, n), torch.float32, bench.device)
             given = [(x + x.mT).div_(n**0.5).to(bench.half) for x in wide]
-            symmetric(bench, "b R + c R^2", contenders.odd_parts(), given)
+            symmetric(bench, "b R + c R^2", contenders.odd_parts(bench.device), given)
 
 
 def product(bench: Bench, n: int) -> tuple[float, float]:

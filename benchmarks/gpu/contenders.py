@@ -1,7 +1,7 @@
 """What is compared, by name: ways to X X^T, to Newton-Schulz, and to a whole step.
 
-Symmetric kernels are picked up from ``spectral_dist.polar`` once they are there; until then their
-rows say so.
+Symmetric products and CUDA graphs are the library's, by its own switches; the rows of what a device
+does not have say so.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,12 +17,10 @@ import torch
 from torch import Tensor, nn
 
 import spectral_dist
-from spectral_dist.polar import polar, rows_of
-from spectral_dist.polar.scaling import unit_frobenius
+from spectral_dist.polar import set_graphs, set_products
+from spectral_dist.polar.products import Products, products_for
 
 Unary = Callable[[Tensor], Any]
-TRITON_GEMM = "spectral_dist.polar.triton_gemm"
-TRITON_NEWTON_SCHULZ = "spectral_dist.polar.newton_schulz_triton"
 STEPS = 5
 ROW = (3.4445, -4.7750, 2.0315)
 """(a, b, c) of every step of ``jordan``."""
@@ -45,45 +43,71 @@ def _raise(error: Exception, *_: Any) -> None:
     raise error
 
 
-def grams() -> dict[str, Unary | None]:
-    """Return ways to X X^T of a batch (k, m, n); None for one that is not there."""
+@contextlib.contextmanager
+def switched(products: str = "auto", graphs: bool = False) -> Iterator[None]:
+    """Set the library's switches for polar factors, and set them back."""
+    set_products(products)
+    set_graphs(graphs)
+    try:
+        yield
+    finally:
+        set_products("auto")
+        set_graphs(False)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Return whether there are symmetric products by Triton on a device."""
+    try:
+        with switched("triton"):
+            products_for(64, torch.bfloat16, device)
+    except ValueError:
+        return False
+    return True
+
+
+def _symmetric(device: torch.device) -> Products | None:
+    """Return the symmetric products by Triton."""
+    if not has_kernels(device):
+        return None
+    with switched("triton"):
+        return products_for(64, torch.bfloat16, device)
+
+
+def grams(device: torch.device) -> dict[str, Unary | None]:
+    """Return ways to X X^T of a batch (k, n, n); None for one that is not there."""
+    ours = _symmetric(device)
     return {
         "bmm": lambda x: torch.bmm(x, x.mT),
-        "symmetric": attribute(TRITON_GEMM, "symmetric_gram"),
+        "symmetric": ours and (lambda x: ours.gram(x, torch.empty_like(x))),
     }
 
 
-def odd_parts() -> dict[str, Unary | None]:
+def odd_parts(device: torch.device) -> dict[str, Unary | None]:
     """Return ways to b R + c R^2 of a batch of symmetric matrices."""
     _, b, c = ROW
-    symmetric = attribute(TRITON_GEMM, "symmetric_odd_part")
+    ours = _symmetric(device)
     return {
         "baddbmm": lambda r: torch.baddbmm(r, r, r, beta=b, alpha=c),
-        "symmetric": symmetric and (lambda r: symmetric(r, b, c)),
+        "symmetric": ours and (lambda r: ours.odd_part(r, b, c, torch.empty_like(r))),
     }
 
 
-def newton_schulz(device: torch.device) -> dict[str, Unary | None]:
-    """Return ways to the polar factor of a batch (k, m, n) in 5 steps of ``jordan``."""
-    return {
-        "plain bf16": lambda x: polar(x, method="jordan", compute_dtype=torch.bfloat16),
-        "gram fp16": lambda x: polar(x, method="gram_jordan", compute_dtype=torch.float16),
-        "symmetric bf16": _triton("standard", "jordan", torch.bfloat16),
-        "symmetric gram fp16": _triton("gram", "gram_jordan", torch.float16),
-        "torch.optim.Muon": _torch_muon(),
-    }
+BF16: dict[str, Any] = {"method": "jordan", "compute_dtype": "bfloat16"}
+GRAM_FP16: dict[str, Any] = {"method": "gram_jordan", "compute_dtype": "float16"}
+FORMS: dict[str, tuple[str, bool, dict[str, Any]]] = {
+    "plain bf16": ("torch", False, BF16),
+    "gram fp16": ("torch", False, GRAM_FP16),
+    "symmetric bf16": ("triton", False, BF16),
+    "symmetric gram fp16": ("triton", False, GRAM_FP16),
+    "plain bf16, CUDA graph": ("torch", True, BF16),
+    "symmetric bf16, CUDA graph": ("triton", True, BF16),
+    "default bf16": ("auto", False, BF16),
+}
+"""Name -> products and graphs of ``switched``, options of ``polar``: 5 steps of ``jordan``."""
 
 
-def _triton(name: str, method: str, dtype: torch.dtype) -> Unary | None:
-    iterate = attribute(TRITON_NEWTON_SCHULZ, name)
-    found = rows_of(method)
-    if iterate is None or found is None:
-        return None
-    rows, safety = found
-    return lambda x: iterate(unit_frobenius(x, dtype, safety), rows)
-
-
-def _torch_muon() -> Unary | None:
+def torch_muon() -> Unary | None:
+    """Return the polar factor as torch.optim.Muon computes it; None if it is not there."""
     function = attribute("torch.optim._muon", "_zeropower_via_newtonschulz")
     if function is None:
         return None

@@ -19,25 +19,44 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.timing import synchronize
 
 MATRICES, SIDE = 400, 8
+SHAPES = 50
+"""Of a model in which each shape is a small batch of its own."""
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")
 """Operators that wait for the device of what they are given."""
 
 
 def run(bench: Bench) -> None:
-    """Measure each optimizer on many small matrices."""
+    """Measure each optimizer on many small matrices; Muon of many shapes, too, and by graphs."""
+    for name in contenders.OPTIMIZERS:
+        measure(bench, name)
+    for shapes in (1, SHAPES):
+        for graphs in (False, True)[shapes == 1 :]:
+            measure(bench, "Muon", shapes, graphs)
+
+
+def measure(bench: Bench, optimizer_name: str, shapes: int = 1, graphs: bool = False) -> None:
+    """Add the row of one optimizer.
+
+    Args:
+        bench: where the row goes.
+        optimizer_name: of ``contenders.OPTIMIZERS``.
+        shapes: of how many shapes the matrices are.
+        graphs: whether polar factors are CUDA graphs.
+    """
     count = 6 if bench.tiny else MATRICES
-    for name, build in contenders.OPTIMIZERS.items():
-        if bench.has_time(name, 2):
-            with bench.attempt({"optimizer": name}) as row:
-                model = models.Small(count, SIDE).to(bench.device)
-                optimizer = build(model)
-                models.give_gradients(model)
-                row.update(times(bench, optimizer, count))
-                row["launches"] = launches(bench, optimizer.step)
-                with waits(bench) as places:
-                    optimizer.step()
-                row["waits"] = sum(places.values())
-                row["lines"] = [f"{name} waits {n} x: {place}" for place, n in places.items()]
+    name = f"{optimizer_name}{f', {shapes} shapes' * (shapes > 1)}{', CUDA graphs' * graphs}"
+    if not bench.has_time(name, 2):
+        return
+    with bench.attempt({"optimizer": name}) as row, contenders.switched(graphs=graphs):
+        model = models.Small(count, SIDE, shapes).to(bench.device)
+        optimizer = contenders.OPTIMIZERS[optimizer_name](model)
+        models.give_gradients(model)
+        row.update(times(bench, optimizer, count))
+        row["launches"] = launches(bench, optimizer.step)
+        with waits(bench) as places:
+            optimizer.step()
+        row["waits"] = sum(places.values())
+        row["lines"] = [f"{name} waits {n} x: {place}" for place, n in places.items()]
 
 
 def times(bench: Bench, optimizer: Any, count: int) -> dict[str, float]:

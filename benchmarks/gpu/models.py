@@ -52,11 +52,13 @@ class Llama(nn.Module):
 
 
 class Small(nn.Module):
-    """Many small matrices."""
+    """Many small matrices of a few shapes, side x side and then wider."""
 
-    def __init__(self, count: int, side: int) -> None:
+    def __init__(self, count: int, side: int, shapes: int = 1) -> None:
         super().__init__()
-        self.linears = nn.ModuleList(nn.Linear(side, side, bias=False) for _ in range(count))
+        self.linears = nn.ModuleList(
+            nn.Linear(side + i % shapes, side, bias=False) for i in range(count)
+        )
 
 
 def build(sizes: Sizes, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from benchmarks.gpu import contenders
 from benchmarks.gpu.bench import Bench, Row
 from benchmarks.gpu.ceilings import GEMM
-from benchmarks.gpu.timing import inputs, median_ms, timed_on
+from benchmarks.gpu.timing import inputs, timed_on
 from spectral_dist.polar import polar
 
 SHAPES = (
@@ -64,38 +65,30 @@ def finish(bench: Bench, row: Row, shape: tuple[int, int], ms: float) -> None:
 
 
 def forms(bench: Bench, shape: tuple[int, int]) -> None:
-    """Add a row for each form at one shape, and for the replay of a graph of the plain one."""
+    """Add a row for each form at one shape."""
     given = inputs((1, *shape), bench.half, bench.device)
-    functions = contenders.newton_schulz(bench.device)
-    for name, function in functions.items():
+    for name, (products, graphs, options) in contenders.FORMS.items():
+        if graphs and not bench.cuda:
+            continue
         with bench.attempt(row_of(shape, name)) as row:
-            if function is None:
+            if products == "triton" and not contenders.has_kernels(bench.device):
                 row["error"] = "not there"
                 continue
+            factor = partial(polar, **options)
+            with contenders.switched(products):
+                eager = factor(given[0])
+            with contenders.switched(products, graphs):
+                finish(bench, row, shape, timed_on(factor, given, 0.4))
+                row["error of U"] = distance(eager, given[0])
+                if graphs:
+                    row["equal to eager"] = torch.equal(factor(given[0]), eager)
+    with bench.attempt(row_of(shape, "torch.optim.Muon")) as row:
+        function = contenders.torch_muon()
+        if function is None:
+            row["error"] = "not there"
+        else:
             finish(bench, row, shape, timed_on(function, given, 0.4))
             row["error of U"] = distance(function(given[0]), given[0])
-    for name in ("plain bf16", "symmetric bf16"):
-        function = functions[name]
-        if bench.cuda and function is not None:
-            with bench.attempt(row_of(shape, f"{name}, CUDA graph")) as row:
-                replay, result, expected = captured(function, given[0])
-                finish(bench, row, shape, median_ms(lambda i: replay(), bench.device, 0.4))  # noqa: B023
-                row["equal to eager"] = torch.equal(result, expected)
-
-
-def captured(function: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Any, Tensor, Tensor]:
-    """Return the replay of a graph of ``function(x)``, its result, and the one without a graph."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            expected = function(x)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = function(x)
-    graph.replay()
-    return graph.replay, result, expected
 
 
 def compiled() -> Callable[[Tensor], Tensor]:

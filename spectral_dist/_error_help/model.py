@@ -100,6 +100,13 @@ TEXTS: dict[str, tuple[str, ...]] = {
     ),
     "polar-method-computes-in-not-in": (r"polar method .* computes in .*, not in ",),
     "unknown-compute_dtype": (r"unknown compute_dtype ",),
+    "products-and-graphs-of-polar-factors": (
+        r"is unknown; write 'auto', 'torch' or 'triton'",
+        r"'triton' needs the package triton",
+        r"products of polar factors are to be 'triton'",
+        r"is unknown; write True or False",
+        r"is unknown; write 1 or 0",
+    ),
     "steps-would-have-no-effect": (r"steps=.* would have no effect: polar method",),
     "has-exactly-steps": (
         r"has exactly .* steps",

@@ -10,6 +10,8 @@ from spectral_dist.polar.api import (
     resolve_dtype,
     rows_of,
 )
+from spectral_dist.polar.graphs import set_graphs
+from spectral_dist.polar.products import set_products
 
 __all__ = [
     "DTYPES",
@@ -20,4 +22,6 @@ __all__ = [
     "polar",
     "resolve_dtype",
     "rows_of",
+    "set_graphs",
+    "set_products",
 ]

@@ -46,7 +46,7 @@ def unit_max(x: Tensor, dtype: torch.dtype) -> Tensor:
     return y.div_(largest.clamp_min_(torch.finfo(dtype).tiny))
 
 
-def unit_frobenius(x: Tensor, dtype: torch.dtype, safety: float) -> Tensor:
+def unit_frobenius(x: Tensor, dtype: torch.dtype, safety: float, multiple: int = 1) -> Tensor:
     """Return a fresh contiguous x / (||x||_F * safety) in ``dtype``, each matrix on its own.
 
     Norms and divisions are in float32 (float64 if x or ``dtype`` is); the cast comes last. There is
@@ -56,9 +56,15 @@ def unit_frobenius(x: Tensor, dtype: torch.dtype, safety: float) -> Tensor:
         x: (k, m, n), not empty.
         dtype: of the result.
         safety: singular values of the result are at most 1 / safety.
+        multiple: of which both sides of the result are, filled up with zeros.
     """
     y = unit_max(x, norm_dtype(x.dtype, dtype))
     # rows first: one float32 sum over a whole matrix loses up to 1% (2^25 entries, CPU)
     norm = torch.linalg.vector_norm(torch.linalg.vector_norm(y, dim=-1), dim=-1)
     y.div_(norm.mul_(safety).clamp_min_(torch.finfo(y.dtype).tiny)[:, None, None])
-    return y.to(dtype)
+    k, m, n = x.shape
+    if m % multiple == 0 and n % multiple == 0:
+        return y.to(dtype)
+    padded = y.new_zeros(k, m + -m % multiple, n + -n % multiple, dtype=dtype)
+    padded[:, :m, :n] = y
+    return padded

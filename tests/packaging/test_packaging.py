@@ -113,7 +113,7 @@ def test_commands_and_metadata(installed):
         assert file.exists(), target
         assert name in file.read_text(), target
     text = (folder / "METADATA").read_text()
-    for extra in ("deepspeed", "megatron", "mpi", "train", "test"):
+    for extra in ("deepspeed", "megatron", "mpi", "train", "triton", "test"):
         assert f"Provides-Extra: {extra}\n" in text
     assert re.search("^License(-Expression)?: Apache-2.0$", text, re.MULTILINE)
     assert "Requires-Python: >=3.11\n" in text
