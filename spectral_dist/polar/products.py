@@ -26,7 +26,7 @@ SHORTEST = {(9, 0): 4096}
 
 Measured on one NVIDIA H100 80GB (9.0), torch 2.11, Triton 3.6, with 5 steps of ``jordan`` in bf16,
 torch's time over Triton's: 1.35 at 4096 x 4096, 1.33 at 7168 x 6144, 1.18 at 3072 x 3584, .96 at
-2048 x 2048; ``gram_jordan`` in float16: 1.37, 1.48, 1.20 and .95. Whole calls of ``polar``, measured
+2048 x 2048; ``gram_jordan`` in float16: 1.37, 1.48, 1.20, .95. Whole calls of ``polar``, measured
 apart: 1.22, 1.30 and 1.01, so 3072 is left to torch. float32 took longer at all sizes.
 """
 ALIGNED = 8

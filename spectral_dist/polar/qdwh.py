@@ -85,12 +85,15 @@ def unit_spectral(w: Tensor) -> Tensor:
     gram, spare = (w.new_empty(*w.shape[:-1], w.shape[-2]) for _ in range(2))
     torch.bmm(w, w.mT, out=gram)
     bound = w.new_ones(len(w), 1, 1)
-    for power in (0.5, 0.25, 0.125):
+    for roots in (1, 2, 3):
         # rows first, as in unit_frobenius; zero matrices meet the clamp
         size = torch.linalg.vector_norm(torch.linalg.vector_norm(gram, dim=-1), dim=-1)
         size = size.clamp_min_(torch.finfo(w.dtype).tiny)[:, None, None]
-        bound.mul_(size**power)
-        if power > 0.125:
+        root = size
+        for _ in range(roots):  # rounded exactly, as a power is not: its bits depend on the place
+            root = root.sqrt()
+        bound.mul_(root)
+        if roots < 3:
             gram.div_(size)
             gram, spare = torch.bmm(gram, gram, out=spare), gram
     return w.div_(bound)

@@ -66,7 +66,10 @@ class PolarGrad(Rule[PolarGradOptions]):
     def direction(self, options: PolarGradOptions, matrices: Tensor, ops: MatrixOps) -> Tensor:
         """Return nu U, or with ``polar_first`` nu M, in nu's dtype, at least float32."""
         factors = ops.polar(matrices)
-        nuclear = ops.inner(matrices, factors).clamp_min(0.0) ** options.nu_power
+        nuclear = ops.inner(matrices, factors).clamp_min(0.0)
+        if options.nu_power != 1:
+            # in float64, as the bits of a power depend on how many there are
+            nuclear = nuclear.double().pow(options.nu_power).to(nuclear.dtype)
         if options.polar_first:
             momentum = ops.state["moment"]
             momentum.lerp_(factors.to(momentum.dtype), 1 - options.momentum)

@@ -74,7 +74,8 @@ class Pieces:
         """Return a flat view of every run, given all local tensors."""
         views: list[Tensor] = []
         for index, sizes in self._splits.items():
-            flat = tensors[index].detach().view(-1)
+            tensor = tensors[index]
+            flat = (tensor.detach() if tensor.requires_grad else tensor).view(-1)
             rest = flat.numel() - sum(sizes)
             if len(sizes) == 2 and not sizes[0] and not rest:  # one run that is all of the tensor
                 views.append(flat)
