@@ -246,7 +246,8 @@ def level_of(norms: Tensor | None, has_error: bool, has_news: bool, device: torc
     level = torch.full((), known, device=device)
     if norms is None:
         return level
-    return torch.where(norms.isfinite().all().to(device), level, BAD)
+    # not torch.where: a GPU would get its number by a copy that waits
+    return level.masked_fill(~norms.isfinite().all().to(device), BAD)
 
 
 def check_without_agreement(

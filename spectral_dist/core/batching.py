@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from spectral_dist.core.matrix_ops import StepContext, WholeMatrixOps
-from spectral_dist.polar.batching import batch_has_same_bits
+from spectral_dist.polar.batching import MULTIPLE, batch_has_same_bits
 from spectral_dist.rules.base import Rule, Shape
 from spectral_dist.rules.options import MatrixOptions
 
@@ -29,6 +29,9 @@ def rounds_alike(
         count: of matrices.
         dtype: in which directions are computed.
     """
+    spec = rule.polar(options, shape)
+    if spec is not None and spec.rank is not None and spec.rank % MULTIPLE:
+        return count == 1
     specs = rule.state(options, shape)
 
     def compute(matrices: Tensor, places: Sequence[int]) -> list[Tensor]:

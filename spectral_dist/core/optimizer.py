@@ -159,7 +159,6 @@ class SpectralOptimizer(MatrixCheckpoints):
         assert isinstance(unit, MatrixUnit)
         states = [self.state[p] for p in tensors]
         present = [s for s, grad in zip(states, grads, strict=True) if grad is not None]
-        self.give_each_its_count(present)
         self.count_step(present)
         if unit.blocks:
             unit = unit.at(self._count_with_blocks(unit, present))

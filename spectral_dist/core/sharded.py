@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -255,7 +256,6 @@ class ShardedOptimizer(AgreedSteps):
         if not present:
             return
         states = [self.state[p] for p, _ in present]
-        self.give_each_its_count(states)
         self.count_step(states, 0)
         local = self.placement.local
         self._scalar_update(
@@ -275,27 +275,19 @@ class ShardedOptimizer(AgreedSteps):
     def count_step(self, states: Sequence[dict[str, Tensor]], count: int = 1) -> None:
         """Add to the step counts of parameters; it is taken back if the device skips the step.
 
+        Each gets a new tensor on the CPU: a universal checkpoint shares the count, torch.load may
+        have moved it to a GPU, and a state dict may hold it.
+
         Args:
             states: of the parameters.
             count: to add; 0 where the update itself adds 1.
         """
-        counts = [state["step"] for state in states]
-        if counts and count:
-            torch._foreach_add_(counts, count)
-        if counts and self._last_step is not None:
-            self._last_step.undo.append(lambda: torch._foreach_sub_(counts, 1))
-
-    def give_each_its_count(self, states: Sequence[dict[str, Tensor]]) -> None:
-        """Make every step count a tensor of its own on the CPU.
-
-        A universal checkpoint shares it, and torch.load may have moved it to a GPU.
-        """
-        counts = [state["step"] for state in states]
-        if any(c.device.type != "cpu" for c in counts) or (
-            len({c.data_ptr() for c in counts}) < len(counts)
-        ):
-            for state in states:
-                state["step"] = state["step"].to("cpu", copy=True)
+        before = [state["step"] for state in states]
+        counts = torch._foreach_add([c.cpu() for c in before], count) if before else ()
+        for state, value in zip(states, counts, strict=True):
+            state["step"] = value
+        if self._last_step is not None:
+            self._last_step.undo.append(partial(_restore_counts, states, before))
 
     def scalar_options(self, group: ParamGroup) -> AdamWOptions:
         """Return the options of AdamW's step of a group."""
@@ -394,3 +386,9 @@ class ShardedOptimizer(AgreedSteps):
 
     def check_observers(self) -> None:
         """Raise a ValueError if there are observers, but no whole matrices to show them."""
+
+
+def _restore_counts(states: Sequence[dict[str, Tensor]], counts: Sequence[Tensor]) -> None:
+    """Write the step counts of parameters back."""
+    for state, count in zip(states, counts, strict=True):
+        state["step"] = count

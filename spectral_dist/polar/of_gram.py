@@ -108,7 +108,7 @@ def multiplier(r: Tensor, method: Method, steps: int | None, cutoff: float = 0.0
     rows, safety = polynomials
     # ||X||_F^2 is the trace of R
     squares = r.diagonal(dim1=-2, dim2=-1).sum(-1)
-    squares = torch.where(squares == 0, 1.0, squares)[:, None, None]
+    squares = squares.masked_fill(squares == 0, 1.0)[:, None, None]
     q = gram_polynomial(r.div_(squares).div_(safety**2), rows)
     # where R vanishes, rounding makes Q as far from symmetric as Q is large. The product of Q as it
     # is with X is right, and so is that of the mean of Q and Q^T; that of one triangle mirrored is

@@ -210,7 +210,7 @@ class Reduction:
         none = torch.iinfo(bits.dtype).max
         least = torch.full_like(than, none)
         if bits.numel():
-            least = torch.where(bits > than[:, None], bits, none).amin(1)
+            least = bits.masked_fill(bits <= than[:, None], none).amin(1)
         negative = -least
         collectives.max_ranks(negative, self._group, self._meter)
         return -negative
@@ -255,7 +255,7 @@ def _counts(bits: Tensor, prefix: Tensor, width: int, digit: int) -> Tensor:
     rest = bits >> (width - digit)
     size = 1 << digit
     # elements with another prefix are counted in an extra bin, which is cut off
-    index = torch.where(rest >> digit == prefix[:, None], rest & (size - 1), size).long()
+    index = (rest & (size - 1)).masked_fill(rest >> digit != prefix[:, None], size).long()
     counts = torch.zeros(len(bits), size + 1, dtype=torch.int64, device=bits.device)
     one = torch.ones((), dtype=torch.int64, device=bits.device)
     return counts.scatter_add_(1, index, one.expand(index.shape))[:, :size].contiguous()
