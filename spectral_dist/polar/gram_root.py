@@ -19,9 +19,10 @@ from spectral_dist.polar.newton_schulz import gram_polynomial
 from spectral_dist.polar.schedules import Row
 from spectral_dist.polar.stability import evaluate
 
-LEAST_CUTOFF = 3e-6
-"""The smallest cutoff of the products: rounding leaves eigenvalues of some eps in R where there are
-none, which the schedule multiplies by up to 40 / cutoff^2, so to 1e-3."""
+LEAST_CUTOFF = 1e-5
+"""The smallest cutoff of the products: that of float32 matrices with a side of 84. Below it noise
+of float32 could rise to where SHARPEN raises it further; and eigenvalues of some eps, which the
+rounding of R leaves where there are none, rise by up to 100 / cutoff^2, here to 1e-4."""
 
 SAFETY = 1.001
 """Singular values start below 1 / SAFETY, so that none leaves the schedule's range by rounding."""
@@ -51,7 +52,8 @@ def inverse_root(
     largest and c the cutoff or, if that is more, ``LEAST_CUTOFF``:
 
     - from c on they come out as 1, within 1e-8 and, as by eigh, some eps kappa^2;
-    - up to 2^-21, which are the null directions of a float32 matrix, as at most 1e-5;
+    - up to 2^-21, which are the null directions of a float32 matrix, as at most 1e-5, but if the
+      cutoff is 0;
     - those in between in [0, 1], where eigh drops them.
 
     Zero gives zero. A matrix whose trace is NaN or infinite comes out as NaN, and changes no other.
@@ -87,16 +89,18 @@ def rows_from(cutoff: float, side: int) -> tuple[Row, ...]:
     """Return the steps for singular values from ``cutoff`` times the largest to 1.
 
     Args:
-        cutoff: in (0, 1].
+        cutoff: in [0, 1]; 0 is ``LEAST_CUTOFF``, and nothing takes small ones to 0.
         side: the number of singular values, of which ``_by_products`` bounds the largest: its bound
             is at most side^(1/8) times too large.
     """
-    lower = min(1.0, cutoff / side**0.125)
+    lower = min(1.0, max(cutoff, LEAST_CUTOFF) / side**0.125)
     rows: tuple[Row, ...] = ()
     lowest = 0.0
-    while 1.0 - lowest > _REACHED:
+    while 1.0 - lowest > (_REACHED if cutoff else 1e-8):
         rows = optimal(lower, len(rows) + 1, cushion=0.0, safety=SAFETY)
         lowest = _after(rows, lower / SAFETY)
+    if not cutoff:
+        return rows
     rows, noise = (*rows, SHARPEN), _after(rows, _NOISE / SAFETY)
     while (noise := evaluate(SHARPEN, noise)) > _NOISE_LEFT:
         rows = (*rows, SHARPEN)
@@ -112,7 +116,7 @@ def _after(rows: Sequence[Row], x: float) -> float:
 
 def _by_products(r: Tensor, cutoff: float) -> Tensor:
     """Return what ``inverse_root`` does, by 4 s^3 multiply-adds for most steps of the schedule."""
-    rows = rows_from(max(cutoff, LEAST_CUTOFF), r.shape[-1])
+    rows = rows_from(cutoff, r.shape[-1])
     # R over its trace can be squared at any scale. ||R^2||_F^(1/2) is a far better bound of the
     # largest eigenvalue: s^(1/4) times that at most, where the trace is up to s times it
     traces = _positive(r.diagonal(dim1=-2, dim2=-1).sum(-1))

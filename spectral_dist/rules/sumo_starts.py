@@ -52,7 +52,7 @@ def count_first_steps(ops: MatrixOps) -> None:
     uncounted = [k for k, count in enumerate(step.tolist()) if count == 0]
     if not uncounted:
         return
-    copied: _Copy | None = _copies[step] if step in _copies else None
+    copied: _Copy | None = _copies.get(step)  # type: ignore[no-untyped-call]
     if copied is None or copied.version != step._version:
         copied = _copy(ops)
     has_basis = copied.has_basis()
