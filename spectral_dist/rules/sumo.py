@@ -75,8 +75,9 @@ class SUMO(Rule[SUMOOptions]):
                    W <- (1 - lr wd) W - lr D
 
     Q and M are matrix state, r (m + n) numbers. A direction is null if its singular value is at
-    most eps max(m, n) times the largest: in Q it is a column of zeros, in O it is left out. At
-    r >= min(m, n) Q is the identity and not kept: Muon with an exact factor.
+    most eps max(m, n) times the largest: in Q it is a column of zeros, in O it is left out. On GPUs
+    there are no eigendecompositions (``gram_root`` says what comes out), and Q is a partial
+    isometry. At r >= min(m, n) Q is the identity and not kept: Muon with an exact factor.
     K is the period, mu the momentum, gamma the limiter, p perp_scale (1 in the paper, 0 stays in
     the subspace) and s the scale; Q is refreshed as well when |C| is at most refresh_below.
     """
