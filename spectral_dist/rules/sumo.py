@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from spectral_dist.polar import of_gram
+from spectral_dist.polar import gram_root
 from spectral_dist.rules.base import MatrixOps, PolarSpec, Rule, Shape, StateSpec
 from spectral_dist.rules.fields import choice, is_whole, number, option, whole
 from spectral_dist.rules.options import ScaledOptions
 from spectral_dist.rules.registry import register
 from spectral_dist.rules.scales import SCALES
-
-OVERSAMPLING = 8
-"""Number of columns of the sketch beyond the rank."""
-POWER_STEPS = 2
-"""How many times a sketch Y is replaced by G G^T Y."""
+from spectral_dist.rules.sumo_bases import BASES, Due, cutoff_of, hash_of, put, take
+from spectral_dist.rules.sumo_starts import count_first_steps, hold_back_first_steps
 
 
 def _rank_problem(value: object) -> str | None:
@@ -79,8 +75,9 @@ class SUMO(Rule[SUMOOptions]):
                    W <- (1 - lr wd) W - lr D
 
     Q and M are matrix state, r (m + n) numbers. A direction is null if its singular value is at
-    most eps max(m, n) times the largest: in Q it is a column of zeros, in O it is left out. At
-    r >= min(m, n) Q is the identity and not kept: Muon with an exact factor.
+    most eps max(m, n) times the largest: in Q it is a column of zeros, in O it is left out. On GPUs
+    there are no eigendecompositions (``gram_root`` says what comes out), and Q is a partial
+    isometry. At r >= min(m, n) Q is the identity and not kept: Muon with an exact factor.
     K is the period, mu the momentum, gamma the limiter, p perp_scale (1 in the paper, 0 stays in
     the subspace) and s the scale; Q is refreshed as well when |C| is at most refresh_below.
     """
@@ -132,10 +129,15 @@ class SUMO(Rule[SUMOOptions]):
         g = matrices if m >= n else matrices.mT  # (k, slab of m, n)
         g = g.to(ops.state["moment"].dtype)
         has_basis = "basis" in ops.state
+        counts_later = has_basis and not gram_root.may_wait(g)
+        if counts_later:
+            count_first_steps(ops)
         d = (self._subspace_direction if has_basis else self._full_direction)(options, g, ops)
         if options.limiter:
             d = _limited(d, options.limiter, ops)
         ops.state["step"].add_(1)
+        if counts_later:
+            hold_back_first_steps(ops)
         return d if m >= n else d.mT
 
     def _subspace_direction(self, options: SUMOOptions, g: Tensor, ops: MatrixOps) -> Tensor:
@@ -164,7 +166,7 @@ class SUMO(Rule[SUMOOptions]):
 
         def root(gram: Tensor, places: list[int]) -> Tensor:
             """Return the inverse square root of each Gram matrix M^T M, (k', n, n)."""
-            return of_gram.inverse_root(gram, cutoff)
+            return gram_root.inverse_root(gram, cutoff, right=True)
 
         polar = (wide @ ops.at_owner(wide.mT @ wide, root)).to(moment.dtype)
         ops.count_polar(None, moment, polar)
@@ -172,33 +174,34 @@ class SUMO(Rule[SUMOOptions]):
 
     def _refresh_bases(self, options: SUMOOptions, g: Tensor, ops: MatrixOps) -> None:
         """Compute a new Q for the matrices that are due in this step, and carry M into it."""
-        steps = ops.state["step"].tolist()
-        due = [k for k, t in enumerate(steps) if is_refresh_step(options, ops.names[k], t)]
+        steps, names = ops.state["step"].tolist(), ops.names
+        places = [k for k, t in enumerate(steps) if is_refresh_step(options, names[k], t)]
         basis, moment = ops.state["basis"], ops.state["moment"]
         if options.refresh_below:
             squares = ops.at_owner(basis.mT @ g, lambda c, _: _squares(c))
             is_low = squares[:, 0].sqrt() <= options.refresh_below
-            due = sorted({*due, *is_low.nonzero()[:, 0].tolist()})  # waits for the device
-        if not due:
+            places = sorted({*places, *is_low.nonzero()[:, 0].tolist()})  # waits for the device
+        if not places:
             return
 
         def carry(rotation: Tensor, places: list[int]) -> Tensor:
             """Replace M by (Q'^T Q) M at the owner; return nothing for the other ranks."""
-            moment[places] = rotation @ moment[places]
+            put(moment, places, rotation @ take(moment, places))
             return rotation.new_empty(len(rotation), 0)
 
-        new_basis = BASES[options.basis](options, g[due], ops, due).to(basis.dtype)
-        ranks = ops.inner(new_basis, new_basis)
+        seeds = [f"{options.seed} {names[k]} {steps[k]}" for k in places]
+        due = Due(places, rank_of(options, ops.shape), seeds)
+        new_basis = BASES[options.basis](take(g, places), due, ops).to(basis.dtype)
+        ranks, old_basis = ops.inner(new_basis, new_basis), take(basis, places)
         # a gradient of zero has no basis: the old one stays
-        new_basis = torch.where(ranks[:, None, None] > 0.5, new_basis, basis[due])
-        ops.at_owner(new_basis.mT @ basis[due], carry, due)
-        basis[due] = new_basis
-        first = [i for i, k in enumerate(due) if steps[k] == 0]
-        if first:
-            # a gradient of zero makes no first step either; reading the ranks waits for the device,
-            # in every step until a gradient is not zero
+        new_basis = torch.where(ranks[:, None, None] > 0.5, new_basis, old_basis)
+        ops.at_owner(new_basis.mT @ old_basis, carry, places)
+        put(basis, places, new_basis)
+        first = [i for i, k in enumerate(places) if steps[k] == 0]
+        if first and gram_root.may_wait(g):
+            # a gradient of zero makes no first step either
             for i, rank in zip(first, ranks[first].tolist(), strict=True):
-                ops.state["step"][due[i]] -= int(rank < 0.5)
+                ops.state["step"][places[i]] -= int(rank < 0.5)
 
 
 def rank_of(options: SUMOOptions, shape: tuple[int, int]) -> int:
@@ -219,11 +222,6 @@ def scale_of(options: SUMOOptions, shape: tuple[int, int]) -> float:
     return SCALES[options.scale](m, n)
 
 
-def cutoff_of(shape: tuple[int, int], dtype: torch.dtype) -> float:
-    """Return the ratio to the largest singular value up to which singular values are null."""
-    return max(shape) * torch.finfo(dtype).eps
-
-
 def is_refresh_step(options: SUMOOptions, name: str, step: int) -> bool:
     """Return whether a matrix gets a new basis in this step, whatever its gradient.
 
@@ -235,19 +233,21 @@ def is_refresh_step(options: SUMOOptions, name: str, step: int) -> bool:
         name: of the matrix.
         step: counted from 0.
     """
-    return step == 0 or (step + _hash(name)) % int(options.period) == 0
+    return step == 0 or (step + hash_of(name)) % int(options.period) == 0
 
 
 def exact_polar(x: Tensor, cutoff: float) -> Tensor:
-    """Return U V^T of x (k, r, n), r <= n, from eigh of X X^T in float64, in the dtype of x."""
+    """Return U V^T of x (k, r, n), r <= n, from X X^T in float64, in the dtype of x."""
     wide = x.double()
-    return (of_gram.inverse_root(wide @ wide.mT, cutoff) @ wide).to(x.dtype)
+    return (gram_root.inverse_root(wide @ wide.mT, cutoff) @ wide).to(x.dtype)
 
 
 def _limited(d: Tensor, limit: float, ops: MatrixOps) -> Tensor:
     """Return D, scaled down where it is longer than ``limit`` times the D of the step before."""
     norms, last_norms = _norms(d, ops), ops.state["norm"]
-    factors = torch.where(last_norms > 0, torch.clamp(limit * last_norms / norms, max=1.0), 1.0)
+    factors = torch.clamp(limit * last_norms / norms, max=1.0)
+    # masked_fill, because a GPU would get the 1 of torch.where by a copy that waits
+    factors = factors.masked_fill(~(last_norms > 0), 1.0)
     last_norms.copy_(norms * factors)
     return d * factors.to(d.dtype)[:, None, None]
 
@@ -267,107 +267,3 @@ def _captured(projected: Tensor, g: Tensor, ops: MatrixOps) -> Tensor:
     """Return |Q^T G| / |G| of whole matrices, (k,) float64."""
     squares, norms = ops.at_owner(projected, lambda c, _: _squares(c)), _norms(g, ops)
     return squares[:, 0].sqrt() / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-
-
-# Bases: the top r left singular vectors of the gradients g (j, slab of m, n) that are due.
-
-
-def randomized(options: SUMOOptions, g: Tensor, ops: MatrixOps, due: Sequence[int]) -> Tensor:
-    """Return a basis from a sketch of r + 8 columns and two power steps.
-
-    Halko, Martinsson, Tropp 2011, 4.4. A sketch is the same on every rank and device: its seed is a
-    hash of (seed, name, step).
-
-    Args:
-        options: of the group.
-        g: gradients of the matrices that are due, (j, slab of m, n).
-        ops: the operations on whole matrices.
-        due: indices of these matrices in the batch.
-
-    Returns:
-        The top r left singular vectors, (j, slab of m, r).
-    """
-    r, n = rank_of(options, ops.shape), g.shape[-1]
-    columns, steps = min(n, r + OVERSAMPLING), ops.state["step"].tolist()
-    seeds = [f"{options.seed} {ops.names[k]} {steps[k]}" for k in due]
-    sketches = torch.stack([_gaussian(n, columns, seed) for seed in seeds])
-    y = g @ sketches.to(device=g.device, dtype=g.dtype)
-    for _ in range(POWER_STEPS):
-        y = _orthonormal(y, ops, due).to(g.dtype)
-        # G^T Y is made orthonormal, too: the product G (G^T Y) would lose what kappa(G)^2 hides
-        y = g @ ops.at_owner(g.mT @ y, lambda z, _: _orthonormal_whole(z), due)
-    y = _orthonormal(y, ops, due)
-
-    def leading(small: Tensor, places: list[int]) -> Tensor:
-        """Return the top r left singular vectors of Y^T G, (j', columns, r)."""
-        wide = small.double()
-        values, vectors = _top(wide @ wide.mT, r, cutoff_of(ops.shape, g.dtype))
-        return vectors * (values > 0)[:, None]
-
-    return y @ ops.at_owner(y.to(g.dtype).mT @ g, leading, due)
-
-
-def svd(options: SUMOOptions, g: Tensor, ops: MatrixOps, due: Sequence[int]) -> Tensor:
-    """Return a basis from the eigenvectors of G^T G in float64; arguments as of ``randomized``."""
-    r, wide = rank_of(options, ops.shape), g.double()
-
-    def leading(gram: Tensor, places: list[int]) -> Tensor:
-        """Return the top r right singular vectors over their singular values, (j', n, r)."""
-        values, vectors = _top(gram, r, cutoff_of(ops.shape, g.dtype))
-        scale = torch.where(values > 0, torch.where(values > 0, values, 1.0).rsqrt(), 0.0)
-        return vectors * scale[:, None]
-
-    return _orthonormal(wide @ ops.at_owner(wide.mT @ wide, leading, due), ops, due)
-
-
-BASES: dict[str, Callable[[SUMOOptions, Tensor, MatrixOps, Sequence[int]], Tensor]] = {
-    "randomized": randomized,
-    "svd": svd,
-}
-
-
-def _orthonormal(y: Tensor, ops: MatrixOps, due: Sequence[int]) -> Tensor:
-    """Return orthonormal columns with the span of Y's columns, in float64: the polar factor of Y.
-
-    Gram matrices are used, twice: the first time leaves errors of eps64 kappa(Y)^2.
-    Columns that are zero stay zero.
-    """
-    y = y.double()
-    for _ in range(2):
-        y = y @ ops.at_owner(y.mT @ y, lambda gram, _: of_gram.inverse_root(gram), due)
-    return y
-
-
-def _orthonormal_whole(z: Tensor) -> Tensor:
-    """Return the result of ``_orthonormal`` for z (j', n, columns) in one place, in z's dtype."""
-    wide = z.double()
-    for _ in range(2):
-        wide = wide @ of_gram.inverse_root(wide.mT @ wide)
-    return wide.to(z.dtype)
-
-
-def _top(gram: Tensor, r: int, cutoff: float) -> tuple[Tensor, Tensor]:
-    """Return the largest r eigenvalues (j, r), 0 where null, and their vectors (j, s, r).
-
-    The largest entry of each vector is positive. Both are NaN where the trace is not finite, as in
-    ``inverse_root``.
-    """
-    is_finite = gram.diagonal(dim1=-2, dim2=-1).sum(-1).isfinite()[:, None]
-    lam, v = torch.linalg.eigh(torch.where(is_finite[:, None], gram, 0.0))
-    lam, v = lam.flip(-1)[:, :r], v.flip(-1)[:, :, :r]
-    largest = v.gather(1, v.abs().argmax(1, keepdim=True))
-    v = torch.where(largest < 0, -v, v)
-    relative_cutoff = max(cutoff**2, gram.shape[-1] * torch.finfo(gram.dtype).eps)
-    lam = torch.where(lam > lam[:, :1] * relative_cutoff, lam, 0.0)
-    return torch.where(is_finite, lam, math.nan), torch.where(is_finite[:, None], v, math.nan)
-
-
-def _gaussian(rows: int, columns: int, seed: str) -> Tensor:
-    """Return a float32 matrix of standard normal numbers, which depend on the seed's text alone."""
-    generator = torch.Generator().manual_seed(_hash(seed))
-    return torch.randn(rows, columns, generator=generator, dtype=torch.float32)
-
-
-def _hash(text: str) -> int:
-    """Return a number below 2^63 that is the same for a text in every process."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1

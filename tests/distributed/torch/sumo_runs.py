@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 import spectral_dist
+from spectral_dist.polar import gram_root
 from tests.distributed.torch import layouts
 from tests.support.quiet import quiet
 
@@ -63,6 +65,12 @@ def train(
         "parameters": placed.full(), "parts": parts, "refreshed": refreshed, "shard state": kept,
         "polar_calls": optimizer.polar_calls,
     }  # fmt: skip
+
+
+def train_by_products(layout: str, options: dict[str, Any], odd: bool = True) -> dict[str, Any]:
+    """As accelerators do: without eigendecompositions."""
+    with mock.patch.object(gram_root, "may_wait", return_value=False):
+        return train(layout, options, odd)
 
 
 @functools.cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import spectral_dist
 from spectral_dist.integrations.torch.sumo_ddp_hook import project_gradients
+from spectral_dist.polar import gram_root
 from tests.distributed.torch import layouts
 from tests.distributed.torch.sumo_runs import OPTIONS, STEPS
 from tests.reference import training
@@ -50,6 +52,12 @@ def run(
     return {"parameters": placed.full(), "sent": sent, "numel": trained}
 
 
+def run_by_products(hook: bool) -> dict[str, Any]:
+    """As accelerators step, where a first step is counted one step later."""
+    with mock.patch.object(gram_root, "may_wait", return_value=False):
+        return run(hook)
+
+
 def same(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
     for a, b in zip(found, wanted, strict=True):
         for name, value in b["parameters"].items():
@@ -69,6 +77,14 @@ def test_equals_projecting_after_the_reduction(world: int, changes: dict[str, An
         harness.run(world, run, True, **copy.deepcopy(changes)),
         harness.run(world, run, False, **copy.deepcopy(changes)),
     )
+
+
+@pytest.mark.slow
+def test_by_products_it_equals_projecting_after_the_reduction() -> None:
+    found, wanted = (harness.run(2, run_by_products, hook) for hook in (True, False))
+    same(found, wanted)
+    sent = [result["sent"] for result in found]
+    assert all(first == second > third for first, second, third, *_ in sent)
 
 
 def test_bytes() -> None:

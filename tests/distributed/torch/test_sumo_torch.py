@@ -10,7 +10,7 @@ import torch
 
 import spectral_dist
 from tests.distributed.torch import layouts
-from tests.distributed.torch.sumo_runs import OPTIONS, SETTINGS, alone, train
+from tests.distributed.torch.sumo_runs import OPTIONS, SETTINGS, alone, train, train_by_products
 from tests.distributed.torch.training_settings import give
 from tests.reference import training
 from tests.support import harness
@@ -66,6 +66,25 @@ def test_equals_one_process(layout: str, world: int, setting: str) -> None:
             assert times >= 3 or "unused" in matrix
     if "full" not in setting:
         assert sum(result["polar_calls"] for result in results) == wanted["polar_calls"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "setting"),
+    [
+        ("fsdp", "gram"),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in (("tp", "gram, full"),)),
+    ],
+)
+def test_in_slabs_by_products_it_equals_one_process(layout: str, setting: str) -> None:
+    """As accelerators step, matrices without a gradient from the start included."""
+    odd = layouts.options_for(layout).get("odd", True)
+    options = {k: v for k, v in SETTINGS[setting].items() if k != "strategy"}
+    wanted = train_by_products("one", options, odd)
+    for result in harness.run(2, train_by_products, layout, SETTINGS[setting], odd):
+        assert result["refreshed"].items() <= wanted["refreshed"].items()
+        for name, value in wanted["parameters"].items():
+            error = float((result["parameters"][name] - value).abs().max())
+            assert error < (1e-6 if training.is_matrix(name) else 1e-5), (name, error)
 
 
 def given(layout: str, options: dict[str, Any]) -> list[str]:
