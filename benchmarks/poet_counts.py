@@ -73,7 +73,9 @@ class Counts(TorchDispatchMode):
         moved = sum(t.numel() * t.element_size() for t in given + made)
         seconds = moved / BYTES_PER_SECOND
         if name in ("mm", "bmm", "addmm", "baddbmm", "baddbmm_"):
-            left, right = [t for t in given if t.dim() >= 2][-2:] if "add" not in name else given[1:3]
+            left, right = (
+                [t for t in given if t.dim() >= 2][-2:] if "add" not in name else given[1:3]
+            )
             dtype = left.dtype
             products = left.numel() * right.shape[-1]
             self.products[dtype] = self.products.get(dtype, 0) + products
@@ -121,11 +123,15 @@ def count(layer: nn.Module, x: Tensor, gradient: Tensor) -> Counts:
 
 def main(tokens: int = 2048, block: int = 256, names: bool = False) -> None:
     """Count all, and print a table."""
-    print("| in, out | layer | kernels | products | in float32 | moved, MB | saved, MB | peak, MB | ms |")
+    print(
+        "| in, out | layer | kernels | products | in float32 | moved, MB | saved, MB | peak, MB | ms |"
+    )
     print("|---|---|--:|--:|--:|--:|--:|--:|--:|")
     for n, m in SHAPES:
         layers = {"nn.Linear": nn.Linear(n, m, bias=False, dtype=torch.bfloat16, device="meta")}
-        layers |= {v: rotated(n, m, torch.bfloat16, block=block, variant=v).to("meta") for v in VARIANTS}
+        layers |= {
+            v: rotated(n, m, torch.bfloat16, block=block, variant=v).to("meta") for v in VARIANTS
+        }
         base = 0
         for name, layer in layers.items():
             x = torch.empty(tokens, n, dtype=torch.bfloat16, device="meta", requires_grad=True)

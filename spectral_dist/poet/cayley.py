@@ -144,48 +144,54 @@ def deltas(
         order: k of the series, or 'exact'.
         dtype: of the results.
     """
-    changes: list[Tensor] = list(skews)
     with no_autocast(skews[0].device):
-        for block, members in _by_size(blocks).items():
-            rows = _packed([skews[i] for i in members], block)
+        parts = {}
+        for block, rows in by_size(skews, blocks).items():
             change = delta(rows, block, order).to(dtype)
-            counts = [skews[i].numel() // packed_size(block) for i in members]
-            for i, part in zip(members, change.split(counts), strict=True):
-                changes[i] = part
-    return changes
+            parts[block] = iter(torch.split(change, _counts(skews, blocks, block)))
+    return [next(parts[block]) for block in blocks]
 
 
 def delta_gradients(
     skews: Sequence[Tensor], blocks: Sequence[int], order: Order, gradients: Sequence[Tensor]
 ) -> list[Tensor]:
     """Return the gradient of each skew parameter, shaped as it is, from those of ``deltas``."""
-    packed: list[Tensor] = list(skews)
+    parts = {}
     with no_autocast(skews[0].device):
-        for block, members in _by_size(blocks).items():
-            rows = _packed([skews[i] for i in members], block)
-            parts = [gradients[i] for i in members]
-            total = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(rows.dtype)
-            x = delta_backward(rows, block, order, total)
-            flat, upper = (x - x.mT).flatten(1), _upper(block, x.device)
-            counts = [len(part) for part in parts]
-            for i, part in zip(members, flat.split(counts), strict=True):
-                packed[i] = part.index_select(1, upper).view(skews[i].shape).to(skews[i].dtype)
+        for block, rows in by_size(skews, blocks).items():
+            members = [g for g, size in zip(gradients, blocks, strict=True) if size == block]
+            gradient = torch.cat(members) if len(members) > 1 else members[0]
+            x = delta_backward(rows, block, order, gradient.to(rows.dtype))
+            flat = (x - x.mT).flatten(1)
+            parts[block] = iter(torch.split(flat, _counts(skews, blocks, block)))
+    packed = []
+    for skew, block in zip(skews, blocks, strict=True):
+        rows = next(parts[block]).index_select(1, _upper(block, skew.device))
+        packed.append(rows.view(skew.shape).to(skew.dtype))
     return packed
 
 
-def _by_size(blocks: Sequence[int]) -> dict[int, list[int]]:
-    """Return the positions of each size of blocks."""
-    members: dict[int, list[int]] = {}
-    for i, block in enumerate(blocks):
-        members.setdefault(block, []).append(i)
-    return members
+def by_size(skews: Sequence[Tensor], blocks: Sequence[int]) -> dict[int, Tensor]:
+    """Return the packed blocks of each size, (k, b (b - 1) / 2), in at least float32.
+
+    Args:
+        skews: packed blocks of any shape.
+        blocks: b of each.
+    """
+    rows: dict[int, list[Tensor]] = {}
+    for skew, block in zip(skews, blocks, strict=True):
+        wide = skew.to(torch.promote_types(skew.dtype, torch.float32))
+        rows.setdefault(block, []).append(wide.reshape(-1, packed_size(block)))
+    return {b: torch.cat(parts) if len(parts) > 1 else parts[0] for b, parts in rows.items()}
 
 
-def _packed(skews: Sequence[Tensor], block: int) -> Tensor:
-    """Return the packed blocks of all, (k, b (b - 1) / 2), in at least float32."""
-    rows = [skew.reshape(-1, packed_size(block)) for skew in skews]
-    joined = torch.cat(rows) if len(rows) > 1 else rows[0]
-    return joined if joined.dtype in (torch.float32, torch.float64) else joined.float()
+def _counts(skews: Sequence[Tensor], blocks: Sequence[int], block: int) -> list[int]:
+    """Return how many blocks each skew parameter of one size has."""
+    return [
+        skew.numel() // packed_size(block)
+        for skew, size in zip(skews, blocks, strict=True)
+        if size == block
+    ]
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -224,7 +230,7 @@ def norms(skew: Tensor, block: int) -> Tensor:
         skew: packed blocks (k, b (b - 1) / 2).
         block: b.
     """
-    q = unpack(_packed([skew], block), block)
+    q = unpack(by_size([skew], [block])[block], block)
     # a start vector without symmetry, so that it has a part along the largest direction
     v = torch.cos(torch.arange(block, dtype=q.dtype, device=q.device) + 1.0)
     v = v.expand(len(q), block).unsqueeze(-1)

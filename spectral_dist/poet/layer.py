@@ -246,8 +246,9 @@ class PoetLayer(nn.Module):
         key = (side[0].skew, device)
         self._check_average()
         if key not in self._cached_places:
-            index = torch.cat([rotation.index(self.merges) for rotation in side])
-            self._cached_places[key] = Places.of(index, not self.settings.fully, device)
+            with torch.inference_mode(False):  # a training pass may save what this one caches
+                index = torch.cat([rotation.index(self.merges) for rotation in side])
+                self._cached_places[key] = Places.of(index, not self.settings.fully, device)
         return self._cached_places[key]
 
     def drop_indices(self) -> None:
