@@ -79,7 +79,7 @@ def delta(skew: Tensor, block: int, order: Order) -> Tensor:
         # none below 1 in size, so it is never singular; NaN and infinity stay, as in the series
         exact: Tensor = torch.linalg.solve_ex(eye - q, 2 * q, check_errors=False).result
         return exact
-    squared = q @ q
+    squared = torch.bmm(q, q)
     if order == 1:
         return squared.add_(q, alpha=2)
     sum_of_two = q + squared
@@ -113,12 +113,12 @@ def delta_backward(skew: Tensor, block: int, order: Order, gradient: Tensor) -> 
     even, odd = gradient + gradient.mT, gradient - gradient.mT
     if order == 1:
         return torch.baddbmm(odd, even, q, alpha=-1)
-    turned = q @ odd
+    turned = torch.bmm(q, odd)
     both = turned + turned.mT
     if order == 2:
         total = torch.add(both, turned.mT).div_(2).sub_(even, alpha=2)
         return torch.baddbmm(odd, total, q)
-    squared = q @ q
+    squared = torch.bmm(q, q)
     if order == 3:
         left = right = torch.neg(even).mul_(2)
         total = torch.add(both, turned.mT).sub_(even, alpha=2)
@@ -160,8 +160,8 @@ def delta_gradients(
     with no_autocast(skews[0].device):
         for block, rows in by_size(skews, blocks).items():
             members = [g for g, size in zip(gradients, blocks, strict=True) if size == block]
-            gradient = torch.cat(members) if len(members) > 1 else members[0]
-            x = delta_backward(rows, block, order, gradient.to(rows.dtype))
+            gradient = (torch.cat(members) if len(members) > 1 else members[0]).to(rows.dtype)
+            x = delta_backward(rows, block, order, gradient)
             flat = (x - x.mT).flatten(1)
             parts[block] = iter(torch.split(flat, _counts(skews, blocks, block)))
     packed = []
@@ -180,7 +180,7 @@ def by_size(skews: Sequence[Tensor], blocks: Sequence[int]) -> dict[int, Tensor]
     """
     rows: dict[int, list[Tensor]] = {}
     for skew, block in zip(skews, blocks, strict=True):
-        wide = skew.to(torch.promote_types(skew.dtype, torch.float32))
+        wide = skew if skew.dtype == torch.float64 else skew.float()
         rows.setdefault(block, []).append(wide.reshape(-1, packed_size(block)))
     return {b: torch.cat(parts) if len(parts) > 1 else parts[0] for b, parts in rows.items()}
 

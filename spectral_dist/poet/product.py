@@ -129,13 +129,13 @@ class _Factor:
     def times(self, rows: Tensor) -> Tensor:
         """Return W x of rows x (t, n), as (t, m)."""
         if self.is_permuted:
-            return rows @ self.weight.mT
-        return (rows.index_select(1, self.inner_inverse) @ self.weight.mT).index_select(
-            1, self.outer
-        )
+            return torch.mm(rows, self.weight.mT)
+        product = torch.mm(rows.index_select(1, self.inner_inverse), self.weight.mT)
+        return product.index_select(1, self.outer)
 
     def transposed_times(self, rows: Tensor) -> Tensor:
         """Return W^T y of rows y (t, m), as (t, n)."""
         if self.is_permuted:
-            return rows @ self.weight
-        return (rows.index_select(1, self.outer_inverse) @ self.weight).index_select(1, self.inner)
+            return torch.mm(rows, self.weight)
+        product = torch.mm(rows.index_select(1, self.outer_inverse), self.weight)
+        return product.index_select(1, self.inner)

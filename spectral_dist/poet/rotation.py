@@ -186,7 +186,7 @@ def _blocks(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
     views, first = [], 0
     for change in deltas:
         count, block = change.shape[0], change.shape[-1]
-        columns = x.narrow(1, first, count * block)
+        columns = x if len(deltas) == 1 else x.narrow(1, first, count * block)
         views.append(columns.view(len(x), count, block).transpose(0, 1))
         first += count * block
     return views
