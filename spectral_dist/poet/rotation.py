@@ -166,6 +166,12 @@ def rotate_blocks(permuted: Tensor, deltas: Sequence[Tensor]) -> Tensor:
 
     In half precision x + x delta^T is rounded once, and I + delta never.
     """
+    if torch.compiler.is_compiling():  # which cannot write to such views, and fuses the copies
+        parts = [
+            torch.baddbmm(rows, rows, change.mT).transpose(0, 1).flatten(1)
+            for rows, change in zip(_blocks(permuted, deltas), deltas, strict=True)
+        ]
+        return torch.cat(parts, 1)
     rotated = permuted.clone()
     for result, rows, change in zip(
         _blocks(rotated, deltas), _blocks(permuted, deltas), deltas, strict=True

@@ -297,7 +297,9 @@ def test_a_pass_starts_few_kernels(variant, most):
     for r in layer.rotations:
         getattr(layer, r.skew).data = getattr(layer, r.skew).data.float()
     x, upstream = (rows(64, 48, seed=s).bfloat16().requires_grad_() for s in (1, 2))
-    layer(x)
+    layer(x).backward(upstream)  # places are cached
+    layer.zero_grad()
+    x.grad = None
     with Asked() as seen:
         layer(x).backward(upstream)
     assert len(seen.names) <= most, seen.names
@@ -383,11 +385,17 @@ def test_training_after_inference_mode(form, variant):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("variant", ["fast", "memory"])
 @pytest.mark.filterwarnings("ignore")  # of torch's own compiler
-def test_compiled():
+def test_compiled(variant):
     """Also when the skews change, and the permutations."""
-    layer, x = rotated(), rows(4, N)
+    layer, x = rotated(variant=variant), rows(4, N)
     compiled = torch.compile(layer, backend="aot_eager")
+    y, grads = gradients(compiled, x, rows(4, M, seed=4))
+    expected, leaves = gradients(layer, x, rows(4, M, seed=4))
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12)
+    for name, grad in leaves.items():
+        torch.testing.assert_close(grads.get(name, grads.get(f"_orig_mod.{name}")), grad)
     for seed in range(3):
         for _ in range(2):
             torch.testing.assert_close(compiled(x), layer(x), rtol=0, atol=1e-12)
