@@ -42,7 +42,7 @@ PARTS = (
     Part("c", "a step on 400 matrices of 8 x 8", 45, host_cost.run),
     Part("d", "a step on Llama 1B's shapes", 65, llama_step.run),
     Part("e", "one rank's share of a step on Llama's shapes, FSDP2", 40, share_of_a_job.run),
-    Part("f", "POET's layer against nn.Linear, 2048 tokens", 20, poet_layers.run),
+    Part("f", "POET's layer against nn.Linear", 35, poet_layers.run),
     Part("g", "training Llama 130M in bf16", 110, training.run),
 )
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,8 +15,9 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.timing import inputs, median_ms
 from benchmarks.poet_layer import rotated
 
-TOKENS, BLOCK = 2048, 256
-VARIANTS = ("nn.Linear", "fast", "memory")
+TOKENS, BLOCK = (2048, 8192), 256
+VARIANTS = ("nn.Linear", "fast", "memory", "fast, TF32", "memory, TF32")
+"""With TF32, the map of the blocks multiplies in it: what set_float32_matmul_precision allows."""
 
 
 def shapes(sizes: models.Sizes) -> list[tuple[int, int]]:
@@ -23,20 +27,32 @@ def shapes(sizes: models.Sizes) -> list[tuple[int, int]]:
 
 
 def run(bench: Bench) -> None:
-    """Measure each variant at each shape."""
-    sizes, tokens, block = (models.TINY, 16, 16) if bench.tiny else (
+    """Measure each variant at each shape and number of tokens."""
+    sizes, numbers, block = (models.TINY, (16,), 16) if bench.tiny else (
         models.LLAMA_8B, TOKENS, BLOCK)  # fmt: skip
-    for n, m in shapes(sizes):
+    for tokens, (n, m) in itertools.product(numbers, shapes(sizes)):
         base = 0.0
         for name in VARIANTS:
-            if not bench.has_time(f"{name} at {n} -> {m}"):
+            if not bench.has_time(f"{name} at {n} -> {m}, {tokens} tokens"):
                 continue
-            with bench.attempt({"in": n, "out": m, "b": block, "layer": name}) as row:
-                layer = build(bench, name, n, m, block)
+            row = {"tokens": tokens, "in": n, "out": m, "b": block, "layer": name}
+            with bench.attempt(row), float32_products("high" if "TF32" in name else "highest"):
+                layer = build(bench, name.partition(",")[0], n, m, block)
                 row["ms"], row["peak GB"] = measure(bench, layer, tokens, n, m)
                 base = base or row["ms"]
                 row["x nn.Linear"] = row["ms"] / base
                 del layer
+
+
+@contextlib.contextmanager
+def float32_products(precision: str) -> Iterator[None]:
+    """Set how torch multiplies in float32, for a while."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def build(bench: Bench, name: str, n: int, m: int, block: int) -> nn.Module:

@@ -10,6 +10,8 @@ Everything here works on G - I: near the identity, G would round to 16-bit's gri
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -37,19 +39,21 @@ def unpack(skew: Tensor, block: int) -> Tensor:
         skew: (k, b (b - 1) / 2), the strict upper triangles row by row.
         block: b.
     """
-    upper = skew.new_zeros(len(skew), block * block)
-    upper.index_copy_(1, _upper(block, skew.device), skew)
-    square = upper.view(-1, block, block)
-    q: Tensor = square - square.transpose(1, 2)
-    return q
+    places, signs = _square(block, skew.device)
+    q: Tensor = skew.index_select(1, places).mul_(signs)
+    return q.view(-1, block, block)
 
 
-def pack(gradient: Tensor) -> Tensor:
-    """Return the gradient of the packed numbers, dL/dQ[r, c] - dL/dQ[c, r], of dL/dQ (k, b, b)."""
-    block = gradient.shape[-1]
-    flat = (gradient - gradient.transpose(1, 2)).flatten(1)
-    packed: Tensor = flat.index_select(1, _upper(block, gradient.device))
-    return packed
+@functools.lru_cache(maxsize=64)
+def _square(block: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return for each element of a flat Q the packed number that it is, and its sign, or 0."""
+    index = torch.arange(block, device=device)
+    rows, columns = index.unsqueeze(1), index
+    first, last = torch.minimum(rows, columns), torch.maximum(rows, columns)
+    places = first * (2 * block - 1 - first) // 2 + last - first - 1
+    # the diagonal is no packed number: any one, times 0
+    signs = (columns - rows).sign().float()
+    return places.fill_diagonal_(0).flatten().int(), signs.flatten()
 
 
 @functools.lru_cache(maxsize=64)
@@ -57,7 +61,7 @@ def _upper(block: int, device: torch.device) -> Tensor:
     """Return the indices of the strict upper triangle in a flat (block, block), row by row."""
     rows, columns = torch.triu_indices(block, block, 1, device=device)
     indices: Tensor = rows * block + columns
-    return indices
+    return indices.int()
 
 
 def delta(skew: Tensor, block: int, order: Order) -> Tensor:
@@ -75,20 +79,25 @@ def delta(skew: Tensor, block: int, order: Order) -> Tensor:
         # none below 1 in size, so it is never singular; NaN and infinity stay, as in the series
         exact: Tensor = torch.linalg.solve_ex(eye - q, 2 * q, check_errors=False).result
         return exact
-    squared = q @ q
+    squared = torch.bmm(q, q)
     if order == 1:
-        return 2 * q + squared
-    tail = q
-    if order != 2:
-        tail = 2 * q + (squared if order == 3 else 2 * squared + q @ squared)
-    change: Tensor = 2 * q + 2 * squared + squared @ tail
-    return change
+        return squared.add_(q, alpha=2)
+    sum_of_two = q + squared
+    if order == 3:
+        tail = torch.add(squared, q, alpha=2)
+    else:
+        tail = torch.baddbmm(sum_of_two, squared, q, beta=2)  # G - I of order 2
+    return tail if order == 2 else torch.baddbmm(sum_of_two, squared, tail, beta=2)
 
 
 def delta_backward(skew: Tensor, block: int, order: Order, gradient: Tensor) -> Tensor:
-    """Return the gradient of the packed blocks, shaped as they are, from that of ``delta``.
+    """Return X, (k, b, b), whose X - X^T is the gradient of Q's upper triangle, from delta's.
 
-    With A = Q^T and S_j = sum_i A^i D A^(j-1-i), dL/dQ is sum_j c_j S_j over the powers of Q in G.
+    G - I is c_2 S + c_4 S^2, which is symmetric, plus Q (2 + c_3 S + c_5 S^2), which is skew, with
+    S = Q^2. The former only meets A = D + D^T, the latter B = D - D^T; and M Q + Q M of a symmetric
+    M is M Q - (M Q)^T. So few products are left, 5 at order 4: with Y = Q B and H = Y + Y^T,
+
+    X = B + C Q,  C = c_3 (Y^T + H) / 2 - c_2 A + S J + (J + c_5 Y^T / 2) S,  J = c_5 H / 2 - c_4 A.
 
     Args:
         skew: packed blocks (k, b (b - 1) / 2).
@@ -96,49 +105,120 @@ def delta_backward(skew: Tensor, block: int, order: Order, gradient: Tensor) -> 
         order: k of the series, or 'exact'.
         gradient: D, (k, b, b).
     """
-    d, a = gradient, unpack(skew, block).transpose(1, 2)
     if order == EXACT:
-        inverse = torch.eye(block, dtype=a.dtype, device=a.device) + delta(skew, block, order) / 2
-        return pack(2 * inverse.mT @ d @ inverse.mT)
-    c1, c2, c3, c4, c5 = [2.0] * int(order) + [1.0] + [0.0] * (4 - int(order))
-    s2 = a @ d + d @ a
-    total = c1 * d + c2 * s2
-    if c3:
-        a2 = a @ a
-        left, right = c3 * s2, c3 * a2
-        if c4:
-            s4 = a2 @ s2 + s2 @ a2
-            left, right = left + c5 * s4, right + c5 * (a2 @ a2) if c5 else right
-            total = total + c4 * s4
-        total = total + a @ left + d @ right
-    return pack(total)
+        inverse = delta(skew, block, order).div_(2)
+        inverse.diagonal(dim1=-2, dim2=-1).add_(1)  # (I - Q)^-1
+        return 2 * inverse.mT @ gradient @ inverse.mT
+    q = unpack(skew, block)
+    even, odd = gradient + gradient.mT, gradient - gradient.mT
+    if order == 1:
+        return torch.baddbmm(odd, even, q, alpha=-1)
+    turned = torch.bmm(q, odd)
+    both = turned + turned.mT
+    if order == 2:
+        total = torch.add(both, turned.mT).div_(2).sub_(even, alpha=2)
+        return torch.baddbmm(odd, total, q)
+    squared = torch.bmm(q, q)
+    if order == 3:
+        left = right = torch.neg(even).mul_(2)
+        total = torch.add(both, turned.mT).sub_(even, alpha=2)
+    else:
+        left = torch.add(both, even, alpha=-4)  # 2 J
+        right = left + turned.mT
+        total = torch.add(right, even, alpha=2)
+    total = total.baddbmm_(squared, left, alpha=0.5).baddbmm_(right, squared, alpha=0.5)
+    return torch.baddbmm(odd, total, q)
+
+
+def deltas(
+    skews: Sequence[Tensor], blocks: Sequence[int], order: Order, dtype: torch.dtype
+) -> list[Tensor]:
+    """Return G - I of the blocks of each skew parameter, (k, b, b), in ``dtype``.
+
+    They are computed in at least float32 whatever autocast says, and rounded once; those of one
+    size in one batch.
+
+    Args:
+        skews: packed blocks of any shape, k b (b - 1) / 2 numbers.
+        blocks: b of each.
+        order: k of the series, or 'exact'.
+        dtype: of the results.
+    """
+    with no_autocast(skews[0].device):
+        parts = {}
+        for block, rows in by_size(skews, blocks).items():
+            change = delta(rows, block, order).to(dtype)
+            parts[block] = iter(torch.split(change, _counts(skews, blocks, block)))
+    return [next(parts[block]) for block in blocks]
+
+
+def delta_gradients(
+    skews: Sequence[Tensor], blocks: Sequence[int], order: Order, gradients: Sequence[Tensor]
+) -> list[Tensor]:
+    """Return the gradient of each skew parameter, shaped as it is, from those of ``deltas``."""
+    parts = {}
+    with no_autocast(skews[0].device):
+        for block, rows in by_size(skews, blocks).items():
+            members = [g for g, size in zip(gradients, blocks, strict=True) if size == block]
+            gradient = (torch.cat(members) if len(members) > 1 else members[0]).to(rows.dtype)
+            x = delta_backward(rows, block, order, gradient)
+            flat = (x - x.mT).flatten(1)
+            parts[block] = iter(torch.split(flat, _counts(skews, blocks, block)))
+    packed = []
+    for skew, block in zip(skews, blocks, strict=True):
+        rows = next(parts[block]).index_select(1, _upper(block, skew.device))
+        packed.append(rows.view(skew.shape).to(skew.dtype))
+    return packed
+
+
+def by_size(skews: Sequence[Tensor], blocks: Sequence[int]) -> dict[int, Tensor]:
+    """Return the packed blocks of each size, (k, b (b - 1) / 2), in at least float32.
+
+    Args:
+        skews: packed blocks of any shape.
+        blocks: b of each.
+    """
+    rows: dict[int, list[Tensor]] = {}
+    for skew, block in zip(skews, blocks, strict=True):
+        wide = skew if skew.dtype == torch.float64 else skew.float()
+        rows.setdefault(block, []).append(wide.reshape(-1, packed_size(block)))
+    return {b: torch.cat(parts) if len(parts) > 1 else parts[0] for b, parts in rows.items()}
+
+
+def _counts(skews: Sequence[Tensor], blocks: Sequence[int], block: int) -> list[int]:
+    """Return how many blocks each skew parameter of one size has."""
+    return [
+        skew.numel() // packed_size(block)
+        for skew, size in zip(skews, blocks, strict=True)
+        if size == block
+    ]
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Return a context in which autocast is off on the device, if it has one."""
+    kind = device.type
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if is_on else nullcontext()
 
 
 class CayleyNeumann(torch.autograd.Function):
-    """``delta`` in at least float32 whatever autocast says, rounded once; saves its input alone."""
+    """``deltas`` as an autograd function that saves its inputs alone."""
 
     @staticmethod
-    def forward(ctx: Any, skew: Tensor, block: int, order: Order, dtype: torch.dtype) -> Tensor:
-        """Return ``delta`` of packed blocks (k, b (b - 1) / 2) as (k, b, b) in ``dtype``."""
-        ctx.save_for_backward(skew)
-        ctx.block, ctx.order = block, order
-        with torch.autocast(skew.device.type, enabled=False):
-            return delta(_wide(skew), block, order).to(dtype)
+    def forward(
+        ctx: Any, blocks: tuple[int, ...], order: Order, dtype: torch.dtype, *skews: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Return ``deltas`` of the skew parameters."""
+        ctx.save_for_backward(*skews)
+        ctx.blocks, ctx.order = blocks, order
+        return tuple(deltas(skews, blocks, order, dtype))
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradient of the packed blocks, in their dtype."""
-        (skew,) = ctx.saved_tensors
-        wide = _wide(skew)
-        with torch.autocast(skew.device.type, enabled=False):
-            packed = delta_backward(wide, ctx.block, ctx.order, gradient.to(wide.dtype))
-        return packed.to(skew.dtype), None, None, None
-
-
-def _wide(skew: Tensor) -> Tensor:
-    """Return the packed blocks in at least float32."""
-    return skew.to(torch.promote_types(skew.dtype, torch.float32))
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the skew parameters, in their dtypes."""
+        packed = delta_gradients(ctx.saved_tensors, ctx.blocks, ctx.order, gradients)
+        return None, None, None, *packed
 
 
 def norms(skew: Tensor, block: int) -> Tensor:
@@ -150,7 +230,7 @@ def norms(skew: Tensor, block: int) -> Tensor:
         skew: packed blocks (k, b (b - 1) / 2).
         block: b.
     """
-    q = unpack(_wide(skew), block)
+    q = unpack(by_size([skew], [block])[block], block)
     # a start vector without symmetry, so that it has a part along the largest direction
     v = torch.cos(torch.arange(block, dtype=q.dtype, device=q.device) + 1.0)
     v = v.expand(len(q), block).unsqueeze(-1)

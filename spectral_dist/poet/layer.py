@@ -21,8 +21,8 @@ from spectral_dist._errors import suggest
 from spectral_dist.core.precision import without_autocast
 from spectral_dist.poet import cayley
 from spectral_dist.poet.cayley import CayleyNeumann, Order
-from spectral_dist.poet.product import RotatedProduct
-from spectral_dist.poet.rotation import Rotate, Rotation, rotate
+from spectral_dist.poet.product import Plan, RotatedProduct
+from spectral_dist.poet.rotation import Places, Rotate, Rotation, rotate
 
 Block: TypeAlias = int | float
 FORMS = ("block_stochastic", "fully_stochastic")
@@ -209,24 +209,31 @@ class PoetLayer(nn.Module):
     def rotate_rows(self, x: Tensor, side: Sequence[Rotation]) -> Tensor:
         """Return x R^T of rows x (..., d), by the current skew parameters of one side."""
         x = _autocast(x)
-        deltas = [self._delta(rotation, x.dtype) for rotation in side]
-        index = self._index(side, x.device)
+        places = self._places(side, x.device)
+        skews = [getattr(self, rotation.skew) for rotation in side]
+        blocks = tuple(rotation.block for rotation in side)
+        deltas = CayleyNeumann.apply(blocks, self.settings.order, x.dtype, *skews)  # type: ignore[no-untyped-call]
         rows = x.reshape(-1, x.shape[-1])
-        rotated: Tensor = Rotate.apply(rows, index, not self.settings.fully, *deltas)  # type: ignore[no-untyped-call]
+        rotated: Tensor = Rotate.apply(rows, places.index, places.inverse, *deltas)  # type: ignore[no-untyped-call]
         return rotated.view(x.shape)
 
     def forward_rotated(self, x: Tensor) -> Tensor:
         """Return R_o W R_i x of rows x (..., n), as (..., m); this rank must have all of W."""
         if self.settings.fully:
-            return self.rotate_rows(
-                linear(self.rotate_rows(x, self.inner), self.weight), self.outer
-            )
+            return self.maybe_recompute(self._forward_by_turns, x)  # type: ignore[no-any-return]
         x = _autocast(x)
-        deltas = [self._delta(rotation, x.dtype) for rotation in self.rotations]
-        inner, outer = (self._index(side, x.device) for side in (self.inner, self.outer))
-        rows = x.reshape(-1, x.shape[-1])
-        product: Tensor = RotatedProduct.apply(rows, self.weight, inner, outer, *deltas)  # type: ignore[no-untyped-call]
+        inner, outer = (self._places(side, x.device) for side in (self.inner, self.outer))
+        blocks = tuple(rotation.block for rotation in self.rotations)
+        product: Tensor = RotatedProduct.apply(  # type: ignore[no-untyped-call]
+            Plan(blocks, self.settings.order, self.settings.variant == "memory"),
+            x.reshape(-1, x.shape[-1]), self.weight,
+            inner.index, inner.inverse, outer.index, outer.inverse, *self.skews.values(),
+        )  # fmt: skip
         return product.view(*x.shape[:-1], len(self.weight))
+
+    def _forward_by_turns(self, x: Tensor) -> Tensor:
+        """Return R_o W R_i x, by one function for each factor."""
+        return self.rotate_rows(linear(self.rotate_rows(x, self.inner), self.weight), self.outer)
 
     def maybe_recompute(self, function: Any, x: Tensor) -> Any:
         """Return ``function(x)``; the memory variant saves only x, and recomputes in backward."""
@@ -234,29 +241,22 @@ class PoetLayer(nn.Module):
             return checkpoint(function, x, use_reentrant=False, preserve_rng_state=False)
         return function(x)
 
-    def _delta(self, rotation: Rotation, dtype: torch.dtype) -> Tensor:
-        """Return R - I of each block of one rotation, (k, b, b), by the current skew parameter."""
-        packed = getattr(self, rotation.skew).view(rotation.shape)
-        change: Tensor = CayleyNeumann.apply(  # type: ignore[no-untyped-call]
-            packed, rotation.block, self.settings.order, dtype
-        )
-        return change
-
-    def _index(self, side: Sequence[Rotation], device: torch.device) -> Tensor:
-        """Return the indices of one side's blocks, block after block; cached until a merge."""
+    def _places(self, side: Sequence[Rotation], device: torch.device) -> Places:
+        """Return where one side's blocks lie; cached until a merge."""
         key = (side[0].skew, device)
         self._check_average()
-        if key not in self._indices:
-            indices = [rotation.index(self.merges) for rotation in side]
-            self._indices[key] = torch.cat(indices).to(device, non_blocking=True)
-        return self._indices[key]
+        if key not in self._cached_places:
+            with torch.inference_mode(False):  # a training pass may save what this one caches
+                index = torch.cat([rotation.index(self.merges) for rotation in side])
+                self._cached_places[key] = Places.of(index, not self.settings.fully, device)
+        return self._cached_places[key]
 
     def drop_indices(self) -> None:
-        """Drop the cached indices of blocks: ``merges`` or the rotations have changed.
+        """Drop the cached places of blocks: ``merges`` or the rotations have changed.
 
         W as it is now counts as belonging to the rotations.
         """
-        self._indices: dict[tuple[str, torch.device], Tensor] = {}
+        self._cached_places: dict[tuple[str, torch.device], Places] = {}
         self._expected_version, self._left_at = _version(self.weight), None
 
     @torch.no_grad()
@@ -274,14 +274,12 @@ class PoetLayer(nn.Module):
         """Return R_o W R_i; autocast is off."""
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         for side, transposed in ((self.inner, False), (self.outer, True)):
-            deltas = []
-            for rotation in side:
-                skew = skews[rotation.skew].to(wide.dtype).view(rotation.shape)
-                change = cayley.delta(skew, rotation.block, self.settings.order)
-                deltas.append(change if transposed else change.mT)
+            packed = [skews[rotation.skew].to(wide.dtype) for rotation in side]
+            blocks = [rotation.block for rotation in side]
+            changes = cayley.deltas(packed, blocks, self.settings.order, wide.dtype)
             rows = wide.mT.contiguous() if transposed else wide
-            index = self._index(side, wide.device)
-            rotated = rotate(rows, index, deltas, not self.settings.fully)
+            deltas = [change if transposed else change.mT for change in changes]
+            rotated = rotate(rows, self._places(side, wide.device), deltas)
             wide = rotated.mT if transposed else rotated
         return wide
 
@@ -363,11 +361,12 @@ class PoetLinear(PoetLayer, nn.Linear):
                 " Megatron-core, whose column- and row-parallel layers it rotates"
                 " (spectral_dist.integrations.megatron)"
             )
-        product: Tensor = self.maybe_recompute(self.forward_rotated, input)
+        product: Tensor = self.forward_rotated(input)
         return product if self.bias is None else product + self.bias.to(product.dtype)
 
 
 def _autocast(x: Tensor) -> Tensor:
     """Return x in the dtype to which torch.autocast casts the input of an nn.Linear."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return x.to(torch.get_autocast_dtype(device)) if is_on else x

@@ -16,10 +16,11 @@ from spectral_dist.core.precision import without_autocast
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.core.units import Unit
 from spectral_dist.params.spec import ParamSpec
-from spectral_dist.placement.base import ParamGroup
+from spectral_dist.placement.base import ParamGroup, Placement
 from spectral_dist.poet import report
 from spectral_dist.poet.layer import PoetLayer
 from spectral_dist.poet.options import POETOptions
+from spectral_dist.poet.report import MergeReport
 from spectral_dist.rules.adamw import AdamWOptions
 
 START = 0.1
@@ -62,6 +63,11 @@ class POET(ShardedOptimizer):
         super().__init__(params, lr, **options)
         self.require_layers()
         self._ramp_asked = False
+
+    def begin(self, placement: Placement | None) -> None:
+        """Set all attributes that are not copied, as before the first step."""
+        super().begin(placement)
+        self._report: MergeReport | None = None
 
     def require_layers(self) -> None:
         """Raise a ValueError if the model has no layer to rotate."""
@@ -147,6 +153,7 @@ class POET(ShardedOptimizer):
         Returns:
             The closure's result.
         """
+        self._write_report(waits=False)
         if self.options.clip_ramp and not self._ramp_asked and self.has_merged():
             self._ramp_asked = True
             warnings.warn(
@@ -198,7 +205,20 @@ class POET(ShardedOptimizer):
             if group["kind"] == "skew":
                 self._restart(tensors)
         table = report.max_over_ranks(self.layers, numbers, self.meter)
-        report.write(self.layers, table, drifts, self.monitor, self.steps_taken())
+        self._write_report(waits=True)  # of the merge before
+        self._report = MergeReport(self.layers, table, drifts, self.steps_taken())
+        self._write_report(waits=is_watched)
+
+    def _write_report(self, waits: bool) -> None:
+        """Write the report of the last merge, if it has not been written.
+
+        Args:
+            waits: for the numbers; else a later call writes them unless they have arrived.
+        """
+        report_of_merge = self._report
+        if report_of_merge is not None and (waits or report_of_merge.is_here()):
+            self._report = None
+            report_of_merge.write(self.monitor)
 
     def _restart(self, tensors: Iterable[Tensor]) -> None:
         """Zero the tensors that the optimizer steps on, master copies too, and their Adam state."""

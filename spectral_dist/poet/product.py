@@ -1,72 +1,141 @@
-"""R_o W R_i x as one autograd function, in the order of the blocks between its two products."""
+"""R_o W R_i x as one autograd function, from the packed blocks to the rows of the result."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from spectral_dist.poet.rotation import block_gradients, rotate_blocks, scatter_columns
+from spectral_dist.poet import cayley
+from spectral_dist.poet.rotation import block_gradients, rotate_blocks
+
+
+class Plan(NamedTuple):
+    """What a layer's product needs to know beside tensors.
+
+    Attributes:
+        blocks: b of each skew parameter: of the inputs' first, then of one or more of outputs.
+        order: of the Cayley-Neumann map.
+        recomputes: whether only x is saved, and all else made again in the backward pass.
+    """
+
+    blocks: tuple[int, ...]
+    order: cayley.Order
+    recomputes: bool
 
 
 class RotatedProduct(torch.autograd.Function):
     """The product of rows x (t, n) with a frozen W that all blocks of both sides rotate: (t, m).
 
-    x is permuted once, the result once, and W in between, which is smaller than what is multiplied
-    by it: so W is kept in its own order. x and W R_i x are saved.
+    Rows are in the order of the blocks while they are rotated. W is kept in its own order. For the
+    product either it is permuted, or the rows are on both sides of it, whichever are fewer numbers.
+
+    x is saved, and unless all is to be made again, W R_i x and G - I of all blocks.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
+        plan: Plan,
         x: Tensor,
         weight: Tensor,
         inner: Tensor,
+        inner_inverse: Tensor,
         outer: Tensor,
-        *deltas: Tensor,
+        outer_inverse: Tensor,
+        *skews: Tensor,
     ) -> Tensor:
         """Return R_o W R_i x of each row.
 
         Args:
             ctx: autograd's context.
+            plan: of the layer.
             x: rows (t, n).
             weight: W, (m, n).
             inner: indices of the blocks of inputs, block after block, (n,).
+            inner_inverse: the place of each input in ``inner``, (n,).
             outer: indices of the blocks of outputs, (m,).
-            deltas: R - I of the blocks of inputs (k, b, b), then those of outputs, one or more.
+            outer_inverse: the place of each output in ``outer``, (m,).
+            skews: packed blocks of inputs, then those of outputs, one or more.
         """
-        product = _multiply(x, weight, inner, outer, deltas[0])
-        ctx.save_for_backward(x, weight, inner, outer, product, *deltas)
-        result = x.new_empty(len(x), len(weight))
-        return scatter_columns(result, outer, rotate_blocks(product, deltas[1:]), True)
+        ctx.plan = plan
+        with cayley.no_autocast(x.device):
+            deltas = cayley.deltas(skews, plan.blocks, plan.order, x.dtype)
+            factor = _Factor(weight, inner, inner_inverse, outer, outer_inverse, x)
+            product = factor.times(rotate_blocks(x.index_select(1, inner), deltas[:1]))
+            del factor
+            saved = [] if plan.recomputes else [product, *deltas]
+            ctx.save_for_backward(
+                x, weight, inner, inner_inverse, outer, outer_inverse, *skews, *saved
+            )
+            return rotate_blocks(product, deltas[1:]).index_select(1, outer_inverse)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        """Return the gradients of x and of the deltas."""
-        x, weight, inner, outer, product, *deltas = ctx.saved_tensors
-        permuted = gradient.index_select(1, outer)
-        outer_gradients = block_gradients(product, permuted, deltas[1:])
-        product_gradient = rotate_blocks(permuted, [change.mT for change in deltas[1:]])
-        weight = _permuted(weight, inner, outer).to(product_gradient.dtype)
-        inner_gradient = product_gradient @ weight  # of R_i x, in the order of the inner blocks
-        inner_gradients = block_gradients(x.index_select(1, inner), inner_gradient, deltas[:1])
-        x_gradient: Tensor | None = None
-        if ctx.needs_input_grad[0]:
-            x_gradient = scatter_columns(
-                x, inner, rotate_blocks(inner_gradient, [deltas[0].mT]), True
-            )
-        return x_gradient, None, None, None, *inner_gradients, *outer_gradients
+        """Return the gradients of x and of the packed blocks."""
+        blocks, order, recomputes = ctx.plan
+        x, weight, inner, inner_inverse, outer, outer_inverse, *rest = ctx.saved_tensors
+        skews, saved = rest[: len(blocks)], rest[len(blocks) :]
+        with cayley.no_autocast(x.device):
+            factor = _Factor(weight, inner, inner_inverse, outer, outer_inverse, x)
+            permuted = None
+            if recomputes:
+                deltas = cayley.deltas(skews, blocks, order, x.dtype)
+                permuted = x.index_select(1, inner)
+                product = factor.times(rotate_blocks(permuted, deltas[:1]))
+            else:
+                product, *deltas = saved
+            transposed = [change.mT for change in deltas]
+            outward = gradient.index_select(1, outer)
+            gradients = block_gradients(product, outward, deltas[1:])
+            del product
+            inward = factor.transposed_times(rotate_blocks(outward, transposed[1:]))
+            del factor, outward
+            permuted = x.index_select(1, inner) if permuted is None else permuted
+            gradients = block_gradients(permuted, inward, deltas[:1]) + gradients
+            del permuted
+            x_gradient: Tensor | None = None
+            if ctx.needs_input_grad[1]:
+                x_gradient = rotate_blocks(inward, transposed[:1]).index_select(1, inner_inverse)
+            del inward, deltas, transposed
+            packed = cayley.delta_gradients(skews, blocks, order, gradients)
+        return None, x_gradient, None, None, None, None, None, *packed
 
 
-def _multiply(x: Tensor, weight: Tensor, inner: Tensor, outer: Tensor, change: Tensor) -> Tensor:
-    """Return W R_i x, its outputs in the order of the outer blocks."""
-    rotated = rotate_blocks(x.index_select(1, inner), [change])
-    return rotated @ _permuted(weight, inner, outer).mT.to(rotated.dtype)
+class _Factor:
+    """W as a factor of rows whose columns are in the order of blocks."""
 
+    def __init__(
+        self,
+        weight: Tensor,
+        inner: Tensor,
+        inner_inverse: Tensor,
+        outer: Tensor,
+        outer_inverse: Tensor,
+        x: Tensor,
+    ) -> None:
+        """Permute W unless rows like those of x have fewer numbers."""
+        weight = weight.to(x.dtype)
+        self.inner, self.inner_inverse = inner, inner_inverse
+        self.outer, self.outer_inverse = outer, outer_inverse
+        self.is_permuted = len(x) * sum(weight.shape) >= weight.numel()
+        if self.is_permuted:
+            weight = weight.index_select(0, outer).index_select(1, inner)
+        self.weight = weight
 
-def _permuted(weight: Tensor, inner: Tensor, outer: Tensor) -> Tensor:
-    """Return W with its rows and columns in the order of the blocks."""
-    return weight.index_select(0, outer).index_select(1, inner)
+    def times(self, rows: Tensor) -> Tensor:
+        """Return W x of rows x (t, n), as (t, m)."""
+        if self.is_permuted:
+            return torch.mm(rows, self.weight.mT)
+        product = torch.mm(rows.index_select(1, self.inner_inverse), self.weight.mT)
+        return product.index_select(1, self.outer)
+
+    def transposed_times(self, rows: Tensor) -> Tensor:
+        """Return W^T y of rows y (t, m), as (t, n)."""
+        if self.is_permuted:
+            return torch.mm(rows, self.weight)
+        product = torch.mm(rows.index_select(1, self.outer_inverse), self.weight)
+        return product.index_select(1, self.inner)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,20 +32,20 @@ def rotations(layer: PoetLayer, skews: Mapping[str, Tensor]) -> Tensor:
         layer: before it is merged.
         skews: all of this rank's skew parameters of the layer, by name.
     """
-    order, worst = layer.settings.order, []
-    for rotation in layer.rotations:
-        skew = skews[rotation.skew].view(rotation.shape)
-        skew = skew.to(torch.promote_types(skew.dtype, torch.float32))
-        change = cayley.delta(skew, rotation.block, order)
-        errors = cayley.orthogonality_errors(change)
-        worst.append(torch.stack([cayley.norms(skew, rotation.block).max(), errors.max()]))
-    return torch.stack(worst).amax(0).float()
+    packed = [skews[rotation.skew] for rotation in layer.rotations]
+    blocks = [rotation.block for rotation in layer.rotations]
+    norms, errors = [], []
+    for block, rows in cayley.by_size(packed, blocks).items():
+        change = cayley.delta(rows, block, layer.settings.order)
+        norms.append(cayley.norms(rows, block).max())
+        errors.append(cayley.orthogonality_errors(change).max())
+    return torch.stack([torch.stack(norms).max(), torch.stack(errors).max()]).float()
 
 
 def max_over_ranks(layers: Sequence[PoetLayer], numbers: Sequence[Tensor], meter: Meter) -> Tensor:
     """Return the results of ``rotations``, maximal over all ranks that have a tile of the layer.
 
-    One reduction for all layers that are cut over the same ranks.
+    One reduction for all layers that are cut over the same ranks; it does not wait for the device.
 
     Args:
         layers: of the model.
@@ -54,13 +55,14 @@ def max_over_ranks(layers: Sequence[PoetLayer], numbers: Sequence[Tensor], meter
     Returns:
         (layers, 2).
     """
-    table = torch.stack(list(numbers))
+    rows = list(numbers)
     for group in {id(layer.group): layer.group for layer in layers}.values():
-        rows = [i for i, layer in enumerate(layers) if layer.group is group]
-        largest = table[rows]
+        members = [i for i, layer in enumerate(layers) if layer.group is group]
+        largest = torch.stack([numbers[i] for i in members])
         collectives.max_ranks(largest, group, meter)
-        table[rows] = largest
-    return table
+        for i, row in zip(members, largest.unbind(), strict=True):
+            rows[i] = row
+    return torch.stack(rows)
 
 
 def drift(before: Tensor, after: Tensor) -> Tensor:
@@ -75,40 +77,68 @@ def drift(before: Tensor, after: Tensor) -> Tensor:
     return largest
 
 
-def write(
-    layers: Sequence[PoetLayer],
-    numbers: Tensor,
-    drifts: Sequence[Tensor],
-    monitor: Monitor | None,
-    step: int,
-) -> None:
-    """Warn of rotations that went too far; write all numbers to the monitor's sinks.
+class MergeReport:
+    """The numbers of a merge, on their way to the host.
 
-    Args:
-        layers: of the model.
-        numbers: skew_norm and rotation_error of each layer, (layers, 2).
-        drifts: of each layer, if a monitor watches.
-        monitor: or None.
-        step: of the merge.
+    On a GPU they are copied without waiting for it, and are written when they have arrived.
     """
-    table = numbers.tolist()
-    norms = [(norm, layer.key) for layer, (norm, _) in zip(layers, table, strict=True)]
-    largest, name = max(norms)
-    if not largest < LIMIT:
-        count = sum(not norm < LIMIT for norm, _ in norms)
-        warnings.warn(
-            f"POET: at the merge after step {step} ||Q|| was {largest:.2f} in {name}, above"
-            f" {LIMIT} in {count} of {len(norms)} layers; at 1 the series of the rotation no longer"
-            " is one. Lower lr or merge_every, or convert with order='exact'",
-            stacklevel=5,
-        )
-    if monitor is None or not collectives.is_first():
-        return
-    keys = [layer.key for layer in layers]
-    columns = [*zip(*table, strict=True), torch.stack(list(drifts)).tolist()]
-    report: Report = {
-        name: dict(zip(keys, values, strict=True))
-        for name, values in zip(QUANTITIES, columns, strict=True)
-    }
-    for sink in monitor.sinks:
-        sink(step, report)
+
+    def __init__(
+        self, layers: Sequence[PoetLayer], numbers: Tensor, drifts: Sequence[Tensor], step: int
+    ) -> None:
+        """Begin to copy the numbers.
+
+        Args:
+            layers: of the model.
+            numbers: skew_norm and rotation_error of each layer, (layers, 2).
+            drifts: of each layer, if a monitor watches.
+            step: of the merge.
+        """
+        self.keys, self.step = [layer.key for layer in layers], step
+        columns = [numbers, torch.stack(list(drifts)).unsqueeze(1)] if drifts else [numbers]
+        self.table, self.copied = copy_to_host(torch.cat(columns, 1))
+
+    def is_here(self) -> bool:
+        """Return whether ``write`` would not wait."""
+        return self.copied is None or bool(self.copied.query())
+
+    def write(self, monitor: Monitor | None) -> None:
+        """Warn of rotations that went too far; write all numbers to the monitor's sinks.
+
+        It waits for the copy.
+
+        Args:
+            monitor: or None.
+        """
+        if self.copied is not None:
+            self.copied.synchronize()
+        rows = self.table.tolist()
+        norms = [(row[0], key) for key, row in zip(self.keys, rows, strict=True)]
+        largest, name = max(norms)
+        if not largest < LIMIT:
+            count = sum(not norm < LIMIT for norm, _ in norms)
+            warnings.warn(
+                f"POET: at the merge after step {self.step} ||Q|| was {largest:.2f} in {name},"
+                f" above {LIMIT} in {count} of {len(norms)} layers; at 1 the series of the rotation"
+                " no longer is one. Lower lr or merge_every, or convert with order='exact'",
+                stacklevel=5,
+            )
+        if monitor is None or not collectives.is_first():
+            return
+        columns = zip(*rows, strict=True)
+        report: Report = {
+            name: dict(zip(self.keys, values, strict=True))
+            for name, values in zip(QUANTITIES, columns, strict=True)
+        }
+        for sink in monitor.sinks:
+            sink(self.step, report)
+
+
+def copy_to_host(numbers: Tensor) -> tuple[Tensor, Any]:
+    """Return a copy on the host, and the event of its arrival; None if it is there."""
+    if not numbers.is_cuda:
+        return numbers.cpu(), None
+    host = numbers.to("cpu", non_blocking=True)  # to pinned memory
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return host, event

@@ -116,29 +116,49 @@ class Rotation:
         return torch.cat(permuted)[: self.shape[0] * self.block]
 
 
-def rotate(x: Tensor, index: Tensor, deltas: Sequence[Tensor], covers_all: bool) -> Tensor:
+@dataclass(frozen=True)
+class Places:
+    """Where the blocks of one side lie.
+
+    Attributes:
+        index: the indices of all blocks, block after block, (w,).
+        inverse: the place of each index in ``index``, (d,); None if blocks do not cover all of d.
+    """
+
+    index: Tensor
+    inverse: Tensor | None
+
+    @classmethod
+    def of(cls, index: Tensor, covers_all: bool, device: torch.device) -> Places:
+        """Return the places of an index that is on the CPU, on a device; without waiting for it."""
+        if not covers_all:
+            return cls(index.to(device, non_blocking=True), None)
+        both = torch.stack([index, torch.argsort(index)]).to(device, non_blocking=True)
+        return cls(both[0], both[1])
+
+
+def rotate(x: Tensor, places: Places, deltas: Sequence[Tensor]) -> Tensor:
     """Return x R^T, (t, d) -> (t, d): rows times the rotations of blocks I + delta.
 
     Args:
         x: rows (t, d).
-        index: of all deltas' blocks, one after the other.
+        places: of all deltas' blocks, one after the other.
         deltas: R - I of blocks, (k, b, b) each.
-        covers_all: whether ``index`` has all of d.
     """
-    return scatter_columns(x, index, rotate_blocks(x.index_select(1, index), deltas), covers_all)
+    return put_back(x, places, rotate_blocks(x.index_select(1, places.index), deltas))
 
 
-def scatter_columns(x: Tensor, index: Tensor, rotated: Tensor, covers_all: bool) -> Tensor:
-    """Return (t, d) with ``rotated`` at ``index``, and x elsewhere.
+def put_back(x: Tensor, places: Places, rotated: Tensor) -> Tensor:
+    """Return (t, d) with ``rotated`` where the blocks lie, and x elsewhere.
 
     Args:
         x: rows (t, d).
-        index: (w,).
+        places: of the blocks.
         rotated: (t, w).
-        covers_all: whether ``index`` has all of d.
     """
-    result = torch.empty_like(x) if covers_all else x.clone()
-    return result.index_copy_(1, index, rotated)
+    if places.inverse is None:
+        return x.clone().index_copy_(1, places.index, rotated)
+    return rotated.index_select(1, places.inverse)
 
 
 def rotate_blocks(permuted: Tensor, deltas: Sequence[Tensor]) -> Tensor:
@@ -146,50 +166,59 @@ def rotate_blocks(permuted: Tensor, deltas: Sequence[Tensor]) -> Tensor:
 
     In half precision x + x delta^T is rounded once, and I + delta never.
     """
-    rotated = []
-    for columns, change in zip(_split_columns(permuted, deltas), deltas, strict=True):
-        blocks = _blocks(columns, change)
-        rotated.append(torch.baddbmm(blocks, blocks, change.mT).transpose(0, 1).flatten(1))
-    return torch.cat(rotated, 1) if len(rotated) > 1 else rotated[0]
+    if torch.compiler.is_compiling():  # which cannot write to such views, and fuses the copies
+        parts = [
+            torch.baddbmm(rows, rows, change.mT).transpose(0, 1).flatten(1)
+            for rows, change in zip(_blocks(permuted, deltas), deltas, strict=True)
+        ]
+        return torch.cat(parts, 1)
+    rotated = permuted.clone()
+    for result, rows, change in zip(
+        _blocks(rotated, deltas), _blocks(permuted, deltas), deltas, strict=True
+    ):
+        # in its place: a product of its own, block after block, would have to be copied there
+        result.baddbmm_(rows, change.mT)
+    return rotated
 
 
 def block_gradients(permuted: Tensor, gradient: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
     """Return the gradient of each delta in ``rotate_blocks``, from the gradient of its result."""
-    triples = zip(
-        _split_columns(permuted, deltas), _split_columns(gradient, deltas), deltas, strict=True
-    )
-    return [torch.bmm(_blocks(g, change).mT, _blocks(x, change)) for x, g, change in triples]
+    pairs = zip(_blocks(gradient, deltas), _blocks(permuted, deltas), strict=True)
+    return [torch.bmm(upstream.mT, rows) for upstream, rows in pairs]
 
 
-def _split_columns(x: Tensor, deltas: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return views of x (t, w), the columns of each delta's blocks."""
-    return torch.split(x, [change.shape[0] * change.shape[-1] for change in deltas], 1)
-
-
-def _blocks(x: Tensor, change: Tensor) -> Tensor:
-    """Return a view (k, t, b) of x (t, k b)."""
-    return x.view(len(x), change.shape[0], change.shape[-1]).transpose(0, 1)
+def _blocks(x: Tensor, deltas: Sequence[Tensor]) -> list[Tensor]:
+    """Return views (k, t, b) of x (t, w): the columns of each delta's blocks (k, b, b)."""
+    views, first = [], 0
+    for change in deltas:
+        count, block = change.shape[0], change.shape[-1]
+        columns = x if len(deltas) == 1 else x.narrow(1, first, count * block)
+        views.append(columns.view(len(x), count, block).transpose(0, 1))
+        first += count * block
+    return views
 
 
 class Rotate(torch.autograd.Function):
     """``rotate`` as an autograd function that saves its input and not the permuted copy of it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, covers_all: bool, *deltas: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, index: Tensor, inverse: Tensor | None, *deltas: Tensor
+    ) -> Tensor:
         """Return ``rotate`` of x."""
-        ctx.save_for_backward(x, index, *deltas)
-        ctx.covers_all = covers_all
-        return rotate(x, index, deltas, covers_all)
+        ctx.save_for_backward(x, index, inverse, *deltas)
+        return rotate(x, Places(index, inverse), deltas)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of the rows and of each delta."""
-        x, index, *deltas = ctx.saved_tensors
+        x, index, inverse, *deltas = ctx.saved_tensors
+        places = Places(index, inverse)
         permuted = gradient.index_select(1, index)
         x_gradient: Tensor | None = None
         if ctx.needs_input_grad[0]:
             rotated_back = rotate_blocks(permuted, [change.mT for change in deltas])
-            x_gradient = scatter_columns(gradient, index, rotated_back, ctx.covers_all)
+            x_gradient = put_back(gradient, places, rotated_back)
         delta_gradients = block_gradients(x.index_select(1, index), permuted, deltas)
         return x_gradient, None, None, *delta_gradients

@@ -15,12 +15,14 @@ from benchmarks import (
     dispatched_traffic,
     fsdp_step,
     megatron_step,
+    poet_counts,
     poet_drift,
     poet_numbers,
     poet_quickstart,
     sumo_quickstart,
 )
 from benchmarks import polargrad_problems as problems
+from benchmarks.poet_layer import rotated
 from spectral_dist.launch import llama
 from tests.support import harness, megatron_cpu, models
 
@@ -330,3 +332,26 @@ def test_merges_of_order_3_drift_and_of_order_4_do_not():
     (three, norm), (four, _) = (poet_drift.drift(o, torch.float32, merges=40) for o in (3, 4))
     assert 0.07 < norm < 0.09
     assert three > 1e-4 > 1e-6 > four
+
+
+@pytest.mark.parametrize("variant", poet_counts.VARIANTS)
+def test_what_a_rotated_layer_asks_a_gpu_for(variant):
+    """Products and saved bytes by formula; W R_i x and the map once more if they are not saved."""
+    tokens, n, m, b = 96, 32, 48, 8
+    given = {"dtype": torch.bfloat16, "device": "meta"}
+    x, gradient = torch.empty(tokens, n, **given), torch.empty(tokens, m, **given)
+    x.requires_grad_()
+    plain = poet_counts.count(torch.nn.Linear(n, m, bias=False, **given), x, gradient)
+    assert (plain.kernels, plain.saved) == (3, 2 * tokens * n)
+    assert plain.products == {torch.bfloat16: 3 * tokens * n * m}
+    layer = rotated(n, m, torch.bfloat16, block=b, variant=variant).to("meta")
+    counts = poet_counts.count(layer, x, gradient)
+    again = variant == "memory"
+    one_product, rotated_rows = tokens * n * m, tokens * b * (n + m)
+    assert counts.products == {
+        torch.bfloat16: (2 + again) * one_product + 3 * rotated_rows + again * tokens * n * b,
+        torch.float32: (8 + 3 * again) * (n + m) * b**2,
+    }
+    assert counts.saved == 2 * tokens * n + (not again) * 2 * (tokens * m + (n + m) * b)
+    assert counts.peak > counts.saved - 2 * tokens * n
+    assert counts.seconds * poet_counts.BYTES_PER_SECOND >= counts.moved > plain.moved

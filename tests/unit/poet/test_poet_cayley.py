@@ -36,14 +36,13 @@ def gaussian(*shape, seed=7, dtype=torch.float64):
 
 
 def mapped(v, b, order, dtype=torch.float64):
-    return CayleyNeumann.apply(v, b, order, dtype)
+    return CayleyNeumann.apply((b,), order, dtype, v)[0]
 
 
 def test_a_packed_row_is_the_strict_upper_triangle_row_by_row():
     q = cayley.unpack(torch.tensor([[1.0, 2.0, 3.0]]), 3)
     expected = torch.tensor([[[0.0, 1.0, 2.0], [-1.0, 0.0, 3.0], [-2.0, -3.0, 0.0]]])
     assert torch.equal(q, expected)
-    assert torch.equal(cayley.pack(q), torch.tensor([[2.0, 4.0, 6.0]]))
     assert [cayley.packed_size(b) for b in (2, 3, 256)] == [1, 3, 32640]
 
 

@@ -12,6 +12,7 @@ from torch import nn
 import spectral_dist
 from spectral_dist import poet
 from spectral_dist.monitor import Monitor, to_jsonl
+from spectral_dist.poet import report
 from spectral_dist.poet.report import QUANTITIES, drift
 from tests.reference import poet as reference
 from tests.unit.poet.small_runs import BLOCKS, Loss, batch, made, skew_states, train
@@ -138,6 +139,66 @@ def test_large_rotations_warn_and_name_the_layer():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert merge_now(optimizer)
+
+
+class Copy:
+    """An event of a copy that arrives when the test says so."""
+
+    def __init__(self):
+        self.is_there, self.waited = False, False
+
+    def query(self):
+        return self.is_there
+
+    def synchronize(self):
+        self.waited = not self.is_there
+
+
+def on_a_device(monkeypatch):
+    """Copies of the merges' reports, as of a GPU."""
+    copies = []
+
+    def copy(numbers):
+        copies.append(Copy())
+        return numbers.clone(), copies[-1]
+
+    monkeypatch.setattr(report, "copy_to_host", copy)
+    return copies
+
+
+def test_the_warning_comes_when_the_numbers_have_arrived(monkeypatch):
+    model, optimizer = made()
+    copies = on_a_device(monkeypatch)
+    optimizer.initialize_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fill(model, {"0": 0.3, "2": 0.7})
+        assert merge_now(optimizer)
+        train(model, optimizer, 1)  # not yet there
+    copies[0].is_there = True
+    with pytest.warns(UserWarning, match=r"merge after step 4 \|\|Q\|\| was 0\.(69|70) in 2"):
+        train(model, optimizer, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, optimizer, 1)  # once only
+        fill(model, {"0": 0.6, "2": 0.2})
+        assert merge_now(optimizer)
+    assert not any(copy.waited for copy in copies)
+    fill(model, {"0": 0.2, "2": 0.2})
+    with pytest.warns(UserWarning, match=r"in 0, above 0\.5 in 1 of 2"):
+        assert merge_now(optimizer)  # a merge writes what the one before has left
+    assert [copy.waited for copy in copies] == [False, True, False]
+
+
+def test_a_monitor_waits_for_its_numbers(monkeypatch):
+    model, optimizer = made()
+    copies, seen = on_a_device(monkeypatch), []
+    optimizer.monitor = Monitor(1, [lambda step, report: seen.append((step, set(report)))])
+    optimizer.initialize_state()
+    fill(model, {"0": 0.3, "2": 0.3})
+    assert merge_now(optimizer)
+    assert seen == [(4, set(QUANTITIES))]
+    assert copies[0].waited
 
 
 @pytest.mark.parametrize("order", [1, 3])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from spectral_dist.poet import cayley
 from spectral_dist.poet.permutation import generator, permutation
-from spectral_dist.poet.rotation import Rotate, Rotation, rotate
+from spectral_dist.poet.rotation import Places, Rotate, Rotation, rotate
 from tests.reference import poet as reference
 
 quick = settings(max_examples=20, deadline=None, derandomize=True)
@@ -161,38 +161,38 @@ def case(blocks, d, fully, seed=0):
         start += k * b
     x = torch.randn(7, d, generator=g, dtype=torch.float64).requires_grad_()
     assert (start == d) != fully
-    return x, index, deltas, r
+    return x, Places.of(index, not fully, x.device), deltas, r
 
 
 @pytest.mark.parametrize(
-    ("blocks", "fully"), [([(4, 3)], False), ([(2, 4), (1, 2), (2, 1)], False), ([(1, 5)], True)]
+    ("blocks", "fully"), [([(4, 3)], False), ([(2, 3), (1, 4), (1, 2)], False), ([(1, 5)], True)]
 )
 def test_rotate_is_x_times_r_transposed(blocks, fully):
-    x, index, deltas, r = case(blocks, 12, fully)
+    x, places, deltas, r = case(blocks, 12, fully)
     before = x.detach().clone()
-    found = Rotate.apply(x, index, not fully, *deltas)
+    found = Rotate.apply(x, places.index, places.inverse, *deltas)
     torch.testing.assert_close(found, x @ r.T, rtol=0, atol=1e-13)
-    torch.testing.assert_close(rotate(x, index, deltas, not fully), found, rtol=0, atol=0)
+    torch.testing.assert_close(rotate(x, places, deltas), found, rtol=0, atol=0)
     assert torch.equal(x, before)
 
 
 @pytest.mark.parametrize(
-    ("blocks", "fully"), [([(4, 3)], False), ([(2, 4), (1, 2), (2, 1)], False), ([(1, 5)], True)]
+    ("blocks", "fully"), [([(4, 3)], False), ([(2, 3), (1, 4), (1, 2)], False), ([(1, 5)], True)]
 )
 def test_gradients_of_rotate(blocks, fully):
-    x, index, deltas, _ = case(blocks, 12, fully)
+    x, places, deltas, _ = case(blocks, 12, fully)
     leaves = [t.detach().requires_grad_() for t in (x, *deltas)]
     assert torch.autograd.gradcheck(
-        lambda rows, *changes: Rotate.apply(rows, index, not fully, *changes), leaves
+        lambda rows, *changes: Rotate.apply(rows, places.index, places.inverse, *changes), leaves
     )
 
 
 def test_rotate_makes_only_gradients_that_are_asked_for():
-    x, index, deltas, _ = case([(4, 3)], 12, False)
+    x, places, deltas, _ = case([(4, 3)], 12, False)
     frozen = [change.detach() for change in deltas]
-    found = Rotate.apply(x, index, True, *frozen)
+    found = Rotate.apply(x, places.index, places.inverse, *frozen)
     found.sum().backward()
     assert x.grad is not None
-    found = Rotate.apply(x.detach(), index, True, *deltas)
+    found = Rotate.apply(x.detach(), places.index, places.inverse, *deltas)
     found.sum().backward()
     assert deltas[0].grad is not None
