@@ -11,6 +11,7 @@ from typing import TypeAlias
 import torch
 
 from spectral_dist._error_help import explained
+from spectral_dist._host_copy import HostCopy
 from spectral_dist.core import agreement as agreeing
 from spectral_dist.core import finite
 from spectral_dist.core.agreement import Agreement, Grads, RankReport, Status
@@ -136,12 +137,13 @@ class AgreedSteps(Rates):
         number = agreeing.number_of(options, status.missing if later else ())
         flags = collectives.compare(level, number, groups, self.meter if check else Meter())
         absent = set(agreeing.without_gradient(units, grads)) if status.has_absent else set()
-        report = partial(self._report, status, options, error)
+        report = partial(self._report_of, status, options, error)
         with_gradient = partial(agreeing.with_gradient, absent, units)
         if later:
             names = agreeing.names_by_gradient(units, grads) if dense else []
-            skip, (on_host, arrived) = finite.skip_flag(flags), finite.send_to_host(flags)
-            last = LastStep(skip, on_host, arrived, norms, names, error is not None)
+            last = LastStep(
+                finite.skip_flag(flags), HostCopy(flags), norms, names, error is not None
+            )
             self._look_later(last, status, report, with_gradient)
             return not (alone and status.lacks_gradients)
         raised, largest, smallest = flags.tolist()
@@ -202,7 +204,7 @@ class AgreedSteps(Rates):
 
         self._last_step, self._look_back = last, look_back
 
-    def _report(
+    def _report_of(
         self, status: Status, options: list[list[str]], error: Exception | None, bad: list[str]
     ) -> RankReport:
         """Return what this rank says of a step to the others."""

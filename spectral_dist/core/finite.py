@@ -10,11 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from spectral_dist._host_copy import HostCopy
 from spectral_dist.core.units import Unit
 
 SMALL = 4096
@@ -68,9 +68,7 @@ class LastStep:
 
     Attributes:
         skip: 0-d float32 on the device: 1 if the step must not change anything, else 0.
-        flags: [largest of ``NEWS`` and ``BAD`` of any rank, largest number, largest minus number],
-            on the host once ``arrived`` has happened.
-        arrived: the event; None on CPUs.
+        flags: [largest of ``NEWS`` and ``BAD`` of any rank, largest number, largest minus number].
         norms: the largest magnitude of each of this rank's gradients, on the device; None if it
             has none.
         names: of the parameters in each of these gradients.
@@ -80,8 +78,7 @@ class LastStep:
     """
 
     skip: Tensor
-    flags: Tensor
-    arrived: Any
+    flags: HostCopy
     norms: Tensor | None
     names: Sequence[Sequence[str]]
     has_error: bool = False
@@ -92,9 +89,7 @@ class LastStep:
 
         Waits until the device has come to the beginning of that step.
         """
-        if self.arrived is not None:
-            self.arrived.synchronize()
-        level, largest, smallest = self.flags.tolist()
+        level, largest, smallest = self.flags.values().tolist()
         differs = largest != -smallest
         return bool(level) or differs, level >= BAD or differs
 
@@ -109,21 +104,6 @@ class LastStep:
         """Take back what the host has counted of a step that was skipped."""
         for undo in self.undo:
             undo()
-
-
-def send_to_host(values: Tensor) -> tuple[Tensor, Any]:
-    """Begin copying a tensor to the host, without waiting.
-
-    Returns:
-        The copy, and the event after which it is filled; None on CPUs.
-    """
-    if values.device.type == "cpu":
-        return values.clone(), None
-    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    copy.copy_(values, non_blocking=True)
-    arrived = torch.get_device_module(values.device).Event()
-    arrived.record()
-    return copy, arrived
 
 
 def skip_flag(flags: Tensor) -> Tensor:

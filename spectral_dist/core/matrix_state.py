@@ -77,7 +77,7 @@ class MatrixState:
 
     def copies(
         self, which: Sequence[int], owned: Sequence[int], wanted: Sequence[int]
-    ) -> list[tuple[Tensor, list[int], Tensor]]:
+    ) -> list[tuple[list[Tensor], list[Tensor]]]:
         """Return copies of the state of some matrices of a batch.
 
         Args:
@@ -86,14 +86,15 @@ class MatrixState:
             wanted: the places in the batch of the matrices whose state is copied.
 
         Returns:
-            (stacked tensor, its rows, copies of these rows) for each quantity.
+            (the matrices' parts of the stacked tensor, copies of these) for each quantity.
         """
         places = {k: place for place, k in enumerate(owned)}
         copied = []
         for name, tensor in self.of(which).items():
             at_owner = self._specs[tuple(which)][name].where == "owner"
             rows = [places[k] for k in wanted if k in places] if at_owner else list(wanted)
-            copied.append((tensor, rows, tensor[rows]))
+            parts = [tensor[k] for k in rows]  # by a list of rows a GPU would wait for its copy
+            copied.append((parts, [part.clone() for part in parts]))
         return copied
 
     def parts(self) -> Iterator[MatrixStatePart]:

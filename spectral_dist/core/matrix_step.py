@@ -143,8 +143,9 @@ class MatrixStep(MatrixTask):
         yield state.of(which)
         for name, kept in guarded.items():
             self._guard(state.of(which)[name], kept)
-        for tensor, rows, values in before:
-            tensor[rows] = values
+        for parts, values in before:
+            if parts:
+                torch._foreach_copy_(parts, values)
 
     def _guard(self, tensor: Tensor, before: Tensor) -> None:
         """Restore a tensor, on the device, if the step is skipped; the host's own once it knows."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from spectral_dist._host_copy import HostCopy
 from spectral_dist.monitor import Monitor, Report
 from spectral_dist.poet import cayley
 from spectral_dist.poet.layer import PoetLayer
@@ -96,11 +96,11 @@ class MergeReport:
         """
         self.keys, self.step = [layer.key for layer in layers], step
         columns = [numbers, torch.stack(list(drifts)).unsqueeze(1)] if drifts else [numbers]
-        self.table, self.copied = copy_to_host(torch.cat(columns, 1))
+        self.table = HostCopy(torch.cat(columns, 1))
 
     def is_here(self) -> bool:
         """Return whether ``write`` would not wait."""
-        return self.copied is None or bool(self.copied.query())
+        return self.table.is_here()
 
     def write(self, monitor: Monitor | None) -> None:
         """Warn of rotations that went too far; write all numbers to the monitor's sinks.
@@ -110,9 +110,7 @@ class MergeReport:
         Args:
             monitor: or None.
         """
-        if self.copied is not None:
-            self.copied.synchronize()
-        rows = self.table.tolist()
+        rows = self.table.values().tolist()
         norms = [(row[0], key) for key, row in zip(self.keys, rows, strict=True)]
         largest, name = max(norms)
         if not largest < LIMIT:
@@ -132,13 +130,3 @@ class MergeReport:
         }
         for sink in monitor.sinks:
             sink(self.step, report)
-
-
-def copy_to_host(numbers: Tensor) -> tuple[Tensor, Any]:
-    """Return a copy on the host, and the event of its arrival; None if it is there."""
-    if not numbers.is_cuda:
-        return numbers.cpu(), None
-    host = numbers.to("cpu", non_blocking=True)  # to pinned memory
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record()
-    return host, event

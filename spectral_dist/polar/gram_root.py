@@ -16,6 +16,7 @@ from torch import Tensor
 from spectral_dist.polar import exact
 from spectral_dist.polar.generate import optimal
 from spectral_dist.polar.newton_schulz import gram_polynomial
+from spectral_dist.polar.scaling import null_cutoff, unit_max
 from spectral_dist.polar.schedules import Row
 from spectral_dist.polar.stability import evaluate
 
@@ -75,6 +76,22 @@ def inverse_root(
         return exact.inverse_root(r, cutoff)
     q = _by_products(r, cutoff)
     return q.mT if right else q
+
+
+def polar_by_products(x: Tensor) -> Tensor:
+    """Return U V^T of x (k, m, n) without a decomposition, computed in float64, as float32.
+
+    Errors are those of ``inverse_root`` by products, with the cutoff ``null_cutoff``. Zero stays
+    zero; a matrix that contains NaN or infinity comes out as NaN.
+
+    Args:
+        x: (k, m, n) in float32 or half precision, which float64's squares hold at any scale.
+    """
+    y = unit_max(x, torch.float64)
+    tall = y.shape[-2] > y.shape[-1]
+    gram = torch.bmm(y.mT, y) if tall else torch.bmm(y, y.mT)
+    root = inverse_root(gram, null_cutoff(x.shape, x.dtype), right=tall, by_products=True)
+    return (torch.bmm(y, root) if tall else torch.bmm(root, y)).float()
 
 
 def polish(r: Tensor) -> Tensor:

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from spectral_dist._host_copy import HostCopy
 from spectral_dist.rules.base import MatrixOps
 
 
@@ -24,18 +23,14 @@ class _Copy:
         version: of the batch's step counts then. If they have another one, someone else has written
             the state (a checkpoint was loaded, say), and the copy is of no use.
         ranks: (k,), on the host.
-        event: after which it is there; None: at once.
     """
 
     version: int
-    ranks: Tensor
-    event: torch.cuda.Event | None
+    ranks: HostCopy
 
     def has_basis(self) -> list[bool]:
         """Return which matrices have a basis; waits for the copy."""
-        if self.event is not None:
-            self.event.synchronize()
-        return [rank > 0.5 for rank in self.ranks.tolist()]
+        return [rank > 0.5 for rank in self.ranks.values().tolist()]
 
 
 _copies = WeakIdKeyDictionary()
@@ -76,10 +71,4 @@ def hold_back_first_steps(ops: MatrixOps) -> None:
 def _copy(ops: MatrixOps) -> _Copy:
     """Begin to copy |Q|^2 of each matrix; a collective call where matrices are in slabs."""
     ranks = ops.inner(ops.state["basis"], ops.state["basis"])
-    version = ops.state["step"]._version
-    if ranks.device.type != "cuda":
-        return _Copy(version, ranks.cpu(), None)
-    copied = ranks.to("cpu", non_blocking=True)  # into pinned memory
-    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    event.record(torch.cuda.current_stream(ranks.device))
-    return _Copy(version, copied, event)
+    return _Copy(ops.state["step"]._version, HostCopy(ranks))

@@ -15,7 +15,12 @@ from tests.support.memory.formula import FLOAT, step_peak
 
 pytestmark = pytest.mark.gpu
 SIDE, MATRICES, BUCKET_MB = 512, 12, 4
-RULES = {"Muon": "muon", "ROOT": "root", "PolarGrad": "polargrad", "SUMO": "sumo refresh"}
+RULES = {
+    "Muon": "muon",
+    "ROOT": "root",
+    "PolarGrad": "polargrad by products",
+    "SUMO": "sumo refresh",
+}
 """The name that the formula has for each rule (a step of SUMO that refreshes is the larger)."""
 
 

@@ -33,6 +33,7 @@ FLOORS = {
     "machine": 0,
     "_error_help": 0,
     "_errors": 0,
+    "_host_copy": 0,
     "_log": 0,
     "_version": 0,
 }

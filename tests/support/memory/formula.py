@@ -91,6 +91,8 @@ RULES: dict[str, Callable[[int, int], float]] = {
     "root": lambda short, r: 5,  # clamped; Muon's
     # scaled, W, [W; I] and its Q twice as large, R: where no QR of the long side comes first
     "polargrad": lambda short, r: 7,
+    # on a GPU, in float64: scaled, its Gram, and three more of the polynomial
+    "polargrad by products": lambda short, r: 11,
     "sumo": lambda short, r: 2 + r / short,  # D before and after a term, Q^T G
     # G; the sketch, and in float64 itself twice and Grams of it
     "sumo refresh": lambda short, r: 1 + 7 * _columns(short, r),

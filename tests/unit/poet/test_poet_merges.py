@@ -11,6 +11,7 @@ from torch import nn
 
 import spectral_dist
 from spectral_dist import poet
+from spectral_dist._host_copy import HostCopy
 from spectral_dist.monitor import Monitor, to_jsonl
 from spectral_dist.poet import report
 from spectral_dist.poet.report import QUANTITIES, drift
@@ -159,10 +160,12 @@ def on_a_device(monkeypatch):
     copies = []
 
     def copy(numbers):
-        copies.append(Copy())
-        return numbers.clone(), copies[-1]
+        made = HostCopy(numbers)
+        made._arrived = Copy()
+        copies.append(made._arrived)
+        return made
 
-    monkeypatch.setattr(report, "copy_to_host", copy)
+    monkeypatch.setattr(report, "HostCopy", copy)
     return copies
 
 

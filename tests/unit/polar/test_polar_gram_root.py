@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from spectral_dist.polar import gram_root, null_cutoff
+from spectral_dist.polar import gram_root, null_cutoff, polar
 from tests.reference import polar as reference
 
 SHAPES = [(4, 9), (16, 60), (64, 256), (96, 1500)]
@@ -135,3 +135,50 @@ def test_a_cpu_decomposes_and_nothing_else_does():
     assert not gram_root.may_wait(torch.zeros(1, device="meta"))
     r = torch.eye(3).double()[None] * 4
     assert torch.equal(gram_root.inverse_root(r), gram_root.inverse_root(r, by_products=False))
+
+
+@pytest.mark.parametrize(("m", "n"), [(24, 60), (60, 24), (32, 32)])
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_polar_factors_by_products(m, n, scale, dtype):
+    """What qdwh is on a GPU: against the SVD in float64, alone and beside NaN and zero."""
+    s = min(m, n)
+    for last in (0, 2):  # the smallest singular value is 10^-last of the largest
+        if dtype == torch.bfloat16 and last:
+            continue  # rounding to it is above its cutoff
+        x = reference.with_singular_values(torch.logspace(0, -last, s).double(), m, n, seed=last)
+        given = (x * scale).to(dtype)
+        bad = given.clone()
+        bad[0, 0] = math.nan
+        found = gram_root.polar_by_products(torch.stack([given, bad, torch.zeros_like(given)]))
+        assert found.dtype == torch.float32
+        error = (found[0].double() - reference.exact(given.double())).abs().max()
+        assert error < 2e-6 * 10**last
+        assert found[1].isnan().all()
+        assert not found[2].any()
+
+
+@pytest.mark.parametrize(("m", "n"), [(24, 60), (60, 24), (32, 32)])
+def test_null_directions_stay_null_by_products(m, n):
+    s = min(m, n) // 2
+    values = torch.cat([torch.logspace(0, -1, s), torch.zeros(s)]).double()
+    x = reference.with_singular_values(values, m, n, seed=3).float()
+    x[1] = 0.0
+    found = gram_root.polar_by_products(x[None])[0].double()
+    sigma = torch.linalg.svdvals(found)
+    assert (sigma[:s] - 1).abs().max() < 1e-5
+    assert sigma[s:].max() < 1e-4
+    assert not found[1].any()
+
+
+def test_qdwh_is_products_off_cpus(monkeypatch):
+    x = reference.gaussian(3, 16, 40, seed=1).float()
+    on_cpu = polar(x, method="qdwh")
+    monkeypatch.setattr(gram_root, "may_wait", lambda x: False)
+    by_products_alone = torch.stack([gram_root.polar_by_products(y[None])[0] for y in x])
+    monkeypatch.setattr("spectral_dist.polar.api._rounds_alike", lambda *arguments: False)
+    assert torch.equal(polar(x, method="qdwh"), by_products_alone)
+    torch.testing.assert_close(by_products_alone, on_cpu, rtol=0, atol=1e-5)
+    wide = x.double()
+    assert torch.equal(polar(wide, method="qdwh"), polar(wide.clone(), method="qdwh"))
+    assert polar(wide, method="qdwh").dtype == torch.float64
