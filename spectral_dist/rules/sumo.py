@@ -245,9 +245,7 @@ def exact_polar(x: Tensor, cutoff: float) -> Tensor:
 def _limited(d: Tensor, limit: float, ops: MatrixOps) -> Tensor:
     """Return D, scaled down where it is longer than ``limit`` times the D of the step before."""
     norms, last_norms = _norms(d, ops), ops.state["norm"]
-    factors = torch.clamp(limit * last_norms / norms, max=1.0)
-    # masked_fill, because a GPU would get the 1 of torch.where by a copy that waits
-    factors = factors.masked_fill(~(last_norms > 0), 1.0)
+    factors = torch.where(last_norms > 0, torch.clamp(limit * last_norms / norms, max=1.0), 1.0)
     last_norms.copy_(norms * factors)
     return d * factors.to(d.dtype)[:, None, None]
 
