@@ -21,7 +21,9 @@ from torch.nn.functional import linear
 
 from spectral_dist import poet
 
-SHAPES = ((4096, 1024, 1024, 256), (4096, 2048, 2048, 256), (4096, 2048, 2048, 64))
+SHAPES = (
+    (512, 1024, 1024, 256), (2048, 1024, 1024, 256), (2048, 1024, 2816, 256), (2048, 1024, 2816, 64)
+)  # fmt: skip
 """Tokens, inputs, outputs, b."""
 
 
