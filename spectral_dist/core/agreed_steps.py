@@ -46,6 +46,7 @@ class AgreedSteps(Rates):
     _agreement: Agreement
     _written: WrittenOptions
     _last_step: LastStep | None
+    _is_failing: bool
     _look_back: Callable[[], None]
 
     @property
@@ -109,12 +110,14 @@ class AgreedSteps(Rates):
         """Agree with the other ranks on the step; return whether it is to be taken.
 
         Afterwards ``_last_step`` is None if the host knows that the step is good. Otherwise its
-        ``skip`` guards what the step writes.
+        ``skip`` guards what the step writes, and a rank with ``_is_failing`` takes part in it with
+        no gradient and with the options that were good before.
         """
         self.check_last_step()
         groups, known = self.placement.world_groups(), self._agreement
         units = [unit for _, unit in work]
         error = self._first_error(units, grads)
+        self._is_failing = error is not None
         if error is None:
             self.warn_of_one_lr()
         status = agreeing.status_of(
@@ -141,9 +144,7 @@ class AgreedSteps(Rates):
         with_gradient = partial(agreeing.with_gradient, absent, units)
         if later:
             names = agreeing.names_by_gradient(units, grads) if dense else []
-            last = LastStep(
-                finite.skip_flag(flags), HostCopy(flags), norms, names, error is not None
-            )
+            last = LastStep(finite.skip_flag(flags), HostCopy(flags), norms, names)
             self._look_later(last, status, report, with_gradient)
             return not (alone and status.lacks_gradients)
         raised, largest, smallest = flags.tolist()

@@ -72,8 +72,6 @@ class LastStep:
         norms: the largest magnitude of each of this rank's gradients, on the device; None if it
             has none.
         names: of the parameters in each of these gradients.
-        has_error: whether this rank has an error of its own, so that it takes part in the step
-            with no gradient and with the options that were good before.
         undo: called if the step was skipped: takes back what the host has counted.
     """
 
@@ -81,7 +79,6 @@ class LastStep:
     flags: HostCopy
     norms: Tensor | None
     names: Sequence[Sequence[str]]
-    has_error: bool = False
     undo: list[Callable[[], object]] = field(default_factory=list)
 
     def read(self) -> tuple[bool, bool]:

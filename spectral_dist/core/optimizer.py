@@ -84,7 +84,7 @@ class SpectralOptimizer(MatrixCheckpoints):
         names = self.options_type.names("matrix")
         values = [plain(group[name]) for name in names]
         cached = self._rule_options.get(group["id"])
-        if cached is not None and self._last_step is not None and self._last_step.has_error:
+        if cached is not None and self._is_failing:
             return cached[1]
         if cached is None or cached[0] != values:
             options = replace(self.options, **dict(zip(names, values, strict=True)))
@@ -186,8 +186,7 @@ class SpectralOptimizer(MatrixCheckpoints):
 
     def _lr_in_step(self, group: ParamGroup) -> float:
         """Return a group's learning rate; 0 if this rank's options are wrong in this step."""
-        last = self._last_step
-        return 0.0 if last is not None and last.has_error else self.lr_of(group)
+        return 0.0 if self._is_failing else self.lr_of(group)
 
     def _count_with_blocks(self, unit: MatrixUnit, states: Sequence[dict[str, Tensor]]) -> int:
         """Return how many steps a unit with blocks has taken, this one included.

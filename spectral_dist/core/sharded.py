@@ -106,6 +106,7 @@ class ShardedOptimizer(AgreedSteps):
         self._written = WrittenOptions()
         self._scalar_update = BACKENDS[self.options.scalar_backend]()
         self._last_step = None
+        self._is_failing = False
 
     def _placement(self, group: Group) -> Placement:
         """Return the placement for plain torch, which reads it off the parameters."""
@@ -206,9 +207,9 @@ class ShardedOptimizer(AgreedSteps):
         with without_autocast(self.device):
             if not self._agree(work, grads):
                 return loss
-            if self._last_step is not None and self._last_step.has_error:
-                grads = [[None] * len(params) for params in tensors]
             absent = agreeing.without_gradient([unit for _, unit in work], grads)
+            if self._is_failing:
+                grads = [[None] * len(params) for params in tensors]
             for name in (name for name in absent if name not in self._warned):
                 self._warned.add(name)
                 what = f"{name} has no gradient, so it is left as it is in this step"
