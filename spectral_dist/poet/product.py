@@ -29,8 +29,9 @@ class Plan(NamedTuple):
 class RotatedProduct(torch.autograd.Function):
     """The product of rows x (t, n) with a frozen W that all blocks of both sides rotate: (t, m).
 
-    Rows are in the order of the blocks while they are rotated. W is kept in its own order. For the
-    product either it is permuted, or the rows are on both sides of it, whichever are fewer numbers.
+    x is permuted once, the result once, and W in between, which is smaller than what is multiplied
+    by it: so W is kept in its own order. (With few rows it would be less to permute them on both
+    sides of W; but how numbers are rounded would then depend on how many rows a rank has.)
 
     x is saved, and unless all is to be made again, W R_i x and G - I of all blocks.
     """
@@ -63,13 +64,11 @@ class RotatedProduct(torch.autograd.Function):
         ctx.plan = plan
         with cayley.no_autocast(x.device):
             deltas = cayley.deltas(skews, plan.blocks, plan.order, x.dtype)
-            factor = _Factor(weight, inner, inner_inverse, outer, outer_inverse, x)
-            product = factor.times(rotate_blocks(x.index_select(1, inner), deltas[:1]))
-            del factor
+            rows = rotate_blocks(x.index_select(1, inner), deltas[:1])
+            product = torch.mm(rows, _permuted(weight, inner, outer, x.dtype).mT)
+            del rows
             saved = [] if plan.recomputes else [product, *deltas]
-            ctx.save_for_backward(
-                x, weight, inner, inner_inverse, outer, outer_inverse, *skews, *saved
-            )
+            ctx.save_for_backward(x, weight, inner, inner_inverse, outer, *skews, *saved)
             return rotate_blocks(product, deltas[1:]).index_select(1, outer_inverse)
 
     @staticmethod
@@ -77,23 +76,23 @@ class RotatedProduct(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x and of the packed blocks."""
         blocks, order, recomputes = ctx.plan
-        x, weight, inner, inner_inverse, outer, outer_inverse, *rest = ctx.saved_tensors
+        x, weight, inner, inner_inverse, outer, *rest = ctx.saved_tensors
         skews, saved = rest[: len(blocks)], rest[len(blocks) :]
         with cayley.no_autocast(x.device):
-            factor = _Factor(weight, inner, inner_inverse, outer, outer_inverse, x)
+            weight = _permuted(weight, inner, outer, x.dtype)
             permuted = None
             if recomputes:
                 deltas = cayley.deltas(skews, blocks, order, x.dtype)
                 permuted = x.index_select(1, inner)
-                product = factor.times(rotate_blocks(permuted, deltas[:1]))
+                product = torch.mm(rotate_blocks(permuted, deltas[:1]), weight.mT)
             else:
                 product, *deltas = saved
             transposed = [change.mT for change in deltas]
             outward = gradient.index_select(1, outer)
             gradients = block_gradients(product, outward, deltas[1:])
             del product
-            inward = factor.transposed_times(rotate_blocks(outward, transposed[1:]))
-            del factor, outward
+            inward = torch.mm(rotate_blocks(outward, transposed[1:]), weight)
+            del weight, outward
             permuted = x.index_select(1, inner) if permuted is None else permuted
             gradients = block_gradients(permuted, inward, deltas[:1]) + gradients
             del permuted
@@ -105,37 +104,6 @@ class RotatedProduct(torch.autograd.Function):
         return None, x_gradient, None, None, None, None, None, *packed
 
 
-class _Factor:
-    """W as a factor of rows whose columns are in the order of blocks."""
-
-    def __init__(
-        self,
-        weight: Tensor,
-        inner: Tensor,
-        inner_inverse: Tensor,
-        outer: Tensor,
-        outer_inverse: Tensor,
-        x: Tensor,
-    ) -> None:
-        """Permute W unless rows like those of x have fewer numbers."""
-        weight = weight.to(x.dtype)
-        self.inner, self.inner_inverse = inner, inner_inverse
-        self.outer, self.outer_inverse = outer, outer_inverse
-        self.is_permuted = len(x) * sum(weight.shape) >= weight.numel()
-        if self.is_permuted:
-            weight = weight.index_select(0, outer).index_select(1, inner)
-        self.weight = weight
-
-    def times(self, rows: Tensor) -> Tensor:
-        """Return W x of rows x (t, n), as (t, m)."""
-        if self.is_permuted:
-            return torch.mm(rows, self.weight.mT)
-        product = torch.mm(rows.index_select(1, self.inner_inverse), self.weight.mT)
-        return product.index_select(1, self.outer)
-
-    def transposed_times(self, rows: Tensor) -> Tensor:
-        """Return W^T y of rows y (t, m), as (t, n)."""
-        if self.is_permuted:
-            return torch.mm(rows, self.weight)
-        product = torch.mm(rows.index_select(1, self.outer_inverse), self.weight)
-        return product.index_select(1, self.inner)
+def _permuted(weight: Tensor, inner: Tensor, outer: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return W in a dtype, with its rows and columns in the order of the blocks."""
+    return weight.to(dtype).index_select(0, outer).index_select(1, inner)

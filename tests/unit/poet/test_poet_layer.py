@@ -232,22 +232,6 @@ def test_nothing_of_the_size_of_w_is_computed(form, variant):
     assert seen.found <= {"index_select"}
 
 
-@pytest.mark.parametrize("variant", ["fast", "memory"])
-def test_few_rows_are_permuted_and_not_w(variant):
-    """As of a token that is generated; both ways give the same numbers."""
-    layer = rotated(variant=variant)
-    x, upstream = rows(11, N), rows(11, M, seed=4)
-    many, grads = gradients(layer, x, upstream)
-    with Shapes() as seen:
-        parts = [gradients(layer, x[i : i + 5], upstream[i : i + 5]) for i in (0, 5, 10)]
-    assert not seen.found
-    torch.testing.assert_close(torch.cat([y for y, _ in parts]), many, rtol=0, atol=1e-13)
-    for name, grad in grads.items():
-        each = [part[name] for _, part in parts]
-        total = torch.cat(each) if name == "x" else sum(each)
-        torch.testing.assert_close(total, grad, rtol=0, atol=1e-12)
-
-
 class Asked(TorchDispatchMode):
     """What torch is asked for: names of what is no view, and copies that block the host."""
 
