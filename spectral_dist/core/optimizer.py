@@ -106,11 +106,10 @@ class SpectralOptimizer(MatrixCheckpoints):
         beta1, beta2 = group["betas"]
         if beta1 != self._momenta[group["id"]]:
             group["momentum"] = beta1
-        if group["momentum"] != beta1:  # written there: betas follow once it is known to be good
-            super().check_group(group)
-            group["betas"] = (group["momentum"], beta2)
-        self._momenta[group["id"]] = group["momentum"]
         super().check_group(group)
+        # betas follow what was written into momentum, once that is known to be good
+        group["betas"] = (group["momentum"], beta2)
+        self._momenta[group["id"]] = group["momentum"]
 
     def take_over(self, group: ParamGroup, options: BaseOptions) -> None:
         """Let a rule that learns some of its options prepare those that were written anew."""
