@@ -97,7 +97,8 @@ def delta_backward(skew: Tensor, block: int, order: Order, gradient: Tensor) -> 
     S = Q^2. The former only meets A = D + D^T, the latter B = D - D^T; and M Q + Q M of a symmetric
     M is M Q - (M Q)^T. So few products are left, 5 at order 4: with Y = Q B and H = Y + Y^T,
 
-    X = 2 D + C Q,  C = c_3 (Y^T + H) / 2 - c_2 A + S J + (J + c_5 Y^T / 2) S,  J = c_5 H / 2 - c_4 A.
+    X = 2 D + C Q,  C = c_3 (Y^T + H) / 2 - c_2 A + S J + (J + c_5 Y^T / 2) S,
+    J = c_5 H / 2 - c_4 A.
 
     Args:
         skew: packed blocks (k, b (b - 1) / 2).
