@@ -79,15 +79,15 @@ def delta(skew: Tensor, block: int, order: Order) -> Tensor:
         # none below 1 in size, so it is never singular; NaN and infinity stay, as in the series
         exact: Tensor = torch.linalg.solve_ex(eye - q, 2 * q, check_errors=False).result
         return exact
+    # with D_k for G - I of order k: D_1 = 2 Q + S, D_(k+1) = 2 Q + Q D_k, D_3 = 2 Q + 2 S + S D_1
     squared = torch.bmm(q, q)
+    first = torch.add(squared, q, alpha=2)
     if order == 1:
-        return squared.add_(q, alpha=2)
-    sum_of_two = q + squared
-    if order == 3:
-        tail = torch.add(squared, q, alpha=2)
-    else:
-        tail = torch.baddbmm(sum_of_two, squared, q, beta=2)  # G - I of order 2
-    return tail if order == 2 else torch.baddbmm(sum_of_two, squared, tail, beta=2)
+        return first
+    if order == 2:
+        return torch.baddbmm(q, q, first, beta=2)
+    third = torch.baddbmm(first + squared, squared, first)
+    return third if order == 3 else torch.baddbmm(q, q, third, beta=2)
 
 
 def delta_backward(skew: Tensor, block: int, order: Order, gradient: Tensor) -> Tensor:
@@ -97,7 +97,8 @@ def delta_backward(skew: Tensor, block: int, order: Order, gradient: Tensor) -> 
     S = Q^2. The former only meets A = D + D^T, the latter B = D - D^T; and M Q + Q M of a symmetric
     M is M Q - (M Q)^T. So few products are left, 5 at order 4: with Y = Q B and H = Y + Y^T,
 
-    X = B + C Q,  C = c_3 (Y^T + H) / 2 - c_2 A + S J + (J + c_5 Y^T / 2) S,  J = c_5 H / 2 - c_4 A.
+    X = 2 D + C Q,  C = c_3 (Y^T + H) / 2 - c_2 A + S J + (J + c_5 Y^T / 2) S,
+    J = c_5 H / 2 - c_4 A.
 
     Args:
         skew: packed blocks (k, b (b - 1) / 2).
@@ -112,12 +113,12 @@ def delta_backward(skew: Tensor, block: int, order: Order, gradient: Tensor) -> 
     q = unpack(skew, block)
     even, odd = gradient + gradient.mT, gradient - gradient.mT
     if order == 1:
-        return torch.baddbmm(odd, even, q, alpha=-1)
+        return torch.baddbmm(gradient, even, q, beta=2, alpha=-1)
     turned = torch.bmm(q, odd)
     both = turned + turned.mT
     if order == 2:
         total = torch.add(both, turned.mT).div_(2).sub_(even, alpha=2)
-        return torch.baddbmm(odd, total, q)
+        return torch.baddbmm(gradient, total, q, beta=2)
     squared = torch.bmm(q, q)
     if order == 3:
         left = right = torch.neg(even).mul_(2)
@@ -127,7 +128,7 @@ def delta_backward(skew: Tensor, block: int, order: Order, gradient: Tensor) -> 
         right = left + turned.mT
         total = torch.add(right, even, alpha=2)
     total = total.baddbmm_(squared, left, alpha=0.5).baddbmm_(right, squared, alpha=0.5)
-    return torch.baddbmm(odd, total, q)
+    return torch.baddbmm(gradient, total, q, beta=2)
 
 
 def deltas(

@@ -354,4 +354,5 @@ def test_what_a_rotated_layer_asks_a_gpu_for(variant):
     }
     assert counts.saved == 2 * tokens * n + (not again) * 2 * (tokens * m + (n + m) * b)
     assert counts.peak > counts.saved - 2 * tokens * n
-    assert counts.seconds * poet_counts.BYTES_PER_SECOND >= counts.moved > plain.moved
+    assert counts.moved > plain.moved
+    assert counts.seconds >= (1 - 1e-12) * counts.moved / poet_counts.BYTES_PER_SECOND
