@@ -20,7 +20,7 @@ from benchmarks.gpu.timing import synchronize
 
 MATRICES, SIDE = 400, 8
 SHAPES = 50
-"""Of a model in which each shape is a small batch of its own."""
+"""The shapes of a model in which each is a small batch of its own."""
 WAITS = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal")
 """Operators that wait for the device of what they are given."""
 

@@ -21,7 +21,7 @@ from spectral_dist._errors import suggest
 from spectral_dist.core.precision import without_autocast
 from spectral_dist.poet import cayley
 from spectral_dist.poet.cayley import CayleyNeumann, Order
-from spectral_dist.poet.product import Plan, RotatedProduct
+from spectral_dist.poet.product import ProductOptions, RotatedProduct
 from spectral_dist.poet.rotation import Places, Rotate, Rotation, rotate
 
 Block: TypeAlias = int | float
@@ -225,7 +225,7 @@ class PoetLayer(nn.Module):
         inner, outer = (self._places(side, x.device) for side in (self.inner, self.outer))
         blocks = tuple(rotation.block for rotation in self.rotations)
         product: Tensor = RotatedProduct.apply(  # type: ignore[no-untyped-call]
-            Plan(blocks, self.settings.order, self.settings.variant == "memory"),
+            ProductOptions(blocks, self.settings.order, self.settings.variant == "memory"),
             x.reshape(-1, x.shape[-1]), self.weight,
             inner.index, inner.inverse, outer.index, outer.inverse, *self.skews.values(),
         )  # fmt: skip

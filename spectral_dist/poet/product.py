@@ -12,7 +12,7 @@ from spectral_dist.poet import cayley
 from spectral_dist.poet.rotation import block_gradients, rotate_blocks
 
 
-class Plan(NamedTuple):
+class ProductOptions(NamedTuple):
     """What a layer's product needs to know beside tensors.
 
     Attributes:
@@ -39,7 +39,7 @@ class RotatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        plan: Plan,
+        plan: ProductOptions,
         x: Tensor,
         weight: Tensor,
         inner: Tensor,

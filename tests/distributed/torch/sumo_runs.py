@@ -68,7 +68,7 @@ def train(
 
 
 def train_by_products(layout: str, options: dict[str, Any], odd: bool = True) -> dict[str, Any]:
-    """As accelerators do: without eigendecompositions."""
+    """Step without eigendecompositions, as on a GPU."""
     with mock.patch.object(gram_root, "may_wait", return_value=False):
         return train(layout, options, odd)
 

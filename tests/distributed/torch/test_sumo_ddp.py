@@ -53,7 +53,7 @@ def run(
 
 
 def run_by_products(hook: bool) -> dict[str, Any]:
-    """As accelerators step, where a first step is counted one step later."""
+    """The hook is right by products, too, where a first step is counted one step later."""
     with mock.patch.object(gram_root, "may_wait", return_value=False):
         return run(hook)
 

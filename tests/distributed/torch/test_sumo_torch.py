@@ -76,7 +76,7 @@ def test_equals_one_process(layout: str, world: int, setting: str) -> None:
     ],
 )
 def test_in_slabs_by_products_it_equals_one_process(layout: str, setting: str) -> None:
-    """As accelerators step, matrices without a gradient from the start included."""
+    """Steps by products equal one process, also where matrices have no gradient at first."""
     odd = layouts.options_for(layout).get("odd", True)
     options = {k: v for k, v in SETTINGS[setting].items() if k != "strategy"}
     wanted = train_by_products("one", options, odd)

@@ -48,3 +48,18 @@ def weight_of(layer, leaves=None):
     skews = leaves or [getattr(layer, r.skew).detach().double() for r in layer.rotations]
     indices = [r.index(layer.merges).split(r.block) for r in layer.rotations]
     return reference.effective(layer.weight.double(), skews, indices, layer.settings.order)
+
+
+def gradients(layer, x, upstream):
+    """Return y, and the gradients of x and of every trained parameter, of a pass."""
+    layer.zero_grad()
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    (torch.sin(y) * upstream).sum().backward()
+    named = {name: p.grad for name, p in layer.named_parameters() if p.requires_grad}
+    return y.detach(), {"x": x.grad, **named}
+
+
+def rows(*shape, seed=3, dtype=torch.float64):
+    """Return random numbers, the same for a seed."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

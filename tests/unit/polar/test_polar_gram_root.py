@@ -31,7 +31,7 @@ def spectra(s, cutoff):
 
 @pytest.mark.parametrize(("s", "n"), SHAPES)
 def test_float32_matrices_of_all_spectra(s, n):
-    """Of full rank or not, whose rounding to float32 is in what is null."""
+    """Matrices are of full rank or not, and rounded to float32, which moves what is null."""
     cutoff = max(null_cutoff((s, n), torch.float32), gram_root.LEAST_CUTOFF)
     for name, values in spectra(s, cutoff).items():
         x = reference.with_singular_values(values, s, n, seed=3).float()
@@ -112,7 +112,7 @@ def test_polishing_squares_the_error_and_keeps_zero():
 @pytest.mark.parametrize("side", [1, 2, 64, 512, 1024, 8192])
 @pytest.mark.parametrize("cutoff", [0.0, 1e-6, 1e-5, 1e-4, 1e-3, 0.1, 1.0])
 def test_the_schedule_converges_from_every_cutoff(cutoff, side):
-    """Of what it was made for, singular values on a grid; of noise, what it says is left."""
+    """Singular values on a grid all come out as 1, and noise as small as the module says."""
     rows = gram_root.rows_from(cutoff, side)
     lower = max(cutoff, gram_root.LEAST_CUTOFF) / side**0.125
     x = torch.logspace(math.log10(min(lower, 1.0)), 0, 20_001).double() / gram_root.SAFETY

@@ -32,7 +32,7 @@ def nothing_chosen(monkeypatch):
 
 @pytest.fixture
 def h100(monkeypatch):
-    """As if there were one, with Triton."""
+    """Pretend that there is an H100, and Triton."""
     monkeypatch.setattr(products, "_capability", lambda device: (9, 0))
     monkeypatch.setattr(products, "_has_triton", lambda: True)
     monkeypatch.setattr(products, "_works", lambda device: True)

@@ -40,7 +40,7 @@ def test_sixty_steps_follow_the_reference(options, dtype):
 
 @pytest.mark.parametrize("rank", [1, 2])
 def test_sixty_steps_of_low_rank_follow_the_reference_with_randomized_bases(rank):
-    """Of fewer directions than the subspace has, so that the subspaces are those of gradients."""
+    """Gradients have fewer directions than the subspace, so that they determine it."""
     shapes = {"wide": (4, 9), "square": (6, 6), "big": (24, 17)}
 
     def gradient(m, n, seed):
@@ -125,7 +125,7 @@ def test_a_gap_makes_both_bases_one(dtype):
 @pytest.mark.parametrize("r", [1, 4, 16, 50])
 @pytest.mark.parametrize("spectrum", ["random", "1/i", "1/sqrt(i)", "exponential"])
 def test_as_much_of_the_gradient_is_inside(monkeypatch, spectrum, r):
-    """As with oversampling and eigenvectors: |Q^T G| within 1.5%, on average .5%."""
+    """Both bases capture as much: |Q^T G| differs by 1.5% at most, by .5% on average."""
     i = torch.arange(1, 101).double()
     s = {"1/i": 1 / i, "1/sqrt(i)": i**-0.5, "exponential": torch.logspace(0, -5, 100).double()}
     ratios = []
@@ -201,7 +201,7 @@ def test_first_steps_are_counted_one_step_later():
 
 @pytest.mark.parametrize("saved", [1, 2, 3])
 def test_a_run_goes_on_bitwise_from_any_step(saved):
-    """Of steps that are counted later, too: what begun is seen by the basis that was saved."""
+    """A resumed run sees from the saved basis which matrices have begun, counted later or not."""
     one = Weights(a=(12, 5), b=(12, 5))
     optimizer = sumo(one, rank=2, period=3)
 
