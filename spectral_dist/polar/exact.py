@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from spectral_dist.polar.scaling import norm_dtype, null_cutoff, unit_max
+from spectral_dist.polar.scaling import near_one, norm_dtype, null_cutoff
 
 
 def polar_by_svd(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -34,7 +34,7 @@ def polar_by_svd(x: Tensor, dtype: torch.dtype) -> Tensor:
         kept = s > s[..., :1] * cutoff
         return torch.bmm(u * kept[..., None, :], vh, out=torch.empty_like(y))
 
-    y = unit_max(x, norm_dtype(x.dtype, dtype)).to(dtype)
+    y = near_one(x, norm_dtype(x.dtype, dtype)).to(dtype)
     return _map_finite(y.sum((-2, -1)).isfinite(), factor, y)
 
 
@@ -46,7 +46,7 @@ def polar_by_eigh(x: Tensor) -> Tensor:
     float64 beyond kappa 1e5. A matrix that contains NaN or infinity, and one whose eigh does not
     converge, comes out as NaN.
     """
-    y = unit_max(x, torch.float64)
+    y = near_one(x, torch.float64)
     tall = y.shape[-2] > y.shape[-1]
     gram = torch.bmm(y.mT, y) if tall else torch.bmm(y, y.mT)
     root = inverse_root(gram, null_cutoff(x.shape, x.dtype))

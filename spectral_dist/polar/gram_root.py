@@ -16,7 +16,7 @@ from torch import Tensor
 from spectral_dist.polar import exact
 from spectral_dist.polar.generate import optimal
 from spectral_dist.polar.newton_schulz import gram_polynomial
-from spectral_dist.polar.scaling import null_cutoff, unit_max
+from spectral_dist.polar.scaling import near_one, null_cutoff
 from spectral_dist.polar.schedules import Row
 from spectral_dist.polar.stability import evaluate
 
@@ -87,7 +87,7 @@ def polar_by_products(x: Tensor) -> Tensor:
     Args:
         x: (k, m, n) in float32 or half precision, which float64's squares hold at any scale.
     """
-    y = unit_max(x, torch.float64)
+    y = near_one(x, torch.float64)
     tall = y.shape[-2] > y.shape[-1]
     gram = torch.bmm(y.mT, y) if tall else torch.bmm(y, y.mT)
     root = inverse_root(gram, null_cutoff(x.shape, x.dtype), right=tall, by_products=True)

@@ -13,7 +13,7 @@ from functools import lru_cache, partial
 import torch
 from torch import Tensor
 
-from spectral_dist.polar.scaling import norm_dtype, null_cutoff, unit_max
+from spectral_dist.polar.scaling import near_one, norm_dtype, null_cutoff
 from spectral_dist.polar.schedules import Row
 
 QR_ABOVE = 100.0
@@ -43,7 +43,7 @@ def polar_by_qdwh(x: Tensor, dtype: torch.dtype, lower: float | None = None) -> 
     if lower is None:
         lower = min(2.0 * null_cutoff(x.shape, x.dtype, dtype), 1.0)
     rows = weights(lower, torch.finfo(dtype).eps)
-    y = unit_max(x, norm_dtype(x.dtype, dtype)).to(dtype)
+    y = near_one(x, norm_dtype(x.dtype, dtype)).to(dtype)
     return on_short_side(y, partial(_halley, rows=rows))
 
 

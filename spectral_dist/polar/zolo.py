@@ -23,7 +23,7 @@ from spectral_dist.polar.qdwh import (
     solve,
     unit_spectral,
 )
-from spectral_dist.polar.scaling import null_cutoff, unit_max
+from spectral_dist.polar.scaling import near_one, null_cutoff
 
 _EPS = torch.finfo(torch.float64).eps
 
@@ -80,7 +80,7 @@ def polar_by_zolo(x: Tensor, lower: float | None = None) -> Tensor:
     if lower is None:
         lower = min(5.0 * null_cutoff(x.shape, x.dtype), 1.0)
     return on_short_side(
-        unit_max(x, torch.float64), partial(_apply, steps=zolotarev_functions(lower))
+        near_one(x, torch.float64), partial(_apply, steps=zolotarev_functions(lower))
     )
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from spectral_dist.polar import METHODS, check, polar
+from spectral_dist.polar.scaling import near_one, unit_frobenius
 
 pytestmark = pytest.mark.gpu
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -63,3 +64,17 @@ def test_zero_is_zero_and_nan_stays_in_its_own_matrix(method, device):
 def test_the_same_bits_twice(method, device):
     x = matrices(SHAPES[0]).float().to(device)
     assert torch.equal(polar(x, method=method), polar(x, method=method))
+
+
+@pytest.mark.parametrize("scale", [2.0**-120, 1.0, 2.0**124])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_scaling_is_that_of_the_cpu_and_rounds_once(dtype, scale, device):
+    x = (matrices((3, 24, 40)) * (scale / 128)).to(dtype)
+    x[1] = 0.0
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert torch.equal(near_one(x.to(device), wide).cpu(), near_one(x, wide))
+    wanted = unit_frobenius(x, torch.float64, 1.0)
+    for multiple in (1, 16):
+        found = unit_frobenius(x.to(device), torch.bfloat16, 1.0, multiple)[:, :24, :40].cpu()
+        error = (found.double() - wanted).abs()
+        assert (error <= (2.0**-8 + 1e-5) * wanted.abs() + 1e-38).all()
