@@ -5,7 +5,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
         r"under DistributedDataParallel a matrix's momentum is on its owner alone",
     ),
     "keeps-its-state-at-the-owners-of-matrices": (r"keeps its state at the owners of matrices",),
-    "this-state-dict-has-no-matrix_state": (r"this state dict has no matrix_state",),
+    "this-state-dict-lacks-matrix-state": (r"this state dict lacks matrix state",),
     "was-saved-with-another-optimizer": (
         r"was saved with another optimizer(?!, load it)",
         r"this state dict was saved by another optimizer than",

@@ -6,16 +6,18 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from spectral_dist._error_help import explained
-from spectral_dist.core import matrix_state
+from spectral_dist.core import matrix_state, whole_state
 from spectral_dist.core.first_step import matrix_of
 from spectral_dist.core.matrix_state import MatrixStatePart
 from spectral_dist.core.sharded import ShardedOptimizer
-from spectral_dist.core.units import MatrixUnit
+from spectral_dist.core.units import ROWS, MatrixUnit
+from spectral_dist.placement import whole_tensors
 from spectral_dist.placement.base import ParamGroup
-from spectral_dist.rules.base import Rule
+from spectral_dist.rules.base import Rule, StateSpec
 from spectral_dist.rules.fields import specs_of
 from spectral_dist.rules.options import BaseOptions, MatrixOptions
 
@@ -25,6 +27,8 @@ class MatrixCheckpoints(ShardedOptimizer):
 
     rule: ClassVar[Rule[Any]]
     options: MatrixOptions
+    _consolidated: dict[int, dict[str, Tensor]] | None
+    """{id of a parameter: states of it that were gathered from their owners since the last step}"""
 
     @property
     def rule_name(self) -> str:
@@ -83,90 +87,218 @@ class MatrixCheckpoints(ShardedOptimizer):
 
     @explained
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's state dict, with "matrix_state" beside "state" if the rule has any.
+        """Return torch's state dict, with each matrix's state among those of its parameter.
+
+        Matrix state of DTensors is DTensors, which torch's own functions shard, gather and save.
+        If any parameter is a DTensor and the rule keeps matrix state, this is a collective call.
 
         Raises:
-            ValueError: only owners store momentum (under DistributedDataParallel) or matrix state,
-                so that no rank has all of it.
+            ValueError: under DistributedDataParallel, if only owners store momentum or matrix
+                state, and ``consolidate_state_dict`` was not called since the last step.
         """
-        units = [unit for unit in self.all_units if isinstance(unit, MatrixUnit)]
-        if any(unit.momentum_at_owner for unit in units):
+        saved = super().state_dict()
+        if self.placement.saves_matrix_state:
+            return saved
+        owned = self._consolidated
+        if owned is None:
+            self._check_no_owner_needed()
+            owned = {}
+            for p, name, whole in self._whole_matrix_state():
+                value = whole_tensors.like_parameter(whole, p) if self._has_dtensors else whole
+                owned.setdefault(id(p), {})[name] = value
+        for group, packed in zip(self.param_groups, saved["param_groups"], strict=True):
+            for p, i in zip(group["params"], packed["params"], strict=True):
+                if id(p) in owned:
+                    saved["state"][i] = {**saved["state"][i], **owned[id(p)]}
+        return saved
+
+    @explained
+    @torch.no_grad()
+    def consolidate_state_dict(self) -> None:
+        """Gather what owners alone store, so that state_dict() is whole on every rank.
+
+        A collective call, for DistributedDataParallel and those who save ``state_dict()`` of one
+        rank. What was gathered is on the host, and kept until the next step or load.
+
+        Raises:
+            ValueError: on a GPU, if the last step was not applied and its error not yet raised.
+        """
+        self.check_last_step()
+        owned: dict[int, dict[str, Tensor]] = {}
+        for group in self.param_groups:
+            for unit in self.units(group):
+                if not isinstance(unit, MatrixUnit) or not unit.momentum_at_owner:
+                    continue
+                for index, i in enumerate(unit.tensors):
+                    p = group["params"][i]
+                    packed = self.state[p]["exp_avg"]
+                    whole = torch.zeros_like(p, dtype=packed.dtype, memory_format=ROWS)
+                    local = self.placement.local(whole)
+                    whole_state.fill_momentum(unit, index, local, packed, self.meter)
+                    owned.setdefault(id(p), {})["exp_avg"] = whole.cpu()
+        if not self.placement.saves_matrix_state:
+            for p, name, whole in self._whole_matrix_state():
+                value = whole_tensors.like_parameter(whole, p)
+                owned.setdefault(id(p), {})[name] = value.cpu()
+        self._consolidated = owned
+
+    @property
+    def _has_dtensors(self) -> bool:
+        """Return whether any parameter is a DTensor."""
+        return any(
+            whole_tensors.is_sharded(p) for group in self.param_groups for p in group["params"]
+        )
+
+    def _check_no_owner_needed(self) -> None:
+        """Raise a ValueError if no rank's state dict is whole without a collective call."""
+        if self._spreads_momentum:
             raise ValueError(
                 "under DistributedDataParallel a matrix's momentum is on its owner alone, so no"
                 " rank's state_dict() is whole. Write spectral_dist.checkpoint.save(folder, model,"
-                " optimizer) on every rank, or build the optimizer with replicate_momentum=True"
+                " optimizer) on every rank, call optimizer.consolidate_state_dict() on every rank"
+                " before, or build the optimizer with replicate_momentum=True"
             )
-        if self.placement.saves_matrix_state or not any(unit.state for unit in units):
-            return super().state_dict()
-        if any(unit.state_is_spread for unit in units):
+        if self._spreads_matrix_state and not self._has_dtensors:
             raise ValueError(
                 f"{type(self).__name__} keeps its state at the owners of matrices, so no rank's"
                 " state_dict() is whole. Write spectral_dist.checkpoint.save(folder, model,"
-                " optimizer) on every rank"
+                " optimizer) on every rank, or call optimizer.consolidate_state_dict() on every"
+                " rank before"
             )
-        return {**super().state_dict(), "matrix_state": self.matrix_state()}
+
+    @property
+    def _matrix_units(self) -> list[MatrixUnit]:
+        """Return the units of matrices that have been located."""
+        return [unit for unit in self.all_units if isinstance(unit, MatrixUnit)]
+
+    @property
+    def _spreads_momentum(self) -> bool:
+        """Return whether only owners store momentum, so that no rank has all of it."""
+        return any(unit.momentum_at_owner for unit in self._matrix_units)
+
+    @property
+    def _spreads_matrix_state(self) -> bool:
+        """Return whether other ranks may store parts of the matrix state."""
+        return any(unit.state_is_spread for unit in self._matrix_units)
+
+    def _whole_matrix_state(self) -> Iterator[tuple[Tensor, str, Tensor]]:
+        """Yield (parameter, name among its states, whole tensor) of all matrix state.
+
+        A collective call if any of it is spread. The tensors are as ``whole_state.matrix_state``
+        yields them.
+        """
+        for group in self.param_groups:
+            if group["kind"] != "matrix" or not self.all_units:
+                continue
+            options, routes = self.rule_options(group), self.routes[group["id"]]
+            for unit in self.units(group):
+                if not isinstance(unit, MatrixUnit) or unit.state is None:
+                    continue
+                holders = {
+                    matrix.name: (routes[i], group["params"][i], place)
+                    for i in unit.tensors
+                    for place, matrix in enumerate(routes[i].matrices)
+                }
+                specs = [self.rule.state(options, shape) for shape in unit.read_shapes]
+                for k, quantity, whole in whole_state.matrix_state(unit, specs, self.meter):
+                    route, p, place = holders[unit.names[k]]
+                    yield p, whole_state.state_name(route, place, quantity), whole
 
     @explained
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` has returned, in the dtype that it was saved in.
+
+        A collective call wherever ``state_dict`` is one.
 
         Raises:
             ValueError: the state is of another optimizer, of other matrices, or was saved with
                 another value of an option that shapes it; then nothing has changed.
         """
         super().load_state_dict(state_dict)
-        if "matrix_state" in state_dict:
-            matrix_state.load(self.matrix_parts(), state_dict["matrix_state"])
-        elif not self.placement.saves_matrix_state and self.keeps_matrix_state:
-            self._load_without_matrix_state()
+        self._consolidated = None
+        if not self.placement.saves_matrix_state and self.keeps_matrix_state:
+            self._load_matrix_state(state_dict)
         for call in self.after_load:
             call()
 
     def check_loaded(self, state_dict: Mapping[str, Any]) -> None:
         """Raise a ValueError if a state dict is not of this optimizer."""
         super().check_loaded(state_dict)
-        if "matrix_state" in state_dict:
-            self.initialize_state()
-            for part in self.matrix_parts():
-                matrix_state.check(part, state_dict["matrix_state"])
-        elif not self.placement.saves_matrix_state and self.keeps_matrix_state:
-            self._check_without_matrix_state(state_dict)
+        if not self.placement.saves_matrix_state and self.keeps_matrix_state:
+            for state, specs in self._saved_matrix_states(state_dict):
+                for name, (matrix, quantity, spec) in specs.items():
+                    self._check_quantity(matrix, quantity, spec, state.get(name))
+
+    def _saved_matrix_states(
+        self, state_dict: Mapping[str, Any]
+    ) -> Iterator[tuple[Mapping[str, Any], dict[str, tuple[str, str, StateSpec]]]]:
+        """Yield what a state dict has of each parameter with matrices that has been stepped.
+
+        Yields:
+            The parameter's saved state, and {name in that: (matrix, quantity, spec)}. Left out is
+            state of older releases, which had none of matrices.
+        """
+        former = self.former_state().values()
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            if group["kind"] != "matrix":
+                continue
+            options, routes = self.rule_options(group), self.routes[group["id"]]
+            for route, i in zip(routes, saved["params"], strict=True):
+                state = state_dict["state"].get(i, {})
+                if any(name in state for name in former):
+                    continue
+                specs = {
+                    whole_state.state_name(route, place, quantity): (matrix.name, quantity, spec)
+                    for place, matrix in enumerate(route.matrices)
+                    for quantity, spec in self.rule.state(options, matrix.read_shape).items()
+                }
+                if float(state.get("step", 0.0)) or any(name in state for name in specs):
+                    yield state, specs
+
+    def _check_quantity(self, matrix: str, quantity: str, spec: StateSpec, value: Any) -> None:
+        """Raise a ValueError for what a state dict has of a matrix, if it cannot be taken."""
+        if value is None:
+            raise ValueError(
+                f"this state dict lacks matrix state: it has no {quantity} of {matrix}. It was"
+                " saved with another optimizer, or loaded with flatten_optimizer_state_dict, by"
+                " which torch leaves that out; load it without, or use spectral_dist.checkpoint"
+            )
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{matrix}: its {quantity} is {value!r:.60}, and no tensor")
+        matrix_state.check_shape(matrix, quantity, spec.shape, tuple(value.shape))
+        if not whole_tensors.is_finite(value):
+            raise ValueError(f"{matrix}: its {quantity} is NaN or infinite in the checkpoint")
+
+    def _load_matrix_state(self, state_dict: Mapping[str, Any]) -> None:
+        """Load matrix state, and that of older releases from the shard state that held it."""
+        former, whole_former = self.former_state(), dict[str, dict[str, Tensor]]()
+        for group in self.param_groups:
+            for route, p in zip(self.routes[group["id"]], group["params"], strict=True):
+                state = self.state.get(p, {})
+                for name in [name for name in state if name.startswith(whole_state.PREFIX)]:
+                    del state[name]  # torch has put it there, cast to the parameter's dtype
+                if route.kind == "matrix":
+                    held = {n: state.pop(n) for n in former.values() if n in state}
+                    if held:
+                        whole_former[route.name] = held
+        if whole_former:
+            self.load_former_state(whole_former)
+        saved = list(self._saved_matrix_states(state_dict))
+        if not saved:
+            return
+        self.initialize_state()
+        parts = {(part.matrix, part.name): part for part in self.matrix_parts()}
+        for state, specs in saved:
+            for name, (matrix, quantity, _) in specs.items():
+                whole = whole_tensors.whole(state[name])
+                if (matrix, quantity) in parts:
+                    whole_state.load(parts[matrix, quantity], whole)
 
     def wanted_state(self, kind: str) -> tuple[str, ...]:
         """Return the names of the moments of a parameter of this kind that has been stepped."""
         if kind != "matrix":
             return super().wanted_state(kind)
         return ("exp_avg",) if self.has_momentum else ()
-
-    def _check_without_matrix_state(self, state_dict: Mapping[str, Any]) -> None:
-        """Raise a ValueError if a parameter has taken steps and its matrix state is missing."""
-        former, missing = self.former_state(), []
-        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            for route, i in zip(self.routes[group["id"]], saved["params"], strict=True):
-                state = state_dict["state"].get(i, {})
-                has_former = any(name in state for name in former.values())
-                if route.kind == "matrix" and float(state.get("step", 0.0)) and not has_former:
-                    missing.append(route.name)
-        if missing:
-            raise ValueError(
-                f"this state dict has no matrix_state, in which {type(self).__name__} keeps what it"
-                f" knows of {missing[0]} ({len(missing)} parameters): torch's"
-                " get_optimizer_state_dict leaves it out. Save optimizer.state_dict() itself, or"
-                " write spectral_dist.checkpoint.save(folder, model, optimizer)"
-            )
-
-    def _load_without_matrix_state(self) -> None:
-        """Load matrix state from the shard state in which an older release has saved it."""
-        whole: dict[str, dict[str, Tensor]] = {}
-        former = self.former_state()
-        for group in self.param_groups:
-            if group["kind"] != "matrix":
-                continue
-            for route, p in zip(self.routes[group["id"]], group["params"], strict=True):
-                state = self.state.get(p, {})
-                whole[route.name] = {n: state.pop(n) for n in former.values() if n in state}
-        if any(whole.values()):
-            self.load_former_state(whole)
 
     def former_state(self) -> dict[str, str]:
         """Return {quantity: name} of matrix state that older releases kept as shard state."""

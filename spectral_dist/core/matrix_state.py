@@ -203,8 +203,13 @@ def check_saved(part: MatrixStatePart, shape: tuple[int, ...] | None) -> None:
             f"the checkpoint has no {part.name} of {part.matrix}: it was saved with another"
             " optimizer, or with another rank of this one"
         )
-    if shape != part.shape:
+    check_shape(part.matrix, part.name, part.shape, shape)
+
+
+def check_shape(matrix: str, quantity: str, here: tuple[int, ...], saved: tuple[int, ...]) -> None:
+    """Raise a ValueError if a saved quantity of a matrix has another shape than here."""
+    if saved != here:
         raise ValueError(
-            f"{part.matrix}: its {part.name} is {part.shape} here, but {shape} in the checkpoint;"
+            f"{matrix}: its {quantity} is {here} here, but {saved} in the checkpoint;"
             " write the rank that it was saved with"
         )

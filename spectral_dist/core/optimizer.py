@@ -48,6 +48,7 @@ class SpectralOptimizer(MatrixCheckpoints):
         """Set all attributes that are not copied, as before the first step."""
         super().begin(placement)
         self._watches: list[Watch] | None = None
+        self._consolidated = None
         self._pooled: dict[Shape, Tensor] | None = None
         self._observer_error: Exception | None = None
         self._rule_options: dict[int, tuple[list[Any], MatrixOptions]] = {}
@@ -129,6 +130,7 @@ class SpectralOptimizer(MatrixCheckpoints):
 
     def begin_step(self, watches: list[Watch] | None) -> None:
         """Begin a step: set where the monitor records, and whether the step pools values."""
+        self._consolidated = None
         self._watches = watches
         pooling = self._pooling()
         self._pooled = None

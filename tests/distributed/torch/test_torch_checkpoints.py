@@ -246,10 +246,6 @@ def by_torch(layout: str, rule: str) -> None:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.fast_cases("muon-fsdp-3", "muon-hsdp-4", "root-fsdp-3", "polar first-fsdp-3")
 def test_torchs_own_functions(layout: str, world: int, rule: str) -> None:
-    if rule == "polar first":  # of which no rank's state dict is whole
-        said = r"keeps its state at the owners.*spectral_dist\.checkpoint\.save"
-        harness.run_refused(world, said, by_torch, layout, rule)
-        return
     harness.run(world, by_torch, layout, rule)
 
 
