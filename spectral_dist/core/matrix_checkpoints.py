@@ -149,6 +149,13 @@ class MatrixCheckpoints(ShardedOptimizer):
             whole_tensors.is_sharded(p) for group in self.param_groups for p in group["params"]
         )
 
+    @property
+    def needs_consolidation(self) -> bool:
+        """Return whether ``state_dict`` is an error without ``consolidate_state_dict``."""
+        if self.placement.saves_matrix_state:
+            return self._spreads_momentum
+        return self._spreads_momentum or (self._spreads_matrix_state and not self._has_dtensors)
+
     def _check_no_owner_needed(self) -> None:
         """Raise a ValueError if no rank's state dict is whole without a collective call."""
         if self._spreads_momentum:

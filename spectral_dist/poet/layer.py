@@ -102,6 +102,9 @@ class Settings:
         raise ValueError(f"{name} is {getattr(self, name)!r}; {what}")
 
 
+FROZEN_WEIGHT = "frozen_weight"
+"""In files that hold R_o W R_i as a layer's weight: the name of W."""
+
 _copies: WeakKeyDictionary[PoetLayer, WeakSet[PoetLayer]] = WeakKeyDictionary()
 """The copies of each layer that still exist."""
 
@@ -305,6 +308,12 @@ class PoetLayer(nn.Module):
     def full_weight(self, weight: Tensor) -> Tensor:
         """Return the whole matrix, of which ``weight`` is this rank's tile. A collective call."""
         return weight
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        """Load what torch does, and W where a file has R_o W R_i under the weight's name."""
+        if prefix + FROZEN_WEIGHT in state_dict:  # torch has copied the dict
+            state_dict[f"{prefix}weight"] = state_dict.pop(prefix + FROZEN_WEIGHT)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def get_extra_state(self) -> Tensor:
         """Return the merges, and all settings that permutations and blocks depend on, int64."""

@@ -1,0 +1,1 @@
+"""Under plain torch: DDP, FSDP2, tensor parallelism."""
