@@ -80,10 +80,6 @@ class ParamSpec:
             )
         return parameter  # type: ignore[no-any-return]
 
-    def is_of(self, tensor: Tensor) -> bool:
-        """Return whether a tensor is the parameter that this is the spec of."""
-        return self.reference is not None and self.reference() is tensor
-
     @property
     def stack(self) -> int:
         """Return the number of elements of each matrix of a stack, or else of the parameter."""

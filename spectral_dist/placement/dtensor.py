@@ -60,9 +60,10 @@ class MeshPlacement(ReplicatedPlacement):
         """
         super().prepare(optimizer, routes, meter)
         self._meter = meter
-        for route in routes:
+        tensors = [p for group in optimizer.param_groups for p in group["params"]]
+        for route, tensor in zip(routes, tensors, strict=True):
             leaf = route.name.rpartition(".")[2]
-            if route.layer is not None and not route.is_of(getattr(route.layer, leaf)):
+            if route.layer is not None and tensor is not getattr(route.layer, leaf):
                 raise ValueError(
                     f"{route.name} is not the parameter that this optimizer has: either the model"
                     " was sharded after param_groups(model), or its last forward pass was followed"
@@ -70,7 +71,6 @@ class MeshPlacement(ReplicatedPlacement):
                     " model.reshard() before optimizer.step()"
                 )
         if self._mesh is None:
-            tensors = [p for group in optimizer.param_groups for p in group["params"]]
             meshes = [p.device_mesh for p in tensors if isinstance(p, DTensor)]
             self._mesh = max(meshes, key=lambda mesh: mesh.size(), default=None)
 

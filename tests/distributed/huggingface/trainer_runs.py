@@ -13,6 +13,7 @@ from transformers.trainer_utils import set_seed
 
 import spectral_dist
 from spectral_dist.integrations.huggingface import SpectralCallback, SpectralFactory
+from tests.distributed.huggingface.fsdp_on_cpu import fresh
 from tests.support.quiet import quiet
 
 STEPS, SAVED_AT, ACCUMULATION, BATCH, LENGTH = 6, 3, 2, 2, 8
@@ -52,14 +53,15 @@ def arguments(folder: str, layout: str, **changes: Any) -> TrainingArguments:
         kind = "SHARDED_STATE_DICT" if layout == "fsdp" else "FULL_STATE_DICT"
         wraps = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "state_dict_type": kind}
         fsdp = {"fsdp": "full_shard auto_wrap", "fsdp_config": {"fsdp_version": 2, **wraps}}
-    return TrainingArguments(
-        output_dir=folder, use_cpu=True, ddp_backend="gloo", report_to=[], disable_tqdm=True,
-        per_device_train_batch_size=BATCH, gradient_accumulation_steps=ACCUMULATION,
-        max_steps=STEPS, learning_rate=LR, weight_decay=DECAY, max_grad_norm=CLIP,
-        lr_scheduler_type="cosine", warmup_steps=WARMUP, train_sampling_strategy="sequential",
-        logging_steps=1, save_steps=SAVED_AT, adam_beta2=0.95, optim_args="scalar_lr=0.01", seed=3,
-        **{**fsdp, **changes},
-    )  # fmt: skip
+    usual: dict[str, Any] = {
+        "output_dir": folder, "use_cpu": True, "ddp_backend": "gloo", "report_to": [],
+        "disable_tqdm": True, "per_device_train_batch_size": BATCH, "max_steps": STEPS,
+        "gradient_accumulation_steps": ACCUMULATION, "learning_rate": LR, "weight_decay": DECAY,
+        "max_grad_norm": CLIP, "lr_scheduler_type": "cosine", "warmup_steps": WARMUP,
+        "train_sampling_strategy": "sequential", "logging_steps": 1, "save_steps": SAVED_AT,
+        "adam_beta2": 0.95, "optim_args": "scalar_lr=0.01", "seed": 3,
+    }  # fmt: skip
+    return TrainingArguments(**{**usual, **fsdp, **changes})
 
 
 def trainer_of(folder: str, layout: str, optimizer: str, **changes: Any) -> Trainer:
@@ -79,21 +81,27 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in get_model_state_dict(model, options=options).items()}
 
 
+def check_layout(layout: str, model: nn.Module) -> None:
+    """Make sure that a model is sharded, or not, as a test says."""
+    assert any(hasattr(p, "placements") for p in model.parameters()) == layout.startswith("fsdp")
+
+
 def losses(trainer: Trainer) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def by_trainer(folder: str, layout: str, optimizer: str, **changes: Any) -> dict[str, Any]:
     """A run with a checkpoint on the way."""
-    with quiet():
+    with quiet(), fresh(layout.startswith("fsdp")):
         trainer = trainer_of(folder, layout, optimizer, **changes)
         trainer.train()
+    check_layout(layout, trainer.model_wrapped)
     return {"losses": losses(trainer), "weights": weights(trainer.model_wrapped)}
 
 
 def resumed(folder: str, layout: str, optimizer: str) -> dict[str, Any]:
     """The rest of that run, by another Trainer."""
-    with quiet():
+    with quiet(), fresh(layout.startswith("fsdp")):
         trainer = trainer_of(folder, layout, optimizer, save_strategy="no")
         trainer.train(resume_from_checkpoint=f"{folder}/checkpoint-{SAVED_AT}")
     return {"losses": losses(trainer), "weights": weights(trainer.model_wrapped)}
