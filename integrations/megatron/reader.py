@@ -10,7 +10,7 @@ from torch import nn
 from spectral_dist.integrations.megatron import _compat
 from spectral_dist.integrations.megatron._compat import cut_dimension, is_expert
 from spectral_dist.integrations.megatron.ranks import MegatronRanks
-from spectral_dist.params.classify import NORMS
+from spectral_dist.params.modules import NORMS
 from spectral_dist.params.spec import Inspector, ParamInfo
 from spectral_dist.params.splits import Split
 
