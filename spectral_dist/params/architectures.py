@@ -39,8 +39,8 @@ class Fused:
         return f"{', '.join(self.parts[:-1])} and {self.parts[-1]} each ({self.owner})"
 
 
-Layout: TypeAlias = Callable[[Any], Fused | None]
-"""From the module that has a weight to what the weight holds; None: it is one matrix."""
+Layout: TypeAlias = Callable[[Any, int], Fused | None]
+"""From the module that has a weight, and its rows, to what it holds; None: it is one matrix."""
 
 
 def head_size(holder: Any) -> int:
@@ -50,7 +50,7 @@ def head_size(holder: Any) -> int:
         return nope + rope
     names = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_head")
     sizes = [getattr(holder, name, None) for name in names]
-    return next((s for s in sizes if isinstance(s, int) and s > 0), 0) or _width_over_heads(holder)
+    return next((size for size in sizes if isinstance(size, int) and size > 0), 0)
 
 
 def head_count(holder: Any) -> int:
@@ -64,44 +64,42 @@ def head_count(holder: Any) -> int:
     return 0
 
 
-def _width_over_heads(holder: Any) -> int:
-    """Return the width over the number of heads, of a module that says both of itself."""
-    for name in ("embed_dim", "hidden_size", "all_head_size", "dim"):
-        width, count = getattr(holder, name, None), head_count(holder)
-        if isinstance(width, int) and count and width % count == 0:
-            return width // count
-    return 0
+def equal_heads(holder: Any, rows: int) -> int:
+    """Return the rows of each head in a part that has as many heads as q; 0: it is not known."""
+    count = head_count(holder)
+    return rows // count if count and rows % count == 0 else 0
 
 
-def _gate_up(holder: Any) -> Fused:
+def _gate_up(holder: Any, rows: int) -> Fused:
     return Fused(GATE_UP, 2)
 
 
-def _up_gate(holder: Any) -> Fused:
+def _up_gate(holder: Any, rows: int) -> Fused:
     return Fused(("up", "gate"), 2)
 
 
-def _key_value(holder: Any) -> Fused:
-    return Fused(("k", "v"), 2, (head_size(holder),) * 2)
+def _key_value(holder: Any, rows: int) -> Fused:
+    size = head_size(holder) or equal_heads(holder, rows // 2)
+    return Fused(("k", "v"), 2, (size,) * 2)
 
 
-def _thirds(holder: Any) -> Fused:
-    return Fused(QKV, 3, (head_size(holder),) * 3)
+def _thirds(holder: Any, rows: int) -> Fused:
+    return Fused(QKV, 3, (equal_heads(holder, rows // 3),) * 3)
 
 
-def _thirds_of_head(holder: Any) -> Fused:
-    size = head_size(holder)
+def _thirds_of_head(holder: Any, rows: int) -> Fused:
+    size = equal_heads(holder, rows // 3)
     return Fused(QKV, [size] * 3, (size,) * 3)
 
 
-def _query_key_value(holder: Any) -> Fused:
+def _query_key_value(holder: Any, rows: int) -> Fused:
     """The heads of q, then those of k, then those of v."""
     config, size = holder.config, head_size(holder)
     shared = getattr(holder, "num_key_value_heads", None) or config.num_key_value_heads
     return Fused(QKV, [head_count(holder) * size, shared * size, shared * size], (size,) * 3)
 
 
-def _falcon(holder: Any) -> Fused:
+def _falcon(holder: Any, rows: int) -> Fused:
     size, queries, groups = holder.head_dim, holder.num_heads, 1
     if holder.new_decoder_architecture:
         groups = holder.num_kv_heads
@@ -110,61 +108,61 @@ def _falcon(holder: Any) -> Fused:
     return Fused(QKV, [queries // groups * size, size, size], (size,) * 3)
 
 
-def _bigcode(holder: Any) -> Fused | None:
+def _bigcode(holder: Any, rows: int) -> Fused | None:
     if holder.is_cross_attention:
         return None
     size = holder.head_dim
     if not holder.multi_query:
-        return _thirds_of_head(holder)
+        return _thirds_of_head(holder, rows)
     return Fused(QKV, [holder.embed_dim, holder.kv_dim, holder.kv_dim], (size,) * 3)
 
 
-def _codegen(holder: Any) -> Fused:
+def _codegen(holder: Any, rows: int) -> Fused:
     """In each of four runs of heads: q, then v, then k."""
     run = holder.embed_dim // 4
     return Fused(("q", "v", "k"), [run] * 3, (holder.head_dim,) * 3)
 
 
-def _exaone(holder: Any) -> Fused:
+def _exaone(holder: Any, rows: int) -> Fused:
     size = head_size(holder)
     return Fused(QKV, [holder.q_dim, holder.kv_dim, holder.kv_dim], (size,) * 3)
 
 
-def _latent(holder: Any) -> Fused | None:
+def _latent(holder: Any, rows: int) -> Fused | None:
     if not holder.qk_rope_head_dim:
         return None
     return Fused(("latent", "rope key"), [holder.kv_lora_rank, holder.qk_rope_head_dim], (0, 0))
 
 
-def _from_latent(holder: Any) -> Fused:
-    rows = [holder.qk_nope_head_dim, holder.v_head_dim]
-    return Fused(("k", "v"), rows, (rows[0], rows[1]))
+def _from_latent(holder: Any, rows: int) -> Fused:
+    parts = [holder.qk_nope_head_dim, holder.v_head_dim]
+    return Fused(("k", "v"), parts, (parts[0], parts[1]))
 
 
-def _latent_gated_query(holder: Any) -> Fused:
-    rows = [holder.qk_head_dim, holder.v_head_dim]
-    return Fused(("q", "gate"), rows, (rows[0], rows[1]))
+def _latent_gated_query(holder: Any, rows: int) -> Fused:
+    parts = [holder.qk_head_dim, holder.v_head_dim]
+    return Fused(("q", "gate"), parts, (parts[0], parts[1]))
 
 
-def _gated_query(holder: Any) -> Fused:
+def _gated_query(holder: Any, rows: int) -> Fused:
     return Fused(("q", "gate"), [holder.head_dim] * 2, (holder.head_dim,) * 2)
 
 
-def _delta_net(holder: Any) -> Fused:
-    rows = [holder.key_dim, holder.key_dim, holder.value_dim]
-    return Fused(QKV, rows, (holder.head_k_dim, holder.head_k_dim, holder.head_v_dim))
+def _delta_net(holder: Any, rows: int) -> Fused:
+    parts = [holder.key_dim, holder.key_dim, holder.value_dim]
+    return Fused(QKV, parts, (holder.head_k_dim, holder.head_k_dim, holder.head_v_dim))
 
 
-def _delta_net_groups(holder: Any) -> Fused:
+def _delta_net_groups(holder: Any, rows: int) -> Fused:
     values = holder.num_v_heads // holder.num_k_heads * holder.head_v_dim
-    rows = [holder.head_k_dim, holder.head_k_dim, values, values]
+    parts = [holder.head_k_dim, holder.head_k_dim, values, values]
     sizes = (holder.head_k_dim, holder.head_k_dim, holder.head_v_dim, holder.head_v_dim)
-    return Fused(("q", "k", "v", "gate"), rows, sizes)
+    return Fused(("q", "k", "v", "gate"), parts, sizes)
 
 
-def _delta_net_scalars(holder: Any) -> Fused:
-    rows = holder.num_v_heads // holder.num_k_heads
-    return Fused(("beta", "decay"), [rows, rows], (0, 0))
+def _delta_net_scalars(holder: Any, rows: int) -> Fused:
+    values = holder.num_v_heads // holder.num_k_heads
+    return Fused(("beta", "decay"), [values, values], (0, 0))
 
 
 @dataclass(frozen=True)
@@ -273,18 +271,19 @@ def transformers_bases(module: nn.Module) -> list[str]:
     ]
 
 
-def fused_linear(holder: nn.Module, leaf: str) -> Fused | None:
+def fused_linear(holder: nn.Module, leaf: str, rows: int) -> Fused | None:
     """Return what the weight of a layer of a module holds; None: one matrix, or it is not known.
 
     Args:
         holder: the module that has the layer.
         leaf: the layer's name in it.
+        rows: of the weight.
     """
     if leaf not in _LEAVES:
         return None
     for name in transformers_bases(holder):
         if (leaf, name) in _LAYOUTS:
-            fused = _LAYOUTS[leaf, name](holder)
+            fused = _LAYOUTS[leaf, name](holder, rows)
             return fused and Fused(fused.parts, fused.split, fused.heads, name)
     return None
 
@@ -296,6 +295,16 @@ def fused_experts(module: nn.Module, leaf: str) -> Fused | None:
         return None
     names = transformers_bases(module)
     return Fused(GATE_UP, 2, owner=names[0]) if names else None
+
+
+def experts_above_each_other(module: nn.Module, leaf: str) -> int:
+    """Return how many experts lie one above the other in a 2-D weight (DBRX's); 0: it holds none.
+
+    Its w2 is stored (in, out).
+    """
+    if leaf not in ("w1", "v1", "w2") or "DbrxExpertGLU" not in transformers_bases(module):
+        return 0
+    return int(module.moe_num_experts)  # type: ignore[arg-type]
 
 
 def describe() -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from spectral_dist.params.architectures import head_size
+from spectral_dist.params.architectures import equal_heads, head_size
 
 PROJECTIONS = (
     ("q_proj", "k_proj", "v_proj"),
@@ -35,7 +35,9 @@ def projection_head(holder: nn.Module, leaf: str) -> int:
             continue
         beside = [name for name in names[:2] if name]
         if all(isinstance(getattr(holder, name, None), nn.Module) for name in beside):
-            size = head_size(holder)
+            query: Any = getattr(holder, names[0])
+            rows = getattr(query, "out_features", 0)
+            size = head_size(holder) or equal_heads(holder, rows)
             values: Any = getattr(holder, "v_head_dim", size)
             return values if leaf == names[2] and isinstance(values, int) else size
     return 0

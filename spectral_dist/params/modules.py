@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from spectral_dist.params.architectures import (
+    experts_above_each_other,
     fused_experts,
     fused_linear,
     transformers_bases,
@@ -54,6 +55,8 @@ def _kind(module: nn.Module, name: str, shape: tuple[int, ...]) -> tuple[str, st
         if module.groups > 1:
             return "scalar", f"{kind} with groups"
         return "matrix", f"{kind} as out x (in * kernel)"
+    if count := experts_above_each_other(module, leaf):
+        return "matrix", f"{count} experts one above the other in {kind}"
     if _stored_transposed(module, leaf):
         if len(shape) == 2:
             return "matrix", f"{kind}, read out x in; what it holds side by side is one"
@@ -77,6 +80,8 @@ def _holds_experts(module: nn.Module, name: str) -> bool:
 def _stored_transposed(module: nn.Module, leaf: str) -> bool:
     """Return whether transformers stores a weight (in, out): GPT-2's, and some experts."""
     for base in transformers_bases(module):
+        if base == "DbrxExpertGLU":
+            return leaf == "w2"
         if base == "Conv1D":
             return leaf == "weight"
         if base in TRANSPOSED_EXPERTS or getattr(module, "is_transposed", False):
@@ -134,10 +139,12 @@ def _with_parts(
     if isinstance(module, nn.MultiheadAttention):
         split = 3 if leaf == "in_proj_weight" else None
         return replace(info, split=split, heads=packed_heads(module, leaf))
+    if count := experts_above_each_other(module, leaf):
+        return replace(info, split=count)
     fused, heads = fused_experts(module, leaf), 0
     if isinstance(module, nn.Linear) and path:
         parent, _, child = path.rpartition(".")
-        fused = fused_linear(modules[parent], child)
+        fused = fused_linear(modules[parent], child, info.shape[0])
         heads = projection_head(modules[parent], child)
     if fused is None:
         return replace(info, heads=(heads,)) if heads else info
