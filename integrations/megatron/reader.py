@@ -42,7 +42,9 @@ class MegatronReader:
             shape = self._full_shape(parameter)
             kind, reason = _kind_and_reason(name, parameter, module, len(shape))
             split, global_name = splits.get(id(parameter)), self.names[id(parameter)]
-            return ParamInfo(shape, kind, reason, split=split, name=global_name)
+            # the last part of a query group is its one head of v
+            heads = (split[-1],) * len(split) if isinstance(split, list) else ()
+            return ParamInfo(shape, kind, reason, split=split, heads=heads, name=global_name)
 
         return read
 
