@@ -64,6 +64,9 @@ def table(
     split: Annotated[
         list[str] | None, typer.Option(help="A fused weight and its parts, as qkv_proj=3.")
     ] = None,
+    heads: Annotated[
+        str | None, typer.Option(help="auto: a matrix for each head of q, k and v.")
+    ] = None,
 ) -> None:
     """Print which parameters of a model are matrices, and why the others are not.
 
@@ -79,6 +82,7 @@ def table(
             matrices=matrices or [],
             scalars=scalars or [],
             split=dict(_split_of(text) for text in split or []),
+            heads=heads,
         )
     except ValueError as error:
         _print_error("table", error)

@@ -143,7 +143,10 @@ def optimizer_identity(
     if isinstance(options, POETOptions):
         values |= {"clip_ramp": options.clip_ramp, **asdict(settings_of(rotation))}
         del values["variant"]  # which changes no number
-    return {"type": kind, **values, **{name: routing.get(name) or None for name in ROUTING}}
+    written = {name: routing.get(name) or None for name in ROUTING}
+    if written["heads"] is None:  # runs that were saved before there was this option go on
+        del written["heads"]
+    return {"type": kind, **values, **written}
 
 
 def integer_from(minimum: int) -> Constraint:

@@ -10,7 +10,7 @@ from torch import nn
 from spectral_dist.integrations.megatron import _compat
 from spectral_dist.integrations.megatron._compat import cut_dimension, is_expert
 from spectral_dist.integrations.megatron.ranks import MegatronRanks
-from spectral_dist.params.classify import NORMS
+from spectral_dist.params.modules import NORMS
 from spectral_dist.params.spec import Inspector, ParamInfo
 from spectral_dist.params.splits import Split
 
@@ -42,7 +42,9 @@ class MegatronReader:
             shape = self._full_shape(parameter)
             kind, reason = _kind_and_reason(name, parameter, module, len(shape))
             split, global_name = splits.get(id(parameter)), self.names[id(parameter)]
-            return ParamInfo(shape, kind, reason, split=split, name=global_name)
+            # the last part of a query group is its one head of v
+            heads = (split[-1],) * len(split) if isinstance(split, list) else ()
+            return ParamInfo(shape, kind, reason, split=split, heads=heads, name=global_name)
 
         return read
 

@@ -32,6 +32,11 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "split-matches-which-is": (r"split: .* matches .*, which is (?:stored in x out|no matrix)",),
     "matches-which-is": (r": .* matches .*, which is ",),
     "split-is-write-pattern-and-parts": (r"split is .*; write pattern and parts",),
+    "heads-is": (
+        r"heads is .*; write 'auto'",
+        r"heads is 'auto', but no attention module",
+        r"are not cut into heads of .* rows",
+    ),
     "the-parts-of-a-split-do-not-fit": (
         r"is neither a number of parts nor a list of rows",
         r"must list whole numbers of rows",

@@ -132,7 +132,8 @@ def check_groups(
                 was = "not in it" if old is None else f"of kind {old['kind']!r}"
                 raise ValueError(
                     f"{name} is of kind {group['kind']!r} here, but {was} in the checkpoint;"
-                    " build the optimizer with the matrices, scalars and split it was saved with"
+                    " build the optimizer with the matrices, scalars, split and heads that it was"
+                    " saved with"
                 )
             if old != first:
                 raise ValueError(

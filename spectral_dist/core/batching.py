@@ -33,6 +33,7 @@ def rounds_alike(
     if spec is not None and spec.rank is not None and spec.rank % MULTIPLE:
         return count == 1
     specs = rule.state(options, shape)
+    names = [str(i) for i in range(count)]
 
     def compute(matrices: Tensor, places: Sequence[int]) -> list[Tensor]:
         """Return the directions of some steps, and the state after them."""
@@ -40,7 +41,7 @@ def rounds_alike(
             name: torch.zeros(len(places), *spec.shape, dtype=spec.dtype or torch.float32)
             for name, spec in specs.items()
         }
-        context = StepContext(rule, options, [str(i) for i in range(count)])
+        context = StepContext(rule, options, names)
         directions = [
             rule.direction(
                 options, matrices.clone(), WholeMatrixOps(context, list(places), shape, state)

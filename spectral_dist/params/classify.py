@@ -2,126 +2,31 @@
 
 from __future__ import annotations
 
-import math
-import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.utils.weak import TensorWeakRef
 
-from spectral_dist.params.heads import full_shape, output_heads
-from spectral_dist.params.patterns import Patterns
+from spectral_dist.params.modules import torch_inspector
+from spectral_dist.params.patterns import Overrides
 from spectral_dist.params.spec import Inspector, ParamInfo, ParamSpec, plain_name
 from spectral_dist.params.splits import Split, matrices_of
 from spectral_dist.params.table import table
 from spectral_dist.params.wrappers import check_poet_wrapping
 from spectral_dist.sharding.layout import Matrix
 
-NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-EXPERTS = re.compile("expert", re.IGNORECASE)
-"""Matches names of 3-D parameters that hold a matrix for each expert."""
-EXPERT_CLASSES = re.compile("expert|moe$", re.IGNORECASE)
-"""Matches names of classes of modules that hold such parameters."""
-TRANSPOSED_EXPERTS = {"GptOssExperts", "Llama4TextExperts", "AriaGroupedExpertsGemm"}
-"""Classes whose experts are stored (in, out), in releases of transformers whose modules do not say
-so themselves (``is_transposed``)."""
+NO_HEADS = (
+    "heads is 'auto', but no attention module of the model says how many rows each head has"
+    " (head_dim) of q, k or v stored out x in; write the heads in split, as in"
+    ' split={"q_proj": 32} for 32 heads one above the other'
+)
 FSDP1 = (
     "{} was flattened to 1-D by FSDP1 (FullyShardedDataParallel), which loses its matrices; shard"
     " with torch.distributed.fsdp.fully_shard instead"
 )
-
-
-def _kind(module: nn.Module, name: str, shape: tuple[int, ...]) -> tuple[str, str]:
-    """Return a parameter's (kind, reason) by its module's type, or by the names used for experts.
-
-    Args:
-        module: that has the parameter.
-        name: of the parameter.
-        shape: whole and unsharded.
-    """
-    leaf, kind = name.rsplit(".", 1)[-1], type(module).__name__
-    if len(shape) < 2:
-        return "scalar", f"{len(shape)}-D"
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return "scalar", "embedding"
-    if isinstance(module, NORMS):
-        return "scalar", kind
-    if isinstance(module, nn.Linear) and leaf == "weight":
-        return "matrix", kind
-    if isinstance(module, nn.MultiheadAttention) and leaf.endswith("_proj_weight"):
-        return "matrix", f"{kind}, q, k and v each"
-    if isinstance(module, CONVOLUTIONS) and leaf == "weight":
-        if module.groups > 1:
-            return "scalar", f"{kind} with groups"
-        return "matrix", f"{kind} as out x (in * kernel)"
-    if _stored_transposed(module, leaf):
-        if len(shape) == 2:
-            return "matrix", f"{kind}, read out x in; what it holds side by side is one"
-        return "matrix", f"stack of {shape[0]} in {kind}, read out x in; gate and up are one"
-    if len(shape) == 3 and min(shape) > 1:
-        if _holds_experts(module, name):
-            return "matrix", f"stack of {shape[0]} in {kind}"
-        return "scalar", f"{leaf} of {kind} is no known stack of matrices"
-    return "scalar", f"{leaf} of {kind} is no known matrix"
-
-
-def _holds_experts(module: nn.Module, name: str) -> bool:
-    """Return whether a 3-D parameter has a matrix for each expert, by its name and its classes."""
-    if isinstance(module, nn.ParameterList | nn.ParameterDict) or type(module) is nn.Module:
-        classes: list[str] = []
-    else:
-        classes = [base.__name__ for base in type(module).__mro__]
-    return bool(EXPERTS.search(name)) or any(EXPERT_CLASSES.search(c) for c in classes)
-
-
-def _stored_transposed(module: nn.Module, leaf: str) -> bool:
-    """Return whether transformers stores a weight (in, out): GPT-2's, and some experts."""
-    for base in type(module).__mro__:
-        if not base.__module__.startswith("transformers."):
-            continue
-        if base.__name__ == "Conv1D":
-            return leaf == "weight"
-        if base.__name__ in TRANSPOSED_EXPERTS or getattr(module, "is_transposed", False):
-            return leaf in ("gate_up_proj", "up_proj", "down_proj", "weight")
-    return False
-
-
-def _plain_class(module: nn.Module) -> str:
-    """Return the name of a module's class, as it was before torch parametrized it."""
-    return str(type_before_parametrizations(module).__name__)
-
-
-def torch_inspector(model: nn.Module) -> Inspector:
-    """Return an inspector of parameters of torch's own modules, and of modules made of them."""
-    heads = output_heads(model)
-    parametrized = {
-        id(each): (module, leaf)
-        for module in model.modules()
-        for leaf, each in getattr(module, "parametrizations", {}).items()
-    }
-
-    def inspect(name: str, parameter: nn.Parameter, module: nn.Module) -> ParamInfo:
-        leaf, shape = name.rsplit(".", 1)[-1], full_shape(parameter)
-        kind, reason = _kind(module, name, shape)
-        layer, weight = parametrized.get(id(module), (module, leaf))
-        if layer is not module and len(shape) > 1:  # the trained tensor is not what multiplies
-            kind, reason = "scalar", f"parametrized {weight} of {_plain_class(layer)}"
-        if id(parameter) in heads:
-            kind, reason = "scalar", heads[id(parameter)]
-        view: tuple[int, ...] = ()
-        if isinstance(layer, (*CONVOLUTIONS, *TRANSPOSED)) and len(shape) > 1:
-            view = shape[0], math.prod(shape[1:])
-        packed = isinstance(module, nn.MultiheadAttention) and leaf == "in_proj_weight"
-        transposed = _stored_transposed(module, leaf)
-        return ParamInfo(shape, kind, reason, view, 3 if packed else None, transposed=transposed)
-
-    return inspect
 
 
 def classify(
@@ -131,6 +36,7 @@ def classify(
     scalars: Iterable[str] = (),
     split: Mapping[str, Split] | None = None,
     one_sided: Iterable[str] = (),
+    heads: str | None = None,
     make_inspector: Callable[[nn.Module], Inspector] = torch_inspector,
     any_stage: Callable[[list[bool]], list[bool]] = list,
     later: bool = False,
@@ -145,6 +51,8 @@ def classify(
         one_sided: like matrices, for embeddings, heads and routers: their polar factor is exact, by
             the eigenvalues of the Gram matrix of the short side (arXiv 2505.21799's one-sided form:
             right for (vocabulary, width), left for (experts, width)).
+        heads: "auto" cuts q, k and v (not o) into one matrix for each attention head, but where
+            ``split`` matches; None does not.
         make_inspector: from a model to what tells its parameters apart.
         any_stage: from flags of this rank to those that are set on any pipeline stage, for a model
             whose parts are on several ranks.
@@ -159,33 +67,24 @@ def classify(
             f"model is {model!r:.60}; write the nn.Module itself, as in param_groups(model)"
         )
     wrapped_model, model = model, unwrap(model)[0]
-    if not isinstance(split or {}, Mapping):
-        raise ValueError(
-            f'split is {split!r}; write pattern and parts, as in {{"qkv": [512, 128, 128]}}'
-        )
+    overrides = Overrides.of_user(
+        split, heads, matrices=matrices, scalars=scalars, one_sided=one_sided
+    )
     for module in model.modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(FSDP1.format("the model"))
-    forced = {
-        option: Patterns(option, patterns)
-        for option, patterns in (
-            ("matrices", matrices),
-            ("scalars", scalars),
-            ("one_sided", one_sided),
-        )
-    }
-    splits = Patterns("split", split or {})
     for name, parameter, _ in _named(model):
         _check_usable(name, parameter)
-    specs = _specs(wrapped_model, make_inspector(model), forced, splits, split or {})
+    specs = _specs(wrapped_model, make_inspector(model), overrides)
     names = [spec.name for spec in specs if spec.kind != "frozen"]
-    all_patterns = (*forced.values(), splits)
-    used_here = [used for patterns in all_patterns for used in patterns.used.values()]
+    used_here = [used for patterns in overrides.all_patterns for used in patterns.used.values()]
     trains_any = any(spec.kind in ("matrix", "skew") for spec in specs)
-    *used, trains_any = any_stage([*used_here, trains_any])
-    for patterns in all_patterns:
+    *used, trains_any, has_heads = any_stage([*used_here, trains_any, overrides.has_heads])
+    for patterns in overrides.all_patterns:
         patterns.used = {pattern: used.pop(0) for pattern in patterns.used}
         patterns.check(names)
+    if overrides.per_head and not has_heads:
+        raise ValueError(NO_HEADS)
     if not trains_any:
         _check_some_matrix(specs, later)
     if _has_rotations(model):
@@ -197,18 +96,14 @@ def classify(
 def _specs(
     wrapped_model: nn.Module,
     inspect: Inspector,
-    forced: Mapping[str, Patterns],
-    splits: Patterns,
-    split: Mapping[str, Split],
+    overrides: Overrides,
 ) -> list[ParamSpec]:
     """Return the spec of every parameter, by what the inspector says and the patterns override.
 
     Args:
         wrapped_model: as the user has it.
         inspect: what tells its parameters apart.
-        forced: the patterns of the options matrices, scalars and one_sided, by option.
-        splits: the patterns of ``split``.
-        split: pattern -> parts.
+        overrides: what the user says.
 
     Raises:
         ValueError: patterns that contradict each other or do not fit a parameter.
@@ -224,9 +119,9 @@ def _specs(
             info = replace(info, kind="skew", reason="rotates a frozen weight")
         elif has_rotations and info.kind == "matrix":  # POET orthogonalizes no matrices
             info = replace(info, kind="scalar", reason=f"{info.reason}, not rotated")
-        matched = _matched(name, info, forced)
+        matched = overrides.matched(name, info)
         make = _trainable_spec if parameter.requires_grad else _frozen_spec
-        spec = make(name, parameter, info, matched, splits, split)
+        spec = make(name, parameter, info, matched, overrides)
         if spec.kind == "frozen" and _rotated(module) and layer is None:
             problem = "poet.convert has frozen it, and its rotations are trained"
             spec = replace(spec, later=None, problem=problem)
@@ -234,37 +129,12 @@ def _specs(
     return specs
 
 
-def _matched(name: str, info: ParamInfo, forced: Mapping[str, Patterns]) -> tuple[str, str] | None:
-    """Return the (option, pattern) that overrides what a parameter is by itself, or None.
-
-    Args:
-        name: of the parameter.
-        info: what it is by itself.
-        forced: patterns by option.
-
-    Raises:
-        ValueError: patterns of two options match, or one that asks for a matrix of a vector.
-    """
-    matches = [
-        (o, hit) for o, patterns in forced.items() if (hit := patterns.find(name)) is not None
-    ]
-    if len(matches) > 1:
-        both = " and ".join(f"{option}: {hit!r}" for option, hit in matches)
-        raise ValueError(f"{name} matches both {both}; make one of them narrower")
-    for option, pattern in matches:
-        if option != "scalars" and len(info.shape) < 2:
-            what = f"{len(info.shape)}-D"
-            raise ValueError(f"{option}: {pattern!r} matches {name}, which is {what}")
-    return matches[0] if matches else None
-
-
 def _trainable_spec(
     name: str,
     parameter: nn.Parameter,
     info: ParamInfo,
     matched: tuple[str, str] | None,
-    splits: Patterns,
-    split: Mapping[str, Split],
+    overrides: Overrides,
 ) -> ParamSpec:
     """Return the spec of a parameter that is trained.
 
@@ -273,8 +143,7 @@ def _trainable_spec(
         parameter: itself.
         info: what it is by itself.
         matched: the (option, pattern) that overrides that; None: nothing does.
-        splits: the patterns of ``split``.
-        split: pattern -> parts.
+        overrides: what else the user says.
 
     Raises:
         ValueError: a split that does not fit.
@@ -285,7 +154,7 @@ def _trainable_spec(
         kind = "scalar" if option == "scalars" else "matrix"
         reason = f"{option}: {matched[1]!r}"
     matrices: tuple[Matrix, ...] = ()
-    pattern = splits.find(name, unique=True)
+    pattern = overrides.splits.find(name, unique=True)
     view = info.view or info.shape
     if kind == "matrix":
         if pattern is not None and info.transposed:
@@ -293,7 +162,10 @@ def _trainable_spec(
                 f"split: {pattern!r} matches {name}, which is stored in x out: its parts are"
                 " columns, and split cuts rows; leave it whole"
             )
-        parts = split[pattern] if pattern is not None else info.split
+        parts = overrides.parts(name, info, pattern)
+        if pattern is None:
+            per_head = "per head" if overrides.cuts_heads(info) else ""
+            reason = ", ".join(filter(None, (reason, info.holds, per_head)))
         matrices = matrices_of(info.name or name, view, parts, info.transposed)
     elif pattern is not None:
         raise ValueError(f"split: {pattern!r} matches {name}, which is no matrix ({reason})")
@@ -310,8 +182,7 @@ def _frozen_spec(
     parameter: nn.Parameter,
     info: ParamInfo,
     matched: tuple[str, str] | None,
-    splits: Patterns,
-    split: Mapping[str, Split],
+    overrides: Overrides,
 ) -> ParamSpec:
     """Return the spec of a frozen parameter, with its spec or problem for when it is unfrozen.
 
@@ -319,7 +190,7 @@ def _frozen_spec(
     """
     later, problem = None, ""
     try:
-        later = _trainable_spec(name, parameter, info, matched, splits, split)
+        later = _trainable_spec(name, parameter, info, matched, overrides)
     except ValueError as error:  # it is raised if somebody trains the parameter, which may be never
         problem = str(error)
     return ParamSpec(

@@ -29,6 +29,7 @@ def param_groups(
     scalars: Iterable[str] = (),
     split: Mapping[str, Split] | None = None,
     one_sided: Iterable[str] = (),
+    heads: str | None = None,
 ) -> list[dict[str, Any]]:
     """Return parameter groups for the optimizers: the matrices, then the rest.
 
@@ -38,12 +39,14 @@ def param_groups(
 
     Args:
         model: as the user has it, in its wrappers or not.
-        matrices, scalars, split, one_sided: as in ``classify``.
+        matrices, scalars, split, one_sided, heads: as in ``classify``.
 
     Raises:
         ValueError: as in ``classify``.
     """
-    specs = classify(model, matrices=matrices, scalars=scalars, split=split, one_sided=one_sided)
+    specs = classify(
+        model, matrices=matrices, scalars=scalars, split=split, one_sided=one_sided, heads=heads
+    )
     show(specs)
     for spec in specs:
         if spec.kind == "frozen":
@@ -59,6 +62,7 @@ def tag(
     scalars: Iterable[str] = (),
     split: Mapping[str, Split] | None = None,
     one_sided: Iterable[str] = (),
+    heads: str | None = None,
 ) -> None:
     """Note how each parameter is trained, for frameworks that pass on bare parameters.
 
@@ -67,14 +71,15 @@ def tag(
 
     Args:
         model: as the user has it, in its wrappers or not.
-        matrices, scalars, split, one_sided: as in ``classify``.
+        matrices, scalars, split, one_sided, heads: as in ``classify``.
 
     Raises:
         ValueError: as in ``classify``.
     """
     specs = classify(
-        model, matrices=matrices, scalars=scalars, split=split, one_sided=one_sided, later=True
-    )
+        model, matrices=matrices, scalars=scalars, split=split, one_sided=one_sided, heads=heads,
+        later=True,
+    )  # fmt: skip
     show(specs)
     for spec in specs:
         TAGS[spec.parameter] = spec

@@ -95,6 +95,9 @@ class ParamInfo:
         kind, reason: as in ``ParamSpec``.
         view: the shape in which its matrices are read; empty: ``shape``.
         split: how it holds several matrices, unless the user says otherwise.
+        holds: which ones, for the table.
+        heads: for each part of the split (or the one matrix), the rows of each attention head; 0: a
+            part without heads. Empty: it has none.
         name: in the whole model, after which its matrices are called; empty: the name that this
             rank knows it by, which differs if the rank has a part of the model only.
         transposed: whether it is stored (in, out).
@@ -105,6 +108,8 @@ class ParamInfo:
     reason: str
     view: tuple[int, ...] = ()
     split: Split | None = None
+    holds: str = ""
+    heads: tuple[int, ...] = ()
     name: str = ""
     transposed: bool = False
 

@@ -48,13 +48,40 @@ def _row_parts(rows: int, split: Split, where: str) -> list[list[tuple[int, int]
     return parts
 
 
+def per_head(rows: int, split: Split | None, heads: Sequence[int], where: str) -> list[int]:
+    """Return the split that also cuts every part into its heads.
+
+    Args:
+        rows: of the weight.
+        split: its parts, without their heads; None: it is one part.
+        heads: for each part, the rows of each of its heads; 0: it has no heads.
+        where: the words after "split" in errors.
+
+    Raises:
+        ValueError: the split does not fit, or a part is no whole number of heads.
+    """
+    parts = [[(0, rows)]] if split is None else _row_parts(rows, split, where)
+    pairs = zip(parts, heads, strict=True)
+    blocks = sorted((*block, height) for part, height in pairs for block in part)
+    result: list[int] = []
+    for _, size, height in blocks:
+        if height and size % height:
+            raise ValueError(
+                f"heads: {size} rows {where} are not cut into heads of {height} rows;"
+                ' write its parts in split, as in split={"pattern": [64, 64]}'
+            )
+        result += [height] * (size // height) if height else [size]
+    return result
+
+
 def matrices_of(
     name: str, shape: Sequence[int], split: Split | None, transposed: bool = False
 ) -> tuple[Matrix, ...]:
     """Return the matrices of a parameter: itself, each of a 3-D stack, or the parts of their split.
 
     Args:
-        name: of the parameter, from which the matrices' names are made: NAME, NAME[k], NAME/j.
+        name: of the parameter, from which the matrices' names are made: NAME, NAME[k], NAME/j. A
+            split of one part leaves the name as it is without a split.
         shape: 2-D; or 3-D for a stack of matrices. More dimensions are read as out x (the rest).
         split: how the rows of each matrix are divided; None: they are not.
         transposed: whether the parameter is stored (in, out).
@@ -68,7 +95,7 @@ def matrices_of(
     for k in range(count):
         stack = f"{name}[{k}]" if len(shape) == 3 else name
         for j, blocks in enumerate(parts):
-            part = stack if split is None else f"{stack}/{j}"
+            part = stack if len(parts) == 1 else f"{stack}/{j}"
             rows = sum(r for _, r in blocks)
             flat_blocks = tuple((k * m * n + row * n, r) for row, r in blocks)
             matrices.append(Matrix(part, (rows, n), flat_blocks, transposed))

@@ -31,7 +31,7 @@ STRATEGIES = {
     "gram": "matrices stay cut along their long side, and Gram matrices travel",
     "block": "what each rank holds is orthogonalized alone, but for every block_period-th step",
 }
-ROUTING = ("matrices", "scalars", "split", "one_sided")
+ROUTING = ("matrices", "scalars", "split", "one_sided", "heads")
 """The options of ``param_groups``, which DeepSpeed's JSON takes beside those of the optimizer."""
 
 

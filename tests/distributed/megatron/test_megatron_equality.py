@@ -111,6 +111,18 @@ def test_matrices_that_stay_cut_take_the_same_steps(name, layout):
     assert sum(one["polar_calls"] for one in found) == 5 * MATRICES
 
 
+def test_heads_take_the_same_steps():
+    """As one process that cuts linear_qkv into heads, too: 8 of them in place of 3 matrices."""
+    heads = {"heads": "auto"}
+    (wanted,) = harness.run(1, runs.train, NEW, "spectral_muon", {}, {}, {}, heads, pool=NEW)
+    assert wanted["norms"] != pytest.approx(alone(NEW, "spectral_muon")["norms"], rel=BOUND)
+    found = harness.run(2, runs.train, NEW, "spectral_muon", {"tp": 2}, {}, {}, heads, pool=NEW)
+    assert sum(one["polar_calls"] for one in found) == 5 * (MATRICES + 2 * 5)
+    for one in found:
+        for key, value in wanted["parameters"].items():
+            torch.testing.assert_close(one["parameters"][key], value, rtol=0, atol=BOUND, msg=key)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("wrapping", [{}, DISTRIBUTED], ids=["", "distributed optimizer"])
 @pytest.mark.parametrize("strategy", ["owner", "gram"])

@@ -52,6 +52,14 @@ def test_options_route_as_everywhere():
     assert sum(one["polar_calls"] for one in exact) == 15
 
 
+def test_heads():
+    """Two query groups of two heads of q, one of k and one of v, each of 16 rows."""
+    found = matrices(options={"heads": "auto"})
+    qkv = found[WEIGHT + "self_attention.linear_qkv.weight"][1]
+    assert [shape for _, shape in qkv] == [(16, 64)] * 8
+    assert len(found[WEIGHT + "mlp.linear_fc1.weight"][1]) == 2
+
+
 def test_routers_are_matrices_and_every_expert_has_its_own():
     found = matrices(ranks=2, groups={"ep": 2}, model={"moe_experts": 4})
     assert found[WEIGHT + "mlp.router.weight"][1] == [(WEIGHT + "mlp.router.weight", (4, 64))]

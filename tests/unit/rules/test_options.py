@@ -24,7 +24,7 @@ from spectral_dist.rules.polargrad import PolarGradOptions
 from spectral_dist.rules.root import ROOTOptions
 from tests.unit.rules.registered_rules import ENTRIES, RULES, model
 
-ROUTING = ("matrices", "scalars", "split", "one_sided")
+ROUTING = ("matrices", "scalars", "split", "one_sided", "heads")
 
 
 def fields_of(*kinds):
