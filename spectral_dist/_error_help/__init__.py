@@ -12,6 +12,7 @@ from spectral_dist._error_help import (
     general,
     launcher,
     model,
+    trainers,
     training,
 )
 
@@ -19,6 +20,7 @@ PAGE = "docs/troubleshooting.md"
 """The page that has a heading for every text; its anchors are the keys of ``TEXTS``."""
 PACKAGE = __name__.partition(".")[0]
 TEXTS: dict[str, tuple[str, ...]] = {
+    **trainers.TEXTS,
     **model.TEXTS,
     **training.TEXTS,
     **checkpoints.TEXTS,

@@ -25,10 +25,10 @@ from spectral_dist.sharding import collectives
 
 SETTINGS = tuple(f.name for f in fields(Settings))
 PRETRAINED = (
-    "what save_pretrained (and transformers' Trainer) writes of this model resumes"
-    " as it is, but from_pretrained reads the frozen weights in it alone, without the rotations"
-    " since the last merge. For from_pretrained: model.save_pretrained(folder,"
-    " state_dict=spectral_dist.poet.export(model))"
+    "what save_pretrained writes of this model resumes as it is, but from_pretrained reads the"
+    " frozen weights in it alone, without the rotations since the last merge. SpectralFactory of"
+    " spectral_dist.integrations.huggingface mends that, and so does its export_on_save(model); or"
+    " write model.save_pretrained(folder, state_dict=spectral_dist.poet.export(model))"
 )
 """Logged when a model of transformers is converted."""
 
