@@ -50,6 +50,7 @@ def config_of(name: str, **changes: Any) -> Any:
     """The config, after a way through YAML, as in Bridge's checkpoints."""
     from megatron.bridge.training.utils.config_utils import _ConfigContainerBase
     from megatron.bridge.utils.instantiate_utils import instantiate
+
     from spectral_dist.integrations.megatron_bridge import SpectralOptimizerConfig
 
     settings = {"options": OPTIONS.get(name, {}), **SETTINGS, **changes}
