@@ -37,6 +37,7 @@ def install() -> None:
     manager._current_platform = None
     cpu: Any = torch.cpu
     cpu.get_rng_state, cpu.set_rng_state = torch.get_rng_state, torch.set_rng_state
+    cpu.empty_cache = lambda: None
     engine: Any = importlib.import_module("verl.workers.engine.fsdp.transformer_impl")
     engine.load_fsdp_model_to_gpu = lambda *args: None  # it is there
     engine.offload_fsdp_model_to_cpu = lambda *args: None
