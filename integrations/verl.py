@@ -77,8 +77,8 @@ def build(module: nn.Module, config: Any, strategy: str) -> ShardedOptimizer:
     """
     if strategy != "fsdp2":
         raise ValueError(
-            f"strategy is {strategy!r}, whose flat parameters have no matrices that an optimizer"
-            " could see: write strategy=fsdp2 (actor_rollout_ref.actor.strategy=fsdp2,"
+            f"strategy is {strategy!r}: every matrix was flattened to 1-D by FSDP1, which verl takes"
+            " for it; write strategy=fsdp2 (actor_rollout_ref.actor.strategy=fsdp2,"
             " critic.strategy=fsdp2)"
         )
     by_title = {entry.title: entry for entry in registry.entries()}
@@ -89,9 +89,9 @@ def build(module: nn.Module, config: Any, strategy: str) -> ShardedOptimizer:
         )
     if entry.rule is None:
         raise ValueError(
-            f"{entry.title} is not supported under verl, which sends the engine's weights by their"
-            " names to the rollout, without POET's rotations: write optimizer=Muon, or train by"
-            " POET in another trainer"
+            f"spectral optimizers do not support {entry.title} under verl, which sends weights by"
+            " their names to the rollout, without the rotations beside them: write optimizer=Muon,"
+            " or take another trainer"
         )
     regular = importlib.import_module("verl.utils.py_functional").convert_to_regular_types
     options = {

@@ -42,7 +42,7 @@ def test_what_is_refused(folder: str) -> None:
         assert "write strategy=fsdp2" in said["strategy"]
         assert "'Moun'; did you mean 'Muon'" in said["name"]
         assert "'momentun'; did you mean 'momentum'" in said["option"]
-        assert "POET is not supported under verl" in said["poet"]
+        assert "do not support POET under verl" in said["poet"]
 
 
 @pytest.mark.slow
