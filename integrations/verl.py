@@ -77,8 +77,8 @@ def build(module: nn.Module, config: Any, strategy: str) -> ShardedOptimizer:
     """
     if strategy != "fsdp2":
         raise ValueError(
-            f"strategy is {strategy!r}: every matrix was flattened to 1-D by FSDP1, which verl takes"
-            " for it; write strategy=fsdp2 (actor_rollout_ref.actor.strategy=fsdp2,"
+            f"strategy is {strategy!r}: every matrix was flattened to 1-D by FSDP1, which verl uses"
+            " then; write strategy=fsdp2 (actor_rollout_ref.actor.strategy=fsdp2,"
             " critic.strategy=fsdp2)"
         )
     by_title = {entry.title: entry for entry in registry.entries()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,6 @@ def by_loop(folder: str, optimizer: str) -> list[list[float]]:
 
 
 WRONG: dict[str, dict[str, Any]] = {
-    "strategy": {"optimizer": "Muon", "options": {}, "strategy": "fsdp"},
     "name": {"optimizer": "Moun", "options": {}},
     "option": {"optimizer": "Muon", "options": {"momentun": 0.9}},
     "poet": {"optimizer": "POET", "options": {}},
@@ -152,7 +152,14 @@ def error(folder: str, case: str) -> str:
 
 def errors(folder: str) -> dict[str, str]:
     """What is said of each wrong config."""
-    return {case: error(folder, case) for case in WRONG}
+    said = {case: error(folder, case) for case in WRONG}
+    engine = engine_of(folder, "Muon", {})
+    engine.engine_config = dataclasses.replace(engine.engine_config, strategy="fsdp")
+    try:  # FSDP1 itself needs GPUs
+        engine._build_optimizer(engine.module)
+    except ValueError as raised:
+        said["strategy"] = str(raised)
+    return said
 
 
 def of_torch(folder: str) -> tuple[str, str]:
