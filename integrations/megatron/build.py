@@ -67,11 +67,7 @@ def build(
     Raises:
         ValueError: an unknown or bad option, or a configuration that is not supported.
     """
-    known = {option.name for option in fields(TYPES[name].options_type)}
-    routing = {k: v for k, v in options.items() if k in ROUTING}
-    unrouted = {k: v for k, v in options.items() if k not in ROUTING}
-    all_options = spectral_options(config, unrouted, name, known)
-    TYPES[name].options_type.from_user(all_options, name)  # before the table is shown
+    all_options, routing = checked_options(config, options, name)  # before the table is shown
     refuse(config, model_chunks)
     refuse_overrides(config_overrides or {})
     refuse_adaptation(options, model_chunks)
@@ -103,6 +99,27 @@ def build(
     if issubclass(TYPES[name], SpectralPOET):
         merge_after_steps(built, config, model_chunks)
     return built
+
+
+def checked_options(
+    config: OptimizerConfig, options: Mapping[str, Any], name: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return (all options of our optimizer, those of ``param_groups``) of what a user has given.
+
+    Args:
+        config: Megatron's, which sets some of the options.
+        options: ours, and those of ``param_groups`` (``ROUTING``).
+        name: of our optimizer, a key of ``TYPES``.
+
+    Raises:
+        ValueError: an unknown or bad option.
+    """
+    known = {option.name for option in fields(TYPES[name].options_type)}
+    routing = {k: v for k, v in options.items() if k in ROUTING}
+    unrouted = {k: v for k, v in options.items() if k not in ROUTING}
+    all_options = spectral_options(config, unrouted, name, known)
+    TYPES[name].options_type.from_user(all_options, name)
+    return all_options, routing
 
 
 def _check_poet(name: str, config: Any, options: Mapping[str, Any], has_skews: bool) -> None:

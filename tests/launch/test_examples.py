@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -22,15 +23,24 @@ _compat.without_compiling()
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 """DeepSpeed would compile its collectives on CPUs, for a minute."""
-WITHOUT_GPUS = f"""
+WITHOUT_GPUS = """
 import runpy, sys
 sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-from tests.support import megatron_cpu
-megatron_cpu.install({megatron_cpu.VERSIONS[0]!r})
+from tests.support import {module}
+{module}.install({version})
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-"""Megatron needs GPUs."""
-INSTEAD = {"deepspeed_zero.py": WITHOUT_COMPILING, "megatron_core.py": WITHOUT_GPUS}
+"""Megatron and verl need GPUs."""
+INSTEAD = {
+    "deepspeed_zero.py": WITHOUT_COMPILING,
+    "megatron_core.py": WITHOUT_GPUS.format(
+        module="megatron_cpu", version=repr(megatron_cpu.VERSIONS[0])
+    ),
+    "megatron_bridge.py": WITHOUT_GPUS.format(module="bridge_cpu", version=""),
+    "verl_fsdp2.py": WITHOUT_GPUS.format(module="verl_cpu", version=""),
+}
+NEEDS = {"megatron_bridge": "megatron.bridge", "verl_fsdp2": "verl"}
+"""Packages that most installations of the tests do not have."""
 
 
 def commands(path: Path) -> list[list[str]]:
@@ -85,6 +95,10 @@ def test_one_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [path.stem for path in EXAMPLES if path.stem != "one_process"])
 def test_the_others(name: str, tmp_path: Path) -> None:
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name].partition(".")[0])
+        if importlib.util.find_spec(NEEDS[name]) is None:
+            pytest.skip(f"{NEEDS[name]} is not installed")
     for command in commands(ROOT / f"examples/{name}.py"):
         seen = losses(printed(command, tmp_path))
         assert seen

@@ -1,0 +1,1 @@
+"""Megatron-Bridge with our optimizers."""

@@ -1,0 +1,1 @@
+"""verl with our optimizers."""

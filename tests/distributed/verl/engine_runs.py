@@ -1,0 +1,174 @@
+"""A tiny Qwen2 in verl's FSDP engine, and the same training in a loop of our own; for ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+import spectral_dist
+from tests.support import verl_cpu
+from tests.support.quiet import quiet
+
+STEPS, SAVED_AT, RANKS = 4, 2, 2
+LR, DECAY, BETAS = 0.01, 0.1, (0.9, 0.95)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "Muon": {"momentum": 0.9, "polar_dtype": "float32", "scalars": ["down_proj"], "eps": 1e-4},
+    "SUMO": {"rank": 4, "period": 2, "eps": 1e-4},
+    "NorMuon": {"polar_dtype": "float32", "eps": 1e-4},
+}
+
+
+def write_model(folder: Path) -> None:
+    """The model, as from_pretrained reads it."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+
+
+def engine_of(
+    folder: str, optimizer: str, options: dict[str, Any], strategy: str = "fsdp2",
+    impl: str = "spectral_dist", offload: bool = False,
+) -> Any:  # fmt: skip
+    """The engine, initialized, with the optimizer that its config names."""
+    verl_cpu.install()
+    from verl.trainer.config import CheckpointConfig
+    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
+
+    model = HFModelConfig(
+        path=folder, load_tokenizer=False, use_remove_padding=False,
+        override_config={"attn_implementation": "eager"}, enable_gradient_checkpointing=False,
+    )  # fmt: skip
+    precision = dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), "fp32")
+    settings = FSDPEngineConfig(
+        strategy=strategy, use_torch_compile=False, fsdp_size=-1, model_dtype="fp32",
+        mixed_precision=precision, optimizer_offload=offload,
+    )  # fmt: skip
+    optim = FSDPOptimizerConfig(
+        lr=LR, weight_decay=DECAY, betas=BETAS, total_training_steps=10, lr_warmup_steps=0,
+        optimizer=optimizer, optimizer_impl=impl, override_optimizer_config=options,
+    )  # fmt: skip
+    contents = ["model", "optimizer", "extra"]
+    with quiet():
+        engine = FSDPEngine(
+            model, settings, optim, CheckpointConfig(save_contents=contents, load_contents=contents)
+        )
+        engine.initialize()
+    return engine
+
+
+def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    tokens = torch.randint(0, 64, (4, 17), generator=generator)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def loss_of(model: Any, tokens: Tensor, targets: Tensor) -> Tensor:
+    logits = model(input_ids=tokens, use_cache=False).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def train(engine: Any, steps: range) -> list[float]:
+    """By the engine's own steps, as its training worker calls them."""
+    losses = []
+    for step in steps:
+        with engine.train_mode():  # brings what is offloaded, and takes it away again
+            engine.optimizer_zero_grad()
+            loss = loss_of(engine.module, *batch(step, dist.get_rank()))
+            loss.backward()
+            with quiet():
+                engine.optimizer_step()
+            engine.lr_scheduler_step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def by_engine(folder: str, optimizer: str, offload: bool = False) -> list[float]:
+    """All losses of this rank, with a checkpoint on the way."""
+    engine = engine_of(folder, optimizer, OPTIONS[optimizer], offload=offload)
+    assert type(engine.optimizer).__name__ == optimizer
+    losses = train(engine, range(SAVED_AT))
+    engine.save_checkpoint(f"{folder}/checkpoint", global_step=SAVED_AT)
+    return losses + train(engine, range(SAVED_AT, STEPS))
+
+
+def resumed(folder: str, optimizer: str, offload: bool = False) -> list[float]:
+    """The losses after that checkpoint, by another engine."""
+    engine = engine_of(folder, optimizer, OPTIONS[optimizer], offload=offload)
+    engine.load_checkpoint(f"{folder}/checkpoint", del_local_after_load=False)
+    return train(engine, range(SAVED_AT, STEPS))
+
+
+def by_loop(folder: str, optimizer: str) -> list[list[float]]:
+    """What the engine of ``RANKS`` ranks does, in one process without verl: each rank's losses."""
+    from transformers import Qwen2ForCausalLM
+
+    model = Qwen2ForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    options = dict(OPTIONS[optimizer])
+    routing = {"scalars": options.pop("scalars", ())}
+    with quiet():
+        ours = getattr(spectral_dist, optimizer)(
+            spectral_dist.param_groups(model, **routing), lr=LR, weight_decay=DECAY, betas=BETAS,
+            **options,
+        )  # fmt: skip
+    losses: list[list[float]] = [[] for _ in range(RANKS)]
+    for step in range(STEPS):
+        for rank in range(RANKS):
+            loss = loss_of(model, *batch(step, rank))
+            (loss / RANKS).backward()
+            losses[rank].append(float(loss.detach()))
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        with quiet():
+            ours.step()
+        ours.zero_grad()
+    return losses
+
+
+WRONG: dict[str, dict[str, Any]] = {
+    "name": {"optimizer": "Moun", "options": {}},
+    "option": {"optimizer": "Muon", "options": {"momentun": 0.9}},
+    "poet": {"optimizer": "POET", "options": {}},
+}
+
+
+def error(folder: str, case: str) -> str:
+    try:
+        engine_of(folder, **WRONG[case])
+    except ValueError as raised:
+        return str(raised)
+    return "nothing was raised"
+
+
+def errors(folder: str) -> dict[str, str]:
+    """What is said of each wrong config."""
+    said = {case: error(folder, case) for case in WRONG}
+    engine = engine_of(folder, "Muon", {})
+    engine.engine_config = dataclasses.replace(engine.engine_config, strategy="fsdp")
+    try:  # FSDP1 itself needs GPUs
+        engine._build_optimizer(engine.module)
+    except ValueError as raised:
+        said["strategy"] = str(raised)
+    return said
+
+
+def of_torch(folder: str) -> tuple[str, str]:
+    """The optimizer of a config that does not name ours, and what is said of another verl."""
+    engine = engine_of(folder, "AdamW", {"eps": 1e-4}, impl="torch.optim")
+    from spectral_dist.integrations import verl as ours
+
+    try:
+        ours.check("0.8.0")
+    except ImportError as raised:
+        return type(engine.optimizer).__module__, str(raised)
+    return type(engine.optimizer).__module__, ""

@@ -1,0 +1,43 @@
+"""verl on a CPU: it has no platform of that name, so one is registered in this process."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from typing import Any
+
+import torch
+
+
+def install() -> None:
+    """Import verl as its launcher makes every process do it, for the CPU; again: nothing."""
+    if "verl" in sys.modules:
+        return
+    os.environ["VERL_USE_EXTERNAL_MODULES"] = "spectral_dist.integrations.verl"
+    os.environ["VERL_PLATFORM"] = "cpu"
+    manager: Any = importlib.import_module("verl.plugin.platform.platform_manager")
+    cuda: Any = importlib.import_module("verl.plugin.platform.platform_cuda")
+
+    def device(self: Any) -> torch.device:
+        return torch.device("cpu")
+
+    methods = {
+        "device_name": property(lambda self: "cpu"),
+        "device_module": property(lambda self: torch.cpu),
+        "is_available": lambda self: True,
+        "current_device": device,
+        "set_device": lambda self, index: None,
+        "communication_backend_name": lambda self: "gloo",
+        "empty_cache": lambda self: None,
+    }
+    manager.PlatformRegistry.register(platform="cpu")(
+        type("PlatformCPU", (cuda.PlatformCUDA,), methods)
+    )
+    manager._current_platform = None
+    cpu: Any = torch.cpu
+    cpu.get_rng_state, cpu.set_rng_state = torch.get_rng_state, torch.set_rng_state
+    cpu.empty_cache = lambda: None
+    engine: Any = importlib.import_module("verl.workers.engine.fsdp.transformer_impl")
+    engine.load_fsdp_model_to_gpu = lambda *args: None  # it is there
+    engine.offload_fsdp_model_to_cpu = lambda *args: None
