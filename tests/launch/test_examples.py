@@ -30,6 +30,8 @@ megatron_cpu.install({megatron_cpu.VERSIONS[0]!r})
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 """Megatron needs GPUs."""
+ELSEWHERE = {"torchtitan_fsdp2"}
+"""Tested where the trainer is: tests/distributed/torchtitan."""
 INSTEAD = {"deepspeed_zero.py": WITHOUT_COMPILING, "megatron_core.py": WITHOUT_GPUS}
 
 
@@ -83,7 +85,9 @@ def test_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [path.stem for path in EXAMPLES if path.stem != "one_process"])
+@pytest.mark.parametrize(
+    "name", sorted({path.stem for path in EXAMPLES} - {"one_process", *ELSEWHERE})
+)
 def test_the_others(name: str, tmp_path: Path) -> None:
     for command in commands(ROOT / f"examples/{name}.py"):
         seen = losses(printed(command, tmp_path))

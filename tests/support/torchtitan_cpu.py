@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.pipelining.schedules import PipelineScheduleSingle
 
 
 def install() -> None:
@@ -25,7 +26,20 @@ def install() -> None:
         module.set_force_sum_reduction_for_comms(True)  # gloo has no PREMUL_SUM
 
     FSDPModule.set_gradient_divide_factor = divide_after_sum
+    PipelineScheduleSingle.step = _step_of_microbatches
     _patch_torchtitan()
+
+
+def _step_of_microbatches(
+    schedule: Any, *, arg_mbs: Any = None, kwarg_mbs: Any = None, target_mbs: Any = None,
+    losses: Any = None, loss_kwargs: Any = None, return_outputs: bool = False,
+) -> None:  # fmt: skip
+    """Take what torchtitan has cut already, as releases of torch after 2.13 do."""
+    schedule._stage.has_backward = schedule._has_backward
+    schedule._stage.clear_runtime_states()
+    schedule._step_microbatches(
+        arg_mbs, kwarg_mbs, target_mbs, losses, return_outputs, loss_kwargs=loss_kwargs
+    )
 
 
 def _fill_in_device_module() -> None:

@@ -82,3 +82,13 @@ def test_wrong_settings(case: str, tmp_path: Path) -> None:
     ):
         assert error.startswith("ValueError"), error
         assert message in error
+
+
+def test_the_example_learns(tmp_path: Path) -> None:
+    """Its file, with torchtitan's flags."""
+    flags = f"--dump_folder {tmp_path} --training.seq_len 16 --training.local_batch_size 2"
+    flags += " --training.steps 8 --optimizer.name normuon --optimizer.lr 0.01"
+    losses, optimizers = run(2, "by_example", flags.split())[0]
+    assert optimizers == ["NorMuon"]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0] - 0.3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ from torchtitan.components.optimizer import LRSchedulersContainer  # noqa: E402
 from torchtitan.components.tokenizer import BaseTokenizer  # noqa: E402
 from torchtitan.config import (  # noqa: E402
     CompileConfig,
+    ConfigManager,
     DebugConfig,
     ParallelismConfig,
     TrainingConfig,
@@ -49,6 +51,8 @@ from torchtitan.trainer import Trainer  # noqa: E402
 import spectral_dist  # noqa: E402
 from spectral_dist.integrations.torchtitan import SpectralOptimizers  # noqa: E402
 from tests.support.quiet import quiet  # noqa: E402
+
+ROOT = Path(__file__).parents[3]
 
 
 class Data(BaseDataLoader):
@@ -210,3 +214,21 @@ def whole_and_resumed(folder: str, layout: str, optimizer: str) -> list[dict[int
 def refused(folder: str, layout: str, **keywords: Any) -> None:
     with quiet():
         config_of(folder, layout, SpectralOptimizers.Config(**keywords)).build()
+
+
+def by_example(flags: list[str]) -> tuple[list[float], list[str]]:
+    """The losses of examples/torchtitan_fsdp2.py with flags, on rows of our own; the optimizers."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    config = ConfigManager().parse_args(
+        ["--module", "torchtitan_fsdp2", "--config", "llama3_muon", *flags]
+    )
+    config.tokenizer, config.dataloader = Tokenizer.Config(), Data.Config()
+    config.training.disable_cuda_graphs = True
+    config.training.mixed_precision_param = "float32"
+    with quiet():
+        trainer = config.build()
+        losses: list[float] = []
+        trainer.metrics_processor.log = lambda step, loss, *_, **__: losses.append(float(loss))
+        trainer.train()
+        trainer.close()
+    return losses, [type(each).__name__ for each in trainer.optimizers]
