@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -14,9 +14,9 @@ from torchtitan.components.optimizer.utils import get_flat_optim_state_dict
 from spectral_dist._error_help import explained
 from spectral_dist.core.named import class_of
 from spectral_dist.core.optimizer import SpectralOptimizer
-from spectral_dist.params.classify import classify
+from spectral_dist.params.classify import classify, torch_inspector
 from spectral_dist.params.param_groups import split_by_kind
-from spectral_dist.params.spec import ParamSpec
+from spectral_dist.params.spec import Inspector, ParamInfo, ParamSpec
 from spectral_dist.params.table import show
 from spectral_dist.rules import registry
 from spectral_dist.rules.options import ROUTING
@@ -174,7 +174,7 @@ def _specs_of(parts: Sequence[nn.Module], routing: Mapping[str, Any]) -> list[li
     error: Exception | None = None
     try:
         for part in parts:
-            classify(part, any_stage=of_this_rank, **routing)
+            classify(part, make_inspector=_inspector, any_stage=of_this_rank, **routing)
     except (ValueError, TypeError) as raised:
         error = raised
     collectives.raise_together(error, (collectives.world(),))
@@ -182,9 +182,27 @@ def _specs_of(parts: Sequence[nn.Module], routing: Mapping[str, Any]) -> list[li
     texts = collectives.gather_texts(" ".join(flags_of_parts), collectives.world())
     everywhere = [flags for text in texts for flags in text.split()]
     on_any = [any(flag == "1" for flag in column) for column in zip(*everywhere, strict=True)]
-    specs_of_parts = [classify(part, any_stage=lambda _: on_any, **routing) for part in parts]
+    specs_of_parts = [
+        classify(part, make_inspector=_inspector, any_stage=lambda _: on_any, **routing)
+        for part in parts
+    ]
     show([spec for specs in specs_of_parts for spec in specs])
     return specs_of_parts
+
+
+def _inspector(part: nn.Module) -> Inspector:
+    """Return torch's inspector, which knows torchtitan's head on a stage without the embedding."""
+    inspect = torch_inspector(part)
+    head = getattr(part, "lm_head", None)
+    of_head = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
+
+    def inspect_part(name: str, parameter: nn.Parameter, module: nn.Module) -> ParamInfo:
+        info = inspect(name, parameter, module)
+        if id(parameter) in of_head and info.kind == "matrix":
+            return replace(info, kind="scalar", reason="torchtitan's output head")
+        return info
+
+    return inspect_part
 
 
 def _numbered(
