@@ -1,4 +1,4 @@
-"""NeMo Automodel: ``optimizer: {_target_: spectral_dist.integrations.automodel.SpectralConfig}``."""
+"""NeMo Automodel: ``_target_: spectral_dist.integrations.automodel.SpectralConfig`` in YAML."""
 
 from __future__ import annotations
 
