@@ -92,6 +92,8 @@ def configuration(folder: str, start: str, optimizer: dict[str, Any]) -> dict[st
         "distributed": {
             "strategy": "fsdp2", "tp_size": 1, "cp_size": 1,
             "dp_size": int(os.environ["WORLD_SIZE"]),
+            # float32, as one process without FSDP2 computes
+            "mp_policy": {"_target_": "torch.distributed.fsdp.MixedPrecisionPolicy"},
         },
         "loss_fn": {"_target_": "nemo_automodel.components.loss.masked_ce.MaskedCrossEntropy"},
         "dataset": {

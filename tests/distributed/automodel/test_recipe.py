@@ -68,3 +68,24 @@ def test_two_ranks_train_as_one_and_resume(name: str, tmp_path: Path) -> None:
             link.unlink()
     rest = lines(2, tmp_path / "two", SAVED, wanted)
     assert [line["loss"] for line in rest] == pytest.approx(losses[SAVED_AT:], abs=1e-6)
+
+
+REFUSED = {
+    "sumo": (sections("sumo"), "which Automodel's checkpoints leave out"),
+    "poet": (sections("poet"), "no place for spectral_dist.poet.convert"),
+    "moun": (sections("moun"), "did you mean 'muon'"),
+    "option": (sections(options={"momentun": 0.9}), "did you mean 'momentum'"),
+    "decay": (
+        sections(weight_decay=0.0, options={"scalar_weight_decay": 0.1}),
+        "keeps it as a multiple of weight_decay, which is 0.0",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.fast_cases("sumo")
+def test_what_automodel_could_not_save_or_schedule_is_refused(case: str, tmp_path: Path) -> None:
+    wanted, message = REFUSED[case]
+    done = launch(1, tmp_path, "fresh", wanted)
+    assert done.returncode
+    assert message in done.stderr
