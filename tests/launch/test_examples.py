@@ -41,6 +41,8 @@ INSTEAD = {
 }
 NEEDS = {"megatron_bridge": "megatron.bridge", "verl_fsdp2": "verl"}
 """Packages that most installations of the tests do not have."""
+ELSEWHERE = {"torchtitan_fsdp2"}
+"""Tested where the trainer is: tests/distributed/torchtitan."""
 
 
 def commands(path: Path) -> list[list[str]]:
@@ -93,7 +95,9 @@ def test_one_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [path.stem for path in EXAMPLES if path.stem != "one_process"])
+@pytest.mark.parametrize(
+    "name", sorted({path.stem for path in EXAMPLES} - {"one_process", *ELSEWHERE})
+)
 def test_the_others(name: str, tmp_path: Path) -> None:
     if name in NEEDS:
         pytest.importorskip(NEEDS[name].partition(".")[0])

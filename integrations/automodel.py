@@ -1,0 +1,111 @@
+"""NeMo Automodel: ``_target_: spectral_dist.integrations.automodel.SpectralConfig`` in YAML."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from nemo_automodel.components.optim.optimizer import OptimizerConfig
+from torch import nn
+
+from spectral_dist._error_help import explained
+from spectral_dist.core.named import class_of
+from spectral_dist.core.optimizer import SpectralOptimizer
+from spectral_dist.params.param_groups import param_groups
+from spectral_dist.rules import registry
+from spectral_dist.rules.options import ROUTING
+
+
+@dataclass
+class SpectralConfig(OptimizerConfig):  # type: ignore[misc]
+    """What the section ``optimizer`` of a recipe's YAML builds.
+
+    Automodel's scheduler writes lr and weight decay of every group, as multiples of those of the
+    first group of matrices; the multiples are those of ``scalar_lr`` and ``scalar_weight_decay``.
+
+    Attributes:
+        name: of the optimizer: "muon", "polargrad", "root", "normuon", or a registered rule.
+        lr: learning rate.
+        weight_decay: decoupled weight decay, times lr.
+        options: the optimizer's other options, and those of ``spectral_dist.param_groups``.
+    """
+
+    supports_megatron_fsdp_sharding: ClassVar[bool] = False
+
+    name: str = "muon"
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @explained
+    def build(
+        self, model: nn.Module, *, device_mesh: Any = None, is_peft: bool = False
+    ) -> list[SpectralOptimizer]:
+        """Return one optimizer for each part of the model.
+
+        Args:
+            model: as the recipe has sharded it; with ``parts`` under pipeline parallelism.
+            device_mesh: not needed: parameters tell where their shards are.
+            is_peft: whether adapters are trained, which makes no difference.
+
+        Raises:
+            ValueError: an unknown optimizer or option, or what Automodel cannot save or schedule.
+        """
+        where = f"{type(self).__name__}(name={self.name!r})"
+        if self.param_group_overrides:
+            raise ValueError(
+                f"{where}: param_group_overrides is of Automodel's own optimizers; write options,"
+                " which has scalar_lr, scalar_weight_decay, matrices and scalars"
+            )
+        for name in ("lr", "weight_decay"):
+            if name in self.options:
+                raise ValueError(f"{where}: options has {name}; write it beside options")
+        entry = registry.find(self.name)
+        if entry.rule is None:
+            raise ValueError(
+                f"{where}: {entry.title} does not run under Automodel, which builds and shards the"
+                " model in one call: there is no place for spectral_dist.poet.convert"
+            )
+        options = {"lr": self.lr, "weight_decay": self.weight_decay, **self.options}
+        routing = {name: options.pop(name) for name in ROUTING if name in options}
+        made_of = class_of(entry)
+        made_of.options_type.from_user(options, where)
+        parts = getattr(model, "parts", [model])
+        optimizers = [made_of(param_groups(part, **routing), **options) for part in parts]
+        for optimizer in optimizers:
+            _check_saving(optimizer, where)
+            self._keep_multiples(optimizer, where)
+        return optimizers
+
+    def _keep_multiples(self, optimizer: SpectralOptimizer, where: str) -> None:
+        """Write into groups by what Automodel's scheduler is to multiply lr and weight decay.
+
+        Raises:
+            ValueError: the scheduler would write other values than those that are asked for.
+        """
+        first = optimizer.param_groups[0]
+        for name, multiple in (("lr", "lr_mult"), ("weight_decay", "wd_mult")):
+            base = getattr(self, name)
+            if first[name] != base:
+                raise ValueError(
+                    f"{where}: a part of the model has no matrix, and Automodel's scheduler takes"
+                    f" {name} from its first group; leave scalar_{name} out"
+                )
+            for group in optimizer.param_groups:
+                if group[name] and not base:
+                    raise ValueError(
+                        f"{where}: scalar_{name} is {group[name]}, but Automodel's scheduler keeps"
+                        f" it as a multiple of {name}, which is {base}; set {name}, or leave"
+                        f" scalar_{name} out"
+                    )
+                group[multiple] = group[name] / base if base else 1.0
+
+
+def _check_saving(optimizer: SpectralOptimizer, where: str) -> None:
+    """Raise a ValueError if Automodel's checkpoints would lack state."""
+    if optimizer.keeps_matrix_state:
+        raise ValueError(
+            f"{where}: it keeps state of whole matrices, which Automodel's checkpoints leave out"
+            " (it loads them with flatten_optimizer_state_dict); take muon, polargrad or normuon,"
+            " or another trainer"
+        )

@@ -1,0 +1,240 @@
+"""torchtitan: ``optimizer=SpectralOptimizers.Config(name="muon", lr=1e-3)`` in a config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import nn
+from torchtitan.components.checkpointer.utils import canonical_fqn
+from torchtitan.components.optimizer import OptimizersContainer
+from torchtitan.components.optimizer.utils import get_flat_optim_state_dict
+
+from spectral_dist._error_help import explained
+from spectral_dist.core.named import class_of
+from spectral_dist.core.optimizer import SpectralOptimizer
+from spectral_dist.params.classify import classify, torch_inspector
+from spectral_dist.params.param_groups import split_by_kind
+from spectral_dist.params.spec import Inspector, ParamInfo, ParamSpec
+from spectral_dist.params.table import show
+from spectral_dist.rules import registry
+from spectral_dist.rules.options import ROUTING
+from spectral_dist.sharding import collectives
+
+PLACE = "id"
+"""Key of a group's place among those of its optimizer, which differs between layouts."""
+
+
+class SpectralOptimizers(OptimizersContainer):  # type: ignore[misc]
+    """The optimizers of a model's parts, as torchtitan's Trainer builds, steps and saves them.
+
+    Their checkpoints load on another number of ranks, and under another layout, as torchtitan's
+    own ones do; state of whole matrices is in them as well.
+
+    Args:
+        config: of the optimizer.
+        model_parts: of this rank, sharded; several under interleaved pipeline parallelism.
+
+    Raises:
+        ValueError: an unknown optimizer or option, POET, or a field of torchtitan's own optimizers.
+
+    Example:
+        >>> optimizer = SpectralOptimizers.Config(name="muon", lr=1e-3, options={"momentum": 0.9})
+        >>> Trainer.Config(..., optimizer=optimizer)
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(OptimizersContainer.Config):  # type: ignore[misc]
+        """What torchtitan's ``Trainer.Config`` takes as its optimizer."""
+
+        name: str = "muon"
+        """Name of the optimizer: "muon", "polargrad", "root", "sumo", "normuon", or that of a
+        registered rule."""
+
+        lr: float = 1e-3
+        """Learning rate of matrices, and of all else unless options has a scalar_lr."""
+
+        options: dict[str, Any] = field(default_factory=dict)
+        """The optimizer's other options, and those of spectral_dist.param_groups."""
+
+    optimizers: list[SpectralOptimizer]
+
+    @explained
+    def __init__(self, config: SpectralOptimizers.Config, *, model_parts: list[nn.Module]) -> None:
+        _check_own_fields(config)
+        options = dict(config.options)
+        if "lr" in options:
+            raise ValueError(
+                f"{_where(config)}: options has lr; write it beside them, as in"
+                ' SpectralOptimizers.Config(name="muon", lr=1e-3)'
+            )
+        routing = {name: options.pop(name) for name in ROUTING if name in options}
+        entry = registry.find(config.name)
+        if entry.rule is None:
+            raise ValueError(
+                f"{_where(config)}: {entry.title} does not run under torchtitan, which builds"
+                " layers of a class of its own, and initializes them after it has sharded them:"
+                " there is no place for spectral_dist.poet.convert. Take another optimizer, or a"
+                " trainer that takes a converted model"
+            )
+        made_of = class_of(entry)
+        made_of.options_type.from_user({"lr": config.lr, **options}, _where(config))
+        self.model_parts = model_parts
+        self.optimizers = []
+        for index, specs in enumerate(_specs_of(model_parts, routing)):
+            trained = [spec.parameter for spec in specs if spec.kind != "frozen"]
+            optimizer = made_of(split_by_kind(trained, specs), config.lr, **options)
+            named = model_parts[index].named_parameters()
+            names = {id(parameter): canonical_fqn(name) for name, parameter in named}
+            for group in optimizer.param_groups:
+                group["param_names"] = [names[id(p)] for p in group["params"]]
+            self._log_optimizer(optimizer, index, [g["kind"] for g in optimizer.param_groups])
+            self.optimizers.append(optimizer)
+        all_params = [
+            p for each in self.optimizers for group in each.param_groups for p in group["params"]
+        ]
+        self._validate_params(all_params)
+        self._post_init(all_params)
+
+    @explained
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state of all optimizers under names of parameters; a collective call.
+
+        Before the first step it is the state that the first step starts from.
+        """
+        flat: dict[str, Any] = {}
+        for optimizer in self.optimizers:
+            optimizer.initialize_state()
+            flat.update(get_flat_optim_state_dict(optimizer))
+            for group in optimizer.param_groups:
+                for name in group["param_names"]:
+                    del flat[f"param_groups.{name}.{PLACE}"]
+        return flat
+
+    @explained
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` has returned, under this or another layout; a collective call.
+
+        Raises:
+            ValueError: the state is of another optimizer or of other matrices.
+        """
+        states: dict[str, dict[str, Any]] = {}
+        for key, value in state_dict.items():
+            what, _, rest = key.partition(".")
+            name, _, quantity = rest.rpartition(".")
+            if what == "state":
+                states.setdefault(name, {})[quantity] = value
+        for optimizer in self.optimizers:
+            optimizer.initialize_state()
+            optimizer.load_state_dict(_numbered(optimizer, states, state_dict))
+
+
+def _where(config: SpectralOptimizers.Config) -> str:
+    """Return what errors begin with."""
+    return f"SpectralOptimizers.Config(name={config.name!r})"
+
+
+def _check_own_fields(config: SpectralOptimizers.Config) -> None:
+    """Raise a ValueError if fields of torchtitan's own optimizers are set, which do nothing here.
+
+    Args:
+        config: of the optimizer.
+    """
+    instead = {
+        "param_groups": "options has matrices and scalars, which are patterns of names",
+        "implementation": "options has scalar_backend",
+        "optimizer_factory_kwargs_by_name": "write options",
+    }
+    own = OptimizersContainer.Config()
+    for name, advice in instead.items():
+        if getattr(config, name) != getattr(own, name):
+            raise ValueError(
+                f"{_where(config)}: {name} is of torchtitan's own optimizers; leave it out:"
+                f" {advice}"
+            )
+
+
+def _specs_of(parts: Sequence[nn.Module], routing: Mapping[str, Any]) -> list[list[ParamSpec]]:
+    """Return what the parameters of each part are; a collective call of all stages.
+
+    A pattern need not match in every part, nor need every part have a matrix: one of any stage is
+    enough.
+
+    Args:
+        parts: of the model, on this rank.
+        routing: options of ``param_groups``.
+    """
+    seen: list[list[bool]] = []
+
+    def of_this_rank(flags: list[bool]) -> list[bool]:
+        seen.append(flags)
+        return [True] * len(flags)
+
+    error: Exception | None = None
+    try:
+        for part in parts:
+            classify(part, make_inspector=_inspector, any_stage=of_this_rank, **routing)
+    except (ValueError, TypeError) as raised:
+        error = raised
+    collectives.raise_together(error, (collectives.world(),))
+    flags_of_parts = ["".join(str(int(flag)) for flag in flags) for flags in seen]
+    texts = collectives.gather_texts(" ".join(flags_of_parts), collectives.world())
+    everywhere = [flags for text in texts for flags in text.split()]
+    on_any = [any(flag == "1" for flag in column) for column in zip(*everywhere, strict=True)]
+    specs_of_parts = [
+        classify(part, make_inspector=_inspector, any_stage=lambda _: on_any, **routing)
+        for part in parts
+    ]
+    show([spec for specs in specs_of_parts for spec in specs])
+    return specs_of_parts
+
+
+def _inspector(part: nn.Module) -> Inspector:
+    """Return torch's inspector, which knows torchtitan's head on a stage without the embedding."""
+    inspect = torch_inspector(part)
+    head = getattr(part, "lm_head", None)
+    of_head = {id(p) for p in head.parameters()} if isinstance(head, nn.Module) else set()
+
+    def inspect_part(name: str, parameter: nn.Parameter, module: nn.Module) -> ParamInfo:
+        info = inspect(name, parameter, module)
+        if id(parameter) in of_head and info.kind == "matrix":
+            return replace(info, kind="scalar", reason="torchtitan's output head")
+        return info
+
+    return inspect_part
+
+
+def _numbered(
+    optimizer: SpectralOptimizer,
+    states: Mapping[str, Mapping[str, Any]],
+    flat: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Return an optimizer's part of a state dict, as its own ``load_state_dict`` takes it.
+
+    Args:
+        optimizer: whose parameters are looked up.
+        states: {parameter: {quantity: value}}.
+        flat: values of groups, as ``param_groups.PARAMETER.KEY``.
+
+    Raises:
+        ValueError: a parameter was of another kind when the state was saved.
+    """
+    numbered: dict[int, Mapping[str, Any]] = {}
+    groups: list[dict[str, Any]] = []
+    for group in optimizer.param_groups:
+        first = len(numbered)
+        for name in group["param_names"]:
+            kind = flat.get(f"param_groups.{name}.kind", group["kind"])
+            if kind != group["kind"]:
+                raise ValueError(
+                    f"{name} is of kind {group['kind']!r}, and was of kind {kind!r} when this state"
+                    " was saved; give the same matrices and scalars in options"
+                )
+            numbered[len(numbered)] = states.get(name, {})
+        prefix = f"param_groups.{group['param_names'][0]}."
+        values = {key: flat[prefix + key] for key in group if prefix + key in flat}
+        values[PLACE] = group[PLACE]
+        values["params"] = list(range(first, len(numbered)))
+        groups.append(values)
+    return {"state": numbered, "param_groups": groups}

@@ -1,0 +1,1 @@
+"""Under the recipes of NeMo Automodel, on CPUs."""

@@ -1,0 +1,1 @@
+"""Under torchtitan's Trainer, on CPUs."""
