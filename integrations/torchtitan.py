@@ -14,7 +14,8 @@ from torchtitan.components.optimizer.utils import get_flat_optim_state_dict
 from spectral_dist._error_help import explained
 from spectral_dist.core.named import class_of
 from spectral_dist.core.optimizer import SpectralOptimizer
-from spectral_dist.params.classify import classify, torch_inspector
+from spectral_dist.params.classify import classify
+from spectral_dist.params.modules import torch_inspector
 from spectral_dist.params.param_groups import split_by_kind
 from spectral_dist.params.spec import Inspector, ParamInfo, ParamSpec
 from spectral_dist.params.table import show
