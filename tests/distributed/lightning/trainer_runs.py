@@ -127,7 +127,7 @@ def fit(
         saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
         callbacks = (*callbacks, saving)
     trainer = lightning.Trainer(
-        accelerator="cpu", devices=world, strategy=strategy_of(layout), max_epochs=EPOCHS,
+        accelerator="cpu", devices=world, strategy=strategy_of(layout), max_epochs=changes.pop("max_epochs", EPOCHS),
         # Lightning looks for MPI by itself, and fails where mpi4py has no library
         plugins=[LightningEnvironment()], gradient_clip_val=CLIP,
         accumulate_grad_batches=ACCUMULATION, callbacks=list(callbacks), logger=False,
@@ -187,3 +187,8 @@ def by_loop(name: str, thaw: bool = False) -> dict[str, Any]:
             optimizer.zero_grad()
             losses.append(float(loss.detach()))
     return {"weights": {k: v.clone() for k, v in net.state_dict().items()}, "losses": losses}
+
+
+def rethawed(folder: str, layout: str, name: str) -> dict[str, Any]:
+    path = f"{folder}/epoch=1.ckpt"
+    return result(fit(folder, layout, name, path, (Thaw(),), max_epochs=3))
