@@ -120,7 +120,7 @@ def _spec_of(item: Any, known: dict[int, ParamSpec]) -> ParamSpec:
     if spec.later is None:  # it has been unfrozen since
         raise ValueError(f"{spec.name} cannot be trained: {spec.problem}")
     wrapper = None if spec.wrapper is None else spec.wrapper()
-    if wrapper is not None and all(p is not parameter for p in wrapper._module_parameters):
+    if wrapper is not None:
         raise ValueError(
             f"{spec.name} was frozen when DistributedDataParallel was made, which therefore does"
             " not reduce its gradient; wrap the model while it requires gradients, or anew once it"

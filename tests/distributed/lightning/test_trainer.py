@@ -30,7 +30,7 @@ def close(got: dict[str, Any], wanted: dict[str, Any], bound: float) -> None:
         torch.testing.assert_close(got["weights"][name], value, rtol=0, atol=bound)
 
 
-BOUNDS = {"Muon": 2e-6, "SUMO": 1e-5, "POET": 2e-6}
+BOUNDS = {"Muon": 2e-6, "SUMO": 4e-5, "POET": 2e-6}
 """SUMO computes in float32, and AdamW amplifies where gradients are small."""
 
 

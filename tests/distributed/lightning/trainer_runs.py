@@ -127,12 +127,14 @@ def fit(
         saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
         callbacks = (*callbacks, saving)
     trainer = lightning.Trainer(
-        accelerator="cpu", devices=world, strategy=strategy_of(layout), max_epochs=changes.pop("max_epochs", EPOCHS),
+        accelerator="cpu", devices=world, strategy=strategy_of(layout),
+        max_epochs=changes.pop("max_epochs", EPOCHS),
         # Lightning looks for MPI by itself, and fails where mpi4py has no library
         plugins=[LightningEnvironment()], gradient_clip_val=CLIP,
         accumulate_grad_batches=ACCUMULATION, callbacks=list(callbacks), logger=False,
         enable_checkpointing=resume is None, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, default_root_dir=folder, **changes,
+        enable_model_summary=False, use_distributed_sampler=False,
+        default_root_dir=folder, **changes,
     )  # fmt: skip
     data = TensorDataset(rows())
     # Lightning's own sampler would shuffle
