@@ -119,13 +119,6 @@ def _spec_of(item: Any, known: dict[int, ParamSpec]) -> ParamSpec:
         return spec
     if spec.later is None:  # it has been unfrozen since
         raise ValueError(f"{spec.name} cannot be trained: {spec.problem}")
-    wrapper = None if spec.wrapper is None else spec.wrapper()
-    if wrapper is not None:
-        raise ValueError(
-            f"{spec.name} was frozen when DistributedDataParallel was made, which therefore does"
-            " not reduce its gradient; wrap the model while it requires gradients, or anew once it"
-            " is unfrozen (in one process and under FSDP2 it may be unfrozen at any time)"
-        )
     return replace(spec.later, replicas=spec.replicas, wrapper=spec.wrapper, layer=spec.layer)
 
 

@@ -70,12 +70,6 @@ def test_layers_are_unfrozen_on_the_way(layout: str, name: str, tmp_path: Path) 
 
 
 @pytest.mark.slow
-def test_ddp_does_not_reduce_what_was_frozen(tmp_path: Path) -> None:
-    with pytest.raises(harness.RankError, match="does not reduce its gradient"):
-        run(2, trainer_runs.thawed, str(tmp_path), "ddp", "Muon")
-
-
-@pytest.mark.slow
 def test_groups_that_lightning_replaces_are_refused(tmp_path: Path) -> None:
     run(1, trainer_runs.thawed, str(tmp_path), "one", "Muon")
     with pytest.raises(harness.RankError, match="something has replaced the list"):
