@@ -6,5 +6,18 @@ TEXTS: dict[str, tuple[str, ...]] = {
     ),
     "spectralcallback-the-optimizer-is": (r"SpectralCallback: the optimizer is a ",),
     "optim_args": (r"optim_args: ",),
+    "a-trainers-config-of-an-optimizer": (
+        r"does not run under (torchtitan|Automodel), which builds",
+        r"is of torchtitan's own optimizers; leave it out",
+        r"param_group_overrides is of Automodel's own optimizers",
+        r"options has .*; write it beside",
+        r"which Automodel's checkpoints leave out",
+        r"Automodel's scheduler (keeps|takes)",
+        r"; give the same matrices and scalars in options",
+    ),
+    "this-optimizers-param_groups-are-not-those-that-it-was-built-with": (
+        r"this optimizer's param_groups, .*, are not the",
+    ),
+    "came-in-place-of-the-layers-extra-state": (r"came in place of the layer's extra state",),
     "export_on_save": (r"export_on_save: ",),
 }

@@ -148,6 +148,13 @@ class Loading(torch.optim.Optimizer):
             )
         for group in groups:
             self.check_rule(group)
+        if len(self.routes) != len(self.param_groups):
+            raise ValueError(
+                f"this optimizer's param_groups, {len(self.param_groups)}, are not the"
+                f" {len(self.routes)} that it was built with: something has replaced the list. Add"
+                " groups with add_param_group, and build the optimizer with all that the"
+                " checkpoint's had"
+            )
         kinds, saved_kinds = (
             [f"{len(group['params'])} {group['kind']}" for group in param_groups]
             for param_groups in (self.param_groups, groups)

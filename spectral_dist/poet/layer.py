@@ -333,8 +333,14 @@ class PoetLayer(nn.Module):
         """Check that a checkpoint's state is of a layer that was built with the same settings.
 
         Raises:
-            ValueError: it is not.
+            ValueError: it is not, or whoever loads has left the layers' state out.
         """
+        if not isinstance(state, Tensor):
+            raise ValueError(
+                f"{self.key}: a {type(state).__name__} came in place of the layer's extra state"
+                " (merges and settings), which whoever loads this checkpoint leaves out; save and"
+                " load a sharded checkpoint, or use spectral_dist.checkpoint"
+            )
         for (name, value), saved in zip(
             self._fixed_settings().items(), state[1:].tolist(), strict=True
         ):
