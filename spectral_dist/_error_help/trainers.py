@@ -15,7 +15,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
         r"Automodel's scheduler (keeps|takes)",
         r"; give the same matrices and scalars in options",
     ),
-    "this-optimizers-param_groups-are-not-those-that-it-was-built-with": (
+    "this-optimizers-param_groups-are-not-the-that-it-was-built-with": (
         r"this optimizer's param_groups, .*, are not the",
     ),
     "came-in-place-of-the-layers-extra-state": (r"came in place of the layer's extra state",),
