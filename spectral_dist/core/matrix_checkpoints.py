@@ -221,12 +221,30 @@ class MatrixCheckpoints(ShardedOptimizer):
             ValueError: the state is of another optimizer, of other matrices, or was saved with
                 another value of an option that shapes it; then nothing has changed.
         """
+        state_dict = self._with_former_key(state_dict)
         super().load_state_dict(state_dict)
         self._consolidated = None
         if not self.placement.saves_matrix_state and self.keeps_matrix_state:
             self._load_matrix_state(state_dict)
         for call in self.after_load:
             call()
+
+    def _with_former_key(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """Return a state dict in which matrix state is among the states of parameters.
+
+        Older releases kept it by matrix, as "matrix_state" beside "state".
+        """
+        groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
+        if not groups or "matrix_state" not in state_dict:
+            return state_dict
+        saved = {i: dict(state) for i, state in state_dict["state"].items()}
+        for group, former in zip(self.param_groups, groups, strict=False):
+            for route, i in zip(self.routes[group["id"]], former["params"], strict=False):
+                for place, matrix in enumerate(route.matrices):
+                    for name, value in state_dict["matrix_state"].get(matrix.name, {}).items():
+                        key = whole_state.state_name(route, place, name)
+                        saved.setdefault(i, {})[key] = value
+        return {"state": saved, "param_groups": groups}
 
     def check_loaded(self, state_dict: Mapping[str, Any]) -> None:
         """Raise a ValueError if a state dict is not of this optimizer."""

@@ -61,7 +61,7 @@ class MeshPlacement(ReplicatedPlacement):
         super().prepare(optimizer, routes, meter)
         self._meter = meter
         tensors = [p for group in optimizer.param_groups for p in group["params"]]
-        for route, tensor in zip(routes, tensors, strict=True):
+        for route, tensor in zip(routes, tensors, strict=False):
             leaf = route.name.rpartition(".")[2]
             if route.layer is not None and tensor is not getattr(route.layer, leaf):
                 raise ValueError(
