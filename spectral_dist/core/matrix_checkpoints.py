@@ -237,6 +237,8 @@ class MatrixCheckpoints(ShardedOptimizer):
         groups = state_dict.get("param_groups") if isinstance(state_dict, dict) else None
         if not groups or "matrix_state" not in state_dict:
             return state_dict
+        if not all(isinstance(group, Mapping) and "params" in group for group in groups):
+            return state_dict  # which ``check_loaded`` refuses
         saved = {i: dict(state) for i, state in state_dict["state"].items()}
         for group, former in zip(self.param_groups, groups, strict=False):
             for route, i in zip(self.routes[group["id"]], former["params"], strict=False):

@@ -40,7 +40,7 @@ def model_of(optimizer: str) -> LlamaForCausalLM:
 
 
 def data(ranks: int) -> list[dict[str, list[int]]]:
-    """As many sequences as all ranks take in all steps, and no more."""
+    """Return as many sequences as all ranks take in all steps, and no more."""
     generator = torch.Generator().manual_seed(1)
     count = STEPS * ACCUMULATION * BATCH * ranks
     rows = torch.randint(48, (count, LENGTH), generator=generator).tolist()

@@ -97,7 +97,7 @@ class Thaw(BaseFinetuning):
 
 
 def rows() -> Tensor:
-    """As many as all ranks take in an epoch."""
+    """Return as many as all ranks take in an epoch."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(WORDS, (STEPS * ACCUMULATION * BATCH, LENGTH), generator=generator)
 

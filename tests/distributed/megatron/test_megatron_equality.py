@@ -112,7 +112,7 @@ def test_matrices_that_stay_cut_take_the_same_steps(name, layout):
 
 
 def test_heads_take_the_same_steps():
-    """As one process that cuts linear_qkv into heads, too: 8 of them in place of 3 matrices."""
+    """It equals one process that cuts linear_qkv into 8 heads in place of 3 matrices."""
     heads = {"heads": "auto"}
     (wanted,) = harness.run(1, runs.train, NEW, "spectral_muon", {}, {}, {}, heads, pool=NEW)
     assert wanted["norms"] != pytest.approx(alone(NEW, "spectral_muon")["norms"], rel=BOUND)

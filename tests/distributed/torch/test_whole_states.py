@@ -59,7 +59,7 @@ def goes_on(placed: Any, optimizer: Any, other: Any, resumed: Any) -> None:
 
 
 def by_torch(layout: str, rule: str, full: bool, folder: str) -> None:
-    """As accelerate does under FSDP2: a full state dict of rank 0, or DCP's shards."""
+    """Save as accelerate does under FSDP2: a full state dict of rank 0, or DCP's shards."""
     options = StateDictOptions(full_state_dict=full, cpu_offload=full, broadcast_from_rank0=full)
     placed, optimizer = build(layout, rule)
     train(placed, optimizer, 0, FIRST)
@@ -125,7 +125,7 @@ def test_another_number_of_ranks_resumes(rule: str, tmp_path: Path) -> None:
 
 
 def by_rank_0(rule: str, folder: str) -> None:
-    """As Hugging Face's Trainer does under DistributedDataParallel."""
+    """Save as Hugging Face's Trainer does under DistributedDataParallel."""
     placed, optimizer = build("ddp", rule)
     train(placed, optimizer, 0, FIRST)
     with pytest.raises(ValueError, match="consolidate_state_dict"):

@@ -125,7 +125,7 @@ HEADS: dict[str, dict[str, int]] = {
 
 
 def destination(spec: ParamSpec) -> str:
-    """Of a parameter, in the words of ``EXPECTED``."""
+    """Return where a parameter goes, in the words of ``EXPECTED``."""
     if spec.kind != "matrix":
         return {"scalar": ADAMW, "frozen": FROZEN}[spec.kind]
     count = len(spec.matrices)
@@ -191,7 +191,7 @@ def test_split_of_the_user_wins() -> None:
 
 
 class GPTNeoXAttention(nn.Module):
-    """Of the same name as transformers' class, and of another layout for all that is known."""
+    """This class has the name of one of transformers', and another layout for all we know."""
 
     num_attention_heads = 4
 

@@ -100,7 +100,7 @@ RECORDS: list[Record] = []
 
 
 def attention_heads(model: Any) -> list[list[Tensor]]:
-    """Of each of q, k and v of each attention of a model: its heads, as its forward has them."""
+    """Return the heads of q, k and v of each attention of a model, as its forward has them."""
     transformers.AttentionInterface.register("probe", probe)
     with recorded() as record:
         RECORDS.append(record)
