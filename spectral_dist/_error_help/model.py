@@ -29,7 +29,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
         r"is no regular expression: ",
     ),
     "make-them-narrower": (r"; make (?:them|one of them) narrower",),
-    "split-matches-which-is": (r"split: .* matches .*, which is (?:stored in x out|no matrix)",),
+    "split-matches-which-is": (r"split: .* matches .*, which is no matrix",),
     "matches-which-is": (r": .* matches .*, which is ",),
     "split-is-write-pattern-and-parts": (r"split is .*; write pattern and parts",),
     "heads-is": (

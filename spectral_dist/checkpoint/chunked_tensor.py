@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from spectral_dist.core.units import MatrixUnit
 from spectral_dist.params.spec import ParamSpec
 from spectral_dist.sharding import collectives
-from spectral_dist.sharding.layout import Layout, Tile
+from spectral_dist.sharding.bucket_routes import tile_pieces
+from spectral_dist.sharding.layout import Layout, Matrix, Tile
 
 aten = torch.ops.aten
 COPIES = {
@@ -124,39 +125,56 @@ def momentum_runs(
     """
     located = unit.located
     rank = collectives.rank(located.group)
-    chunks: dict[tuple[int, int], Chunk] = {}  # by (start, length) of the run
+    views = {
+        (piece.start, piece.length): view
+        for piece, view in unit.momentum_runs.packed_views(index, momentum).items()
+    }
+    parts: list[tuple[Chunk, Tensor]] = []
     for layout in located.layouts:
         for tile in layout.tiles:
-            begin, length = tile.run(rank)
-            if tile.tensor == index and length:
-                chunks[begin, length] = _chunk(layout, tile, rank, route)
-    views = unit.momentum_runs.packed_views(index, momentum)
-    parts = [(chunks[piece.start, piece.length], view) for piece, view in views.items()]
+            for piece in tile_pieces(tile, 0, rank) if tile.tensor == index else ():
+                view = views.get((piece.start, piece.length))
+                if view is not None:
+                    parts += _boxes(layout, tile, rank, route, view)
     return ChunkedTensor(route.shape, momentum, parts)
 
 
-def _chunk(layout: Layout, tile: Tile, rank: int, route: ParamSpec) -> Chunk:
-    """Return the box of a parameter that this rank's run of a tile is; it must be whole rows.
+def _boxes(
+    layout: Layout, tile: Tile, rank: int, route: ParamSpec, values: Tensor
+) -> Iterator[tuple[Chunk, Tensor]]:
+    """Yield the boxes of a parameter that this rank stores of a tile, which must be whole rows.
 
     Args:
         layout: of the matrix.
         tile: of the layout.
         rank: this rank in the layout's group.
         route: the parameter's spec.
+        values: of the box; of several boxes, one for each column, if the columns have a step.
     """
-    width, shape = layout.matrix.shape[1], route.shape
-    rows_of_stack = route.stack // width
-    first, skipped = tile.row, 0
-    for start, rows in layout.matrix.blocks:
-        if skipped <= first < skipped + rows:
-            first += start // width - skipped
-            break
-        skipped += rows
-    begin = max(tile.offset, tile.cut.run(rank)[0]) - tile.offset
-    number, row = divmod(first + begin // tile.cols, rows_of_stack)
-    rows = tile.run(rank)[1] // tile.cols
-    if route.stacked:
-        return (number, row, tile.col), (1, rows, tile.cols)
-    if len(shape) == 2:
-        return (row, tile.col), (rows, tile.cols)
-    return (row, *(0 for _ in shape[1:])), (rows, *shape[1:])
+    begin, end = tile.part(rank)
+    rows, shape = (end - begin) // tile.cols, route.shape
+    row = _row_of_parameter(layout.matrix, tile.row) + begin // tile.cols
+    number, row = divmod(row, route.stack // layout.matrix.width)
+    columns = next(
+        first + (tile.col - col) * tile.step
+        for col, first, count in layout.matrix.column_runs(0, layout.matrix.width)
+        if col <= tile.col < col + count
+    )
+    if len(shape) > 2 and not route.stacked:
+        yield ((row, *(0 for _ in shape[1:])), (rows, *shape[1:])), values
+        return
+    prefix, one = ((number,), (1,)) if route.stacked else ((), ())
+    if tile.step == 1:
+        yield ((*prefix, row, columns), (*one, rows, tile.cols)), values
+        return
+    for k, column in enumerate(values.view(rows, tile.cols).unbind(1)):
+        yield ((*prefix, row, columns + k * tile.step), (*one, rows, 1)), column
+
+
+def _row_of_parameter(matrix: Matrix, row: int) -> int:
+    """Return the row of the parameter, seen as (rows, columns), at which a row of a matrix is."""
+    for start, rows in matrix.blocks:
+        if row < rows:
+            return start // matrix.width + row
+        row -= rows
+    raise AssertionError("a matrix's rows are those of its blocks")

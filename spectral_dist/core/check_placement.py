@@ -11,6 +11,7 @@ from spectral_dist.core.first_step import matrix_of
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.params.spec import ParamSpec
 from spectral_dist.sharding import collectives
+from spectral_dist.sharding.bucket_routes import tile_pieces
 from spectral_dist.sharding.collectives import Group, Meter
 from spectral_dist.sharding.layout import Located
 
@@ -86,13 +87,15 @@ def _check_tiles(
     for layout in located.layouts:
         matrix, count = layout.matrix, 0
         values = matrix_of(matrix, whole[by_matrix[matrix.name]])
+        values = values.mT if matrix.transposed else values
         for tile in layout.tiles:
-            start, length = tile.run(rank)
             begin, end = tile.part(rank)
-            count += length
+            count += end - begin
             box = values[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols]
-            expected = box.reshape(-1)[begin : begin + length]
-            stored = local[tile.tensor][start : start + length] if length else expected
+            expected = box.reshape(-1)[begin:end]
+            pieces = tile_pieces(tile, 0, rank)
+            views = [piece.view(local[tile.tensor]).reshape(-1) for piece in pieces]
+            stored = torch.cat(views) if views else expected
             if not torch.equal(stored.to(expected), expected):
                 raise AssertionError(
                     f"{matrix.name}: what this rank stores is not [{begin}, {end}) of its tile at"

@@ -50,8 +50,11 @@ def first_step(
 
 def matrix_of(matrix: Matrix, parameter: Tensor) -> Tensor:
     """Return a matrix out of its whole parameter, in float64, transposed if rules read it so."""
-    flat, n = parameter.reshape(-1), matrix.shape[1]
-    stored = torch.cat([flat[s : s + r * n] for s, r in matrix.blocks]).view(matrix.shape).double()
+    flat, width = parameter.reshape(-1), matrix.width
+    rows = torch.cat([flat[s : s + r * width] for s, r in matrix.blocks]).view(-1, width)
+    step = 1 if matrix.columns is None else matrix.columns.step
+    runs = matrix.column_runs(0, width)
+    stored = torch.cat([rows[:, c : c + k * step : step] for _, c, k in runs], 1).double()
     return stored.mT if matrix.transposed else stored
 
 

@@ -71,7 +71,8 @@ class MatrixStep(MatrixTask):
         grads = [self.grad_of[p] for p in pieces]
         if any(g.dtype != exchange.state_dtype or g.device != exchange.state_device for g in grads):
             flat = pack(grads, exchange.state_dtype, exchange.state_device)
-            grads = list(torch.split(flat, [g.numel() for g in grads]))
+            runs = torch.split(flat, [g.numel() for g in grads])
+            grads = [piece.shaped(run) for piece, run in zip(pieces, runs, strict=True)]
         if self.has_momentum:
             present = self._with_gradient(pieces)
             momenta = [self.momentum_of[pieces[i]] for i in present]

@@ -137,5 +137,5 @@ def fill_momentum(
     """
     flat = local.view(-1)
     for piece, values in unit.momentum_runs.packed_views(index, packed).items():
-        flat[piece.start :][: piece.length].copy_(values)
+        piece.view(flat).copy_(values)
     collectives.sum_ranks(flat, unit.located.replicas, meter)

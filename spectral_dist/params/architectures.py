@@ -20,7 +20,7 @@ GATE_UP = ("gate", "up")
 
 @dataclass(frozen=True)
 class Fused:
-    """The matrices that lie one above the other in a weight.
+    """The matrices that lie one above the other in a weight, as rules read it (out, in).
 
     Attributes:
         parts: their names, in the order of ``split``.
@@ -40,7 +40,7 @@ class Fused:
 
 
 Layout: TypeAlias = Callable[[Any, int], Fused | None]
-"""From the module that has a weight, and its rows, to what it holds; None: it is one matrix."""
+"""From the module that has a weight, and its rows (outputs), to what it holds; None: one matrix."""
 
 
 def head_size(holder: Any) -> int:
@@ -126,6 +126,13 @@ def _codegen(holder: Any, rows: int) -> Fused:
 def _exaone(holder: Any, rows: int) -> Fused:
     size = head_size(holder)
     return Fused(QKV, [holder.q_dim, holder.kv_dim, holder.kv_dim], (size,) * 3)
+
+
+def _gpt2(holder: Any, rows: int) -> Fused:
+    """q, k, v; of the encoder's output k, v alone."""
+    if getattr(holder, "is_cross_attention", False):
+        return Fused(("k", "v"), 2, (equal_heads(holder, rows // 2),) * 2)
+    return _thirds(holder, rows)
 
 
 def _latent(holder: Any, rows: int) -> Fused | None:
@@ -229,6 +236,8 @@ ROWS = (
     _row("qkv_proj", "MiniMaxLightningAttention", _IN_HEAD, _thirds_of_head),
     _row("query_key_value", "FalconAttention", "q, k, v of a head; with multi_query: q, k, v over"
          " all heads; with new_decoder_architecture: of a query group", _falcon),
+    _row("c_attn", "Attention DecisionTransformerGPT2Attention GPT2Attention ImageGPTAttention",
+         f"q, k, v: {_OVER} (columns: it is stored in x out); in cross-attention: k, v", _gpt2),
     _row("c_attn", "GPTBigCodeAttention", "q, k, v over all heads; without multi_query: of a head",
          _bigcode),
     _row("qkv_proj", "CodeGenAttention", "q, v, k of a quarter of the heads, then of the next",
@@ -258,6 +267,9 @@ ROWS = (
 )  # fmt: skip
 """The table of architectures, of layers in modules; experts say their layout themselves."""
 
+SIDE_BY_SIDE = ("Llama4TextExperts",)
+"""Classes of experts with gate and up in halves, which do not say so themselves."""
+
 _LAYOUTS = {(row.leaf, name): row.layout for row in ROWS for name in row.classes}
 _LEAVES = {row.leaf for row in ROWS}
 
@@ -277,7 +289,7 @@ def fused_linear(holder: nn.Module, leaf: str, rows: int) -> Fused | None:
     Args:
         holder: the module that has the layer.
         leaf: the layer's name in it.
-        rows: of the weight.
+        rows: of the weight, as rules read it.
     """
     if leaf not in _LEAVES:
         return None
@@ -289,12 +301,18 @@ def fused_linear(holder: nn.Module, leaf: str, rows: int) -> Fused | None:
 
 
 def fused_experts(module: nn.Module, leaf: str) -> Fused | None:
-    """Return what each matrix of a stack of experts holds, if its module says gate above up."""
-    says_so = getattr(module, "is_concatenated", False) and getattr(module, "has_gate", False)
-    if leaf != "gate_up_proj" or not says_so or getattr(module, "is_transposed", True):
-        return None
+    """Return what each matrix of a stack of experts holds, if its module says that it has a gate.
+
+    Gate and up lie one above the other, or (GPT-OSS) a row of each in turn.
+    """
     names = transformers_bases(module)
-    return Fused(GATE_UP, 2, owner=names[0]) if names else None
+    if leaf != "gate_up_proj" or not names:
+        return None
+    if names[0] in SIDE_BY_SIDE:
+        return Fused(GATE_UP, 2, owner=names[0])
+    if not getattr(module, "has_gate", False) or not hasattr(module, "is_concatenated"):
+        return None
+    return Fused(GATE_UP, 2 if module.is_concatenated else [1, 1], owner=names[0])
 
 
 def experts_above_each_other(module: nn.Module, leaf: str) -> int:

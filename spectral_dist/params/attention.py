@@ -19,6 +19,7 @@ PROJECTIONS = (
     ("q_lin", "k_lin", "v_lin"),
     ("linear_q", "linear_k", "linear_v"),
     ("to_q", "", ""),
+    ("q_attn", "", ""),
 )
 """The names that modules give to their projections q, k and v; "": they hold none of that name."""
 
@@ -36,7 +37,7 @@ def projection_head(holder: nn.Module, leaf: str) -> int:
         beside = [name for name in names[:2] if name]
         if all(isinstance(getattr(holder, name, None), nn.Module) for name in beside):
             query: Any = getattr(holder, names[0])
-            rows = getattr(query, "out_features", 0)
+            rows = getattr(query, "out_features", getattr(query, "nf", 0))
             size = head_size(holder) or equal_heads(holder, rows)
             values: Any = getattr(holder, "v_head_dim", size)
             return values if leaf == names[2] and isinstance(values, int) else size

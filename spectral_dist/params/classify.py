@@ -20,7 +20,7 @@ from spectral_dist.sharding.layout import Matrix
 
 NO_HEADS = (
     "heads is 'auto', but no attention module of the model says how many rows each head has"
-    " (head_dim) of q, k or v stored out x in; write the heads in split, as in"
+    " (head_dim) of q, k or v; write the heads in split, as in"
     ' split={"q_proj": 32} for 32 heads one above the other'
 )
 FSDP1 = (
@@ -47,7 +47,8 @@ def classify(
         model: as the user has it, in its wrappers or not.
         matrices, scalars: regular expressions (re.search on the name) that override what the types
             of modules say.
-        split: pattern -> parts, for weights that hold several matrices one above the other.
+        split: pattern -> parts, for weights that hold several matrices one above the other; side
+            by side, if the weight is stored in x out.
         one_sided: like matrices, for embeddings, heads and routers: their polar factor is exact, by
             the eigenvalues of the Gram matrix of the short side (arXiv 2505.21799's one-sided form:
             right for (vocabulary, width), left for (experts, width)).
@@ -157,11 +158,6 @@ def _trainable_spec(
     pattern = overrides.splits.find(name, unique=True)
     view = info.view or info.shape
     if kind == "matrix":
-        if pattern is not None and info.transposed:
-            raise ValueError(
-                f"split: {pattern!r} matches {name}, which is stored in x out: its parts are"
-                " columns, and split cuts rows; leave it whole"
-            )
         parts = overrides.parts(name, info, pattern)
         if pattern is None:
             per_head = "per head" if overrides.cuts_heads(info) else ""
@@ -170,7 +166,7 @@ def _trainable_spec(
     elif pattern is not None:
         raise ValueError(f"split: {pattern!r} matches {name}, which is no matrix ({reason})")
     exact = kind == "matrix" and option == "one_sided"
-    stacked = bool(matrices) and len(view) == 3
+    stacked = bool(matrices) and len(view) == len(info.shape) == 3
     return ParamSpec(
         name, TensorWeakRef(parameter), info.shape, kind, reason, matrices,
         one_sided=exact, stacked=stacked,

@@ -58,9 +58,8 @@ def _kind(module: nn.Module, name: str, shape: tuple[int, ...]) -> tuple[str, st
     if count := experts_above_each_other(module, leaf):
         return "matrix", f"{count} experts one above the other in {kind}"
     if _stored_transposed(module, leaf):
-        if len(shape) == 2:
-            return "matrix", f"{kind}, read out x in; what it holds side by side is one"
-        return "matrix", f"stack of {shape[0]} in {kind}, read out x in; gate and up are one"
+        stack = f"stack of {shape[0]} in {kind}" if len(shape) == 3 else kind
+        return "matrix", f"{stack}, read out x in"
     if len(shape) == 3 and min(shape) > 1:
         if _holds_experts(module, name):
             return "matrix", f"stack of {shape[0]} in {kind}"
@@ -140,11 +139,11 @@ def _with_parts(
         split = 3 if leaf == "in_proj_weight" else None
         return replace(info, split=split, heads=packed_heads(module, leaf))
     if count := experts_above_each_other(module, leaf):
-        return replace(info, split=count)
+        return replace(info, view=(count, info.shape[0] // count, info.shape[1]))
     fused, heads = fused_experts(module, leaf), 0
-    if isinstance(module, nn.Linear) and path:
+    if path and (isinstance(module, nn.Linear) or (info.transposed and len(info.shape) == 2)):
         parent, _, child = path.rpartition(".")
-        fused = fused_linear(modules[parent], child, info.shape[0])
+        fused = fused_linear(modules[parent], child, info.shape[1 if info.transposed else 0])
         heads = projection_head(modules[parent], child)
     if fused is None:
         return replace(info, heads=(heads,)) if heads else info

@@ -152,7 +152,8 @@ class Overrides:
         if not self.cuts_heads(info):
             return info.split
         self.has_heads = True
-        return per_head((info.view or info.shape)[-2], info.split, info.heads, f"of {name}")
+        rows = (info.view or info.shape)[-1 if info.transposed else -2]
+        return per_head(rows, info.split, info.heads, f"of {name}")
 
     def cuts_heads(self, info: ParamInfo) -> bool:
         """Return whether a parameter is cut into its heads, unless ``split`` matches it."""

@@ -94,7 +94,8 @@ class ParamInfo:
         shape: whole and unsharded.
         kind, reason: as in ``ParamSpec``.
         view: the shape in which its matrices are read; empty: ``shape``.
-        split: how it holds several matrices, unless the user says otherwise.
+        split: how its rows, as rules read it, hold several matrices, unless the user says
+            otherwise.
         holds: which ones, for the table.
         heads: for each part of the split (or the one matrix), the rows of each attention head; 0: a
             part without heads. Empty: it has none.

@@ -1,4 +1,4 @@
-"""How one weight holds several matrices: equal parts, listed rows, stacks."""
+"""How one weight holds several matrices: equal parts, listed rows (or columns), stacks."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from spectral_dist.sharding.layout import Matrix
+from spectral_dist.sharding.layout import Columns, Matrix
 
 Split: TypeAlias = int | list[int]
 """The number of equal parts, or the number of rows of each part."""
 
 
-def _row_parts(rows: int, split: Split, where: str) -> list[list[tuple[int, int]]]:
-    """Return the blocks of each part of a split: (first row, number of rows) of each block.
+Blocks: TypeAlias = list[tuple[int, int]]
+"""(first row, number of rows) of each block of rows."""
+
+
+def _row_parts(rows: int, split: Split, where: str) -> list[Blocks]:
+    """Return the blocks of each part of a split.
 
     Args:
-        rows: of the weight.
+        rows: of the weight, as rules read it.
         split: an int is that many equal parts. A list is the rows of each part; if they sum to a
             divisor of ``rows``, the pattern repeats, as in QKV weights stored per query group.
         where: the words after "split" in errors.
@@ -40,7 +44,7 @@ def _row_parts(rows: int, split: Split, where: str) -> list[list[tuple[int, int]
             f"split {where}: parts of {split} rows sum to {period}, but the weight has {rows} rows;"
             " the sum must be the rows or divide them"
         )
-    parts: list[list[tuple[int, int]]] = []
+    parts: list[Blocks] = []
     start = 0
     for part in split:
         parts.append([(group * period + start, part) for group in range(rows // period)])
@@ -52,7 +56,7 @@ def per_head(rows: int, split: Split | None, heads: Sequence[int], where: str) -
     """Return the split that also cuts every part into its heads.
 
     Args:
-        rows: of the weight.
+        rows: of the weight, as rules read it.
         split: its parts, without their heads; None: it is one part.
         heads: for each part, the rows of each of its heads; 0: it has no heads.
         where: the words after "split" in errors.
@@ -83,20 +87,37 @@ def matrices_of(
         name: of the parameter, from which the matrices' names are made: NAME, NAME[k], NAME/j. A
             split of one part leaves the name as it is without a split.
         shape: 2-D; or 3-D for a stack of matrices. More dimensions are read as out x (the rest).
-        split: how the rows of each matrix are divided; None: they are not.
-        transposed: whether the parameter is stored (in, out).
+        split: how the rows of each matrix, as rules read it, are divided; None: they are not.
+        transposed: whether the parameter is stored (in, out), so that those rows are columns.
 
     Raises:
         ValueError: the split does not fit.
     """
     count, m, n = shape if len(shape) == 3 else (1, shape[0], math.prod(shape[1:]))
-    parts = [[(0, m)]] if split is None else _row_parts(m, split, f"of {name}")
+    parts: list[Blocks | None] = [None]
+    if split is not None:
+        parts = [*_row_parts(n if transposed else m, split, f"of {name}")]
     matrices = []
     for k in range(count):
         stack = f"{name}[{k}]" if len(shape) == 3 else name
         for j, blocks in enumerate(parts):
             part = stack if len(parts) == 1 else f"{stack}/{j}"
-            rows = sum(r for _, r in blocks)
-            flat_blocks = tuple((k * m * n + row * n, r) for row, r in blocks)
-            matrices.append(Matrix(part, (rows, n), flat_blocks, transposed))
+            start = k * m * n
+            if blocks is None:
+                matrices.append(Matrix(part, (m, n), ((start, m),), transposed))
+            elif transposed:
+                columns, width = _columns(n, blocks), sum(r for _, r in blocks)
+                matrices.append(Matrix(part, (m, width), ((start, m),), True, columns))
+            else:
+                flat_blocks = tuple((start + row * n, r) for row, r in blocks)
+                matrices.append(Matrix(part, (sum(r for _, r in blocks), n), flat_blocks))
     return tuple(matrices)
+
+
+def _columns(width: int, blocks: Blocks) -> Columns | None:
+    """Return the columns of a parameter that a part of its split is; None: all of them."""
+    if blocks == [(0, width)]:
+        return None
+    if len(blocks) > 1 and all(count == 1 for _, count in blocks):  # every k-th one
+        return Columns(width, ((blocks[0][0], len(blocks)),), blocks[1][0] - blocks[0][0])
+    return Columns(width, tuple(blocks))

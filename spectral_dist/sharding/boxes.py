@@ -266,8 +266,8 @@ def _stored_tiles(layout: Layout, rank: int) -> list[Tile]:
     for tile in layout.tiles:
         box = stored_rows(tile, rank)
         if box is not None and box.rows:
-            skipped = (box.row - tile.row) * tile.cols
-            tiles.append(replace(tile, row=box.row, rows=box.rows, offset=tile.offset + skipped))
+            first = tile.position((box.row - tile.row) * tile.cols)
+            tiles.append(replace(tile, row=box.row, rows=box.rows, offset=first))
     return tiles
 
 

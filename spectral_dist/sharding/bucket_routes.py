@@ -14,7 +14,8 @@ from typing import Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-from spectral_dist.sharding.layout import Layout
+from spectral_dist.sharding.boxes import Box, intersect
+from spectral_dist.sharding.layout import Layout, Tile
 from spectral_dist.sharding.plan import Bucket
 
 Tiles: TypeAlias = tuple[tuple[int, int, int, int], ...] | None
@@ -24,21 +25,49 @@ are the matrix's row-major elements."""
 
 @dataclass(frozen=True, slots=True, eq=False)  # looked up in every step: by identity, not value
 class Piece:
-    """A contiguous run of a local tensor's elements that belongs to one matrix.
+    """A run of a local tensor's elements, or a rectangle of it, that belongs to one matrix.
 
-    A rank makes each run once, when its routes are built.
+    A rank makes each one once, when its routes are built.
 
     Attributes:
         tensor: the index of the local tensor.
-        start: the run's first element in the flattened tensor.
+        start: the first element in the flattened tensor.
         length: the number of elements.
         matrix: the index of the matrix's layout.
+        rows: the number of rows; a run has one.
+        pitch: from the first element of one row to that of the next.
+        step: from one element of a row to the next.
     """
 
     tensor: int
     start: int
     length: int
     matrix: int
+    rows: int = 1
+    pitch: int = 0
+    step: int = 1
+
+    @property
+    def is_run(self) -> bool:
+        """Return whether the elements follow one another."""
+        return self.rows == 1 and self.step == 1
+
+    @property
+    def end(self) -> int:
+        """Return the element after the last one, in the flattened tensor."""
+        last_row = self.start + (self.rows - 1) * self.pitch
+        return last_row + (self.length // self.rows - 1) * self.step + 1
+
+    def view(self, flat: Tensor) -> Tensor:
+        """Return the elements of a flattened local tensor as ``shaped`` has them, on its memory."""
+        if self.is_run:
+            return flat[self.start : self.start + self.length]
+        size, first = (self.rows, self.length // self.rows), flat.storage_offset() + self.start
+        return flat.as_strided(size, (self.pitch, self.step), first)
+
+    def shaped(self, run: Tensor) -> Tensor:
+        """Return as many elements one after the other, flat for a run, (rows, columns) else."""
+        return run if self.is_run else run.view(self.rows, -1)
 
 
 @dataclass(frozen=True)
@@ -252,9 +281,28 @@ def batches_of(layouts: Sequence[Layout], indices: Sequence[int]) -> list[Batch]
 
 
 def pieces_of(layout: Layout, index: int, rank: int) -> list[Piece]:
-    """Return the rank's runs of a matrix, tile by tile; ``index`` is that of its layout."""
-    runs = [(tile.tensor, *tile.run(rank)) for tile in layout.tiles]
-    return [Piece(tensor, start, length, index) for tensor, start, length in runs if length]
+    """Return the rank's pieces of a matrix, tile by tile; ``index`` is that of its layout."""
+    return [piece for tile in layout.tiles for piece in tile_pieces(tile, index, rank)]
+
+
+def tile_pieces(tile: Tile, index: int, rank: int) -> list[Piece]:
+    """Return the rank's pieces of a tile, in the order of its elements.
+
+    Args:
+        tile: the tile.
+        index: that of the layout.
+        rank: whose pieces they are.
+    """
+    begin, end = tile.part(rank)
+    if begin == end:
+        return []
+    if not tile.pitch:
+        return [Piece(tile.tensor, tile.local(begin, rank), end - begin, index)]
+    pieces = []
+    for box in intersect(tile, begin, end, Box(tile.row, tile.col, tile.rows, tile.cols)):
+        start = tile.local((box.row - tile.row) * tile.cols + box.col - tile.col, rank)
+        pieces.append(Piece(tile.tensor, start, box.numel, index, box.rows, tile.pitch, tile.step))
+    return pieces
 
 
 def route_to_owners(

@@ -28,7 +28,7 @@ class MatrixTask(ABC):
 
     @abstractmethod
     def update_input(self, pieces: list[Piece]) -> list[Tensor]:
-        """Return, for each of these runs of this rank, the elements to orthogonalize, flat."""
+        """Return, for each of these pieces of this rank, the elements to orthogonalize."""
 
     @abstractmethod
     def direction(self, matrices: Tensor, which: Sequence[int]) -> Tensor:
@@ -45,14 +45,14 @@ class MatrixTask(ABC):
 
     @abstractmethod
     def apply(self, pieces: list[Piece], directions: list[Tensor]) -> None:
-        """Update the weights of these runs of this rank by their directions, flat for each run."""
+        """Update the weights of these pieces of this rank by their directions."""
 
 
 class Pieces:
-    """A set of runs of local tensors, sorted by tensor and position, that makes views of them.
+    """A set of pieces of local tensors, sorted by tensor and position, that makes views of them.
 
     Attributes:
-        pieces: the runs, each once.
+        pieces: each once.
         numel: the number of their elements in each local tensor that has any.
     """
 
@@ -66,16 +66,24 @@ class Pieces:
             self._splits.setdefault(piece.tensor, []).extend(
                 (piece.start - ends.get(piece.tensor, 0), piece.length)
             )
-            ends[piece.tensor] = piece.start + piece.length
+            ends[piece.tensor] = max(piece.end, ends.get(piece.tensor, 0))
             self._by_tensor.setdefault(piece.tensor, []).append(piece)
             self.numel[piece.tensor] = self.numel.get(piece.tensor, 0) + piece.length
+        # tensors of which the pieces leave out nothing are packed as they are
+        self._is_whole = {index: numel == ends[index] for index, numel in self.numel.items()}
+        self._has_rectangles = {
+            index for index, pieces in self._by_tensor.items() if not all(p.is_run for p in pieces)
+        }
 
     def views(self, tensors: Sequence[Tensor]) -> dict[Piece, Tensor]:
-        """Return a flat view of every run, given all local tensors."""
+        """Return a view of every piece, given all local tensors."""
         views: list[Tensor] = []
         for index, sizes in self._splits.items():
             tensor = tensors[index]
             flat = (tensor.detach() if tensor.requires_grad else tensor).view(-1)
+            if index in self._has_rectangles:
+                views += [piece.view(flat) for piece in self._by_tensor[index]]
+                continue
             rest = flat.numel() - sum(sizes)
             if len(sizes) == 2 and not sizes[0] and not rest:  # one run that is all of the tensor
                 views.append(flat)
@@ -84,19 +92,27 @@ class Pieces:
         return dict(zip(self.pieces, views, strict=True))
 
     def packed_views(self, index: int, packed: Tensor) -> dict[Piece, Tensor]:
-        """Return a flat view of every run of local tensor ``index``, out of a packed tensor.
+        """Return a view of every piece of local tensor ``index``, out of a packed tensor.
 
         Args:
             index: of the local tensor.
-            packed: its runs one after the other, and nothing else, as ``pack`` makes it.
+            packed: its pieces and nothing else, as ``pack`` makes it.
         """
-        pieces = self._by_tensor.get(index, [])
-        views = torch.split(packed.detach().view(-1), [piece.length for piece in pieces])
-        return dict(zip(pieces, views, strict=True)) if pieces else {}
+        pieces, flat = self._by_tensor.get(index, []), packed.detach().view(-1)
+        if index in self._has_rectangles and self._is_whole[index]:
+            return {piece: piece.view(flat) for piece in pieces}
+        runs = torch.split(flat, [piece.length for piece in pieces]) if pieces else ()
+        return {piece: piece.shaped(run) for piece, run in zip(pieces, runs, strict=True)}
 
     def pack(self, index: int, tensor: Tensor) -> Tensor:
-        """Return the runs of local tensor ``index`` one after the other, flat, as a copy."""
-        views = [tensor.reshape(-1)[p.start :][: p.length] for p in self._by_tensor.get(index, [])]
+        """Return the pieces of local tensor ``index``, flat, as a copy.
+
+        They come one after the other, or in the tensor's own order if they are all of it.
+        """
+        pieces, flat = self._by_tensor.get(index, []), tensor.reshape(-1)
+        if index in self._has_rectangles and self._is_whole[index]:
+            return flat[: self.numel[index]].clone()
+        views = [piece.view(flat).reshape(-1) for piece in pieces]
         return torch.cat(views) if views else tensor.new_empty(0)
 
 
@@ -256,6 +272,7 @@ class Exchange:
         return collectives.all_gather(torch.cat([flat, padding]), self.replicas, self.meter)
 
     def _directions(self, flat: Tensor, pieces: list[Piece]) -> list[Tensor]:
-        """Split flat directions into those of each run, in the states' dtype and device."""
+        """Split flat directions into those of each piece, in the states' dtype and device."""
         state = flat.to(device=self.state_device, dtype=self.state_dtype)
-        return list(torch.split(state, [piece.length for piece in pieces]))
+        runs = torch.split(state, [piece.length for piece in pieces])
+        return [piece.shaped(run) for piece, run in zip(pieces, runs, strict=True)]

@@ -36,4 +36,4 @@ def from_owners(
         result = torch.cat([p[:n] for p, n in zip(parts, route.counts_per_replica, strict=True)])
         result_runs = torch.split(result, [piece.length for piece in route.result_runs])
         for piece, run in zip(route.result_runs, result_runs, strict=True):
-            targets[piece].copy_(run)
+            targets[piece].copy_(piece.shaped(run))

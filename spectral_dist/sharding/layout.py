@@ -15,6 +15,21 @@ from spectral_dist.sharding.collectives import Group
 
 
 @dataclass(frozen=True, slots=True)
+class Columns:
+    """The columns of its parameter that a matrix is made of.
+
+    Attributes:
+        width: the number of columns of the parameter.
+        runs: (first column, number of columns) of each run, in order.
+        step: from one column of a run to the next.
+    """
+
+    width: int
+    runs: tuple[tuple[int, int], ...]
+    step: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class Matrix:
     """A 2-D block that is orthogonalized as one unit, as it lies in its parameter.
 
@@ -24,12 +39,14 @@ class Matrix:
         blocks: the runs of whole rows that it is made of, in order: (first element in the flattened
             parameter, number of rows). Most matrices have one.
         transposed: whether it is stored (in, out), so that a rule gets its transpose.
+        columns: of the parameter's rows, that it is made of; None: all.
     """
 
     name: str
     shape: tuple[int, int]
     blocks: tuple[tuple[int, int], ...]
     transposed: bool = False
+    columns: Columns | None = None
 
     @property
     def numel(self) -> int:
@@ -40,6 +57,30 @@ class Matrix:
     def read_shape(self) -> tuple[int, int]:
         """Return the shape of what rules get, (out, in)."""
         return (self.shape[1], self.shape[0]) if self.transposed else self.shape
+
+    @property
+    def width(self) -> int:
+        """Return the number of columns of the parameter."""
+        return self.shape[1] if self.columns is None else self.columns.width
+
+    def column_runs(self, left: int, right: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the runs of the matrix's columns that lie in some columns of its parameter.
+
+        Args:
+            left, right: columns [left, right) of the parameter.
+
+        Yields:
+            (first column in the matrix, first column in the parameter, number of columns).
+        """
+        columns = self.columns or Columns(self.shape[1], ((0, self.shape[1]),))
+        col = 0
+        for first, count in columns.runs:
+            begin, end = (
+                min(max(0, -((first - edge) // columns.step)), count) for edge in (left, right)
+            )
+            if begin < end:
+                yield col + begin, first + begin * columns.step, end - begin
+            col += count
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +153,14 @@ class Tile:
     Attributes:
         row, col: of its first element in the matrix.
         rows, cols: its size.
-        cut: a sequence of elements, of which the tile's are [offset, offset + rows * cols).
-        offset: of the tile in the cut's sequence.
+        cut: a sequence of elements, of which some are the tile's.
+        offset: of the tile's first element in the cut's sequence.
         base: the element of a rank's local tensor at which its run of the cut begins.
         tensor: the index of that local tensor.
         block: which of the parts that tensor parallelism cuts the matrix into it belongs to.
+        pitch: elements of the sequence from one row of the tile to the next; 0: the tile's elements
+            follow one another.
+        step: elements of the sequence from one of a row's to the next.
     """
 
     row: int
@@ -128,30 +172,44 @@ class Tile:
     base: int = 0
     tensor: int = 0
     block: int = 0
+    pitch: int = 0
+    step: int = 1
 
     @property
     def numel(self) -> int:
         """Return the number of elements of the tile."""
         return self.rows * self.cols
 
-    def holders(self) -> Sequence[int]:
-        """Return the ranks that store a part of the tile."""
-        return self.cut.holders(self.offset, self.offset + self.numel)
+    def position(self, element: int) -> int:
+        """Return where an element of the tile is in the cut's sequence."""
+        if not self.pitch:
+            return self.offset + element
+        row, col = divmod(element, self.cols)
+        return self.offset + row * self.pitch + col * self.step
 
-    def run(self, rank: int) -> tuple[int, int]:
-        """Return (first element in the rank's local tensor, length >= 0) of the rank's run."""
-        first, last = self.cut.run(rank)
-        begin, end = max(self.offset, first), min(self.offset + self.numel, last)
-        return self.base + begin - first, max(0, end - begin)
+    def _elements_before(self, position: int) -> int:
+        """Return how many elements of the tile lie before a position of the cut's sequence."""
+        if not self.pitch:
+            return min(max(0, position - self.offset), self.numel)
+        row, rest = divmod(max(0, position - self.offset), self.pitch)
+        return min(row * self.cols + min(-(-rest // self.step), self.cols), self.numel)
+
+    def holders(self) -> Sequence[int]:
+        """Return the ranks that store a part of the tile, and others in between that do not."""
+        return self.cut.holders(self.offset, self.position(self.numel - 1) + 1)
+
+    def local(self, element: int, rank: int) -> int:
+        """Return where an element that a rank stores is in the rank's local tensor."""
+        return self.base + self.position(element) - self.cut.run(rank)[0]
 
     def part(self, rank: int) -> tuple[int, int]:
-        """Return [begin, end) of the rank's run, counted from the tile's first element.
+        """Return [begin, end) of the elements that a rank stores, counted from the tile's first.
 
-        The run is empty if the rank stores nothing of the tile.
+        It is empty if the rank stores nothing of the tile.
         """
         first, last = self.cut.run(rank)
-        begin, end = max(self.offset, first), min(self.offset + self.numel, last)
-        return begin - self.offset, max(begin, end) - self.offset
+        begin = self._elements_before(first)
+        return begin, max(begin, self._elements_before(last))
 
     def parts(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int, int]]:
         """Yield (rank, begin, end) for the part that each rank stores of elements [start, stop).
@@ -160,8 +218,15 @@ class Tile:
         store nothing of them are left out.
         """
         stop = self.numel if stop is None else stop
-        for rank, begin, end in self.cut.runs(self.offset + start, self.offset + stop):
-            yield rank, begin - self.offset, end - self.offset
+        if not self.pitch:
+            for rank, begin, end in self.cut.runs(self.offset + start, self.offset + stop):
+                yield rank, begin - self.offset, end - self.offset
+        elif start < stop:
+            runs = self.cut.runs(self.position(start), self.position(stop - 1) + 1)
+            for rank, first, last in runs:
+                begin, end = self._elements_before(first), self._elements_before(last)
+                if begin < end:
+                    yield rank, begin, end
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +242,10 @@ class Layout:
         Matrices that are cut alike have equal storage, so it is the key of what is computed once
         for all of them.
         """
-        return tuple(Tile(t.row, t.col, t.rows, t.cols, t.cut, t.offset) for t in self.tiles)
+        return tuple(
+            Tile(t.row, t.col, t.rows, t.cols, t.cut, t.offset, pitch=t.pitch, step=t.step)
+            for t in self.tiles
+        )
 
     def holders(self) -> Sequence[int]:
         """Return the ranks that store a part of the matrix, ascending."""
@@ -195,7 +263,8 @@ class Layout:
     def describe(self) -> str:
         """Return a line that ranks can compare: equal exactly if their layouts are."""
         tiles = [
-            (t.row, t.col, t.rows, t.cols, t.offset, t.block, t.cut.describe()) for t in self.tiles
+            (t.row, t.col, t.rows, t.cols, t.offset, t.pitch, t.step, t.block, t.cut.describe())
+            for t in self.tiles
         ]
         transposed = " transposed" * self.matrix.transposed
         return f"{self.matrix.name} {self.matrix.shape}{transposed} {tiles}"
@@ -251,9 +320,18 @@ def flat_layout(
     """
     tiles, row = [], 0
     for start, rows in matrix.blocks:
-        tiles.append(Tile(row, 0, rows, matrix.shape[1], cut, offset + start, base, tensor))
+        for col, first, cols in matrix.column_runs(0, matrix.width):
+            tiles.append(
+                Tile(row, col, rows, cols, cut, offset + start + first, base, tensor,
+                     **_pitch(matrix, matrix.width))
+            )  # fmt: skip
         row += rows
     return Layout(matrix, tuple(tiles))
+
+
+def _pitch(matrix: Matrix, width: int) -> dict[str, int]:
+    """Return how elements of a matrix's tile are spaced in rows of ``width`` elements."""
+    return {} if matrix.columns is None else {"pitch": width, "step": matrix.columns.step}
 
 
 StackBox: TypeAlias = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
@@ -284,15 +362,19 @@ def grid_layout(
         rank: this rank.
         tensor: the index of its local tensor.
     """
-    n, tiles, row = matrix.shape[1], [], 0
+    tiles, row = [], 0
     (first_layer, end_layer), (top, bottom), _ = boxes[rank]
     for start, rows in matrix.blocks:
-        layer, first_row = start // stack, start % stack // n
+        layer, first_row = start // stack, start % stack // matrix.width
         is_stored = first_layer <= layer < end_layer
         for left, right, cut in _strips(boxes, layer):
             width = right - left
             base = (layer - first_layer) * (bottom - top) * width if is_stored else 0
-            tiles.append(Tile(row, left, rows, width, cut, first_row * width, base, tensor))
+            for col, first, cols in matrix.column_runs(left, right):
+                offset = first_row * width + first - left
+                tiles.append(
+                    Tile(row, col, rows, cols, cut, offset, base, tensor, **_pitch(matrix, width))
+                )
         row += rows
     return Layout(matrix, tuple(tiles))
 

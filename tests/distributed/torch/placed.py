@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 import spectral_dist
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.exchange import MatrixTask
+from tests.support.tiles import run_of
 
 
 @cache
@@ -85,7 +86,7 @@ def check_runs(layout, rank, tensors, truth, covered):
     seen = torch.zeros(matrix.shape)
     for tile in layout.tiles:
         seen[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols] += 1
-        start, length = tile.run(rank)
+        start, length = run_of(tile, rank)
         if not length:
             continue
         at = max(0, tile.cut.run(rank)[0] - tile.offset)

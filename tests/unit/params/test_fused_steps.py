@@ -48,6 +48,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "GPT-OSS": ("GptOssForCausalLM", {}),
     "Mixtral": ("MixtralForCausalLM", {}),
     "DeepSeek-V3": ("DeepseekV3ForCausalLM", {}),
+    "GPT-2": ("GPT2LMHeadModel", {}),
+    "GPT-2 as a decoder": ("GPT2LMHeadModel", {"add_cross_attention": True}),
 }  # fmt: skip
 GATED = {"Phi-3": "activation_fn", "ModernBERT": "act"}
 
@@ -66,6 +68,9 @@ def example(model: Any) -> dict[str, Tensor]:
         return {"input_features": features, "decoder_input_ids": tokens}
     if name == "T5ForConditionalGeneration":
         return {"input_ids": tokens, "decoder_input_ids": tokens}
+    if getattr(model.config, "add_cross_attention", False):
+        states = torch.randn(1, 4, 32, dtype=torch.float64)
+        return {"input_ids": tokens, "encoder_hidden_states": states}
     return {"input_ids": tokens}
 
 
@@ -112,20 +117,20 @@ def attention_heads(model: Any) -> list[list[Tensor]]:
     return [list(part.unbind(1)) for parts in record for part in parts]
 
 
-def rows_behind(number: Tensor, weight: Tensor) -> Rows:
-    """The rows of a weight that some numbers depend on."""
+def rows_behind(number: Tensor, weight: Tensor, inputs: int = 1) -> Rows:
+    """The rows (outputs) of a weight that some numbers depend on; ``inputs``: its other dim."""
     weighted = (number * torch.randn_like(number)).sum()
     (gradient,) = torch.autograd.grad(
         weighted, weight, retain_graph=True, allow_unused=True, materialize_grads=True
     )
-    return frozenset(gradient.abs().amax(1).nonzero().flatten().tolist())
+    return frozenset(gradient.abs().amax(inputs).nonzero().flatten().tolist())
 
 
-def attention_rows(model: nn.Module, weight: Tensor, per_head: bool) -> set[Rows]:
+def attention_rows(model: nn.Module, weight: Tensor, per_head: bool, inputs: int = 1) -> set[Rows]:
     """The rows of q, k and v in a weight of attention, each over all heads or each of a head."""
     result = set()
     for heads in attention_heads(model):
-        each = [rows_behind(head, weight) for head in heads]
+        each = [rows_behind(head, weight, inputs) for head in heads]
         result |= set(each) if per_head else {frozenset().union(*each)}
     return result - {frozenset()}
 
@@ -144,6 +149,13 @@ def gate_rows(model: Any, name: str, act: str, weight: Tensor) -> set[Rows]:
 def rows_of(spec: ParamSpec) -> set[Rows]:
     """The rows of each matrix of a parameter of two dimensions, as classify has found them."""
     width = spec.shape[1]
+    if spec.matrices[0].transposed:
+        return {
+            frozenset(
+                first + k for _, first, count in m.column_runs(0, width) for k in range(count)
+            )
+            for m in spec.matrices
+        }
     return {
         frozenset(row for first, count in m.blocks for row in range(first // width,
                                                                     first // width + count))
@@ -152,7 +164,8 @@ def rows_of(spec: ParamSpec) -> set[Rows]:
 
 
 def is_attention(name: str) -> bool:
-    words = "q_proj k_proj v_proj qkv_proj qkv Wqkv query key value query_key_value c_attn kv_proj"
+    words = "q_proj k_proj v_proj qkv_proj qkv Wqkv query key value query_key_value kv_proj"
+    words += " c_attn q_attn"
     leaf = name.split(".")[-2]
     return leaf in words.split() or ("Attention." in name and leaf in "qkv")
 
@@ -165,7 +178,9 @@ def test_rows_are_those_of_forward(name: str, per_head: bool) -> None:
     checked = 0
     for spec in classify(model, heads="auto" if per_head else None):
         if spec.kind == "matrix" and len(spec.shape) == 2 and is_attention(spec.name):
-            assert rows_of(spec) == attention_rows(model, spec.parameter, per_head), spec.name
+            inputs = 0 if spec.matrices[0].transposed else 1
+            rows = attention_rows(model, spec.parameter, per_head, inputs)
+            assert rows_of(spec) == rows, spec.name
             checked += 1
         elif len(spec.matrices) == 2 and name in GATED:
             expected = gate_rows(model, spec.name, GATED[name], spec.parameter)
@@ -309,28 +324,52 @@ def test_a_step_is_that_of_the_plain_matrices(name: str, heads: str | None) -> N
                 check(moved.mT, by_hand(w.mT, g.mT, {frozenset(range(w.shape[1]))}), key)
 
 
-def test_a_step_of_gpt2() -> None:
+@pytest.mark.parametrize("heads", [None, "auto"])
+def test_a_step_of_gpt2(heads: str | None) -> None:
     """A Conv1D gives what a Linear of its transpose gives, and steps as that does."""
     model = build("GPT2LMHeadModel").double().eval()
     x = torch.randn(2, 32, dtype=torch.float64)
     conv: Any = model.get_submodule("transformer.h.0.mlp.c_fc")
     torch.testing.assert_close(conv(x), functional.linear(x, conv.weight.mT, conv.bias))
-    gradients, before = step(model, None)
+    key = "transformer.h.0.attn.c_attn.weight"
+    parts = attention_rows(model, model.get_parameter(key), heads is not None, 0)
+    gradients, before = step(model, heads)
     names = [n for n, p in model.named_parameters() if ".h.0." in n and p.ndim == 2]
     assert len(names) == 4
     for key in names:
-        whole = {frozenset(range(before[key].shape[1]))}
-        expected = by_hand(before[key].mT, gradients[key].mT, whole)
+        rows = parts if "c_attn" in key else {frozenset(range(before[key].shape[1]))}
+        expected = by_hand(before[key].mT, gradients[key].mT, rows)
         check(model.get_parameter(key).mT, expected, key)
 
 
-def test_a_step_of_gate_and_up_of_experts() -> None:
-    model = build("MixtralForCausalLM").double().eval()
+@pytest.mark.parametrize("class_name", ["MixtralForCausalLM", "GptOssForCausalLM"])
+def test_a_step_of_gate_and_up_of_experts(class_name: str) -> None:
+    """Mixtral's are one above the other; GPT-OSS stores them in x out, each in every second."""
+    model = build(class_name).double().eval()
     gradients, before = step(model, None)
     key = "model.layers.0.mlp.experts.gate_up_proj"
-    halves = {frozenset(range(48)), frozenset(range(48, 96))}
-    for w, g, moved in zip(before[key], gradients[key], model.get_parameter(key), strict=True):
-        check(moved, by_hand(w, g, halves), key)
+    parts = {frozenset(range(48)), frozenset(range(48, 96))}
+    if class_name == "GptOssForCausalLM":
+        parts = {frozenset(range(0, 96, 2)), frozenset(range(1, 96, 2))}
+    for each in zip(before[key], gradients[key], model.get_parameter(key), strict=True):
+        w, g, moved = (x.mT for x in each) if class_name == "GptOssForCausalLM" else each
+        check(moved, by_hand(w, g, parts), key)
+
+
+def test_gate_and_up_of_gpt_oss() -> None:
+    """What its gate function makes of gate alone does not depend on the rows of up."""
+    model: Any = build("GptOssForCausalLM").double().eval()
+    experts = model.model.layers[0].mlp.experts
+    fused = torch.randn(5, 96, dtype=torch.float64, requires_grad=True)
+    fused.data[:, 1::2] = experts.limit + 1.0  # where up is clamped, nothing depends on it
+    experts._apply_gate(fused).sum().backward()
+    assert fused.grad is not None
+    used = fused.grad.abs().amax(0).nonzero().flatten().tolist()
+    specs = {s.name: s for s in classify(model)}
+    gate = specs["model.layers.0.mlp.experts.gate_up_proj"].matrices[0]
+    assert gate.columns is not None
+    ((first, count),) = gate.columns.runs
+    assert used == [first + gate.columns.step * k for k in range(count)]
 
 
 def test_a_step_of_dbrx_experts() -> None:

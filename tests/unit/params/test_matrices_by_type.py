@@ -157,17 +157,18 @@ def test_gpt2() -> None:
     )
     model = transformers.GPT2LMHeadModel(config)
     routes = routes_of(model)
-    shapes = {r.name.split("h.0.")[-1]: r.matrices[0].read_shape for r in routes.values()
+    shapes = {r.name.split("h.0.")[-1]: [m.read_shape for m in r.matrices] for r in routes.values()
               if r.matrices}  # fmt: skip
     assert shapes == {
-        "attn.c_attn.weight": (24, 8), "attn.c_proj.weight": (8, 8), "mlp.c_fc.weight": (32, 8),
-        "mlp.c_proj.weight": (8, 32),
+        "attn.c_attn.weight": [(8, 8)] * 3, "attn.c_proj.weight": [(8, 8)],
+        "mlp.c_fc.weight": [(32, 8)], "mlp.c_proj.weight": [(8, 32)],
     }  # fmt: skip
-    assert all(len(route.matrices) < 2 for route in routes.values())
-    text = table(list(routes.values()))
-    assert "Conv1D, read out x in; what it holds side by side is one" in text
-    with pytest.raises(ValueError, match=r"stored in x out: its parts are columns.*leave it whole"):
-        classify(model, split={"c_attn": 3})
+    assert "Conv1D, read out x in, q, k and v each (GPT2Attention)" in table(list(routes.values()))
+    routes = {r.name: r for r in classify(model, split={r"c_attn\.weight": [8, 16]})}
+    shapes = [m.read_shape for m in routes["transformer.h.0.attn.c_attn.weight"].matrices]
+    assert shapes == [(8, 8), (16, 8)]
+    with pytest.raises(ValueError, match="24 rows cannot be cut into 5 equal parts"):
+        classify(model, split={r"c_attn\.weight": 5})
 
 
 def experts(name: str) -> nn.Module:
@@ -187,10 +188,9 @@ def experts(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("name", ["GptOss", "Llama4", "Mixtral"])
 def test_experts_of_transformers(name: str) -> None:
-    """(12, 8) and (8, 6) are out x in, whatever they are stored as."""
+    """Gate and up, (6, 8), and down, (8, 6), are out x in, whatever they are stored as."""
     routes = routes_of(experts(name))
-    gate_up = [(6, 8)] * 6 if name == "Mixtral" else [(12, 8)] * 3  # columns are not cut
-    for leaf, shapes in (("gate_up_proj", gate_up), ("down_proj", [(8, 6)] * 3)):
+    for leaf, shapes in (("gate_up_proj", [(6, 8)] * 6), ("down_proj", [(8, 6)] * 3)):
         (stack,) = (r for r in routes.values() if r.name.endswith(f"experts.{leaf}"))
         assert [m.read_shape for m in stack.matrices] == shapes
         assert stack.matrices[0].transposed == (name != "Mixtral")
@@ -251,10 +251,14 @@ def stored() -> nn.Module:
     return model
 
 
-def optimizer_of(model: nn.Module, title: str, **options: Any) -> Any:
+SPLIT = {"(one|two)0": [4, 6], "(one|two)1": [1, 1], "(one|two)2": [1, 2, 1]}
+"""Two runs of columns, every second column, every fourth and pairs."""
+
+
+def optimizer_of(model: nn.Module, title: str, split: Any = None, **options: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        groups = spectral_dist.param_groups(model)
+        groups = spectral_dist.param_groups(model, split=split)
         return getattr(spectral_dist, title)(groups, lr=0.02, **options)
 
 
@@ -280,19 +284,20 @@ def of_title(title: str) -> dict[str, Any]:
     return {"SUMO": {"rank": 2, "period": 3, "perp_scale": 0.5}}.get(title, {})
 
 
+@pytest.mark.parametrize("split", [None, SPLIT], ids=["whole", "columns"])
 @pytest.mark.parametrize("title", RULES)
-def test_a_rule_reads_them_out_by_in(title: str, tmp_path: Path) -> None:
+def test_a_rule_reads_them_out_by_in(title: str, split: Any, tmp_path: Path) -> None:
     """The numbers of an nn.Linear, bit by bit; its state and options are those of out x in."""
     for scale in ("original", "spectral") if title not in ("PolarGrad",) else ("",):
         options = {**of_title(title), **({"scale": scale} if scale else {})}
         model = stored()
         plain = Plain(model)
-        optimizer, other = (optimizer_of(m, title, **options) for m in (model, plain))
+        optimizer, other = (optimizer_of(m, title, split, **options) for m in (model, plain))
         train(model, optimizer, 0, 3, True)
         folder = tmp_path / scale
         spectral_dist.checkpoint.save(folder, model, optimizer)
         model = stored()
-        optimizer = optimizer_of(model, title, **options)
+        optimizer = optimizer_of(model, title, split, **options)
         spectral_dist.checkpoint.load(folder, model, optimizer)
         train(model, optimizer, 3, 5, True)
         train(plain, other, 0, 5, False)
@@ -317,11 +322,11 @@ def test_the_step_has_the_norm_of_its_scale() -> None:
         assert float(norm) == pytest.approx(2.0, rel=1e-3)
 
 
-def sharded(title: str, strategy: str) -> dict[str, Tensor]:
+def sharded(title: str, split: Any, strategy: str) -> dict[str, Tensor]:
     model = stored()
     for block in model.values():
         fully_shard(block)
-    optimizer = optimizer_of(model, title, strategy=strategy, **of_title(title))
+    optimizer = optimizer_of(model, title, split, strategy=strategy, **of_title(title))
     train(model, optimizer, 0, 5, True)
     return {name: p.full_tensor().detach() for name, p in model.named_parameters()}
 
@@ -330,10 +335,44 @@ def sharded(title: str, strategy: str) -> dict[str, Tensor]:
     ("title", "strategy"),
     [*((title, "owner") for title in RULES), *((t, "gram") for t in ("Muon", "NorMuon", "SUMO"))],
 )
-def test_on_two_ranks(title: str, strategy: str) -> None:
+@pytest.mark.parametrize("split", [None, SPLIT], ids=["whole", "columns"])
+def test_on_two_ranks(title: str, strategy: str, split: Any) -> None:
     model = stored()
-    train(model, optimizer_of(model, title, **of_title(title)), 0, 5, True)
-    for ours in harness.run(2, sharded, title, strategy):
+    train(model, optimizer_of(model, title, split, **of_title(title)), 0, 5, True)
+    for ours in harness.run(2, sharded, title, split, strategy):
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(ours[name], p.detach(), rtol=0, atol=2e-6)
+
+
+def replicated(title: str, folder: str) -> dict[str, Tensor]:
+    """Train as replicas, of which owners store momentum; save, load into other objects, go on."""
+    options = {"process_group": torch.distributed.group.WORLD, **of_title(title)}
+    model = stored()
+    optimizer = optimizer_of(model, title, SPLIT, **options)
+    train(model, optimizer, 0, 2, True)
+    spectral_dist.checkpoint.save(folder, model, optimizer)
+    optimizer.consolidate_state_dict()
+    whole = optimizer.state_dict()
+    model = stored()
+    optimizer = optimizer_of(model, title, SPLIT, **options)
+    spectral_dist.checkpoint.load(folder, model, optimizer)
+    train(model, optimizer, 2, 3, True)
+    weights = [p.detach().clone() for p in model.parameters()]
+    other = optimizer_of(model, title, SPLIT, **options)
+    spectral_dist.checkpoint.load(folder, model, optimizer)
+    other.load_state_dict(whole)
+    train(model, other, 2, 3, True)
+    for p, wanted in zip(model.parameters(), weights, strict=True):
+        torch.testing.assert_close(p.detach(), wanted, rtol=0, atol=0)
+    train(model, other, 3, 5, True)
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("title", ["Muon", "SUMO"])
+def test_columns_of_replicas(title: str, tmp_path: Path) -> None:
+    model = stored()
+    train(model, optimizer_of(model, title, SPLIT, **of_title(title)), 0, 5, True)
+    for ours in harness.run(2, replicated, title, str(tmp_path)):
         for name, p in model.named_parameters():
             torch.testing.assert_close(ours[name], p.detach(), rtol=0, atol=2e-6)
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from spectral_dist.sharding.boxes import block_layouts
 from tests.reference import polar as reference
 from tests.support import harness, sharded_model
+from tests.support.tiles import run_of
 
 SHAPES = {"wide": (6, 20), "tall": (14, 5), "square": (8, 8)}
 OPTIONS = {"lr": 0.02, "weight_decay": 0.1}
@@ -196,7 +197,7 @@ def test_blocks_of_a_layout():
     second, first = block_layouts(sharded_model.layout("w", shared, (6, 4), 0, 0))
     assert (second.matrix.name, second.matrix.shape) == ("w@0", (4, 4))
     assert (first.matrix.name, first.matrix.shape, first.holders()) == ("w@1", (2, 4), [1])
-    assert second.tiles[0].run(0) == (0, 16)
-    assert second.tiles[0].run(1)[1] == 0
+    assert run_of(second.tiles[0], 0) == (0, 16)
+    assert run_of(second.tiles[0], 1)[1] == 0
     alone = sharded_model.layout("w", sharded_model.strips((6, 4), 1, 0), (6, 4), 0, 0)
     assert block_layouts(alone) == [alone]

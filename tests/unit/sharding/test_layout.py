@@ -10,7 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spectral_dist.sharding.layout import Cut, Layout, Matrix, Tile, flat_layout, grid_layout
+from spectral_dist.sharding.bucket_routes import tile_pieces
+from spectral_dist.sharding.layout import (
+    Columns,
+    Cut,
+    Layout,
+    Matrix,
+    Tile,
+    flat_layout,
+    grid_layout,
+)
+from tests.support.tiles import length_of, run_of
 
 quick = settings(max_examples=150, deadline=None, derandomize=True)
 
@@ -77,7 +87,7 @@ def test_runs_partition_the_tile(drawn):
     stored = storage(tile, lengths)
     assert sum(map(len, stored.values())) == tile.numel
     for rank in range(len(lengths)):
-        start, length = tile.run(rank)
+        start, length = run_of(tile, rank)
         wanted = [stored.get(rank, {})[e] for e in sorted(stored.get(rank, {}))]
         assert length == len(wanted)
         assert not length or list(range(start, start + length)) == wanted
@@ -219,7 +229,7 @@ def test_members_store_their_runs_and_others_nothing(drawn, data):
     layout = Layout(Matrix("w", (1, stop - start), ((0, 1),)), (tile,))
     assert sorted(layout.holders()) == sorted(wanted)
     for rank in range(ranks):
-        begin, length = tile.run(rank)
+        begin, length = run_of(tile, rank)
         mine = [e for e in stored.get(rank, []) if start <= e < stop]
         assert length == len(mine)
         assert not mine or begin == 3 + stored[rank].index(mine[0])
@@ -284,31 +294,83 @@ def test_boxes_put_every_element_where_the_slices_say(drawn, halves):
     groups = [[(0, m)]]
     if halves and m % 4 == 0:  # two interleaved parts
         groups = [[(0, m // 4), (m // 2, m // 4)], [(m // 4, m // 4), (3 * m // 4, m // 4)]]
-    for k, blocks in ((k, g) for k in range(layers) for g in groups):
+    for k, blocks, columns in product(range(layers), groups, [None, *column_groups(n)]):
         rows = [row for first, count in blocks for row in range(first, first + count)]
+        cols = columns_of(columns) if columns else list(range(n))
         starts = tuple((k * m * n + first * n, count) for first, count in blocks)
-        matrix = Matrix("w", (len(rows), n), starts)
-        whole = torch.full((len(rows), n), -1)
+        matrix = Matrix("w", (len(rows), len(cols)), starts, columns=columns)
+        whole = torch.full(matrix.shape, -1)
         lines, holders = set(), set()
         for rank in range(len(ranks)):
             layout = grid_layout(matrix, m * n, tuple(boxes), rank, tensor=2)
             lines.add(layout.describe())
             for tile in layout.tiles:
                 assert tile.tensor == 2
-                start, length = tile.run(rank)
-                first, _ = tile.cut.run(rank)
                 part = whole[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols]
                 assert part.shape == (tile.rows, tile.cols)
-                at = max(0, first - tile.offset)
-                for j in range(length):
-                    row, col = divmod(at + j, tile.cols)
+                begin, end = tile.part(rank)
+                for j in range(begin, end):
+                    row, col = divmod(j, tile.cols)
                     assert part[row, col] == -1  # nobody else's
-                    part[row, col] = local[rank][start + j]
-                holders |= {rank} if length else set()
-        assert torch.equal(whole, values[k][rows])
+                    part[row, col] = local[rank][tile.local(j, rank)]
+                assert dict.fromkeys([(rank, begin, end)] if begin < end else []) == {
+                    each: None for each in tile.parts() if each[0] == rank
+                }
+                pieces = [p.view(torch.tensor(local[rank])) for p in tile_pieces(tile, 0, rank)]
+                stored = [x for piece in pieces for x in piece.flatten().tolist()]
+                assert stored == part.flatten()[begin:end].tolist()
+                assert len(pieces) <= (3 if tile.pitch else 1)
+                holders |= {rank} if begin < end else set()
+        assert torch.equal(whole, values[k][rows][:, cols])
         assert len(lines) == 1  # where it lies in a rank's own tensor is that rank's business
         assert set(layout.holders()) == holders
         assert layout.stacked() == (len({(t.col, t.cols) for t in layout.tiles}) == 1)
+
+
+def column_groups(n):
+    """Parts of n columns: halves, every second or third one, two runs."""
+    if n % 2 == 0:
+        yield from (Columns(n, ((first, n // 2),)) for first in (0, n // 2))
+        yield from (Columns(n, ((first, n // 2),), 2) for first in (0, 1))
+    if n % 3 == 0:
+        yield Columns(n, ((1, n // 3),), 3)
+    if n > 3:
+        yield Columns(n, ((0, 1), (2, 2)))
+
+
+def columns_of(columns):
+    return [first + columns.step * i for first, count in columns.runs for i in range(count)]
+
+
+@quick
+@given(st.data())
+def test_columns_in_a_flat_sequence(data):
+    """Runs of a sequence, of any lengths, divide rows of columns anywhere."""
+    m, n = data.draw(st.integers(1, 5)), data.draw(st.integers(2, 7))
+    offset = data.draw(st.integers(0, 5))
+    cut, lengths = data.draw(cuts(offset + m * n))
+    values = torch.arange(m * n).view(m, n)
+    sequence = torch.cat([torch.full((offset,), -1), values.flatten()])
+    sequence = torch.nn.functional.pad(sequence, (0, max(0, sum(lengths) - len(sequence))))
+    for columns in column_groups(n):
+        wanted = values[:, columns_of(columns)]
+        layout = flat_layout(
+            Matrix("w", tuple(wanted.shape), ((0, m),), columns=columns), cut, offset=offset, base=2
+        )
+        whole = torch.full(wanted.shape, -1)
+        for rank in range(len(lengths)):
+            begin, end = cut.run(rank)
+            local = torch.nn.functional.pad(sequence[begin:end], (2, 0))
+            for tile in layout.tiles:
+                first, last = tile.part(rank)
+                box = whole[tile.row : tile.row + tile.rows, tile.col : tile.col + tile.cols]
+                views = [p.view(local).flatten() for p in tile_pieces(tile, 0, rank)]
+                if views:
+                    rows = box.flatten().clone()
+                    assert (rows[first:last] == -1).all()
+                    rows[first:last] = torch.cat(views)
+                    box.copy_(rows.view(box.shape))
+        assert torch.equal(whole, wanted)
 
 
 @pytest.mark.parametrize("members", [None, (3, 1, 2, 0)])
@@ -324,8 +386,9 @@ def test_rows_alone_are_as_a_cut(members):
     for rank in range(4):
         box = grid_layout(matrix, 30, tuple(boxes), rank)
         for r in range(4):
-            assert box.tiles[0].run(r)[1] == cut.tiles[0].run(r)[1]
-        assert box.tiles[0].run(rank) == cut.tiles[0].run(rank) or not cut.tiles[0].run(rank)[1]
+            assert length_of(box.tiles[0], r) == length_of(cut.tiles[0], r)
+        if length_of(cut.tiles[0], rank):
+            assert run_of(box.tiles[0], rank) == run_of(cut.tiles[0], rank)
         assert len(box.tiles) == 1
         assert box.stacked()
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from spectral_dist.sharding.layout import Cut, Matrix, flat_layout
 from spectral_dist.sharding.plan import make_plan
+from tests.support.tiles import length_of
 
 quick = settings(max_examples=150, deadline=None, derandomize=True)
 sides = st.sampled_from([1, 2, 3, 5, 8, 13])
@@ -62,7 +63,7 @@ def replicated(draw):
 
 
 def held(layouts, i, rank):
-    return sum(tile.run(rank)[1] for tile in layouts[i].tiles)
+    return sum(length_of(tile, rank) for tile in layouts[i].tiles)
 
 
 def candidates(layouts, i, ranks, replicas):

@@ -19,6 +19,7 @@ from spectral_dist.sharding.layout import (
     holders_of,
 )
 from spectral_dist.sharding.plan import make_plan
+from tests.support.tiles import length_of
 
 RANKS = 16384
 quick = settings(max_examples=200, deadline=None, derandomize=True)
@@ -169,7 +170,7 @@ def test_owners_of_given_replicas_are_the_least_loaded_that_may(data):
         load=lambda shape: shape[0],
     )
     loads = [0] * (ranks * replicas)
-    held = [[x.tiles[0].run(r)[1] for r in range(ranks)] for x in layouts]
+    held = [[length_of(x.tiles[0], r) for r in range(ranks)] for x in layouts]
     alone = [sum(map(bool, h)) == 1 and replicas == 1 for h in held]
     order = sorted(range(len(layouts)), key=lambda i: (not alone[i], -layouts[i].matrix.shape[0]))
     for i in order:
