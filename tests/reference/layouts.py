@@ -10,11 +10,13 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, product
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from spectral_dist.sharding.layout import (
+    Columns,
     Cut,
     Layout,
     Matrix,
@@ -25,6 +27,8 @@ from spectral_dist.sharding.layout import (
 )
 
 UNTOUCHED = -7.0
+Part: TypeAlias = tuple[list[tuple[int, int]], Columns | None]
+"""(first row, rows) of each block of rows of a matrix, and its columns."""
 
 
 @dataclass
@@ -86,13 +90,20 @@ class Builder:
     def shapes(self) -> tuple[int, int]:
         return self.rng.choice([(2, 3), (4, 4), (3, 8), (1, 5), (7, 2), (5, 5), (6, 1)])
 
-    def parts(self, rows: int, cols: int) -> list[list[tuple[int, int]]]:
-        """(first row, rows) blocks of each matrix of a parameter: one, or interleaved ones."""
+    def parts(self, rows: int, cols: int) -> list[Part]:
+        """The rows and columns of each matrix of a parameter: one, or interleaved ones."""
         if rows % 2 == 0 and rows >= 4 and self.rng.random() < 0.6:
             half = rows // 2  # two groups of (q, k and v)
             q = self.rng.randint(1, half - 1)
-            return [[(0, q), (half, q)], [(q, half - q), (half + q, half - q)]]
-        return [[(0, rows)]]
+            return [([(0, q), (half, q)], None), ([(q, half - q), (half + q, half - q)], None)]
+        every = [(0, rows)]
+        if cols > 2 and self.rng.random() < 0.4:  # side by side: one, the rest, and one
+            runs = ((1, cols - 2),), ((0, 1), (cols - 1, 1))
+            return [(every, Columns(cols, each)) for each in runs]
+        if cols > 1 and self.rng.random() < 0.4:  # every second column
+            counts = cols - cols // 2, cols // 2
+            return [(every, Columns(cols, ((i, k),), 2)) for i, k in enumerate(counts)]
+        return [(every, None)]
 
     def flat_buffer(self) -> None:
         """Stages 1 and 2: several parameters with gaps in one buffer, cut regardless of them."""
@@ -249,7 +260,7 @@ class Builder:
         mine = _slices(boxes[self.rank])
         self.locals.append([(values[mine], out[mine])])
         for k, part in ((k, p) for k in range(layers) for p in self.parts(m, n)):
-            blocks = tuple((k * m * n + first * n, count) for first, count in part)
+            blocks = tuple((k * m * n + first * n, count) for first, count in part[0])
             matrix = self.add_truth(values[k], holders[k], out[k], part, blocks)
             self.layouts.append(grid_layout(matrix, m * n, boxes, self.rank, tensor))
 
@@ -276,7 +287,7 @@ class Builder:
         run = slice(offset, offset + m * n)
         value, holder, target = (x[run].view(m, n) for x in (values, holders, out))
         for part in self.parts(m, n):
-            blocks = tuple((first * n, count) for first, count in part)
+            blocks = tuple((first * n, count) for first, count in part[0])
             matrix = self.add_truth(value, holder, target, part, blocks)
             self.layouts.append(flat_layout(matrix, cut, offset=offset, base=base, tensor=tensor))
 
@@ -285,16 +296,22 @@ class Builder:
         value: Tensor,
         holder: Tensor,
         target: Tensor,
-        part: list[tuple[int, int]],
+        part: Part,
         blocks: tuple[tuple[int, int], ...],
     ) -> Matrix:
-        """A matrix of some rows of 2-D tensors."""
-        rows = [row for first, count in part for row in range(first, first + count)]
-        truth = Truth(f"w{len(self.truths)}", value[rows], holder[rows])
-        truth.direction = torch.full((len(rows), value.shape[1]), UNTOUCHED)
-        truth.targets = [(target[row], truth.direction[k]) for k, row in enumerate(rows)]
+        """A matrix of some rows and columns of 2-D tensors."""
+        rows = [row for first, count in part[0] for row in range(first, first + count)]
+        columns = part[1] or Columns(value.shape[1], ((0, value.shape[1]),))
+        cols = [first + columns.step * k for first, count in columns.runs for k in range(count)]
+        truth = Truth(f"w{len(self.truths)}", value[rows][:, cols], holder[rows][:, cols])
+        truth.direction = torch.full((len(rows), len(cols)), UNTOUCHED)
+        truth.targets = [
+            (target[row, col : col + 1], truth.direction[i, j : j + 1])
+            for i, row in enumerate(rows)
+            for j, col in enumerate(cols)
+        ]
         self.truths.append(truth)
-        return Matrix(truth.name, (len(rows), value.shape[1]), blocks)
+        return Matrix(truth.name, (len(rows), len(cols)), blocks, columns=part[1])
 
     def finish(self) -> World:
         mine = [torch.cat([v.reshape(-1) for v, _ in local]) for local in self.locals]

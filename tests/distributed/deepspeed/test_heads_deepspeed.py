@@ -1,4 +1,4 @@
-"""``heads`` in DeepSpeed's JSON: two ranks take the steps of torch's Muon in one process."""
+"""Parts of weights in DeepSpeed's JSON: two ranks take the steps of torch's Muon in one process."""
 
 from __future__ import annotations
 
@@ -30,19 +30,36 @@ class Attention(nn.Module):
         return y.square().mean()
 
 
-def build() -> nn.Module:
+class SideBySide(nn.Module):
+    """Weights stored in x out, whose rows ZeRO cuts anywhere: 12 and 14 columns of 16 rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+        self.halves, self.seconds = conv1d(12, 16), conv1d(14, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.halves(x).square().mean() + self.seconds(x).tanh().square().mean()
+        return y
+
+
+HEADS = {"heads": "auto"}
+COLUMNS = {"split": {r"halves\.weight": [5, 7], r"seconds\.weight": [1, 1]}}
+
+
+def build(kind: type[nn.Module]) -> nn.Module:
     torch.manual_seed(2)
-    return Attention()
+    return kind()
 
 
 def batches() -> Tensor:
     return torch.randn(3, 12, 16, generator=torch.Generator().manual_seed(4))
 
 
-def train(stage: int) -> tuple[int, dict[str, Tensor]]:
+def train(stage: int, kind: type[nn.Module], options: Any) -> tuple[int, dict[str, Tensor]]:
     world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
-    configuration = engine.config(stage, world, options={"heads": "auto"})
-    running = engine.engine_for(configuration, model=build())
+    configuration = engine.config(stage, world, options=options)
+    running = engine.engine_for(configuration, model=build(kind))
     for batch in batches():
         running.backward(running(batch.chunk(world)[rank]))
         running.step()
@@ -51,9 +68,9 @@ def train(stage: int) -> tuple[int, dict[str, Tensor]]:
     return result
 
 
-def alone() -> dict[str, Tensor]:
-    model: Any = build()
-    groups = spectral_dist.param_groups(model, heads="auto")
+def alone(kind: type[nn.Module], options: Any) -> dict[str, Tensor]:
+    model: Any = build(kind)
+    groups = spectral_dist.param_groups(model, **options)
     optimizer = spectral_dist.Muon(groups, **engine.OPTIONS)
     for batch in batches():
         model(batch).backward()
@@ -63,10 +80,15 @@ def alone() -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_as_one_process(stage: int) -> None:
-    expected = alone()
-    found = harness.run(2, train, stage)
-    assert sum(calls for calls, _ in found) == 3 * (4 + 2 + 2 + 1)
+@pytest.mark.parametrize(
+    ("kind", "options", "matrices"),
+    [(Attention, HEADS, 4 + 2 + 2 + 1), (SideBySide, COLUMNS, 4)],
+    ids=["heads", "columns"],
+)
+def test_as_one_process(stage: int, kind: type[nn.Module], options: Any, matrices: int) -> None:
+    expected = alone(kind, options)
+    found = harness.run(2, train, stage, kind, options)
+    assert sum(calls for calls, _ in found) == 3 * matrices
     for _, weights in found:
         for name, weight in weights.items():
             torch.testing.assert_close(weight, expected[name], rtol=0, atol=1e-5, msg=name)

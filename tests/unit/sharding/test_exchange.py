@@ -41,9 +41,12 @@ class Checked(MatrixTask):
         views, given = self.exchange.local_runs.views(tensors), self.exchange.owned_runs
         found = {}
         for index, tensor in enumerate(tensors):
-            mine = [views[piece] for piece in given.pieces if piece.tensor == index]
-            packed = torch.cat([torch.empty(0), *mine])
+            ours = [piece for piece in given.pieces if piece.tensor == index]
+            packed = torch.cat([torch.empty(0), *(views[piece].flatten() for piece in ours)])
             assert len(packed) == given.numel.get(index, 0)
+            is_whole = max([piece.end for piece in ours], default=0) == len(packed)
+            if is_whole and not all(piece.is_run for piece in ours):
+                packed = tensor[: len(packed)]  # they stay where they are
             assert torch.equal(given.pack(index, tensor), packed)
             found |= given.packed_views(index, packed)
         return found
