@@ -12,7 +12,7 @@ from torch import Tensor
 
 from spectral_dist._error_help import explained
 from spectral_dist.polar import exact, gram_root, graphs, newton_schulz, products
-from spectral_dist.polar.batching import batch_has_same_bits
+from spectral_dist.polar.batching import CPU_BATCH, batch_has_same_bits
 from spectral_dist.polar.products import ALIGNED, HALF, products_for
 from spectral_dist.polar.qdwh import polar_by_qdwh
 from spectral_dist.polar.scaling import null_cutoff, unit_frobenius
@@ -116,14 +116,23 @@ def polar(
         return torch.empty(x.shape, dtype=x.dtype, device=x.device)
     batch = x.reshape(-1, *x.shape[-2:])
     threads = torch.get_num_threads()
-    if x.device.type != "cpu" or _rounds_alike(
-        tuple(batch.shape), x.dtype, _hashable(method), steps, dtype, threads
-    ):
+
+    def is_batch(count: int) -> bool:
+        """Return whether so many matrices are computed in one call."""
+        if x.device.type != "cpu":
+            return True
+        shape = (count, *x.shape[-2:])
+        is_few = count <= CPU_BATCH
+        return is_few and _rounds_alike(shape, x.dtype, _hashable(method), steps, dtype, threads)
+
+    if is_batch(len(batch)):
         return _factor(batch, method, steps, dtype).reshape(x.shape)
-    # each in fresh memory: see ``batching``
     out = torch.empty(batch.shape, dtype=x.dtype)
-    for i in range(len(batch)):
-        out[i : i + 1] = _factor(batch[i : i + 1], method, steps, dtype)
+    for start in range(0, len(batch), CPU_BATCH):
+        stop = min(start + CPU_BATCH, len(batch))
+        size = stop - start if is_batch(stop - start) else 1
+        for i in range(start, stop, size):  # each in fresh memory: see ``batching``
+            out[i : i + size] = _factor(batch[i : i + size], method, steps, dtype)
     return out.reshape(x.shape)
 
 

@@ -18,6 +18,8 @@ SMALL = 4096
 """Elements of a matrix up to which a batch saves time: beyond, products take longer than calls."""
 MULTIPLE = 8
 """Both sides must be of this: then every matrix, and all that is made of it, lies at 64 bytes."""
+CPU_BATCH = 128
+"""The most matrices that a CPU computes in one call: more save no time, and are longer tried."""
 TRIALS = 3
 """Batches of random numbers that are tried."""
 

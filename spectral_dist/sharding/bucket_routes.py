@@ -84,6 +84,11 @@ class Batch:
     shape: tuple[int, int]
     tiles: Tiles
 
+    def chunks(self, size: int) -> list[Batch]:
+        """Return the matrices in batches of this size; the last one may have fewer."""
+        starts = range(0, len(self.matrices), size)
+        return [replace(self, matrices=self.matrices[i : i + size]) for i in starts]
+
     @property
     def numel(self) -> int:
         """Return the number of elements of all the batch's matrices."""
@@ -312,7 +317,7 @@ def route_to_owners(
     ranks: int,
     replica: int,
     replicas: int,
-    is_batch: Callable[[Batch], bool] = lambda batch: True,
+    divide: Callable[[Batch], list[Batch]] = lambda batch: [batch],
 ) -> BucketRoute:
     """Return this rank's route for a bucket whose matrices are brought together at their owners.
 
@@ -323,15 +328,12 @@ def route_to_owners(
         ranks: the number of ranks of a replica.
         replica: this rank's replica.
         replicas: the number of replicas.
-        is_batch: whether matrices of one shape are computed in one call.
+        divide: matrices of one shape into those that are computed in one call.
     """
-    batches = batches_of(layouts, bucket.matrices.get(replica * ranks + rank, ()))
     batches = [
         part
-        for batch in batches
-        for part in (
-            [batch] if is_batch(batch) else [replace(batch, matrices=(i,)) for i in batch.matrices]
-        )
+        for batch in batches_of(layouts, bucket.matrices.get(replica * ranks + rank, ()))
+        for part in divide(batch)
     ]
     packing = WholePacking(layouts, batches, ranks)
     route = BucketRoute(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from spectral_dist.polar.batching import CPU_BATCH
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.bucket_routes import Batch, BucketRoute, Piece, pack, route_to_owners
 from spectral_dist.sharding.collectives import Group, Meter, Pending
@@ -171,19 +172,27 @@ class Exchange:
         # matrices of its batch: each batch gets memory of its own there
         self._is_on_cpu = device.type == "cpu"
 
-        def is_batch(batch: Batch) -> bool:
-            """Return whether matrices of one shape are computed in one call."""
-            if not self._is_on_cpu or len(batch.matrices) == 1:
-                return True
-            matrix = layouts[batch.matrices[0]].matrix
-            return rounds_alike is not None and rounds_alike(matrix, len(batch.matrices))
+        def divide(batch: Batch) -> list[Batch]:
+            """Divide matrices of one shape into those that are computed in one call."""
+            if not self._is_on_cpu:
+                return [batch]
+            if rounds_alike is None:
+                return batch.chunks(1)
+            matrix, chunks = layouts[batch.matrices[0]].matrix, batch.chunks(CPU_BATCH)
+            sizes = {len(chunk.matrices) for chunk in chunks}
+            alike = {size: size == 1 or rounds_alike(matrix, size) for size in sizes}
+            return [
+                part
+                for chunk in chunks
+                for part in ([chunk] if alike[len(chunk.matrices)] else chunk.chunks(1))
+            ]
 
         self.routes: list[BucketRoute] = []
         self._reductions: dict[tuple[int, ...], Reduction] = {}
         for bucket in plan.buckets:
             arguments = (bucket, layouts, rank, ranks, replica, self.num_replicas)
             if not bucket.gram:
-                self.routes.append(route_to_owners(*arguments, is_batch))
+                self.routes.append(route_to_owners(*arguments, divide))
                 continue
             route, batches = route_to_slabs(*arguments)
             self.routes.append(route)

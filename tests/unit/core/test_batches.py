@@ -89,6 +89,26 @@ def test_bits_do_not_depend_on_the_batch(
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize(("count", "sizes"), [(128, [128]), (300, [128, 128, 44]), (129, [128, 1])])
+def test_many_matrices_are_tried_in_few(
+    count: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many heads as a large model has would be tried for long."""
+    tried: list[int] = []
+    original = batching.rounds_alike
+
+    def rounds_alike(rule: Any, options: Any, shape: Any, count: int, dtype: Any) -> bool:
+        tried.append(count)
+        return original(rule, options, shape, count, dtype)
+
+    monkeypatch.setattr(batching, "rounds_alike", rounds_alike)
+    optimizer = optimizer_of("Muon", count, (8, 8))
+    optimizer.step()
+    (unit,) = [unit for unit in optimizer.all_units if hasattr(unit, "exchange")]
+    assert [len(which) for which, _ in unit.exchange.batches()] == sizes
+    assert sorted(tried) == sorted(set(sizes) - {1})
+
+
 def test_a_batch_that_rounds_otherwise_is_refused() -> None:
     """A sum over the batch, a bit that the last place alone sees, a matrix that is too large."""
     shape = (3, 8, 8)
