@@ -24,7 +24,7 @@ class SpectralConfig(OptimizerConfig):  # type: ignore[misc]
     first group of matrices; the multiples are those of ``scalar_lr`` and ``scalar_weight_decay``.
 
     Attributes:
-        name: of the optimizer: "muon", "polargrad", "root", "normuon", or a registered rule.
+        name: of the optimizer: "muon", "polargrad", "root", or a registered rule.
         lr: learning rate.
         weight_decay: decoupled weight decay, times lr.
         options: the optimizer's other options, and those of ``spectral_dist.param_groups``.
@@ -41,10 +41,10 @@ class SpectralConfig(OptimizerConfig):  # type: ignore[misc]
     def build(
         self, model: nn.Module, *, device_mesh: Any = None, is_peft: bool = False
     ) -> list[SpectralOptimizer]:
-        """Return one optimizer for each part of the model.
+        """Return the model's optimizer, in a list as Automodel wants it.
 
         Args:
-            model: as the recipe has sharded it; with ``parts`` under pipeline parallelism.
+            model: as the recipe has sharded it.
             device_mesh: not needed: parameters tell where their shards are.
             is_peft: whether adapters are trained, which makes no difference.
 
@@ -66,16 +66,20 @@ class SpectralConfig(OptimizerConfig):  # type: ignore[misc]
                 f"{where}: {entry.title} does not run under Automodel, which builds and shards the"
                 " model in one call: there is no place for spectral_dist.poet.convert"
             )
+        if hasattr(model, "parts"):
+            raise ValueError(
+                f"{where}: pipeline parallelism is not supported under Automodel: a stage does not"
+                " tell its output head from a matrix; set pp_size to 1, or train with torchtitan or"
+                " Megatron-Bridge"
+            )
         options = {"lr": self.lr, "weight_decay": self.weight_decay, **self.options}
         routing = {name: options.pop(name) for name in ROUTING if name in options}
         made_of = class_of(entry)
         made_of.options_type.from_user(options, where)
-        parts = getattr(model, "parts", [model])
-        optimizers = [made_of(param_groups(part, **routing), **options) for part in parts]
-        for optimizer in optimizers:
-            _check_saving(optimizer, where)
-            self._keep_multiples(optimizer, where)
-        return optimizers
+        optimizer = made_of(param_groups(model, **routing), **options)
+        _check_saving(optimizer, where)
+        self._keep_multiples(optimizer, where)
+        return [optimizer]
 
     def _keep_multiples(self, optimizer: SpectralOptimizer, where: str) -> None:
         """Write into groups by what Automodel's scheduler is to multiply lr and weight decay.
@@ -83,14 +87,8 @@ class SpectralConfig(OptimizerConfig):  # type: ignore[misc]
         Raises:
             ValueError: the scheduler would write other values than those that are asked for.
         """
-        first = optimizer.param_groups[0]
         for name, multiple in (("lr", "lr_mult"), ("weight_decay", "wd_mult")):
             base = getattr(self, name)
-            if first[name] != base:
-                raise ValueError(
-                    f"{where}: a part of the model has no matrix, and Automodel's scheduler takes"
-                    f" {name} from its first group; leave scalar_{name} out"
-                )
             for group in optimizer.param_groups:
                 if group[name] and not base:
                     raise ValueError(
@@ -106,6 +104,6 @@ def _check_saving(optimizer: SpectralOptimizer, where: str) -> None:
     if optimizer.keeps_matrix_state:
         raise ValueError(
             f"{where}: it keeps state of whole matrices, which Automodel's checkpoints leave out"
-            " (it loads them with flatten_optimizer_state_dict); take muon, polargrad or normuon,"
+            " (it loads them with flatten_optimizer_state_dict); take muon, polargrad or root,"
             " or another trainer"
         )

@@ -12,7 +12,8 @@ TEXTS: dict[str, tuple[str, ...]] = {
         r"param_group_overrides is of Automodel's own optimizers",
         r"options has .*; write it beside",
         r"which Automodel's checkpoints leave out",
-        r"Automodel's scheduler (keeps|takes)",
+        r"Automodel's scheduler keeps",
+        r"pipeline parallelism is not supported under Automodel",
         r"; give the same matrices and scalars in options",
     ),
     "this-optimizers-param_groups-are-not-the-that-it-was-built-with": (

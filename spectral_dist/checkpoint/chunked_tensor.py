@@ -173,8 +173,9 @@ def _boxes(
 
 def _row_of_parameter(matrix: Matrix, row: int) -> int:
     """Return the row of the parameter, seen as (rows, columns), at which a row of a matrix is."""
-    for start, rows in matrix.blocks:
-        if row < rows:
-            return start // matrix.width + row
+    blocks = iter(matrix.blocks)
+    start, rows = next(blocks)
+    while row >= rows:
         row -= rows
-    raise AssertionError("a matrix's rows are those of its blocks")
+        start, rows = next(blocks)
+    return start // matrix.width + row

@@ -8,13 +8,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
+from torch import nn
 
 pytest.importorskip("nemo_automodel")
-
 ROOT = Path(__file__).resolve().parents[3]
 STEPS, SAVED_AT = 4, 2
 SAVED, LAST = "epoch_0_step_1", "epoch_0_step_3"
@@ -48,7 +49,7 @@ def lines(world: int, folder: Path, start: str, wanted: dict[str, Any]) -> list[
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("name", ["muon", "normuon"])
+@pytest.mark.parametrize("name", ["muon", "root"])
 @pytest.mark.fast_cases("muon")
 def test_two_ranks_train_as_one_and_resume(name: str, tmp_path: Path) -> None:
     wanted = sections(name)
@@ -72,6 +73,7 @@ def test_two_ranks_train_as_one_and_resume(name: str, tmp_path: Path) -> None:
 
 REFUSED = {
     "sumo": (sections("sumo"), "which Automodel's checkpoints leave out"),
+    "normuon": (sections("normuon"), "take muon, polargrad or root"),
     "poet": (sections("poet"), "no place for spectral_dist.poet.convert"),
     "moun": (sections("moun"), "did you mean 'muon'"),
     "option": (sections(options={"momentun": 0.9}), "did you mean 'momentum'"),
@@ -80,6 +82,17 @@ REFUSED = {
         "keeps it as a multiple of weight_decay, which is 0.0",
     ),
 }
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_pipeline_is_refused() -> None:
+    """Its model is a list of stages."""
+    from spectral_dist.integrations.automodel import SpectralConfig
+
+    model = SimpleNamespace(parts=[nn.Linear(4, 4)])
+    config = SpectralConfig(name="muon")
+    with pytest.raises(ValueError, match="pipeline parallelism is not supported under Automodel"):
+        config.build(model)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("case", REFUSED)
