@@ -17,8 +17,9 @@ from spectral_dist.integrations.deepspeed import _compat
 from spectral_dist.integrations.deepspeed.adam_moments import drop_moments
 from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement
+from spectral_dist.placement.flat import in_one_sequence, in_own_runs
 from spectral_dist.sharding.collectives import Meter
-from spectral_dist.sharding.layout import Cut, Located, flat_layout
+from spectral_dist.sharding.layout import Cut, Located
 
 
 class ZeroPlacement(ReplicatedPlacement):
@@ -138,7 +139,7 @@ def _place_flat(
     """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     cut = Cut.even(flat.numel(), ranks)
-    layouts, spans = [], []
+    placed, spans = [], []
     for route in routes:
         parameter = route.parameter
         offset, numel = int(parameter.data.storage_offset()), parameter.numel()
@@ -147,10 +148,11 @@ def _place_flat(
                 f"{route.name} is no view of its ZeRO group's flat buffer of {ranks} x"
                 f" {flat.numel()} elements, so where it lives is not known; was its .data replaced?"
             )
-        layouts += [flat_layout(matrix, cut, offset=offset) for matrix in route.matrices]
+        placed.append((route, offset))
         begin, end = max(offset, cut.bounds[rank]), min(offset + numel, cut.bounds[rank + 1])
         if begin < end:
             spans.append((route.name, 0, begin - cut.bounds[rank], end - begin))
+    layouts = in_one_sequence(placed, flat.numel(), ranks)
     return Located(tuple(layouts), group, device, tuple(spans), tensors=(0,))
 
 
@@ -170,14 +172,14 @@ def _place_stage3(
     """
     ids = [_compat.parameter_id(route.parameter) for route in routes]
     first, last = (ids.index(end) for end in ends)
-    base, layouts, spans, group = 0, [], [], None
+    placed, spans, base, group, ranks = [], [], 0, None, 1
     for route in routes[first : last + 1]:
         group, run, numel = _compat.partition_of(route.parameter)
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
-        cut = Cut.even(run, ranks)
-        layouts += [flat_layout(matrix, cut, base=base) for matrix in route.matrices]
+        placed.append((route, run))
         spans.append((route.name, 0, base, max(0, min(run, numel - rank * run))))
         base += run
+    layouts, base = in_own_runs(placed, ranks)
     if base != flat.numel():
         raise RuntimeError(
             f"ZeRO-3 sub-group {ends} has {flat.numel()} elements, but its parameters sum to"

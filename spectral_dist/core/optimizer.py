@@ -15,10 +15,10 @@ from spectral_dist.core import batching, strategy
 from spectral_dist.core.agreement import Grads
 from spectral_dist.core.matrix_checkpoints import MatrixCheckpoints, learned_names
 from spectral_dist.core.matrix_ops import StepContext
-from spectral_dist.core.matrix_state import MatrixState, elements
+from spectral_dist.core.matrix_state import MatrixState
 from spectral_dist.core.matrix_step import MatrixStep
 from spectral_dist.core.monitor import Watch
-from spectral_dist.core.units import MatrixUnit, Unit, bucket_numel, wire_dtype
+from spectral_dist.core.units import MatrixUnit, Unit, bucket_numel
 from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.base import ParamGroup, Placement
 from spectral_dist.rules.base import Pooling, Shape
@@ -27,7 +27,6 @@ from spectral_dist.rules.options import BaseOptions, MatrixOptions
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.exchange import Exchange
 from spectral_dist.sharding.layout import Located
-from spectral_dist.sharding.plan import make_plan
 
 
 class SpectralOptimizer(MatrixCheckpoints):
@@ -245,9 +244,6 @@ class SpectralOptimizer(MatrixCheckpoints):
         like = tensors[located.tensors[0]] if located.tensors else None
         dtype, device = (like.dtype, like.device) if like is not None else (None, located.device)
         dtype = dtype or torch.float32
-        shapes = {layout.matrix.shape for layout in located.layouts}
-        specs = {shape: self.rule.polar(options, shape) for shape in sorted(shapes)}
-        wire = wire_dtype(options, list(specs.values()), dtype, located.device)
         ranks, num_replicas = map(collectives.size, (located.group, located.replicas))
         if options.machine is not None and not self.placement.knows_blocks:
             warnings.warn(
@@ -261,22 +257,11 @@ class SpectralOptimizer(MatrixCheckpoints):
                 stacklevel=5,
             )
         groups = (located.group, located.replicas)
-        needs_whole = bool(self.observers)
+        is_observed = bool(self.observers)
         if max(ranks, num_replicas) > 1:
-            observed = torch.tensor(needs_whole, device=located.device)
-            needs_whole = collectives.any_rank(observed, groups, collectives.Meter())
-        needs_whole = needs_whole or self.rule.pooling(options) is not None
-        gram = strategy.select_gram(options, specs, located, wire, needs_whole)
-        state_numel = partial(elements, self.rule, options)
-        keeps_state = any(self.rule.state(options, shape) for shape in shapes)
-        plan = make_plan(
-            located.layouts,
-            ranks,
-            bucket_numel(options, wire),
-            num_replicas,
-            gram=gram,
-            load=state_numel if self._balances_state(options, shapes) else None,
-        )
+            observed = torch.tensor(is_observed, device=located.device)
+            is_observed = collectives.any_rank(observed, groups, collectives.Meter())
+        plan, wire = strategy.plan_of(self.rule, options, located, dtype, is_observed)
         exchange = Exchange(
             located.layouts,
             plan,
@@ -290,19 +275,11 @@ class SpectralOptimizer(MatrixCheckpoints):
                 self.rule, options, matrix.read_shape, count, wire
             ),
         )
+        shapes = {layout.matrix.shape for layout in located.layouts}
+        keeps_state = any(self.rule.state(options, shape) for shape in shapes)
         state = MatrixState(self.rule, options, located.layouts, exchange) if keeps_state else None
         unit = MatrixUnit(located, plan, exchange, self.rule.has_momentum(options), state)
         return strategy.add_blocks(unit, options, bucket_numel(options, wire))
-
-    def _balances_state(self, options: MatrixOptions, shapes: Iterable[Shape]) -> bool:
-        """Return whether owners are chosen to share the rule's state evenly, not its work.
-
-        They are if matrix state is all that the rule keeps; a few numbers beside a momentum take no
-        memory worth sharing.
-        """
-        if self.rule.has_momentum(options):
-            return False
-        return any(elements(self.rule, options, shape) for shape in shapes)
 
     def ensure_state(self, group: ParamGroup, unit: Unit, index: int, p: Tensor) -> None:
         """Create a parameter's state, before the first step, so that all ranks have equal keys.

@@ -5,14 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from spectral_dist.core.units import MatrixUnit
+from spectral_dist.core.matrix_state import elements
+from spectral_dist.core.units import MatrixUnit, bucket_numel, wire_dtype
 from spectral_dist.machine import Machine
 from spectral_dist.polar import of_gram, resolve_dtype
-from spectral_dist.rules.base import PolarSpec, Shape
+from spectral_dist.rules.base import PolarSpec, Rule, Shape
 from spectral_dist.rules.options import MatrixOptions
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.boxes import block_layouts, slabs
@@ -24,7 +27,47 @@ from spectral_dist.sharding.cost import (
 )
 from spectral_dist.sharding.exchange import Exchange
 from spectral_dist.sharding.layout import Layout, Located
-from spectral_dist.sharding.plan import make_plan
+from spectral_dist.sharding.plan import Plan, make_plan
+
+
+def plan_of(
+    rule: Rule[Any],
+    options: MatrixOptions,
+    located: Located,
+    dtype: torch.dtype,
+    is_observed: bool = False,
+) -> tuple[Plan, torch.dtype]:
+    """Return the plan of a unit's matrices, and the dtype in which they are sent.
+
+    It makes no collective call, so that it serves jobs that do not run (``SimulatedGroup``) too.
+
+    Args:
+        rule: of the matrices.
+        options: of the parameter group.
+        located: the matrices.
+        dtype: of the parameters.
+        is_observed: whether any rank has observers, which need whole matrices.
+
+    Raises:
+        ValueError: as in ``select_gram``.
+    """
+    shapes = sorted({layout.matrix.shape for layout in located.layouts})
+    specs = {shape: rule.polar(options, shape) for shape in shapes}
+    wire = wire_dtype(options, list(specs.values()), dtype, located.device)
+    needs_whole = is_observed or rule.pooling(options) is not None
+    state_numel = partial(elements, rule, options)
+    # if matrix state is all that the rule keeps, owners share it evenly, not the work; a few
+    # numbers beside a momentum take no memory worth sharing
+    balances_state = not rule.has_momentum(options) and any(map(state_numel, shapes))
+    plan = make_plan(
+        located.layouts,
+        collectives.size(located.group),
+        bucket_numel(options, wire),
+        collectives.size(located.replicas),
+        gram=select_gram(options, specs, located, wire, needs_whole),
+        load=state_numel if balances_state else None,
+    )
+    return plan, wire
 
 
 def select_gram(
@@ -55,7 +98,7 @@ def select_gram(
         warnings.warn(
             f"strategy {options.strategy!r} has no effect on {name} and those that lie like it:"
             " no other rank holds a part of them",
-            stacklevel=6,
+            stacklevel=7,
         )
     if ranks == 1 or not (asked or (options.strategy == "auto" and not needs_whole)):
         return [False] * len(layouts)
@@ -155,7 +198,7 @@ def _subspaces(
                 f"strategy is 'gram', but {', '.join(unable[:3])} ({len(unable)} matrices) are"
                 " square and cut by columns, where the rule's subspace is one of the rows: they"
                 " are done at their owners",
-                stacklevel=7,
+                stacklevel=8,
             )
         return able
     machine = _machine(options)

@@ -158,13 +158,14 @@ class MeshPlacement(ReplicatedPlacement):
         """
         group = self._group(mesh, dims)
         rank = 0 if group is None else dist.get_rank(group)
+        sizes = tuple((dim, mesh.size(dim)) for dim in dims)
         layouts, spans = [], []
         for i, (route, tensor, sharding) in enumerate(parameters):
             local = self.local(tensor)
             spans.append((route.name, i, 0, local.numel()))
             if not route.matrices:
                 continue
-            boxes = stored_stack_boxes(route, mesh, dims, sharding.sharded)
+            boxes = stored_stack_boxes(route, sizes, sharding.sharded)
             numel = math.prod(end - begin for begin, end in boxes[rank])
             if numel != local.numel():
                 raise RuntimeError(

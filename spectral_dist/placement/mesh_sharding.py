@@ -72,16 +72,14 @@ def sharded_dims(name: str, tensor: DTensor) -> tuple[tuple[int, int], ...]:
 
 def stored_stack_boxes(
     route: ParamSpec,
-    mesh: DeviceMesh,
-    dims: tuple[int, ...],
+    sizes: tuple[tuple[int, int], ...],
     sharded: tuple[tuple[int, int], ...],
 ) -> StackBoxes:
     """Return the box of a parameter that each rank stores, in the order of their coordinates.
 
     Args:
         route: the parameter's spec.
-        mesh: of the parameter.
-        dims: the mesh dimensions along which the ranks differ.
+        sizes: (mesh dimension, number of ranks) of the dimensions along which the ranks differ.
         sharded: (mesh dimension, tensor dimension) of each cut, in order.
 
     Raises:
@@ -92,7 +90,6 @@ def stored_stack_boxes(
         raise ValueError(
             f"{route.name}, {shape}, is cut beyond its second dimension; cut its first"
         )
-    sizes = tuple((dim, mesh.size(dim)) for dim in dims)
     return _boxes_by_rank(tuple(shape), route.stacked, sizes, sharded)
 
 

@@ -54,8 +54,26 @@ class Pending:
         return self.tensor
 
 
+class SimulatedGroup(dist.ProcessGroup):
+    """A group of ranks of a job that does not run, to plan for it and to count what it would send.
+
+    Collective calls of such a group count bytes as any other's do, send nothing, and leave what
+    they would receive unset. They are for tensors on the meta device.
+
+    Args:
+        rank: that of this process in the group.
+        ranks: the number of ranks.
+    """
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        super().__init__(rank, ranks)  # type: ignore[call-arg]  torch declares another overload only
+        self.simulated_rank, self.num_ranks = rank, ranks
+
+
 def size(group: Group) -> int:
     """Return the number of ranks of the group."""
+    if isinstance(group, SimulatedGroup):
+        return group.num_ranks
     return 1 if group is None else dist.get_world_size(group)
 
 
@@ -66,6 +84,8 @@ def job_size() -> int:
 
 def rank(group: Group) -> int:
     """Return this process's rank in the group."""
+    if isinstance(group, SimulatedGroup):
+        return group.simulated_rank
     return 0 if group is None else dist.get_rank(group)
 
 
@@ -98,6 +118,8 @@ def all_to_all(
     received = sent.new_empty(sum(recv_counts))
     num_sent = sent.numel() - send_counts[rank(group)]
     meter.count("all_to_all", num_sent * sent.element_size())
+    if isinstance(group, SimulatedGroup):
+        return Pending(received)
     work = dist.all_to_all_single(
         received, sent, list(recv_counts), list(send_counts), group=group, async_op=True
     )
@@ -108,6 +130,8 @@ def all_gather(sent: Tensor, group: Group, meter: Meter) -> Pending:
     """Begin gathering every rank's flat tensor, all of one length, in the order of ranks."""
     received = sent.new_empty(size(group) * sent.numel())
     meter.count("all_gather", (size(group) - 1) * sent.numel() * sent.element_size())
+    if isinstance(group, SimulatedGroup):
+        return Pending(received)
     work = _all_gather(received, sent, group=group, async_op=True)
     return Pending(received, work, sent)
 
@@ -146,14 +170,16 @@ def sum_ranks(values: Tensor, group: Group, meter: Meter) -> None:
     """Replace ``values`` by their sum over all ranks of the group."""
     if size(group) > 1:
         meter.count("all_reduce", values.numel() * values.element_size())
-        dist.all_reduce(values, group=group)
+        if not isinstance(group, SimulatedGroup):
+            dist.all_reduce(values, group=group)
 
 
 def max_ranks(values: Tensor, group: Group, meter: Meter) -> None:
     """Replace each of ``values`` by its largest value on any rank of the group."""
     if size(group) > 1:
         meter.count("all_reduce", values.numel() * values.element_size())
-        dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
+        if not isinstance(group, SimulatedGroup):
+            dist.all_reduce(values, op=dist.ReduceOp.MAX, group=group)
 
 
 def gather_texts(text: str, group: Group) -> list[str]:
