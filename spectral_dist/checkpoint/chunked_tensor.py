@@ -18,7 +18,7 @@ from spectral_dist.core.units import MatrixUnit
 from spectral_dist.params.spec import ParamSpec
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.bucket_routes import tile_pieces
-from spectral_dist.sharding.layout import Layout, Matrix, Tile
+from spectral_dist.sharding.layout import Matrix, Tile
 
 aten = torch.ops.aten
 COPIES = {
@@ -124,51 +124,81 @@ def momentum_runs(
         momentum: its packed runs on this rank (``MatrixUnit.new_momentum``).
     """
     located = unit.located
-    rank = collectives.rank(located.group)
-    views = {
-        (piece.start, piece.length): view
-        for piece, view in unit.momentum_runs.packed_views(index, momentum).items()
-    }
+    views = unit.momentum_runs.packed_views(index, momentum)
     parts: list[tuple[Chunk, Tensor]] = []
+    if located.group is None:
+        for piece, view in views.items():
+            matrix = located.layouts[piece.matrix].matrix
+            row, column = divmod(piece.start, matrix.width)
+            rows = piece.length // matrix.width if piece.is_run else piece.rows
+            box = (row, column, rows, piece.length // rows)
+            parts += _boxes(route, matrix.width, box, piece.step, view)
+        return ChunkedTensor(route.shape, momentum, parts)
+    rank = collectives.rank(located.group)
+    by_place = {(piece.start, piece.length): view for piece, view in views.items()}
     for layout in located.layouts:
         for tile in layout.tiles:
             for piece in tile_pieces(tile, 0, rank) if tile.tensor == index else ():
-                view = views.get((piece.start, piece.length))
+                view = by_place.get((piece.start, piece.length))
                 if view is not None:
-                    parts += _boxes(layout, tile, rank, route, view)
+                    box = _box_of_tile(layout.matrix, tile, rank)
+                    parts += _boxes(route, layout.matrix.width, box, tile.step, view)
     return ChunkedTensor(route.shape, momentum, parts)
 
 
-def _boxes(
-    layout: Layout, tile: Tile, rank: int, route: ParamSpec, values: Tensor
-) -> Iterator[tuple[Chunk, Tensor]]:
-    """Yield the boxes of a parameter that this rank stores of a tile, which must be whole rows.
+def _box_of_tile(matrix: Matrix, tile: Tile, rank: int) -> tuple[int, int, int, int]:
+    """Return (row, column, rows, columns) of what a rank stores of a tile, in the parameter.
+
+    The parameter is seen as (rows, columns), and what the rank stores must be whole rows of the
+    tile.
 
     Args:
-        layout: of the matrix.
-        tile: of the layout.
+        matrix: of the tile.
+        tile: the tile.
         rank: this rank in the layout's group.
-        route: the parameter's spec.
-        values: of the box; of several boxes, one for each column, if the columns have a step.
     """
     begin, end = tile.part(rank)
-    rows, shape = (end - begin) // tile.cols, route.shape
-    row = _row_of_parameter(layout.matrix, tile.row) + begin // tile.cols
-    number, row = divmod(row, route.stack // layout.matrix.width)
-    columns = next(
+    row = _row_of_parameter(matrix, tile.row) + begin // tile.cols
+    column = next(
         first + (tile.col - col) * tile.step
-        for col, first, count in layout.matrix.column_runs(0, layout.matrix.width)
+        for col, first, count in matrix.column_runs(0, matrix.width)
         if col <= tile.col < col + count
     )
-    if len(shape) > 2 and not route.stacked:
-        yield ((row, *(0 for _ in shape[1:])), (rows, *shape[1:])), values
+    return row, column, (end - begin) // tile.cols, tile.cols
+
+
+def _boxes(
+    route: ParamSpec, width: int, box: tuple[int, int, int, int], step: int, values: Tensor
+) -> Iterator[tuple[Chunk, Tensor]]:
+    """Yield the boxes of a parameter that some of its rows and columns are.
+
+    Args:
+        route: the parameter's spec.
+        width: the number of columns, of the parameter seen as (rows, columns).
+        box: (row, column, rows, columns) in it.
+        step: from one column to the next; if it is not 1, each column is a box.
+        values: of the rows and columns.
+
+    Raises:
+        ValueError: the parameter has more than two dimensions, and the columns are not all.
+    """
+    row, column, rows, columns = box
+    number, row = divmod(row, route.stack // width)
+    if len(route.shape) > 2 and not route.stacked:
+        if columns < width:
+            raise ValueError(
+                f"{route.name}: ranks share its columns under strategy='split', which no box of"
+                f" {route.shape} is; write strategy='owner' to save with"
+                " torch.distributed.checkpoint"
+            )
+        yield ((row, *(0 for _ in route.shape[1:])), (rows, *route.shape[1:])), values
         return
     prefix, one = ((number,), (1,)) if route.stacked else ((), ())
-    if tile.step == 1:
-        yield ((*prefix, row, columns), (*one, rows, tile.cols)), values
+    if step == 1:
+        yield ((*prefix, row, column), (*one, rows, columns)), values
         return
-    for k, column in enumerate(values.view(rows, tile.cols).unbind(1)):
-        yield ((*prefix, row, columns + k * tile.step), (*one, rows, 1)), column
+    for k, each in enumerate(values.view(rows, columns).unbind(1)):
+        yield ((*prefix, row, column + k * step), (*one, rows, 1)), each
 
 
 def _row_of_parameter(matrix: Matrix, row: int) -> int:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from spectral_dist.core.finite import LastStep
 from spectral_dist.core.monitor import Watch
-from spectral_dist.polar import null_cutoff, of_gram, polar, reductions, resolve_dtype
+from spectral_dist.polar import null_cutoff, of_gram, polar, reductions, resolve_dtype, rows_of
 from spectral_dist.rules.base import PolarSpec, Rule, Shape
 from spectral_dist.sharding.gram import Reduction
+from spectral_dist.sharding.split import SplitReduction
 
 Observer: TypeAlias = Callable[[Sequence[str], Tensor], None]
 """Called with the names and values (k, m, n) of matrices that are about to be orthogonalized."""
@@ -157,6 +158,12 @@ class SlabMatrixOps:
         """Return slabs of their polar factors."""
         spec = spec or spec_of(self.context, self.shape)
         computed = resolve_dtype(spec.method, spec.dtype, matrices.dtype, matrices.device)
+        if isinstance(self._reduction, SplitReduction):
+            polynomials = rows_of(spec.method, spec.steps)
+            assert polynomials is not None, "strategy.select_teams takes polynomials alone"
+            factors = self._reduction.newton_schulz(matrices, *polynomials, computed)
+            self.count_polar(None, matrices, factors)
+            return factors
         dtype = of_gram.gram_dtype(spec.method, spec.steps, computed)
         cutoff = null_cutoff(self.shape, matrices.dtype)
         evaluate = partial(of_gram.multiplier, method=spec.method, steps=spec.steps, cutoff=cutoff)

@@ -224,8 +224,8 @@ class SpectralOptimizer(MatrixCheckpoints):
         if self.observers and not all(unit.has_whole_matrices for unit in units):
             raise ValueError(
                 "an observer (calibrate's recorder, or one of your own) gets whole matrices, but"
-                " under strategy 'gram' or 'block' no rank has them; build the optimizer with"
-                " strategy='owner'"
+                " under strategy 'gram', 'split' or 'block' no rank has them; build the optimizer"
+                " with strategy='owner'"
             )
 
     # -- where everything is

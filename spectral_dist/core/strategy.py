@@ -14,7 +14,7 @@ from torch import Tensor
 from spectral_dist.core.matrix_state import elements
 from spectral_dist.core.units import MatrixUnit, bucket_numel, wire_dtype
 from spectral_dist.machine import Machine
-from spectral_dist.polar import of_gram, resolve_dtype
+from spectral_dist.polar import of_gram, resolve_dtype, rows_of
 from spectral_dist.rules.base import PolarSpec, Rule, Shape
 from spectral_dist.rules.options import MatrixOptions
 from spectral_dist.sharding import collectives
@@ -27,7 +27,8 @@ from spectral_dist.sharding.cost import (
 )
 from spectral_dist.sharding.exchange import Exchange
 from spectral_dist.sharding.layout import Layout, Located
-from spectral_dist.sharding.plan import Plan, make_plan
+from spectral_dist.sharding.plan import Plan, cost, make_plan
+from spectral_dist.sharding.teams import team_sizes
 
 
 def plan_of(
@@ -66,8 +67,46 @@ def plan_of(
         collectives.size(located.replicas),
         gram=select_gram(options, specs, located, wire, needs_whole),
         load=state_numel if balances_state else None,
+        teams=select_teams(options, specs, located, needs_whole),
     )
     return plan, wire
+
+
+def select_teams(
+    options: MatrixOptions,
+    specs: Mapping[Shape, PolarSpec | None],
+    located: Located,
+    needs_whole: bool,
+) -> list[int]:
+    """Return how many ranks work on each matrix under strategy 'split'; empty under any other.
+
+    Args:
+        options: of the parameter group.
+        specs: how the polar factors of each shape are computed.
+        located: the matrices.
+        needs_whole: whether the rule or an observer needs whole matrices.
+
+    Raises:
+        ValueError: that, or the rule or its polar method cannot be split.
+    """
+    if options.strategy != "split":
+        return []
+    if needs_whole:
+        raise ValueError(
+            "strategy is 'split', but an observer or the rule needs whole matrices; write"
+            " strategy='owner'"
+        )
+    for spec in specs.values():
+        if spec is None or spec.rank is not None or rows_of(spec.method, spec.steps) is None:
+            raise ValueError(
+                "strategy is 'split', but what the rule computes is no Newton-Schulz iteration on"
+                " the matrix; write strategy='owner', or a polar method of polynomials"
+                " (polar='polar_express')"
+            )
+    ranks, replicas = map(collectives.size, (located.group, located.replicas))
+    length, rows = (ranks, replicas) if ranks > 1 else (replicas, 1)
+    able = [layout.stacked() or ranks > 1 for layout in located.layouts]
+    return team_sizes([cost(x.matrix.shape) for x in located.layouts], able, length, rows)
 
 
 def select_gram(

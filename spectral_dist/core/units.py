@@ -62,7 +62,7 @@ class MatrixUnit(Unit):
     @property
     def has_whole_matrices(self) -> bool:
         """Return whether every matrix is whole at its owner in every step."""
-        return self.blocks is None and "gram" not in self.plan.strategies
+        return self.blocks is None and {"gram", "split"}.isdisjoint(self.plan.strategies)
 
     @cached_property
     def momentum_at_owner(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ def null_cutoff(shape: Sequence[int], *dtypes: torch.dtype) -> float:
     return max(max(torch.finfo(d).eps, side * torch.finfo(norm_dtype(d)).eps) for d in dtypes)
 
 
-def near_one(x: Tensor, dtype: torch.dtype) -> Tensor:
+def near_one(x: Tensor, dtype: torch.dtype, over: Slabs | None = None) -> Tensor:
     """Return a fresh contiguous copy of x, each matrix over a power of two: nothing is rounded.
 
     The largest magnitude of each matrix is from 1 to 2 in the result, less if it is subnormal in x,
@@ -41,12 +42,13 @@ def near_one(x: Tensor, dtype: torch.dtype) -> Tensor:
     Args:
         x: (k, m, n), not empty, at any scale, subnormal included.
         dtype: of the result, with the range of float32 at least.
+        over: the other slabs, if x are slabs of matrices; None: they are whole.
     """
     if x.is_cuda:
-        return torch.div(x, _powers_of_two(x), out=x.new_empty(x.shape, dtype=dtype))
+        return torch.div(x, _powers_of_two(x, over), out=x.new_empty(x.shape, dtype=dtype))
     # CPUs divide in one dtype: of two they make temporaries, which takes up to eight times as long
     y = x.new_empty(x.shape, dtype=dtype).copy_(x)
-    return y.div_(_powers_of_two(y))
+    return y.div_(_powers_of_two(y, over))
 
 
 _EXPONENTS = {
@@ -56,20 +58,35 @@ _EXPONENTS = {
 """For a dtype: the integer of its size, and the bits of it that hold the exponent."""
 
 
-def _powers_of_two(x: Tensor) -> Tensor:
+class Slabs(Protocol):
+    """The ranks that have the other slabs of the same matrices."""
+
+    def largest(self, values: Tensor) -> Tensor:
+        """Replace values by the largest on any rank, and return them."""
+
+    def add(self, values: Tensor) -> Tensor:
+        """Replace values by their sum over all ranks, and return them."""
+
+
+def _powers_of_two(x: Tensor, over: Slabs | None = None) -> Tensor:
     """Return the largest normal power of two within each of x (k, m, n), as a fresh (k, 1, 1)."""
-    if x.is_cuda:
+    if over is not None and not x.numel():
+        largest = x.new_zeros(len(x), 1, 1)
+    elif x.is_cuda:
         largest = torch.linalg.vector_norm(x, math.inf, (-2, -1), keepdim=True)
     else:  # two reductions: one vector_norm is ten times slower on CPUs
         largest = torch.maximum(x.amax((-2, -1), keepdim=True), -x.amin((-2, -1), keepdim=True))
     largest = largest.to(norm_dtype(x.dtype))
+    largest = largest if over is None else over.largest(largest)
     # a number without its mantissa is the power of two below it, and NaN without it is infinity
     bits, exponents = _EXPONENTS[largest.dtype]
     powers: Tensor = largest.view(bits).bitwise_and_(exponents).view(largest.dtype)
     return powers.clamp_min_(torch.finfo(largest.dtype).tiny)
 
 
-def unit_frobenius(x: Tensor, dtype: torch.dtype, safety: float, multiple: int = 1) -> Tensor:
+def unit_frobenius(
+    x: Tensor, dtype: torch.dtype, safety: float, multiple: int = 1, over: Slabs | None = None
+) -> Tensor:
     """Return a fresh contiguous x / (||x||_F * safety) in ``dtype``, each matrix on its own.
 
     Norms are in float32 (float64 if x or ``dtype`` is); the result is rounded once. There is no
@@ -80,13 +97,17 @@ def unit_frobenius(x: Tensor, dtype: torch.dtype, safety: float, multiple: int =
         dtype: of the result.
         safety: singular values of the result are at most 1 / safety.
         multiple: of which both sides of the result are, filled up with zeros.
+        over: the other slabs, if x are slabs of matrices, some of which may be empty; None: they
+            are whole.
     """
     wide = norm_dtype(x.dtype, dtype)
     # a GPU reads bfloat16 as it is, which is half of what float32 is
-    y = near_one(x, x.dtype if x.is_cuda and x.dtype == torch.bfloat16 else wide)
+    y = near_one(x, x.dtype if x.is_cuda and x.dtype == torch.bfloat16 else wide, over)
     # rows first: one float32 sum over a whole matrix loses up to 1% (2^25 entries, CPU)
     rows = torch.linalg.vector_norm(y, dim=-1, dtype=wide)
-    norm = torch.linalg.vector_norm(rows, dim=-1).mul_(safety)
+    norm = torch.linalg.vector_norm(rows, dim=-1)
+    norm = norm if over is None else over.add(norm.square_()).sqrt_()
+    norm.mul_(safety)
     norm = norm.clamp_min_(torch.finfo(wide).tiny)[:, None, None]
     k, m, n = x.shape
     if m % multiple or n % multiple:

@@ -29,6 +29,7 @@ STRATEGIES = {
     "auto": "gram where tensor parallelism has cut matrices so that it is faster, else owner",
     "owner": "one rank gets the whole matrix",
     "gram": "matrices stay cut along their long side, and Gram matrices travel",
+    "split": "where there are fewer large matrices than ranks, several ranks share each",
     "block": "what each rank holds is orthogonalized alone, but for every block_period-th step",
 }
 ROUTING = ("matrices", "scalars", "split", "one_sided", "heads")
@@ -256,6 +257,11 @@ class PolarOptions(ComputedOptions):
         super().check(where)
         try:
             polar.check(self.polar, self.polar_steps, self.polar_dtype)
+            if self.strategy == "split" and polar.rows_of(self.polar, self.polar_steps) is None:
+                raise ValueError(
+                    f"polar is {self.polar!r}, which strategy 'split' does not share among ranks;"
+                    " write a method of polynomials, as 'polar_express', or strategy='owner'"
+                )
             if self.strategy == "gram":
                 dtype = DTYPES.get(self.polar_dtype, torch.float32)
                 of_gram.gram_dtype(self.polar, self.polar_steps, dtype)

@@ -60,7 +60,7 @@ class ROOTOptions(NesterovOptions, ComputedOptions):
         if self.strategy == "block":
             why = "ROOT's quantile and coefficients are those of whole matrices"
             self.invalid(where, "strategy", f"{why}; write 'owner' or 'gram'")
-        if self.strategy == "gram" and self.adapt_every:
+        if self.strategy in ("gram", "split") and self.adapt_every:
             why = "no rank has a whole matrix to take the spectrum of"
             self.invalid(where, "strategy", f"{why}; write 'owner', or adapt_every=0")
 

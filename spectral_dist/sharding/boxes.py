@@ -158,7 +158,7 @@ class Slabs:
         return Box(begin, 0, end - begin, shape[1])
 
 
-def slabs(layout: Layout, ranks: int) -> Slabs:
+def slabs(layout: Layout, ranks: int, team: range | None = None) -> Slabs:
     """Return the slabs of a matrix: those it is stored in, else even ones, which must be exchanged.
 
     The long side of a square matrix is the one along which it is stored cut. Matrices of one shape
@@ -167,8 +167,25 @@ def slabs(layout: Layout, ranks: int) -> Slabs:
     Args:
         layout: where the matrix is stored.
         ranks: the number of ranks that share it.
+        team: the ranks that work on it, in even slabs; None: all.
     """
+    if team is not None:
+        return even_slabs(layout.matrix.shape, ranks, team)
     return _slabs(layout.matrix.shape, layout.storage(), ranks)
+
+
+@lru_cache(maxsize=4096)
+def even_slabs(shape: tuple[int, int], ranks: int, team: range) -> Slabs:
+    """Return the slabs of equal length (or nearly) of some ranks.
+
+    Args:
+        shape: of the matrix.
+        ranks: the number of all ranks.
+        team: those that have slabs.
+    """
+    length = max(shape)
+    cut = Cut(range(0, len(team) * length + 1, length), team)
+    return Slabs(int(shape[1] > shape[0]), Ranges(cut, length, ranks, len(team)), False)
 
 
 @lru_cache(maxsize=4096)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import NoReturn, TypeAlias
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -75,6 +76,31 @@ def size(group: Group) -> int:
     if isinstance(group, SimulatedGroup):
         return group.num_ranks
     return 1 if group is None else dist.get_world_size(group)
+
+
+_SUBGROUPS: WeakKeyDictionary[dist.ProcessGroup, dict[range, dist.ProcessGroup]] = (
+    WeakKeyDictionary()
+)
+
+
+def subgroup(group: Group, ranks: range) -> Group:
+    """Return the group of some of a group's ranks, of which this one is; made once.
+
+    A collective call of those ranks, the first time.
+
+    Args:
+        group: of which they are.
+        ranks: the ranks in the group.
+    """
+    if group is None or len(ranks) == size(group):
+        return group
+    if isinstance(group, SimulatedGroup):
+        return SimulatedGroup(rank(group) - ranks.start, len(ranks))
+    made = _SUBGROUPS.setdefault(group, {})
+    if ranks not in made:
+        members = dist.get_process_group_ranks(group)[ranks.start : ranks.stop]
+        made[ranks] = dist.new_group(members, use_local_synchronization=True)
+    return made[ranks]
 
 
 def job_size() -> int:

@@ -19,7 +19,8 @@ from spectral_dist.sharding.collectives import Group, Meter, Pending
 from spectral_dist.sharding.gram import Reduction
 from spectral_dist.sharding.layout import Layout, Matrix
 from spectral_dist.sharding.plan import Plan
-from spectral_dist.sharding.slabs import route_to_slabs
+from spectral_dist.sharding.slabs import route_in_replicas, route_to_slabs
+from spectral_dist.sharding.split import SplitReduction
 
 __all__ = ["Exchange", "MatrixTask", "Piece", "Pieces"]
 
@@ -191,13 +192,20 @@ class Exchange:
         self._reductions: dict[tuple[int, ...], Reduction] = {}
         for bucket in plan.buckets:
             arguments = (bucket, layouts, rank, ranks, replica, self.num_replicas)
-            if not bucket.gram:
+            if not bucket.gram and bucket.team == 1:
                 self.routes.append(route_to_owners(*arguments, divide))
                 continue
-            route, batches = route_to_slabs(*arguments)
+            if bucket.team > 1 and ranks == 1:
+                route, batches = route_in_replicas(bucket, layouts, replica, self.num_replicas)
+            else:
+                route, batches = route_to_slabs(*arguments)
             self.routes.append(route)
             for batch in batches:
-                self._reductions[batch.matrices] = Reduction(batch, group, meter)
+                if batch.team is None:
+                    self._reductions[batch.matrices] = Reduction(batch, group, meter)
+                    continue
+                team = collectives.subgroup(group if ranks > 1 else replicas, batch.team)
+                self._reductions[batch.matrices] = SplitReduction(batch, team, meter)
         self.local_runs = Pieces([piece for route in self.routes for piece in route.result_runs])
         self.owned_runs = Pieces([piece for route in self.routes for piece in route.send_runs])
 

@@ -41,8 +41,7 @@ class Reduction:
         self._rank, self._ranks = collectives.rank(group), collectives.size(group)
         self._owners = batch.owners
         self.owned = [k for k, owner in enumerate(batch.owners) if owner == self._rank]
-        begin, end = batch.cut.ranges[self._rank]
-        self.begin, self.length = begin, end - begin
+        self.begin, self.length = batch.box[self.along], batch.box[2 + self.along]
 
     def transposed(self) -> Reduction:
         """Return the reduction of the matrices' transposes."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from spectral_dist.sharding.boxes import slabs
 from spectral_dist.sharding.layout import Layout, Tile, holders_of
+from spectral_dist.sharding.teams import seat
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,15 @@ class Bucket:
         moves: whether any of them must be exchanged, the same on every rank: whether it is cut
             among several ranks, or under ``gram`` is not stored in its slabs.
         gram: whether they are orthogonalized in slabs, by strategy ``gram``.
+        team: under strategy ``split``, how many ranks work on each of them in slabs; else 1. The
+            team of an owner are its neighbours from a multiple of this number on: ranks of its
+            replica, or replicas if each has one rank.
     """
 
     matrices: dict[int, list[int]]
     moves: bool
     gram: bool = False
+    team: int = 1
 
 
 @dataclass(frozen=True)
@@ -32,14 +38,15 @@ class Plan:
 
     Owners and loads count ranks replica by replica: rank r of replica k is k * ranks + r. Under
     ``gram`` all ranks of the owner's replica work on the matrix, and its owner evaluates the
-    polynomial.
+    polynomial. Under ``split`` the ranks of the owner's team share all work.
 
     Attributes:
         owners: the owner of each layout's matrix.
         buckets: all matrices, in the order in which they are exchanged and computed.
         loads: each rank's Newton-Schulz cost per step, in multiply-adds (of ``gram`` matrices, that
             of their polynomials); or the sum of ``load``, if ``make_plan`` was given one.
-        strategies: of each matrix: 'owner', 'gram', or 'local' where one rank holds it whole.
+        strategies: of each matrix: 'owner', 'gram', 'split', or 'local' where one rank holds it
+            whole.
     """
 
     owners: tuple[int, ...]
@@ -72,6 +79,26 @@ def gram_bucket_elements(shape: tuple[int, int], ranks: int) -> int:
     return -(-shape[0] * shape[1] // ranks) + 4 * min(shape) ** 2
 
 
+def split_bucket_elements(shape: tuple[int, int], team: int) -> int:
+    """Return the elements that a rank holds of one ``split`` matrix of a bucket.
+
+    Its slab counts once; so do the Gram matrix in numbers twice as wide as the wire's, that in the
+    wire's and the polynomial.
+    """
+    return -(-shape[0] * shape[1] // team) + 4 * min(shape) ** 2
+
+
+def first_of(owner: int, ranks: int, team: int) -> int:
+    """Return the first rank of an owner's team; ranks are counted replica by replica.
+
+    Args:
+        owner: of a matrix.
+        ranks: the number of ranks of one replica.
+        team: the number of ranks of the team.
+    """
+    return owner - (owner % ranks if ranks > 1 else owner) % team
+
+
 def choose_owners(
     layouts: Sequence[Layout],
     ranks: int,
@@ -79,6 +106,7 @@ def choose_owners(
     gram: Sequence[bool] = (),
     required_replicas: Sequence[int] = (),
     load: Callable[[tuple[int, int]], float] | None = None,
+    teams: Sequence[int] = (),
 ) -> tuple[list[int], list[bool], list[float]]:
     """Choose the owner of each matrix by longest processing time.
 
@@ -95,6 +123,8 @@ def choose_owners(
         required_replicas: the replica that must work on each matrix; empty: any replica may.
         load: from a matrix's shape to what is to be balanced; None: ``cost``, or in slabs
             ``polynomial_cost``.
+        teams: how many ranks work on each matrix; empty: one. Those of several are given to ranks
+            first.
 
     Returns:
         For each matrix its owner, and whether it must be exchanged; and each rank's load. Ranks are
@@ -103,7 +133,12 @@ def choose_owners(
     owners, moves = [-1] * len(layouts), [False] * len(layouts)
     loads = [0.0] * (ranks * replicas)
     unassigned: list[tuple[float, int, Sequence[int]]] = []  # (-load, index, possible owners)
+    if teams:
+        loads = _seat_teams(layouts, teams, ranks, replicas, owners)
     for i, layout in enumerate(layouts):
+        if owners[i] >= 0:
+            moves[i] = ranks > 1
+            continue
         holders = holders_of(layout.storage()) if ranks > 1 else (0,)
         moves[i] = len(holders) > 1
         if gram and gram[i]:
@@ -132,6 +167,24 @@ def choose_owners(
         owners[i] = _least_loaded(heaps[key], loads)
         loads[owners[i]] -= negative_load
     return owners, moves, loads
+
+
+def _seat_teams(
+    layouts: Sequence[Layout], teams: Sequence[int], ranks: int, replicas: int, owners: list[int]
+) -> list[float]:
+    """Write the owners of matrices that several ranks work on, and return the ranks' loads.
+
+    Owners of a team's matrices take turns: they keep what state belongs to an owner.
+    """
+    length, rows = (ranks, replicas) if ranks > 1 else (replicas, 1)
+    indices = [i for i, size in enumerate(teams) if size > 1]
+    sizes = [teams[i] for i in indices]
+    firsts, loads = seat([cost(layouts[i].matrix.shape) for i in indices], sizes, length, rows)
+    turns: dict[tuple[int, int], int] = {}
+    for i, size, first in zip(indices, sizes, firsts, strict=True):
+        turn = turns.get((first, size), 0)
+        owners[i], turns[first, size] = first + turn % size, turn + 1
+    return loads
 
 
 def _stored_elements(storage: Sequence[Tile]) -> dict[int, int]:
@@ -189,21 +242,27 @@ def owner_buckets(
         yield {owner: chunks[k] for owner, chunks in sorted(chunks_of.items()) if k < len(chunks)}
 
 
-def gram_buckets(
-    layouts: Sequence[Layout], indices: list[int], owners: Sequence[int], numel: int, ranks: int
+def slab_buckets(
+    layouts: Sequence[Layout],
+    indices: Sequence[int],
+    owners: Sequence[int],
+    numel: int,
+    team_of: Callable[[int], int],
+    elements: Callable[[tuple[int, int]], int],
 ) -> Iterator[dict[int, list[int]]]:
-    """Yield buckets of matrices that stay in slabs.
+    """Yield buckets of matrices on each of which several ranks work, in slabs.
 
-    Each replica's matrices are cut into chunks of which no rank holds more than ``numel`` elements
-    (or one matrix); the k-th bucket is the k-th chunk of every replica. They come in the order in
+    The matrices of the same ranks are cut into chunks of which no rank holds more than ``numel``
+    elements (or one matrix); the k-th bucket is the k-th chunk of all. They come in the order in
     which owners were chosen, so that a chunk's polynomials are spread over the ranks.
 
     Args:
         layouts: of all matrices.
         indices: of the matrices that are to be put into buckets.
         owners: of all matrices.
-        numel: the most elements of a bucket on one rank (``gram_bucket_elements``).
-        ranks: the number of ranks of one replica.
+        numel: the most elements of a bucket on one rank.
+        team_of: from an owner to a number of the ranks that work on its matrices.
+        elements: from a shape to the elements of a matrix that count for a rank.
 
     Yields:
         {owner: indices of its matrices} of one bucket.
@@ -211,13 +270,13 @@ def gram_buckets(
     chunks_of: dict[int, list[list[int]]] = {}
     filled: dict[int, int] = {}
     for i in sorted(indices, key=lambda i: (-polynomial_cost(layouts[i].matrix.shape), i)):
-        replica, size = owners[i] // ranks, gram_bucket_elements(layouts[i].matrix.shape, ranks)
-        chunks = chunks_of.setdefault(replica, [])
-        if not chunks or filled[replica] + size > numel:
+        team, size = team_of(owners[i]), elements(layouts[i].matrix.shape)
+        chunks = chunks_of.setdefault(team, [])
+        if not chunks or filled[team] + size > numel:
             chunks.append([])
-            filled[replica] = 0
+            filled[team] = 0
         chunks[-1].append(i)
-        filled[replica] += size
+        filled[team] += size
     for k in range(max(map(len, chunks_of.values()), default=0)):
         bucket: dict[int, list[int]] = {}
         for i in (i for chunks in chunks_of.values() if k < len(chunks) for i in chunks[k]):
@@ -234,6 +293,7 @@ def make_plan(
     gram: Sequence[bool] = (),
     required_replicas: Sequence[int] = (),
     load: Callable[[tuple[int, int]], float] | None = None,
+    teams: Sequence[int] = (),
 ) -> Plan:
     """Choose the owners of matrices and divide them into buckets.
 
@@ -245,36 +305,45 @@ def make_plan(
         ranks: the number of ranks of one replica.
         bucket_numel: the most elements (or one matrix) that a rank has of a bucket.
         replicas: the number of replicas.
-        gram, required_replicas, load: as in ``choose_owners``; ``gram`` has no effect on a matrix
-            that one rank holds whole.
+        gram, required_replicas, load, teams: as in ``choose_owners``; ``gram`` has no effect on a
+            matrix that one rank holds whole.
     """
     is_cut = [len(holders_of(x.storage())) > 1 for x in layouts] if any(gram) else []
     gram = [wanted and cut for wanted, cut in zip(gram, is_cut, strict=True)] if is_cut else []
-    owners, moves, loads = choose_owners(layouts, ranks, replicas, gram, required_replicas, load)
+    owners, moves, loads = choose_owners(
+        layouts, ranks, replicas, gram, required_replicas, load, teams
+    )
+    teams = teams or [1] * len(layouts)
     # every replica receives the directions of all replicas' matrices: they share the bound
     limit = max(1, bucket_numel // replicas)
-    local, communicated = (
-        [Bucket(c, moving) for c in owner_buckets(layouts, whole, owners, limit)]
-        + [Bucket(c, moving, True) for c in gram_buckets(layouts, in_slabs, owners, limit, ranks)]
-        for moving in (False, True)
-        for whole, in_slabs in [_split_by_strategy(moves, moving, gram)]
-    )
+    strategies = [
+        "split" if teams[i] > 1 else "gram" if gram and gram[i] else "owner" if m else "local"
+        for i, m in enumerate(moves)
+    ]
+
+    def buckets_of(moving: bool) -> Iterator[Bucket]:
+        """Yield the buckets that are exchanged, or the others; the largest teams come first."""
+        by_strategy: dict[tuple[int, bool], list[int]] = {}
+        for i, strategy in enumerate(strategies):
+            if moves[i] == moving:
+                by_strategy.setdefault((-teams[i], strategy == "gram"), []).append(i)
+        for (negative_size, is_gram), indices in sorted(by_strategy.items()):
+            size = -negative_size
+            if size > 1:
+                chunks = slab_buckets(
+                    layouts, indices, owners, limit, partial(first_of, ranks=ranks, team=size),
+                    partial(split_bucket_elements, team=size),
+                )  # fmt: skip
+            elif is_gram:
+                chunks = slab_buckets(
+                    layouts, indices, owners, limit, lambda owner: owner // ranks,
+                    partial(gram_bucket_elements, ranks=ranks),
+                )  # fmt: skip
+            else:
+                chunks = owner_buckets(layouts, indices, owners, limit)
+            for chunk in chunks:
+                yield Bucket(chunk, moving, is_gram, size)
+
+    local, communicated = ([*buckets_of(moving)] for moving in (False, True))
     buckets = (*local[:1], *communicated, *local[1:])
-    strategies = tuple(
-        "gram" if gram and gram[i] else "owner" if m else "local" for i, m in enumerate(moves)
-    )
-    return Plan(tuple(owners), buckets, tuple(loads), strategies)
-
-
-def _split_by_strategy(
-    moves: Sequence[bool], moving: bool, gram: Sequence[bool]
-) -> tuple[list[int], list[int]]:
-    """Return the indices of matrices that go whole to owners, and of those that stay in slabs.
-
-    Args:
-        moves: whether each matrix is exchanged.
-        moving: whether to return those that are exchanged, or the others.
-        gram: whether each matrix stays in slabs; empty: none does.
-    """
-    indices = [i for i, m in enumerate(moves) if m == moving]
-    return [i for i in indices if not (gram and gram[i])], [i for i in indices if gram and gram[i]]
+    return Plan(tuple(owners), buckets, tuple(loads), tuple(strategies))

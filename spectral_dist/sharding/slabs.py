@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from spectral_dist.sharding.boxes import Box, Slabs, intersect, parts_in, slabs
-from spectral_dist.sharding.bucket_routes import BucketRoute, pack, pieces_of
+from spectral_dist.sharding.bucket_routes import BucketRoute, Piece, pack, pieces_of
 from spectral_dist.sharding.layout import Layout, Tile
 from spectral_dist.sharding.plan import Bucket
 
@@ -26,10 +26,11 @@ class SlabBatch:
 
     Attributes:
         matrices: indices of their layouts.
-        owners: the rank of the group that evaluates each one's polynomial, ascending.
+        owners: the rank among those of the slabs that owns each one, ascending.
         shape: (m, n) of the whole matrices.
         cut: how each matrix is cut into slabs.
         box: this rank's slab of each.
+        team: the ranks that have slabs; None: all of the group.
     """
 
     matrices: tuple[int, ...]
@@ -37,6 +38,7 @@ class SlabBatch:
     shape: tuple[int, int]
     cut: Slabs
     box: Box
+    team: range | None = None
 
     @property
     def numel(self) -> int:
@@ -138,7 +140,7 @@ class SlabPacking:
 
 
 def slab_batches(
-    layouts: Sequence[Layout], owners: dict[int, list[int]], rank: int, ranks: int
+    layouts: Sequence[Layout], owners: dict[int, list[int]], rank: int, ranks: int, size: int = 1
 ) -> list[SlabBatch]:
     """Group one replica's matrices of a bucket into batches of one shape, orientation and cut.
 
@@ -146,16 +148,19 @@ def slab_batches(
 
     Args:
         layouts: of all matrices.
-        owners: the indices of each owner's matrices.
+        owners: the indices of each owner's matrices; an owner is a rank of the replica.
         rank: this rank in its replica.
         ranks: the number of ranks of a replica.
+        size: of the team that works on each matrix; 1: all ranks do.
     """
-    by_cut: dict[tuple[tuple[int, int], bool, Slabs], list[tuple[int, int]]] = {}
+    Key: TypeAlias = tuple[tuple[int, int], bool, Slabs, range | None]
+    by_cut: dict[Key, list[tuple[int, int]]] = {}
     for owner, matrices in sorted(owners.items()):
+        team = range(owner - owner % size, owner - owner % size + size) if size > 1 else None
         for i in matrices:
             matrix = layouts[i].matrix
-            key = (matrix.shape, matrix.transposed, slabs(layouts[i], ranks))
-            by_cut.setdefault(key, []).append((owner % ranks, i))
+            key = (matrix.shape, matrix.transposed, slabs(layouts[i], ranks, team), team)
+            by_cut.setdefault(key, []).append((owner - (team.start if team else 0), i))
     return [
         SlabBatch(
             tuple(i for _, i in owners_and_indices),
@@ -163,15 +168,16 @@ def slab_batches(
             shape,
             cut,
             cut.box(rank, shape),
+            team,
         )
-        for (shape, _, cut), owners_and_indices in by_cut.items()
+        for (shape, _, cut, team), owners_and_indices in by_cut.items()
     ]
 
 
 def route_to_slabs(
     bucket: Bucket, layouts: Sequence[Layout], rank: int, ranks: int, replica: int, replicas: int
 ) -> tuple[BucketRoute, list[SlabBatch]]:
-    """Return this rank's route for a bucket of ``gram``, and its replica's batches of that bucket.
+    """Return this rank's route for a bucket of ``gram`` or ``split``, and its batches of it.
 
     Args:
         bucket: the matrices and their owners.
@@ -184,8 +190,8 @@ def route_to_slabs(
     order = []
     batches: list[SlabBatch] = []
     for k in range(replicas):
-        owners = {o: indices for o, indices in bucket.matrices.items() if o // ranks == k}
-        replica_batches = slab_batches(layouts, owners, rank, ranks)
+        owners = {o % ranks: each for o, each in bucket.matrices.items() if o // ranks == k}
+        replica_batches = slab_batches(layouts, owners, rank, ranks, bucket.team)
         if k == replica:
             batches = replica_batches
         order += [(k, pieces_of(layouts[i], i, rank)) for b in replica_batches for i in b.matrices]
@@ -194,6 +200,7 @@ def route_to_slabs(
         for batch in batches
     )
     outgoing, send_counts, incoming, recv_counts = _transfers(cuts, rank, ranks)
+    batches = [batch for batch in batches if batch.team is None or rank in batch.team]
     route = BucketRoute(
         bucket.moves,
         SlabPacking(batches, outgoing, incoming),
@@ -204,6 +211,59 @@ def route_to_slabs(
     )
     route.assign_runs(replica, order)
     return route, batches
+
+
+def route_in_replicas(
+    bucket: Bucket, layouts: Sequence[Layout], replica: int, replicas: int
+) -> tuple[BucketRoute, list[SlabBatch]]:
+    """Return this rank's route for a bucket of ``split`` whose matrices every replica stores whole.
+
+    A replica takes its slab out of what it stores, and the directions of all slabs go to all.
+
+    Args:
+        bucket: the matrices and their owners, which are replicas.
+        layouts: of all matrices.
+        replica: this replica.
+        replicas: the number of replicas.
+    """
+    all_batches = slab_batches(layouts, bucket.matrices, replica, replicas, bucket.team)
+    order = [
+        (k, slab_pieces(layouts[i], i, batch.cut.box(k, batch.shape)))
+        for batch in all_batches
+        for i in batch.matrices
+        for k in batch.team or ()
+    ]
+    batches = [batch for batch in all_batches if batch.team and replica in batch.team]
+    numel = sum(batch.numel for batch in batches)
+    nothing_moves = Rectangles([(0, 1, numel, numel)], numel)
+    packing = SlabPacking(batches, nothing_moves, nothing_moves)
+    indices = [batch.matrices for batch in batches]
+    route = BucketRoute(False, packing, indices, counts_per_replica=[0] * replicas)
+    route.assign_runs(replica, order)
+    return route, batches
+
+
+def slab_pieces(layout: Layout, index: int, box: Box) -> list[Piece]:
+    """Return the pieces of a matrix that a box of it is, if this rank stores the matrix whole.
+
+    Args:
+        layout: whose tiles are stacked.
+        index: that of the layout.
+        box: whole rows of the matrix, or whole columns.
+    """
+    pieces = []
+    for tile in layout.tiles:
+        top, bottom = max(tile.row, box.row), min(tile.row + tile.rows, box.row + box.rows)
+        rows, first = bottom - top, (top - tile.row) * tile.cols + box.col
+        if rows <= 0 or not box.cols:
+            continue
+        start, numel = tile.local(first, 0), rows * box.cols
+        if tile.pitch or box.cols < tile.cols:
+            pitch = tile.pitch or tile.cols
+            pieces.append(Piece(tile.tensor, start, numel, index, rows, pitch, tile.step))
+        else:
+            pieces.append(Piece(tile.tensor, start, numel, index))
+    return pieces
 
 
 Cuts: TypeAlias = tuple[tuple[tuple[int, int], Slabs, tuple[tuple[Tile, ...], ...]], ...]
