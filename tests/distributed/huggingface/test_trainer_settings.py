@@ -11,14 +11,16 @@ import torch
 
 pytest.importorskip("accelerate")
 
+from spectral_dist.monitor import QUANTITIES
 from tests.distributed.huggingface import trainer_runs, trainer_settings
 from tests.support import harness
 
-LAYOUTS = {"one": 1, "ddp": 2, "fsdp": 2}
+RANKS = {"one": 1, "ddp": 2, "fsdp": 2}
+LAYOUTS = ["one", "ddp", "fsdp"]
 
 
 def run(function: Any, folder: Path, layout: str, *args: Any) -> dict[str, Any]:
-    result: dict[str, Any] = harness.run(LAYOUTS[layout], function, str(folder), layout, *args)[0]
+    result: dict[str, Any] = harness.run(RANKS[layout], function, str(folder), layout, *args)[0]
     return result
 
 
@@ -32,8 +34,6 @@ def close(got: dict[str, Any], wanted: dict[str, Any], bound: float) -> None:
 @pytest.mark.fast_cases("ddp-sumo")
 def test_a_batch_size_that_is_found(layout: str, optimizer: str, tmp_path: Path) -> None:
     """The Trainer begins anew with a smaller batch, and keeps the optimizer: as if begun there."""
-    if layout == "fsdp":
-        pytest.skip("see test_a_batch_size_cannot_be_found_under_fsdp2")
     found = run(trainer_settings.smaller, tmp_path, layout, optimizer)
     wanted = run(trainer_runs.by_trainer, tmp_path, layout, optimizer)
     assert found["losses"] == wanted["losses"]
@@ -44,15 +44,19 @@ def test_a_batch_size_that_is_found(layout: str, optimizer: str, tmp_path: Path)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.fast_cases("ddp-muon")
 def test_training_again_goes_on(layout: str, optimizer: str, tmp_path: Path) -> None:
-    wanted = trainer_runs.by_loop(LAYOUTS[layout], optimizer, times=2)
+    wanted = trainer_runs.by_loop(RANKS[layout], optimizer, times=2)
     close(run(trainer_settings.twice, tmp_path, layout, optimizer)["weights"], wanted["weights"], 4e-6)
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "sumo"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["one", "ddp"])
 @pytest.mark.fast_cases("ddp-sumo")
 def test_the_best_is_saved_and_loaded(layout: str, optimizer: str, tmp_path: Path) -> None:
-    """Its optimizer's state was gathered, though whether to save follows from an evaluation."""
+    """Its optimizer's state was gathered, though whether to save follows from an evaluation.
+
+    Under FSDP2 transformers 5.24 cannot load the best model, with any optimizer: after an
+    evaluation the root's parameters are whole.
+    """
     result = run(trainer_settings.best, tmp_path, layout, optimizer)
     close(result["resumed"], result["last"], 0.0)
     close(result["saved"], result["at_end"], 0.0)
@@ -78,7 +82,7 @@ def test_reporters_see_the_monitors_readings(layout: str, tmp_path: Path) -> Non
         for entry, report in zip(with_readings, result["reports"].values(), strict=True):
             assert "loss" in entry
             flat = {f"{q}/{m}": v for q, of in report.items() for m, v in of.items()}
-            assert len(flat) == 14 * 5
+            assert len(flat) == 14 * len(QUANTITIES)
             assert {name: v for name, v in entry.items() if "/" in name} == flat
     for logs in (result["printed"], result["history"]):
         assert logs
