@@ -55,7 +55,9 @@ def data(ranks: int) -> list[dict[str, list[int]]]:
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-def arguments(folder: str, layout: str, **changes: Any) -> TrainingArguments:
+def arguments(
+    folder: str, layout: str, kind: type[TrainingArguments] = TrainingArguments, **changes: Any
+) -> TrainingArguments:
     fsdp: dict[str, Any] = {}
     if layout.startswith("fsdp"):
         kind = "SHARDED_STATE_DICT" if layout == "fsdp" else "FULL_STATE_DICT"
@@ -69,7 +71,7 @@ def arguments(folder: str, layout: str, **changes: Any) -> TrainingArguments:
         "train_sampling_strategy": "sequential", "logging_steps": 1, "save_steps": SAVED_AT,
         "adam_beta2": 0.95, "optim_args": "scalar_lr=0.01", "seed": 3,
     }  # fmt: skip
-    return TrainingArguments(**{**usual, **fsdp, **changes})
+    return kind(**{**usual, **fsdp, **changes})
 
 
 def trainer_of(
