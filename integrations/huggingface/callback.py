@@ -122,7 +122,7 @@ def _check_json(trainer: Any) -> None:
         named = trainer.accelerator.state.deepspeed_plugin.deepspeed_config.get("optimizer")
         if named is not None:
             raise ValueError(
-                f'SpectralCallback: the DeepSpeed JSON names an optimizer ({named.get("type")}), so'
+                f"SpectralCallback: the DeepSpeed JSON names an optimizer ({named.get('type')}), so"
                 " the Trainer has ignored its optimizer_cls_and_kwargs; leave out the one or the"
                 " other"
             )

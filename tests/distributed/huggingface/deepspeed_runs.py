@@ -64,6 +64,7 @@ def trainer_of(
     factory: str | None,
     callback: SpectralCallback | None,
     zero_init: bool = False,
+    model: nn.Module | None = None,
     **changes: Any,
 ) -> Trainer:
     """Return a Trainer.
@@ -74,10 +75,11 @@ def trainer_of(
         factory: the optimizer that a SpectralFactory is asked for; None: no factory.
         callback: the Trainer's; None: none.
         zero_init: make the model by what transformers puts below ``zero.Init``.
+        model: to train; None: ``trainer_runs.model_of``.
         changes: of TrainingArguments.
     """
     args = trainer_runs.arguments(folder, "one", deepspeed=json, **changes)
-    model = trainer_runs.model_of(factory or "muon")
+    model = model or trainer_runs.model_of(factory or "muon")
     if zero_init:
         torch.manual_seed(0)
         whole, model = model, AutoModelForCausalLM.from_config(model.config)

@@ -62,6 +62,19 @@ def by_loop(ranks: int, kind: str, optimizer: str) -> dict[str, Any]:
 def saved_adapters(folder: Path, kind: str) -> dict[str, torch.Tensor]:
     """Return a model's whole state with the adapters of a checkpoint, as PEFT loads them."""
     base = trainer_runs.model_of("muon").double()
-    model = PeftModel.from_pretrained(base, folder)
+    with quiet():
+        model = PeftModel.from_pretrained(base, folder)
     state: dict[str, torch.Tensor] = get_peft_model_state_dict(model)
     return state
+
+
+def by_deepspeed(
+    folder: str, stage: int, in_json: bool, kind: str, resume: bool = False
+) -> dict[str, Any]:
+    """A run under ZeRO, or the rest of one, in float32."""
+    from tests.distributed.huggingface import deepspeed_runs
+
+    checkpoint = f"{folder}/checkpoint-{trainer_runs.SAVED_AT}" if resume else None
+    return deepspeed_runs.run(
+        folder, stage, "muon", in_json, resume=checkpoint, model=model_of(kind).float()
+    )

@@ -36,7 +36,10 @@ def test_the_trainer_does_what_a_loop_does(
     whole = run(*start)
     wanted = trainer_runs.by_loop(2, optimizer)
     title = {"muon": "Muon", "sumo": "SUMO"}[optimizer]
-    assert (whole["class"], whole["stage"]) == (f"Spectral{title}" if by == "json" else title, stage)
+    assert (whole["class"], whole["stage"]) == (
+        f"Spectral{title}" if by == "json" else title,
+        stage,
+    )
     assert whole["reported"] == [2, 4, 6]
     torch.testing.assert_close(whole["losses"], wanted["losses"], rtol=0, atol=1e-5)
     for name, value in whole["weights"].items():

@@ -56,7 +56,7 @@ def data(ranks: int) -> list[dict[str, list[int]]]:
 
 
 def arguments(
-    folder: str, layout: str, kind: type[TrainingArguments] = TrainingArguments, **changes: Any
+    folder: str, layout: str, made_of: type[TrainingArguments] = TrainingArguments, **changes: Any
 ) -> TrainingArguments:
     fsdp: dict[str, Any] = {}
     if layout.startswith("fsdp"):
@@ -71,7 +71,7 @@ def arguments(
         "train_sampling_strategy": "sequential", "logging_steps": 1, "save_steps": SAVED_AT,
         "adam_beta2": 0.95, "optim_args": "scalar_lr=0.01", "seed": 3,
     }  # fmt: skip
-    return kind(**{**usual, **fsdp, **changes})
+    return made_of(**{**usual, **fsdp, **changes})
 
 
 def trainer_of(

@@ -50,7 +50,7 @@ def ranks() -> int:
 
 def sft(args: dict[str, Any], hook: Any, ranks_of_data: int) -> Trainer:
     rows = [{"input_ids": row["input_ids"]} for row in trainer_runs.data(ranks_of_data)]
-    config = trainer_runs.arguments(kind=SFTConfig, **args, **PLAIN)
+    config = trainer_runs.arguments(made_of=SFTConfig, **args, **PLAIN)
     return SFTTrainer(
         trainer_runs.model_of("muon"), config, train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer(), optimizer_cls_and_kwargs=hook(config),
@@ -69,17 +69,18 @@ def pairs(ranks_of_data: int) -> Dataset:
 
 
 def dpo(args: dict[str, Any], hook: Any, ranks_of_data: int) -> Trainer:
-    config = trainer_runs.arguments(kind=DPOConfig, **args, **PLAIN)
+    config = trainer_runs.arguments(made_of=DPOConfig, **args, **PLAIN)
     trainer = DPOTrainer(
-        trainer_runs.model_of("muon"), args=config, train_dataset=pairs(ranks_of_data),
-        processing_class=tokenizer(), callbacks=[SpectralCallback()],
+        trainer_runs.model_of("muon"), trainer_runs.model_of("muon"), args=config,
+        train_dataset=pairs(ranks_of_data), processing_class=tokenizer(),
+        callbacks=[SpectralCallback()],
     )  # fmt: skip
     trainer.optimizer_cls_and_kwargs = hook(config)
     return trainer
 
 
 def reward(args: dict[str, Any], hook: Any, ranks_of_data: int) -> Trainer:
-    config = trainer_runs.arguments(kind=RewardConfig, **args, **PLAIN)
+    config = trainer_runs.arguments(made_of=RewardConfig, **args, **PLAIN)
     shape = trainer_runs.model_of("muon").config
     shape.num_labels, shape.pad_token_id = 1, 0
     torch.manual_seed(0)
@@ -96,7 +97,7 @@ def different_words(completions: list[str], **others: Any) -> list[float]:
 
 def grpo(args: dict[str, Any], hook: Any, ranks_of_data: int) -> Trainer:
     config = trainer_runs.arguments(
-        kind=GRPOConfig, num_generations=2, max_completion_length=6, **args, **PLAIN
+        made_of=GRPOConfig, num_generations=2, max_completion_length=6, **args, **PLAIN
     )
     trainer = GRPOTrainer(
         trainer_runs.model_of("muon"), reward_funcs=different_words, args=config,
