@@ -13,12 +13,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-import spectral_dist.integrations.deepspeed
 from spectral_dist.integrations.deepspeed import _compat
 from spectral_dist.integrations.huggingface import SpectralCallback, SpectralFactory
 from spectral_dist.monitor import Monitor
 from tests.distributed.huggingface import trainer_runs
 from tests.distributed.huggingface.fsdp_on_cpu import fresh
+from tests.distributed.huggingface.trainer_settings import Small
 from tests.support.quiet import quiet
 
 TYPES = {"muon": "SpectralMuon", "sumo": "SpectralSUMO", "normuon": "SpectralNorMuon"}
@@ -65,6 +65,7 @@ def trainer_of(
     callback: SpectralCallback | None,
     zero_init: bool = False,
     model: nn.Module | None = None,
+    made_of: type[Trainer] = Trainer,
     **changes: Any,
 ) -> Trainer:
     """Return a Trainer.
@@ -76,6 +77,7 @@ def trainer_of(
         callback: the Trainer's; None: none.
         zero_init: make the model by what transformers puts below ``zero.Init``.
         model: to train; None: ``trainer_runs.model_of``.
+        made_of: the Trainer's class.
         changes: of TrainingArguments.
     """
     args = trainer_runs.arguments(folder, "one", deepspeed=json, **changes)
@@ -88,7 +90,7 @@ def trainer_of(
             for to, of in zip(model.parameters(), whole.parameters(), strict=True):
                 to.data.copy_(of.data)
     keywords = {"optimizer": factory, "args": args, **trainer_runs.OPTIONS.get(factory or "", {})}
-    return Trainer(
+    return made_of(
         model=model, args=args,
         train_dataset=trainer_runs.data(int(os.environ.get("WORLD_SIZE", "1"))),
         optimizer_cls_and_kwargs=(SpectralFactory, keywords) if factory else None,
@@ -110,6 +112,7 @@ def run(
     in_json: bool,
     zero_init: bool = False,
     resume: str | None = None,
+    smaller: bool = False,
     **changes: Any,
 ) -> dict[str, Any]:
     """A run with a checkpoint on the way, or the rest of one.
@@ -121,8 +124,13 @@ def run(
         in_json: whether DeepSpeed's JSON names it, or a factory builds it.
         zero_init: as in ``trainer_of``.
         resume: the checkpoint to resume from.
-        changes: of TrainingArguments.
+        smaller: let ``auto_find_batch_size`` find the usual batch size, from one row more.
+        changes: of TrainingArguments, or ``model``.
     """
+    if smaller:
+        changes["auto_find_batch_size"] = True
+        changes["per_device_train_batch_size"] = trainer_runs.BATCH + 1
+        changes["made_of"] = Small
     reported: list[int] = []
     monitor = Monitor(every=2, write=[lambda step, report: reported.append(step)])
     with quiet(), fresh_deepspeed():
@@ -134,8 +142,8 @@ def run(
         engine = trainer.model_wrapped
         result = {
             "losses": trainer_runs.losses(trainer), "weights": weights(engine),
-            "class": type(engine.basic_optimizer).__name__, "stage": engine.zero_optimization_stage(),
-            "reported": reported,
+            "class": type(engine.basic_optimizer).__name__, "reported": reported,
+            "stage": engine.zero_optimization_stage(),
         }  # fmt: skip
         engine.destroy()
     return result

@@ -25,7 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def model_of(kind: str, optimizer: str = "muon") -> PeftModel:
-    """Return a model in float64, for A has no gradient in the first step and a tiny one after it."""
+    """Return a model in float64: gradients of A are 0 in the first step, and tiny after it."""
     base: LlamaForCausalLM = trainer_runs.model_of(optimizer)
     config = LoraConfig(r=RANK, task_type="CAUSAL_LM", **KINDS[kind])
     with quiet():

@@ -50,6 +50,16 @@ def test_the_trainer_does_what_a_loop_does(
         assert torch.equal(value, whole["weights"][name]), name
 
 
+@pytest.mark.parametrize("in_json", [False, True])
+@pytest.mark.slow
+def test_a_batch_size_that_is_found(in_json: bool, tmp_path: Path) -> None:
+    found = run(str(tmp_path), 2, "muon", in_json, smaller=True, save_strategy="no")
+    wanted = run(str(tmp_path), 2, "muon", in_json, save_strategy="no")
+    assert found["losses"] == wanted["losses"]
+    for name, value in found["weights"].items():
+        assert torch.equal(value, wanted["weights"][name]), name
+
+
 def test_a_factory_beside_an_optimizer_in_the_json_is_refused(tmp_path: Path) -> None:
     keywords: dict[str, Any] = {"pool": "trainer_deepspeed", "within": 30.0}
     for named, title in (("sumo", "SpectralSUMO"), ("muon", "SpectralMuon"), (None, "SGD")):
