@@ -59,13 +59,18 @@ def by_loop(ranks: int, kind: str, optimizer: str) -> dict[str, Any]:
     return trainer_runs.by_loop(ranks, optimizer, model_of(kind))
 
 
-def saved_adapters(folder: Path, kind: str) -> dict[str, torch.Tensor]:
-    """Return a model's whole state with the adapters of a checkpoint, as PEFT loads them."""
+def adapters_of(model: PeftModel) -> dict[str, torch.Tensor]:
+    """Return what PEFT saves of a model."""
+    with quiet():
+        state: dict[str, torch.Tensor] = get_peft_model_state_dict(model)
+    return state
+
+
+def saved_adapters(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the adapters of a checkpoint, as PEFT loads them."""
     base = trainer_runs.model_of("muon").double()
     with quiet():
-        model = PeftModel.from_pretrained(base, folder)
-    state: dict[str, torch.Tensor] = get_peft_model_state_dict(model)
-    return state
+        return adapters_of(PeftModel.from_pretrained(base, folder))
 
 
 def by_deepspeed(

@@ -12,8 +12,6 @@ import torch
 pytest.importorskip("accelerate")
 pytest.importorskip("peft")
 
-from peft.utils import get_peft_model_state_dict
-
 import spectral_dist
 from spectral_dist.params.classify import classify
 from tests.distributed.huggingface import peft_runs, trainer_runs
@@ -51,10 +49,10 @@ def test_the_trainer_does_what_a_loop_does(
     if layout != "fsdp":  # whose checkpoints have shards in place of adapters' files
         last = tmp_path / f"checkpoint-{trainer_runs.STEPS}"
         assert (last / "adapter_model.safetensors").exists()
-        adapters = peft_runs.saved_adapters(last, kind)
+        adapters = peft_runs.saved_adapters(last)
         trained = peft_runs.model_of(kind)
         trained.load_state_dict(whole["weights"])
-        close(adapters, get_peft_model_state_dict(trained), 1e-7)
+        close(adapters, peft_runs.adapters_of(trained), 1e-7)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
