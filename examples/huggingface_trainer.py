@@ -29,7 +29,7 @@ def main() -> None:
         args = TrainingArguments(
             output_dir=folder, per_device_train_batch_size=8, max_steps=40, learning_rate=5e-3,
             lr_scheduler_type="cosine", warmup_steps=5, logging_steps=20, save_steps=20,
-            report_to=[], disable_tqdm=True,
+            report_to=[], disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
         )  # fmt: skip
         trainer = Trainer(
             model=LlamaForCausalLM(config),

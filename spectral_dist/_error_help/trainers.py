@@ -4,6 +4,9 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "keeps-state-at-the-owners-of-matrices-alone-and-the-trainer-saves-that-of-rank-0": (
         r"keeps state at the owners of matrices alone, and the Trainer saves that of rank 0",
     ),
+    "spectralcallback-the-deepspeed-json-names-an-optimizer": (
+        r"SpectralCallback: the DeepSpeed JSON names an optimizer",
+    ),
     "spectralcallback-the-optimizer-is": (r"SpectralCallback: the optimizer is a ",),
     "optim_args": (r"optim_args: ",),
     "a-trainers-config-of-an-optimizer": (

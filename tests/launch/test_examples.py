@@ -39,7 +39,10 @@ INSTEAD = {
     "megatron_bridge.py": WITHOUT_GPUS.format(module="bridge_cpu", version=""),
     "verl_fsdp2.py": WITHOUT_GPUS.format(module="verl_cpu", version=""),
 }
-NEEDS = {"megatron_bridge": "megatron.bridge", "verl_fsdp2": "verl"}
+NEEDS = {
+    "lightning_fsdp2": "lightning", "megatron_bridge": "megatron.bridge", "trl_sft": "trl",
+    "verl_fsdp2": "verl",
+}  # fmt: skip
 """Packages that most installations of the tests do not have."""
 ELSEWHERE = {"torchtitan_fsdp2"}
 """Tested where the trainer is: tests/distributed/torchtitan."""

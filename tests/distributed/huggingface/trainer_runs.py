@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, get_scheduler
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_scheduler,
+)
 from transformers.trainer_utils import set_seed
 
 import spectral_dist
@@ -47,7 +55,9 @@ def data(ranks: int) -> list[dict[str, list[int]]]:
     return [{"input_ids": row, "labels": row} for row in rows]
 
 
-def arguments(folder: str, layout: str, **changes: Any) -> TrainingArguments:
+def arguments(
+    folder: str, layout: str, made_of: type[TrainingArguments] = TrainingArguments, **changes: Any
+) -> TrainingArguments:
     fsdp: dict[str, Any] = {}
     if layout.startswith("fsdp"):
         kind = "SHARDED_STATE_DICT" if layout == "fsdp" else "FULL_STATE_DICT"
@@ -61,16 +71,26 @@ def arguments(folder: str, layout: str, **changes: Any) -> TrainingArguments:
         "train_sampling_strategy": "sequential", "logging_steps": 1, "save_steps": SAVED_AT,
         "adam_beta2": 0.95, "optim_args": "scalar_lr=0.01", "seed": 3,
     }  # fmt: skip
-    return TrainingArguments(**{**usual, **fsdp, **changes})
+    return made_of(**{**usual, **fsdp, **changes})
 
 
-def trainer_of(folder: str, layout: str, optimizer: str, **changes: Any) -> Trainer:
+def trainer_of(
+    folder: str,
+    layout: str,
+    optimizer: str,
+    *,
+    trainer: type[Trainer] = Trainer,
+    model: nn.Module | None = None,
+    callbacks: Sequence[TrainerCallback] | None = None,
+    **changes: Any,
+) -> Trainer:
     args = arguments(folder, layout, **changes)
     keywords = {"optimizer": optimizer, "args": args, **OPTIONS[optimizer]}
-    return Trainer(
-        model=model_of(optimizer), args=args,
-        train_dataset=data(int(os.environ.get("WORLD_SIZE", "1"))),
-        optimizer_cls_and_kwargs=(SpectralFactory, keywords), callbacks=[SpectralCallback()],
+    rows = data(int(os.environ.get("WORLD_SIZE", "1")))
+    return trainer(
+        model=model or model_of(optimizer), args=args, train_dataset=rows, eval_dataset=rows[:8],
+        optimizer_cls_and_kwargs=(SpectralFactory, keywords),
+        callbacks=[SpectralCallback()] if callbacks is None else list(callbacks),
     )  # fmt: skip
 
 
@@ -107,20 +127,30 @@ def resumed(folder: str, layout: str, optimizer: str) -> dict[str, Any]:
     return {"losses": losses(trainer), "weights": weights(trainer.model_wrapped)}
 
 
-def by_loop(ranks: int, optimizer: str) -> dict[str, Any]:
-    """What the Trainer of so many ranks does, in one process and without any Trainer."""
+def by_loop(
+    ranks: int, optimizer: str, model: nn.Module | None = None, times: int = 1
+) -> dict[str, Any]:
+    """What the Trainer of so many ranks does, in one process and without any Trainer.
+
+    Args:
+        ranks: of the Trainer.
+        optimizer: its name.
+        model: to train; None: ``model_of(optimizer)``.
+        times: how often ``train()`` is called: the schedule and the data begin anew.
+    """
     set_seed(3)
-    model = model_of(optimizer)
+    model = model or model_of(optimizer)
     titles = {"muon": "Muon", "sumo": "SUMO", "normuon": "NorMuon", "poet": "POET"}
     with quiet():
         ours = getattr(spectral_dist, titles[optimizer])(
             spectral_dist.param_groups(model), lr=LR, weight_decay=DECAY, betas=(0.9, 0.95),
             scalar_lr=0.01, **OPTIONS[optimizer],
         )  # fmt: skip
-    schedule = get_scheduler("cosine", ours, WARMUP, STEPS)
     rows = torch.tensor([row["input_ids"] for row in data(ranks)])
     found = []
-    for batch in rows.chunk(STEPS):
+    for step, batch in enumerate(rows.chunk(STEPS) * times):
+        if step % STEPS == 0:
+            schedule = get_scheduler("cosine", ours, WARMUP, STEPS)
         loss = model(input_ids=batch, labels=batch).loss
         loss.backward()
         nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], CLIP)

@@ -30,8 +30,7 @@ def close(got: dict[str, Any], wanted: dict[str, Any], bound: float) -> None:
         torch.testing.assert_close(got["weights"][name], value, rtol=0, atol=bound)
 
 
-BOUNDS = {"Muon": 2e-6, "SUMO": 4e-5, "POET": 2e-6}
-"""SUMO's is loose: differences up to 1.5e-5 were seen, and their cause is not known."""
+BOUNDS = {"Muon": 2e-6, "SUMO": 1e-11, "POET": 2e-6}
 
 
 @pytest.mark.parametrize("name", trainer_runs.OPTIONS)

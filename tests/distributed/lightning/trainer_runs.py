@@ -169,8 +169,8 @@ def by_loop(name: str, thaw: bool = False) -> dict[str, Any]:
     """What the Trainer does, in one process and without it."""
     net = Net(name)
     net.down.requires_grad_(not thaw)
-    with quiet():
-        optimizer = optimizer_of(net, name)
+    with quiet():  # named as in Lit: SUMO's sketches and refreshes follow from matrices' names
+        optimizer = optimizer_of(nn.ModuleDict({"net": net}), name)
     schedule = schedule_of(optimizer)
     losses = []
     for epoch in range(EPOCHS):
