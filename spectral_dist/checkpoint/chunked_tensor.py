@@ -139,9 +139,9 @@ def momentum_runs(
     for layout in located.layouts:
         for tile in layout.tiles:
             for piece in tile_pieces(tile, 0, rank) if tile.tensor == index else ():
-                view = by_place.get((piece.start, piece.length))
-                if view is not None:
+                if (piece.start, piece.length) in by_place:
                     box = _box_of_tile(layout.matrix, tile, rank)
+                    view = by_place[piece.start, piece.length]
                     parts += _boxes(route, layout.matrix.width, box, tile.step, view)
     return ChunkedTensor(route.shape, momentum, parts)
 

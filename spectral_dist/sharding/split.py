@@ -71,7 +71,8 @@ class SplitReduction(Reduction):
             self._group,
             self._meter,
         )
-        sums = received.wait().view(self._ranks, len(y), counts[self._rank], -1).sum(0)
+        shape = (self._ranks, len(y), counts[self._rank], parts.shape[-1])
+        sums = received.wait().view(shape).sum(0)
         return sums.to(y.dtype)
 
     def _all_rows(self, mine: Tensor) -> Tensor:
@@ -90,7 +91,8 @@ class SplitReduction(Reduction):
                 self._meter,
             ).wait()
         parts = torch.split(gathered, [count * len(mine) * side for count in counts])
-        return torch.cat([part.view(len(mine), -1, side) for part in parts], dim=1)
+        each = [part.view(len(mine), n, side) for part, n in zip(parts, counts, strict=True)]
+        return torch.cat(each, dim=1)
 
     def _row_counts(self, side: int) -> list[int]:
         """Return how many rows of a Gram matrix each rank computes."""
