@@ -50,7 +50,7 @@ def write_inputs(folder: Path) -> None:
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>",
         model_max_length=512,
     )  # fmt: skip
-    fast.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] + '</s>' }}{% endfor %}"
+    fast.chat_template = "{% for m in messages %}{{ m['role'] + m['content'] }}{% endfor %}"
     fast.save_pretrained(folder / "model")
     torch.manual_seed(0)
     config = LlamaConfig(
