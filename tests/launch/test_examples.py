@@ -41,8 +41,8 @@ INSTEAD = {
 }
 NEEDS = {"megatron_bridge": "megatron.bridge", "verl_fsdp2": "verl"}
 """Packages that most installations of the tests do not have."""
-ELSEWHERE = {"torchtitan_fsdp2"}
-"""Tested where the trainer is: tests/distributed/torchtitan."""
+ELSEWHERE = {"torchtitan_fsdp2", "ms_swift_plugin"}
+"""Tested where the trainers are: tests/distributed/torchtitan and tests/distributed/ms_swift."""
 
 
 def commands(path: Path) -> list[list[str]]:

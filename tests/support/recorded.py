@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import spectral_dist
+from spectral_dist.rules.options import ROUTING
 from tests.support.quiet import quiet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -122,12 +123,13 @@ def by_loop(
     model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     options = {**OPTIONS[optimizer], **changes}
     rotation = {name: options.pop(name) for name in ROTATION if name in options}
+    routing = {name: options.pop(name) for name in ROUTING if name in options}
     titles = {"muon": "Muon", "sumo": "SUMO", "poet": "POET"}
     with quiet():
         if rotation:
             spectral_dist.poet.convert(model, **rotation)
         ours = getattr(spectral_dist, titles[optimizer])(
-            spectral_dist.param_groups(model), lr=LR, weight_decay=DECAY, **options
+            spectral_dist.param_groups(model, **routing), lr=LR, weight_decay=DECAY, **options
         )
     found = []
     for step in zip(*by_rank, strict=True):

@@ -13,6 +13,7 @@ pytest.importorskip("axolotl")
 
 from tests.support import recorded
 
+EXAMPLE = yaml.safe_load((recorded.ROOT / "examples/axolotl.yaml").read_text())
 COMMAND = "tests.distributed.axolotl.command"
 QUIET = {"AXOLOTL_DO_NOT_TRACK": "1"}
 SIZES = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
@@ -32,14 +33,13 @@ LAYOUTS: dict[str, tuple[str, dict[str, Any]]] = {
 def configuration(folder: Path, **changes: Any) -> dict[str, Any]:
     return {
         "base_model": str(folder / "model"),
-        "plugins": ["spectral_dist.integrations.axolotl.Plugin"],
         "datasets": [{"path": str(folder / "rows.json"), "ds_type": "json", "type": "alpaca"}],
         "dataset_prepared_path": str(folder / "prepared"), "dataset_num_proc": 1,
         "sequence_len": 512, "micro_batch_size": recorded.BATCH, "gradient_accumulation_steps": 1,
         "max_steps": recorded.STEPS, "save_steps": recorded.SAVED_AT, "logging_steps": 1,
-        "learning_rate": recorded.LR, "weight_decay": recorded.DECAY, "lr_scheduler": "constant",
-        "max_grad_norm": 1.0, "bf16": False, "fp16": False, "tf32": False,
-        "attn_implementation": "eager", "special_tokens": {"pad_token": "<pad>"}, **changes,
+        "lr_scheduler": "constant", "max_grad_norm": 1.0, "bf16": False, "fp16": False,
+        "tf32": False, "attn_implementation": "eager", "special_tokens": {"pad_token": "<pad>"},
+        **EXAMPLE, **changes,
     }  # fmt: skip
 
 
@@ -49,8 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("axolotl")
     recorded.write_inputs(folder)
     path = folder / "preprocess.yaml"
-    section = {"optimizer": "muon"}
-    path.write_text(yaml.safe_dump(configuration(folder, spectral=section)))
+    path.write_text(yaml.safe_dump(configuration(folder)))
     done = recorded.launch(COMMAND, ["preprocess", str(path)], ranks=0, **QUIET)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return folder
@@ -61,6 +60,8 @@ def run(folder: Path, name: str, optimizer: str, **changes: Any) -> list[list[di
     for lock in (folder / "prepared").rglob("*.lock"):
         lock.unlink()
     section = {"optimizer": optimizer, **recorded.OPTIONS[optimizer]}
+    if optimizer == "muon":
+        section = {**EXAMPLE["spectral"], **section}
     settings = configuration(folder, spectral=section, output_dir=str(folder / name), **changes)
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(settings))
@@ -89,7 +90,7 @@ def test_ranks_train_as_a_loop_does_and_resume(layout: str, optimizer: str, fold
 
 
 CASES: dict[str, tuple[dict[str, Any], str]] = {
-    "none": ({}, "spectral is None; write {optimizer: muon"),
+    "none": ({"spectral": None}, "spectral is None; write {optimizer: muon"),
     "name": ({"spectral": {"optimizer": "moun"}}, "unknown optimizer 'moun'; did you mean 'muon'"),
     "option": (
         {"spectral": {"optimizer": "muon", "momentun": 0.9}},
