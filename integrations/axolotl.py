@@ -33,7 +33,7 @@ class SpectralArguments(BaseModel):  # type: ignore[misc]
 
     spectral: dict[str, Any]
 
-    @model_validator(mode="before")
+    @model_validator(mode="before")  # type: ignore[untyped-decorator]
     @classmethod
     def check(cls, values: Any) -> Any:
         """Return Axolotl's keys and values as they are, if ``spectral`` can train with them.

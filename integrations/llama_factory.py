@@ -115,7 +115,9 @@ def _check_others(args: Mapping[str, Any]) -> None:
 @contextmanager
 def _in_place_of_theirs(create: Any) -> Iterator[None]:
     """Let LLaMA-Factory's trainers call ``create`` for their optimizer."""
-    modules = [importlib.import_module(f"llamafactory.train.{stage}.trainer") for stage in STAGES]
+    modules: list[Any] = [
+        importlib.import_module(f"llamafactory.train.{stage}.trainer") for stage in STAGES
+    ]
     theirs = [module.create_custom_optimizer for module in modules]
     for module in modules:
         module.create_custom_optimizer = create

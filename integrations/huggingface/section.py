@@ -12,7 +12,7 @@ from spectral_dist.poet.optimizer import POET
 from spectral_dist.rules import registry
 from spectral_dist.rules.options import ROUTING
 
-WHERE = "spectral"
+SECTION = "spectral"
 """The name of the section."""
 ARGUMENTS = {"lr": "learning_rate", "weight_decay": "weight_decay"}
 """Options that the trainer's own keys say."""
@@ -36,23 +36,23 @@ def read(section: Any) -> Section:
             option that the trainer's own keys say.
     """
     if not isinstance(section, Mapping) or "optimizer" not in section:
-        raise ValueError(f"{WHERE} is {section!r}; write {{optimizer: muon, momentum: 0.95}}")
+        raise ValueError(f"{SECTION} is {section!r}; write {{optimizer: muon, momentum: 0.95}}")
     keywords = dict(section)
     for name, key in ARGUMENTS.items():
         if name in keywords:
-            raise ValueError(f"{WHERE} has {name}; write {key} beside {WHERE}")
+            raise ValueError(f"{SECTION} has {name}; write {key} beside {SECTION}")
     name = keywords.pop("optimizer")
     entry = registry.find(name)
     options_type = class_of(entry).options_type if entry.rule is not None else POET.options_type
     routing = {key: keywords.pop(key) for key in ROUTING if key in keywords}
     if entry.rule is not None:
-        options_type.from_user(keywords, WHERE)
+        options_type.from_user(keywords, SECTION)
         return Section({"optimizer": name, **routing, **keywords}, None)
     for key in routing.keys() - {"matrices", "scalars"}:
-        raise ValueError(f"{WHERE}: {key} has no effect: {entry.title} orthogonalizes no matrix")
+        raise ValueError(f"{SECTION}: {key} has no effect: {entry.title} orthogonalizes no matrix")
     rotation = {key: keywords.pop(key) for key in SETTINGS if key in keywords}
     settings_of(rotation)
-    options_type.from_user(keywords, WHERE)
+    options_type.from_user(keywords, SECTION)
     return Section({"optimizer": name, **keywords}, {**routing, **rotation})
 
 

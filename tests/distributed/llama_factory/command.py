@@ -18,7 +18,7 @@ from tests.support import recorded
 def on_cpu() -> None:
     """Load checkpoints on the CPU, which accelerate 1.11 calls cpu:0; torch knows no such place."""
     load = torch.load
-    torch.load = lambda *args, **kwargs: load(*args, **{**kwargs, "map_location": "cpu"})
+    torch.load = lambda file, map_location=None, *args, **kwargs: load(file, "cpu", *args, **kwargs)
 
 
 def main(records: str, *words: str) -> None:
