@@ -55,8 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(folder: Path, name: str, optimizer: str, **changes: Any) -> list[list[dict[str, Any]]]:
-    """Return each rank's records."""
+def launch(folder: Path, name: str, optimizer: str, **changes: Any) -> Any:
     for lock in (folder / "prepared").rglob("*.lock"):
         lock.unlink()
     section = {"optimizer": optimizer, **recorded.OPTIONS[optimizer]}
@@ -66,8 +65,12 @@ def run(folder: Path, name: str, optimizer: str, **changes: Any) -> list[list[di
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(settings))
     variables = QUIET if "deepspeed" in changes else {**QUIET, "ACCELERATE_USE_CPU": "true"}
-    done = recorded.launch(COMMAND, ["train", str(path), str(folder / name)], **variables)
-    return recorded.records_of(folder, name, done)
+    return recorded.launch(COMMAND, ["train", str(path), str(folder / name)], **variables)
+
+
+def run(folder: Path, name: str, optimizer: str, **changes: Any) -> list[list[dict[str, Any]]]:
+    """Return each rank's records."""
+    return recorded.records_of(folder, name, launch(folder, name, optimizer, **changes))
 
 
 @pytest.mark.parametrize(
@@ -87,6 +90,14 @@ def test_ranks_train_as_a_loop_does_and_resume(layout: str, optimizer: str, fold
     saved = str(folder / name / f"checkpoint-{recorded.SAVED_AT}")
     rest = run(folder, f"{name}_rest", optimizer, resume_from_checkpoint=saved, **changes)
     assert recorded.losses(rest) == pytest.approx(losses[recorded.SAVED_AT :], abs=1e-6)
+
+
+@pytest.mark.slow
+def test_an_optimizer_in_deepspeeds_json_is_refused(folder: Path) -> None:
+    config = {**LAYOUTS["zero2"][1]["deepspeed"], "optimizer": {"type": "SpectralMuon"}}
+    done = launch(folder, "engine", "muon", deepspeed=config)
+    assert done.returncode
+    assert "leave out optimizer there, or spectral here" in done.stderr
 
 
 CASES: dict[str, tuple[dict[str, Any], str]] = {
