@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import spectral_dist
@@ -79,7 +80,9 @@ def record(path: Path) -> None:
         count = bound.get("num_items_in_batch")
         is_of_all_ranks = count is not None and self.args.average_tokens_across_devices
         entry = {"inputs": inputs, "count": count, "weight": 1 if is_of_all_ranks else 1 / RANKS}
-        records.append({**entry, "loss": float(loss), "layout": type(bound["model"]).__name__})
+        ranks = getattr(bound["model"], "dp_world_size", dist.get_world_size())
+        layout = (type(bound["model"]).__name__, ranks)
+        records.append({**entry, "loss": float(loss), "layout": layout})
         return loss
 
     Trainer.training_step = training_step
@@ -107,6 +110,18 @@ def records_of(folder: Path, name: str, done: Any) -> list[list[dict[str, Any]]]
     """Return each rank's records of a run that has ended well."""
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return [torch.load(folder / f"{name}{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+def layouts(by_rank: list[list[dict[str, Any]]]) -> set[tuple[str, int]]:
+    """Return the classes of the trained models, with over how many ranks they are."""
+    return {entry["layout"] for records in by_rank for entry in records}
+
+
+def have_other_rows(by_rank: list[list[dict[str, Any]]]) -> bool:
+    """Return whether the ranks have had different rows in every step."""
+    steps = zip(*by_rank, strict=True)
+    rows = [[entry["inputs"]["input_ids"].tolist() for entry in step] for step in steps]
+    return all(row != first for first, *others in rows for row in others)
 
 
 def losses(by_rank: list[list[dict[str, Any]]]) -> list[float]:

@@ -83,7 +83,9 @@ def test_ranks_train_as_a_loop_does_and_resume(layout: str, optimizer: str, fold
     wrapper, changes = LAYOUTS[layout]
     name = f"{layout}_{optimizer}"
     whole = run(folder, name, optimizer, **changes)
-    assert {entry["layout"] for rank in whole for entry in rank} == {wrapper}
+    assert recorded.layouts(whole) == {(wrapper, recorded.RANKS)}
+    if not layout.startswith("zero"):  # there accelerate knows of one process on CPUs
+        assert recorded.have_other_rows(whole)
     losses = recorded.losses(whole)
     assert len(losses) == recorded.STEPS
     assert losses == pytest.approx(recorded.by_loop(folder, optimizer, whole), abs=1e-5)

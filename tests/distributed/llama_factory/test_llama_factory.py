@@ -74,7 +74,8 @@ def test_ranks_train_as_a_loop_does_and_resume(layout: str, optimizer: str, fold
     name = f"{layout}_{optimizer}"
     words = ["spectral.scalar_lr=0.005"]  # over the YAML's
     whole = run(folder, name, optimizer, words, **changes)
-    assert {entry["layout"] for rank in whole for entry in rank} == {wrapper}
+    assert recorded.layouts(whole) == {(wrapper, recorded.RANKS)}
+    assert recorded.have_other_rows(whole)
     losses = recorded.losses(whole)
     assert len(losses) == recorded.STEPS
     wanted = recorded.by_loop(folder, optimizer, whole, scalar_lr=0.005)

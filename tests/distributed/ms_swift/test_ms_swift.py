@@ -71,7 +71,8 @@ def test_ranks_train_as_a_loop_does_and_resume(layout: str, optimizer: str, fold
     name = f"{layout}_{optimizer}"
     whole = run(folder, name, optimizer, **changes)
     wrapper = "DeepSpeedEngine" if layout in ENGINES else "DistributedDataParallel"
-    assert {entry["layout"] for rank in whole for entry in rank} == {wrapper}
+    assert recorded.layouts(whole) == {(wrapper, recorded.RANKS)}
+    assert recorded.have_other_rows(whole)
     losses = recorded.losses(whole)
     assert len(losses) == recorded.STEPS
     assert losses == pytest.approx(recorded.by_loop(folder, optimizer, whole), abs=1e-5)
