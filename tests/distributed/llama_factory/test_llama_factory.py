@@ -88,10 +88,11 @@ def test_ranks_train_as_a_loop_does_and_resume(layout: str, optimizer: str, fold
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["pt", "dpo", "rm", "kto"])
+@pytest.mark.parametrize("stage", ["pt", "dpo", "rm"])
 def test_other_stages_train(stage: str, folder: Path) -> None:
     """With another rate of matrices the losses are others, so the optimizer is ours."""
     changes: dict[str, Any] = {"stage": stage, "dataset": "rows" if stage == "pt" else "pairs"}
+    changes["disable_gradient_checkpointing"] = True  # DDP refuses it in stage rm
     one = run(folder, stage, "muon", [], **changes)
     other = run(folder, f"{stage}_other", "muon", ["spectral.polar_steps=1"], **changes)
     one_losses, other_losses = recorded.losses(one), recorded.losses(other)
