@@ -52,14 +52,12 @@ def check(version: str) -> None:
 
 
 class _Callback(SpectralCallback):
-    """Check, too, that the Trainer has asked for our optimizer."""
+    """Check, too, that the Trainer will ask for our optimizer."""
 
-    def on_train_begin(
-        self, args: Any, state: Any, control: Any, optimizer: Any = None, **others: Any
-    ) -> None:
-        """Check where the optimizer is from."""
+    @explained
+    def on_init_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """Check where the optimizer will be from."""
         check_deepspeed(args, "spectral")
-        super().on_train_begin(args, state, control, optimizer, **others)
 
 
 @explained
