@@ -57,6 +57,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
         r"works with megatron-core ",
         r"works with megatron-bridge ",
         r"works with verl ",
+        r"works with LLaMA-Factory ",
         r"DeepSpeedEngine\..* takes .* in place of",
         r"where spectral_dist looks for it",
     ),
