@@ -23,6 +23,13 @@ RATES = ("embedding_lr", "embedding_lr_scale", "loraplus_lr_ratio", "lr_groups")
 """Keys of Axolotl that no optimizer takes which is built of the whole model."""
 
 
+if not hasattr(BasePlugin, "post_trainer_create"):
+    raise ImportError(
+        "this release of spectral_dist works with Axolotl 0.21.0, and what is installed does not"
+        " call post_trainer_create: install that one (pip install 'axolotl==0.21.0')"
+    )
+
+
 class SpectralArguments(BaseModel):  # type: ignore[misc]
     """What the plugin adds to Axolotl's keys.
 

@@ -23,6 +23,7 @@ from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.integrations.huggingface.callback import SpectralCallback
 from spectral_dist.integrations.huggingface.factory import SpectralFactory
 from spectral_dist.integrations.huggingface.section import check_deepspeed, read
+from spectral_dist.integrations.versions import require
 
 KNOWN = "0.9.5"
 """The version that the tests run."""
@@ -35,20 +36,6 @@ OTHERS = (
 """Keys that ask for another optimizer, or another trainer."""
 VARIABLES = ("USE_V1", "USE_RAY", "USE_MCA", "USE_KT")
 """Environment variables that ask for another trainer."""
-
-
-def check(version: str) -> None:
-    """Raise unless a version of LLaMA-Factory is the known one.
-
-    Raises:
-        ImportError: says which version works.
-    """
-    if version != KNOWN:
-        raise ImportError(
-            f"this release of spectral_dist works with LLaMA-Factory {KNOWN}, and {version} is"
-            f" installed: install that one (pip install 'llamafactory=={KNOWN}'), or a release of"
-            " spectral_dist that knows this one"
-        )
 
 
 class _Callback(SpectralCallback):
@@ -126,7 +113,7 @@ def _in_place_of_theirs(create: Any) -> Iterator[None]:
             module.create_custom_optimizer = function
 
 
-check(llamafactory.__version__)
+require("LLaMA-Factory", "llamafactory", llamafactory.__version__, KNOWN)
 
 if __name__ == "__main__":
     run_exp()
