@@ -26,15 +26,8 @@ from multiprocessing import get_context
 from spectral_dist.sharding.boxes import block_layouts
 from spectral_dist.sharding.bucket_routes import route_to_owners
 from spectral_dist.sharding.cost import CostContext, Machine, cheaper_in_slabs
-from spectral_dist.sharding.layout import (
-    Cut,
-    Layout,
-    Matrix,
-    StackBoxes,
-    Tile,
-    flat_layout,
-    grid_layout,
-)
+from spectral_dist.sharding.layout import Cut, Layout, StackBoxes, Tile, flat_layout, grid_layout
+from spectral_dist.sharding.matrix import Matrix
 from spectral_dist.sharding.plan import make_plan
 from spectral_dist.sharding.slabs import route_to_slabs
 

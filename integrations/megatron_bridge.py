@@ -17,27 +17,20 @@ from spectral_dist._error_help import explained
 from spectral_dist._errors import suggest
 from spectral_dist.integrations.megatron import TYPES, get_spectral_megatron_optimizer
 from spectral_dist.integrations.megatron.build import checked_options
+from spectral_dist.integrations.versions import require
 
 KNOWN = "0.6.2"
 """The version that the tests run."""
 
 
-def check(version: str) -> None:
-    """Raise unless a version of megatron-bridge is known to call ``provide``.
-
-    Raises:
-        ImportError: says which version works.
-    """
-    if version != KNOWN:
-        raise ImportError(
-            f"this release of spectral_dist works with megatron-bridge {KNOWN}, and {version} is"
-            f" installed: install that one (pip install 'megatron-bridge=={KNOWN}'), or write"
-            ' Bridge\'s own OptimizerConfig(optimizer="spectral_muon") after import'
-            " spectral_dist.integrations.megatron, for an optimizer with its default options"
-        )
-
-
-check(metadata.version("megatron-bridge"))
+require(
+    "megatron-bridge",
+    "megatron-bridge",
+    metadata.version("megatron-bridge"),
+    KNOWN,
+    'write Bridge\'s own OptimizerConfig(optimizer="spectral_muon") after import'
+    " spectral_dist.integrations.megatron, for an optimizer with its default options",
+)
 
 
 @dataclass

@@ -24,6 +24,7 @@ from spectral_dist._errors import suggest
 from spectral_dist.core.named import class_of
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.integrations.after_import import after_import
+from spectral_dist.integrations.versions import require
 from spectral_dist.params.param_groups import param_groups
 from spectral_dist.rules import registry
 from spectral_dist.rules.options import ROUTING
@@ -33,20 +34,6 @@ KNOWN = "0.9.1"
 ENGINE = "verl.workers.engine.fsdp.transformer_impl"
 IMPLEMENTATION = "spectral_dist"
 """``optimizer_impl`` of our optimizers."""
-
-
-def check(version: str) -> None:
-    """Raise unless a version of verl is the known one.
-
-    Raises:
-        ImportError: says which version works.
-    """
-    if version != KNOWN:
-        raise ImportError(
-            f"this release of spectral_dist works with verl {KNOWN}, and {version} is installed:"
-            f" install that one (pip install 'verl=={KNOWN}'), or a release of spectral_dist that"
-            " knows this one"
-        )
 
 
 def _with_model(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -111,5 +98,5 @@ def _wrap(engine: Any) -> None:
     engine.FSDPEngine._build_optimizer = _with_model(engine.FSDPEngine._build_optimizer)
 
 
-check(verl.__version__)
+require("verl", "verl", verl.__version__, KNOWN)
 after_import(ENGINE, _wrap)

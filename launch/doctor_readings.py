@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from spectral_dist.params.spec import ParamSpec
-from spectral_dist.sharding.layout import Matrix
+from spectral_dist.sharding.matrix import Matrix
 
 
 def full_parameters(engine: Any) -> dict[str, Tensor]:

@@ -43,7 +43,7 @@ class SpectralFactory:
 
     @explained
     def __call__(
-        self, model: nn.Module, *, optimizer: str = "muon", args: Any = None, **options: Any
+        self, model: nn.Module, args: Any = None, *, optimizer: str = "muon", **options: Any
     ) -> ShardedOptimizer:
         """Return the optimizer of a model.
 
@@ -53,11 +53,12 @@ class SpectralFactory:
 
         Args:
             model: as the Trainer has it: plain, PEFT's, compiled, or sharded by transformers.
+            args: the TrainingArguments, from which learning_rate, weight_decay and optim_args are
+                read, and adam_beta1, adam_beta2 and adam_epsilon, if they are not the defaults of
+                their class; None: none of them. transformers' Trainer passes keywords alone;
+                others pass this one by its place.
             optimizer: its name: "muon", "polargrad", "root", "sumo", "normuon", "poet", or that of
                 a registered rule.
-            args: the TrainingArguments, from which learning_rate, weight_decay and optim_args are
-                read, and adam_beta1, adam_beta2 and adam_epsilon, if they are not transformers'
-                defaults; None: none of them.
             options: the optimizer's own, and those of ``spectral_dist.param_groups``; they win over
                 what ``args`` says.
 
@@ -89,8 +90,8 @@ class SpectralFactory:
 def _of_arguments(entry: registry.Entry, args: Any) -> dict[str, Any]:
     """Return an optimizer's options as TrainingArguments say them.
 
-    adam_beta1, adam_beta2 and adam_epsilon count unless they are transformers' defaults: those
-    would hide the optimizer's own ones.
+    adam_beta1, adam_beta2 and adam_epsilon count unless they are the defaults of the arguments'
+    class: those would hide the optimizer's own ones.
 
     Raises:
         ValueError: ``optim_args`` has an unknown name, or is not of the form "a=1,b=2".

@@ -14,7 +14,8 @@ from spectral_dist.integrations.megatron.reader import MegatronReader
 from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement
 from spectral_dist.sharding.collectives import Group, Meter
-from spectral_dist.sharding.layout import Cut, Layout, Located, Matrix, Tile
+from spectral_dist.sharding.layout import Cut, Layout, Located, Tile
+from spectral_dist.sharding.matrix import Matrix
 
 
 @dataclass(frozen=True)

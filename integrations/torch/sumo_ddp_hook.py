@@ -24,7 +24,7 @@ from spectral_dist.params.spec import ParamSpec
 from spectral_dist.rules.sumo import SUMOOptions, is_refresh_step, rank_of
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Meter
-from spectral_dist.sharding.layout import Matrix
+from spectral_dist.sharding.matrix import Matrix
 
 GradBucket: TypeAlias = dist.GradBucket  # type: ignore[attr-defined,name-defined]
 

@@ -55,8 +55,8 @@ TEXTS: dict[str, tuple[str, ...]] = {
     "works-with-deepspeed-or-works-with-megatron-core": (
         r"works with deepspeed ",
         r"works with megatron-core ",
-        r"works with megatron-bridge ",
-        r"works with verl ",
+        r"works with .* is installed: install that one \(pip",
+        r"works with Axolotl ",
         r"DeepSpeedEngine\..* takes .* in place of",
         r"where spectral_dist looks for it",
     ),

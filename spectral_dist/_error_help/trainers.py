@@ -9,8 +9,23 @@ TEXTS: dict[str, tuple[str, ...]] = {
     ),
     "spectralcallback-the-optimizer-is": (r"SpectralCallback: the optimizer is a ",),
     "optim_args": (r"optim_args: ",),
+    "spectral-in-a-trainers-yaml": (
+        r"spectral is .*; write \{optimizer: muon",
+        r"spectral has .*; write .* beside spectral",
+        r"the arguments are .*; write the YAML first",
+    ),
+    "beside-the-trainers-optimizer": (
+        r"names an optimizer, and so does DeepSpeed's JSON",
+        r"optimizer is .*, and spectral names another",
+        r"has no effect on (spectral's optimizer|--optimizer )",
+        r"relora resets AdamW's state",
+        r"adapter is .*, but POET rotates the weights",
+        r" is .* beside spectral: leave one of them out",
+        r"spectral runs (under the trainers of transformers alone|in )",
+    ),
     "a-trainers-config-of-an-optimizer": (
         r"does not run under (torchtitan|Automodel), which builds",
+        r"does not run under (ms-swift|LLaMA-Factory), which has no place",
         r"is of torchtitan's own optimizers; leave it out",
         r"param_group_overrides is of Automodel's own optimizers",
         r"options has .*; write it beside",

@@ -18,7 +18,8 @@ from spectral_dist.core.units import MatrixUnit
 from spectral_dist.params.spec import ParamSpec
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.bucket_routes import tile_pieces
-from spectral_dist.sharding.layout import Matrix, Tile
+from spectral_dist.sharding.layout import Tile
+from spectral_dist.sharding.matrix import Matrix
 
 aten = torch.ops.aten
 COPIES = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from spectral_dist.core.matrix_ops import StepContext, WholeMatrixOps
 from spectral_dist.rules.base import Rule
 from spectral_dist.rules.options import ComputedOptions, MatrixOptions
-from spectral_dist.sharding.layout import Matrix
+from spectral_dist.sharding.matrix import Matrix
 
 
 def first_step(

@@ -14,7 +14,7 @@ from spectral_dist.core.units import MatrixUnit
 from spectral_dist.sharding.bucket_routes import pack
 from spectral_dist.sharding.exchange import MatrixTask, Piece
 from spectral_dist.sharding.gram import Reduction
-from spectral_dist.sharding.layout import Matrix
+from spectral_dist.sharding.matrix import Matrix
 
 
 class MatrixStep(MatrixTask):

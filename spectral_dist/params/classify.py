@@ -16,7 +16,7 @@ from spectral_dist.params.spec import Inspector, ParamInfo, ParamSpec, plain_nam
 from spectral_dist.params.splits import Split, matrices_of
 from spectral_dist.params.table import table
 from spectral_dist.params.wrappers import check_poet_wrapping
-from spectral_dist.sharding.layout import Matrix
+from spectral_dist.sharding.matrix import Matrix
 
 NO_HEADS = (
     "heads is 'auto', but no attention module of the model says how many rows each head has"

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from spectral_dist.params.splits import Split
-from spectral_dist.sharding.layout import Matrix
+from spectral_dist.sharding.matrix import Matrix
 
 TAGS = WeakTensorKeyDictionary()
 """The specs of tagged parameters. They are no attributes of them, because those are pickled."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
-from spectral_dist.sharding.layout import Columns, Matrix
+from spectral_dist.sharding.matrix import Columns, Matrix
 
 Split: TypeAlias = int | list[int]
 """The number of equal parts, or the number of rows of each part."""

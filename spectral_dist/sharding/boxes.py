@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
-from spectral_dist.sharding.layout import Cut, Layout, Matrix, Tile
+from spectral_dist.sharding.layout import Cut, Layout, Tile
+from spectral_dist.sharding.matrix import Matrix
 
 
 class Box(NamedTuple):

@@ -17,7 +17,8 @@ from spectral_dist.sharding import collectives
 from spectral_dist.sharding.bucket_routes import Batch, BucketRoute, Piece, pack, route_to_owners
 from spectral_dist.sharding.collectives import Group, Meter, Pending
 from spectral_dist.sharding.gram import Reduction
-from spectral_dist.sharding.layout import Layout, Matrix
+from spectral_dist.sharding.layout import Layout
+from spectral_dist.sharding.matrix import Matrix
 from spectral_dist.sharding.plan import Plan
 from spectral_dist.sharding.slabs import route_in_replicas, route_to_slabs
 from spectral_dist.sharding.split import SplitReduction

@@ -44,8 +44,8 @@ NEEDS = {
     "verl_fsdp2": "verl",
 }  # fmt: skip
 """Packages that most installations of the tests do not have."""
-ELSEWHERE = {"torchtitan_fsdp2"}
-"""Tested where the trainer is: tests/distributed/torchtitan."""
+ELSEWHERE = {"torchtitan_fsdp2", "ms_swift_plugin"}
+"""Tested where the trainers are: tests/distributed/torchtitan and tests/distributed/ms_swift."""
 
 
 def commands(path: Path) -> list[list[str]]:

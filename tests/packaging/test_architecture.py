@@ -180,7 +180,7 @@ polar: import numpy
 polar: import scipy
 rules: import scipy
 rules: import triton
-rules: from spectral_dist.sharding.layout import Matrix
+rules: from spectral_dist.sharding.matrix import Matrix
 rules: from spectral_dist import sharding
 rules: from ..sharding import plan
 rules: from spectral_dist.params.spec import ParamSpec

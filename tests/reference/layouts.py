@@ -15,16 +15,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from spectral_dist.sharding.layout import (
-    Columns,
-    Cut,
-    Layout,
-    Matrix,
-    StackBox,
-    Tile,
-    flat_layout,
-    grid_layout,
-)
+from spectral_dist.sharding.layout import Cut, Layout, StackBox, Tile, flat_layout, grid_layout
+from spectral_dist.sharding.matrix import Columns, Matrix
 
 UNTOUCHED = -7.0
 Part: TypeAlias = tuple[list[tuple[int, int]], Columns | None]

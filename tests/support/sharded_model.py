@@ -11,7 +11,8 @@ import torch.distributed as dist
 import spectral_dist
 from spectral_dist.placement.base import ReplicatedPlacement
 from spectral_dist.sharding import collectives
-from spectral_dist.sharding.layout import Cut, Layout, Located, Matrix, Tile
+from spectral_dist.sharding.layout import Cut, Layout, Located, Tile
+from spectral_dist.sharding.matrix import Matrix
 from tests.support.weights import Weights
 
 

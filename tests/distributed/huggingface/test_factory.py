@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ import torch.distributed as dist
 pytest.importorskip("accelerate")
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainingArguments
 
 import spectral_dist
 from spectral_dist.integrations.huggingface import SpectralCallback, SpectralFactory
+from spectral_dist.integrations.huggingface.section import read
 from tests.distributed.huggingface import trainer_runs
 from tests.distributed.huggingface.fsdp_on_cpu import fresh
 from tests.support import harness
@@ -44,6 +47,55 @@ def test_transformers_defaults_do_not_hide_the_optimizers_own() -> None:
     usual = {"adam_beta2": 0.999, "optim_args": None}
     assert harness.run(1, groups_of, "poet", **usual)[0][0]["eps"] == 1e-6
     assert harness.run(1, groups_of, "muon", **usual)[0][1]["betas"] == (0.9, 0.95)
+
+
+@dataclass
+class OtherDefaults(TrainingArguments):
+    """As ms-swift has them."""
+
+    adam_beta2: float = 0.97
+
+
+def betas_of(**given: Any) -> Any:
+    """AdamW's, of arguments that are passed by their place, as Axolotl does."""
+    with quiet(), fresh(False):
+        args = OtherDefaults(output_dir="unused", use_cpu=True, report_to=[], **given)
+        ours = SpectralFactory()(trainer_runs.model_of("muon"), args)
+    return ours.param_groups[1]["betas"]
+
+
+def test_defaults_are_those_of_the_arguments_class() -> None:
+    assert harness.run(1, betas_of) == [(0.9, 0.95)]
+    assert harness.run(1, betas_of, adam_beta2=0.999) == [(0.9, 0.999)]
+
+
+def test_a_section_has_options_of_all_kinds() -> None:
+    section = {"optimizer": "muon", "momentum": 0.9, "heads": "auto", "scalars": ["q_proj"]}
+    assert read(section) == (section, None)
+    keywords, rotation = read(
+        {"optimizer": "poet", "block": 4, "merge_every": 2, "matrices": ["lm_head"]}
+    )
+    assert keywords == {"optimizer": "poet", "merge_every": 2}
+    assert rotation == {"block": 4, "matrices": ["lm_head"]}
+
+
+@pytest.mark.parametrize(
+    ("section", "says"),
+    [
+        (None, "spectral is None; write {optimizer: muon"),
+        ("muon", "spectral is 'muon'; write {optimizer: muon"),
+        ({"momentum": 0.9}, "write {optimizer: muon"),
+        ({"optimizer": "moun"}, "unknown optimizer 'moun'; did you mean 'muon'"),
+        ({"optimizer": "muon", "momentun": 0.9}, "'momentun'; did you mean 'momentum'"),
+        ({"optimizer": "muon", "block": 4}, "spectral: unknown option 'block'"),
+        ({"optimizer": "muon", "lr": 0.1}, "write learning_rate beside spectral"),
+        ({"optimizer": "poet", "block": 0}, "poet.convert: block is 0"),
+        ({"optimizer": "poet", "split": {}}, "split has no effect: POET"),
+    ],
+)
+def test_a_wrong_section_is_an_error(section: Any, says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        read(section)
 
 
 @pytest.mark.parametrize(

@@ -166,7 +166,9 @@ def versions() -> list[str]:
     texts = []
     for version in (megatron_bridge.KNOWN, "0.5.0", "0.7.0"):
         try:
-            megatron_bridge.check(version)
+            megatron_bridge.require(
+                "megatron-bridge", "megatron-bridge", version, megatron_bridge.KNOWN
+            )
         except ImportError as error:
             texts.append(str(error))
     return texts

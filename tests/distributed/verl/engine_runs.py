@@ -168,7 +168,7 @@ def of_torch(folder: str) -> tuple[str, str]:
     from spectral_dist.integrations import verl as ours
 
     try:
-        ours.check("0.8.0")
+        ours.require("verl", "verl", "0.8.0", ours.KNOWN)
     except ImportError as raised:
         return type(engine.optimizer).__module__, str(raised)
     return type(engine.optimizer).__module__, ""

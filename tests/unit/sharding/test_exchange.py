@@ -11,7 +11,8 @@ import torch.distributed as dist
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Meter
 from spectral_dist.sharding.exchange import MatrixTask
-from spectral_dist.sharding.layout import Cut, Layout, Matrix, Tile, flat_layout
+from spectral_dist.sharding.layout import Cut, Layout, Tile, flat_layout
+from spectral_dist.sharding.matrix import Matrix
 from tests.reference.layouts import UNTOUCHED, World, random_world
 from tests.support import harness
 from tests.unit.sharding.exchanges import HOME, FunctionTask, grid, make

@@ -8,7 +8,8 @@ import torch.distributed as dist
 
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Meter
-from spectral_dist.sharding.layout import Cut, Matrix, flat_layout
+from spectral_dist.sharding.layout import Cut, flat_layout
+from spectral_dist.sharding.matrix import Matrix
 from tests.support import harness
 from tests.unit.sharding.exchanges import grid, make
 

@@ -11,15 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spectral_dist.sharding.bucket_routes import tile_pieces
-from spectral_dist.sharding.layout import (
-    Columns,
-    Cut,
-    Layout,
-    Matrix,
-    Tile,
-    flat_layout,
-    grid_layout,
-)
+from spectral_dist.sharding.layout import Cut, Layout, Tile, flat_layout, grid_layout
+from spectral_dist.sharding.matrix import Columns, Matrix
 from tests.support.tiles import length_of, run_of
 
 quick = settings(max_examples=150, deadline=None, derandomize=True)

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from spectral_dist.sharding.layout import Cut, Matrix, flat_layout
+from spectral_dist.sharding.layout import Cut, flat_layout
+from spectral_dist.sharding.matrix import Matrix
 from spectral_dist.sharding.plan import make_plan
 from tests.support.tiles import length_of
 

@@ -10,14 +10,8 @@ from hypothesis import strategies as st
 
 from spectral_dist.sharding import boxes, slabs
 from spectral_dist.sharding.boxes import Ranges
-from spectral_dist.sharding.layout import (
-    Cut,
-    Matrix,
-    StackBoxes,
-    flat_layout,
-    grid_layout,
-    holders_of,
-)
+from spectral_dist.sharding.layout import Cut, StackBoxes, flat_layout, grid_layout, holders_of
+from spectral_dist.sharding.matrix import Matrix
 from spectral_dist.sharding.plan import make_plan
 from tests.support.tiles import length_of
 

@@ -1,0 +1,1 @@
+"""Under LLaMA-Factory, on CPUs."""

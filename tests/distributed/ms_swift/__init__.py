@@ -1,0 +1,1 @@
+"""Under ms-swift, on CPUs."""
