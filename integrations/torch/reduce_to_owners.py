@@ -80,8 +80,6 @@ class OwnerReduction:
     Attributes:
         group: the model's process group.
         runs: all matrices of the model, in the same order on every rank.
-        norms: of each run's averaged gradient after the last backward pass that reduced, (runs,),
-            float64, the same on every rank; clipping scales them.
         meter: calls of the hook's collectives, and the bytes that this rank has sent by them, as a
             ring sends an all-reduce, and a chain a reduction.
     """
@@ -109,7 +107,6 @@ class OwnerReduction:
         self._reduced: dict[int, tuple[TensorWeakRef, int]] = {}
         self.runs: list[OwnedRun] = []
         self._runs_of: dict[int, list[OwnedRun]] = {}
-        self.norms = torch.zeros(0, dtype=torch.float64, device=optimizer.device)
         if self._num_ranks == 1:
             warnings.warn(
                 "reduce_to_owners has no effect: no other rank holds the same parameters",
@@ -218,22 +215,38 @@ class OwnerReduction:
 
         It ends the backward pass, when DDP has written the gradients.
         """
-        grads = [(run, run.parameter.grad) for run in self.runs]
-        parts = {run: run.of(grad) for run, grad in grads if grad is not None}
-        owned = [run for run in parts if run.owner == self._rank]
-        norm_of = dict(zip(owned, _norms([parts[run] for run in owned]), strict=True))
-        zero = torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
-        norms = torch.stack([norm_of.get(run, zero) for run in self.runs])
-        self._begin(EVERY_RANK, norms).wait()
+        norms = self._norms([]).unbind()
         others = [
-            (parts[run][0], norm)
-            for run, norm in zip(self.runs, norms.unbind(), strict=True)
-            if run in parts and run.owner != self._rank
+            (run.of(grad)[0], norm)
+            for run, norm in zip(self.runs, norms, strict=False)
+            if (grad := run.parameter.grad) is not None and run.owner != self._rank
         ]
         if others:
             torch._foreach_copy_([first for first, _ in others], [norm for _, norm in others])
-        self.norms = norms
         self._remember()
+
+    def _norms(self, replicated: Sequence[Tensor]) -> Tensor:
+        """Return norms with the same bits on every rank, float64; a collective call.
+
+        Args:
+            replicated: gradients that every rank has whole.
+
+        Returns:
+            (runs + 1,): of each run's gradient, from its owner; of ``replicated`` together.
+        """
+        owned = [
+            (run, run.of(grad))
+            for run in self.runs
+            if (grad := run.parameter.grad) is not None and run.owner == self._rank
+        ]
+        norm_of = dict(zip([run for run, _ in owned], _norms([g for _, g in owned]), strict=True))
+        zero = torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
+        last = zero
+        if replicated and self._rank == 0:
+            last = torch.linalg.vector_norm(torch.stack(_norms(replicated)))
+        norms = torch.stack([*(norm_of.get(run, zero) for run in self.runs), last])
+        self._begin(EVERY_RANK, norms).wait()
+        return norms
 
     # -- between the backward pass and the step
 
@@ -243,7 +256,7 @@ class OwnerReduction:
         """Scale all gradients of the model so that their norm together is at most ``max_norm``.
 
         As ``torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)``, which would scale by
-        factors that round differently on each rank. It sends nothing.
+        factors that round differently on each rank. A collective call.
 
         Args:
             max_norm: the largest norm.
@@ -255,16 +268,14 @@ class OwnerReduction:
             ValueError: the gradients were changed after they were reduced.
         """
         self._check()
-        grads = [(p.grad, id(p) in self._runs_of) for p in self._parameters if p.grad is not None]
-        norms = [self.norms]
-        replicated = [grad for grad, has_owner in grads if not has_owner]
-        if replicated:
-            norms.append(torch.stack(_norms(replicated)))
-        total: Tensor = torch.linalg.vector_norm(torch.cat(norms))
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        replicated = [
+            p.grad for p in self._parameters if p.grad is not None and id(p) not in self._runs_of
+        ]
+        total: Tensor = torch.linalg.vector_norm(self._norms(replicated))
         factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
         if grads:
-            torch._foreach_mul_([grad for grad, _ in grads], factor.float())
-        self.norms *= factor
+            torch._foreach_mul_(grads, factor.float())
         self._remember()
         return total.float()
 
@@ -292,8 +303,8 @@ class OwnerReduction:
                     f"reduce_to_owners: the gradient of {self._names[id(p)]} was changed after it"
                     " was reduced, or was not reduced. Clip with the clip_grad_norm_ of what"
                     " reduce_to_owners returned, not with torch's, whose factor would round"
-                    " differently on each rank; train without a GradScaler; and leave the last"
-                    " backward() before step() outside of no_sync()"
+                    " differently on each rank; and leave the last backward() before step() outside"
+                    " of no_sync()"
                 )
 
     def _before_accumulation(self, parameter: Tensor, grad: Tensor) -> None:

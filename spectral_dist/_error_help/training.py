@@ -42,6 +42,11 @@ TEXTS: dict[str, tuple[str, ...]] = {
         r"project_gradients: ",
         r"project_gradients is for ",
     ),
+    "reduce_to_owners": (
+        r"reduce_to_owners: ",
+        r"reduce_to_owners is for ",
+        r"reduce_to_owners has no effect",
+    ),
     "the-loss-of-step-is": (r"the loss of step ",),
     "is-a-tile-that-distributeddataparallel-has-made-of-a-dtensor": (
         r"is a tile that DistributedDataParallel has made of a DTensor",
