@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 import spectral_dist
+from benchmarks.traffic import OTHERS, RULES, Traffic
 from spectral_dist.integrations.torch.reduce_to_owners import OwnerReduction, reduce_to_owners
 from spectral_dist.integrations.torch.sumo_ddp_hook import project_gradients
 from tests.distributed.torch import layouts
@@ -162,6 +163,50 @@ def test_clips_as_torch_clips_plain_ddp(world: int, changes: dict[str, Any]) -> 
     assert difference(free, wanted) > 1e-4
 
 
+class Sometimes(nn.Module):
+    """Each rank of a group uses one of two weights, and the group's first a third, a stack."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.rank = rank
+        self.first, self.second = (nn.Linear(6, 6, bias=False) for _ in range(2))
+        self.stack = nn.Parameter(torch.randn(3, 6, 6))
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(x) if self.rank else self.first(x)
+        return self.head(y if self.rank else y @ self.stack.sum(0)).square().mean()
+
+
+def in_groups(owners: bool) -> dict[str, Any]:
+    """Two groups of two ranks, which are not neighbours, each with a model of its own."""
+    groups = [dist.new_group([first, first + 2]) for first in (0, 1)]
+    group = groups[dist.get_rank() % 2]
+    rank = dist.get_rank(group)
+    model = DistributedDataParallel(
+        Sometimes(rank), process_group=group, find_unused_parameters=True
+    )
+    with quiet():
+        optimizer = optimizer_of(model, split={})
+        reduction = reduce_to_owners(model, optimizer) if owners else None
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+            model(torch.randn(5, 6, generator=generator)).backward()
+            optimizer.step()
+    owned = {run.owner for run in reduction.runs} if reduction else {0, 1}
+    assert owned == {0, 1}
+    return {"parameters": values(model)}
+
+
+def test_ranks_that_do_not_use_a_matrix() -> None:
+    found, wanted = (harness.run(4, in_groups, owners) for owners in (True, False))
+    for first in (0, 1):
+        assert difference(found[first::2], wanted[first::2]) == 0
+    assert difference(found[:1], wanted[1:2]) > 1e-3
+
+
 # -- what it sends
 
 
@@ -203,18 +248,15 @@ def test_sends_what_the_all_reduce_of_plain_ddp_sends(world: int, title: str) ->
         assert whole - norms == 2 * share * 4 * (matrices + rest)
 
 
-def calls(owners: bool) -> dict[str, int]:
-    """Bytes of all of a step's collectives, counted at torch's functions."""
-    from benchmarks.traffic import Traffic
-
+def calls() -> dict[str, int]:
+    """Bytes of a backward pass's collectives, counted at torch's functions."""
     model = DistributedDataParallel(even())
     optimizer = optimizer_of(model, split={}, check_finite=False)
-    if owners:
-        reduce_to_owners(model, optimizer)
+    reduce_to_owners(model, optimizer)
     model(torch.tensor([0, 1, 2])).square().sum().backward()
     optimizer.step()
     with contextlib.ExitStack() as restored:
-        for name in (*spectral_traffic_names(), "send"):
+        for name in (*RULES, *OTHERS.split()):
             for module in (dist, dist.distributed_c10d):
                 restored.callback(setattr, module, name, getattr(module, name))
         traffic = Traffic()
@@ -225,15 +267,9 @@ def calls(owners: bool) -> dict[str, int]:
     return dict(traffic.bytes)
 
 
-def spectral_traffic_names() -> list[str]:
-    from benchmarks.traffic import OTHERS, RULES
-
-    return [*RULES, *OTHERS.split()]
-
-
 def test_its_meter_counts_what_torch_is_asked_to_send() -> None:
     """By the convention of the benchmarks a reduction is (P - 1) / P of its bytes on each rank."""
-    for ours in harness.run(2, calls, True):
+    for ours in harness.run(2, calls):
         assert ours["reduce"] == 4 * 8 * 64 / 2
         assert ours["all_reduce"] == 4 * (32 + 32) + 8 * (8 + 1)
 
@@ -387,18 +423,18 @@ def large() -> float:
     """Elements whose squares overflow are finite, and are stepped on as ever."""
     model, optimizer, reduction = built()
     run = next(r for r in reduction.runs if r.numel > 100)
-    run.parameter.register_hook(lambda grad: torch.full_like(grad, 1e15))
+    run.parameter.register_hook(lambda grad: torch.full_like(grad, 1e25))
     backward(model, 0)
     optimizer.step()
-    return float(run.of(run.parameter.grad).norm() / run.numel**0.5)
+    return float(run.of(run.parameter.grad).double().norm() / run.numel**0.5)
 
 
 def test_a_large_gradient_is_finite() -> None:
-    assert harness.run(2, large) == pytest.approx([1e15] * 2, rel=1e-5)
+    assert harness.run(2, large) == pytest.approx([1e25] * 2, rel=1e-5)
 
 
 def with_scaler(owners: bool) -> dict[str, Any]:
-    """The second step overflows on rank 1 only, in a matrix that rank 0 owns."""
+    """Two steps overflow, each on one rank: one of them not at the matrix's owner."""
     with quiet():
         model = model_of()
         optimizer = optimizer_of(model)
@@ -409,7 +445,7 @@ def with_scaler(owners: bool) -> dict[str, Any]:
     step = 0
 
     def spoil(grad: Tensor) -> Tensor:
-        return grad * (math.inf if step == 1 and dist.get_rank() == 1 else 1.0)
+        return grad * (math.inf if step == 1 + dist.get_rank() else 1.0)
 
     weight.register_hook(spoil)
     for step in range(STEPS):
@@ -432,7 +468,7 @@ def test_a_scaler_skips_a_step_on_every_rank() -> None:
     assert difference(found, wanted) < 1e-6
     for ours in found:
         assert ours["scales"] == wanted[0]["scales"]
-        assert ours["steps"] == wanted[0]["steps"] == STEPS - 1
+        assert ours["steps"] == wanted[0]["steps"] == STEPS - 2
 
 
 # -- the rest of a training
