@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 import spectral_dist
 from benchmarks.traffic import OTHERS, RULES, Traffic
+from spectral_dist.core import finite
 from spectral_dist.integrations.torch.reduce_to_owners import OwnerReduction, reduce_to_owners
 from spectral_dist.integrations.torch.sumo_ddp_hook import project_gradients
 from tests.distributed.torch import layouts
@@ -387,6 +389,41 @@ def test_gradients_that_would_be_wrong_are_errors_on_every_rank(views: bool) -> 
         for use in uses:
             for message in harness.run(2, refused, use.__name__, views):
                 assert text in message, (use, message)
+
+
+def refused_later(check_finite: bool) -> list[str]:
+    """As on GPUs, where the host says a step later what was wrong."""
+    model = model_of()
+    with quiet():
+        optimizer = optimizer_of(model, check_finite=check_finite)
+        reduction = reduce_to_owners(model, optimizer)
+    texts = []
+    with mock.patch.object(finite, "LATER_ON", ("cpu",)):
+        for step, limit in enumerate((0.0, CLIP, math.inf)):
+            optimizer.zero_grad()
+            backward(model, step)
+            before = values(model)
+            try:
+                if limit:
+                    clip_grad_norm_(model.parameters(), limit)
+                else:
+                    reduction.clip_grad_norm_(CLIP)
+                optimizer.step()
+                optimizer.check_last_step()
+            except ValueError as error:
+                texts.append(str(error))
+            is_same = all(torch.equal(v, before[n]) for n, v in values(model).items())
+            assert is_same == bool(limit)
+    return texts
+
+
+@pytest.mark.parametrize("check_finite", [False, True])
+def test_they_are_errors_where_the_host_looks_later(check_finite: bool) -> None:
+    for texts in harness.run(2, refused_later, check_finite):
+        assert len(texts) == 2
+        for text in texts:
+            assert "changed after it was reduced" in text
+            assert text.startswith("in the last step, which was not applied: ") == check_finite
 
 
 def not_finite(value: float) -> list[str]:
