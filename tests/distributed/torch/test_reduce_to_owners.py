@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -20,100 +17,21 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 import spectral_dist
 from benchmarks.traffic import OTHERS, RULES, Traffic
-from spectral_dist.core import finite
-from spectral_dist.integrations.torch.reduce_to_owners import OwnerReduction, reduce_to_owners
+from spectral_dist.integrations.torch.reduce_to_owners import reduce_to_owners
 from spectral_dist.integrations.torch.sumo_ddp_hook import project_gradients
-from tests.distributed.torch import layouts
+from tests.distributed.torch.owner_runs import (
+    CLIP,
+    HEADS,
+    STEPS,
+    difference,
+    even,
+    model_of,
+    optimizer_of,
+    run,
+    values,
+)
 from tests.support import harness
 from tests.support.quiet import quiet
-
-STEPS = 4
-OPTIONS = {"lr": 0.01, "weight_decay": 0.1, "scalar_lr": 0.005, "scalar_weight_decay": 0.01}
-HEADS = {"qkv": [8, 8, 8]}
-"""A pattern that repeats three times: matrices in several blocks of rows, of several owners."""
-CLIP = 0.05
-"""Below the norm of every step's gradient."""
-
-
-def model_of(dtype: torch.dtype = torch.float32, **ddp: Any) -> DistributedDataParallel:
-    model = layouts.conditioned(odd=True).to(dtype)
-    ddp.setdefault("find_unused_parameters", not ddp.get("static_graph"))
-    return DistributedDataParallel(model, bucket_cap_mb=0.01, **ddp)
-
-
-def optimizer_of(
-    model: nn.Module, title: str = "Muon", split: Any = 3, **options: Any
-) -> spectral_dist.Muon:
-    split = split if isinstance(split, dict) else {"qkv": split}
-    groups = spectral_dist.param_groups(model, split=split)
-    rules = {"SUMO": {"rank": 0.5, "period": 3}}
-    settings = {**OPTIONS, **rules.get(title, {}), **options}
-    return getattr(spectral_dist, title)(groups, **settings)
-
-
-def backward(model: nn.Module, step: int, accumulation: int = 1) -> None:
-    """Add this rank's gradients, reduced in the last micro-batch."""
-    chunks = list(layouts.tokens(step).chunk(dist.get_world_size() * accumulation))
-    batches = chunks[dist.get_rank() :: dist.get_world_size()]
-    for number, batch in enumerate(batches):
-        last = number + 1 == len(batches)
-        with contextlib.nullcontext() if last else model.no_sync():
-            (model(batch) / accumulation).backward()
-
-
-def values(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.module.named_parameters()}
-
-
-def run(
-    owners: bool,
-    first: int = 0,
-    last: int = STEPS,
-    clip: float = 0.0,
-    accumulation: int = 1,
-    zeros: bool = False,
-    load: str = "",
-    save: str = "",
-    ddp: dict[str, Any] | None = None,
-    monitor: str = "",
-    **options: Any,
-) -> dict[str, Any]:
-    """``zeros``: gradients are set to zero, not to None."""
-    norms = []
-    with quiet():
-        model = model_of(**(ddp or {}))
-        optimizer = optimizer_of(model, **options)
-        if monitor:
-            write = [spectral_dist.monitor.to_jsonl(monitor)]
-            optimizer.monitor = spectral_dist.monitor.Monitor(2, write)
-        reduction = reduce_to_owners(model, optimizer) if owners else None
-        if load:
-            spectral_dist.checkpoint.load(load, model, optimizer)
-        for step in range(first, last):
-            optimizer.zero_grad(set_to_none=not zeros)
-            backward(model, step, accumulation)
-            if clip and reduction:
-                norms.append(float(reduction.clip_grad_norm_(clip)))
-            elif clip:
-                norms.append(float(clip_grad_norm_(model.parameters(), clip)))
-            optimizer.step()
-        if save:
-            spectral_dist.checkpoint.save(save, model, optimizer)
-    return {"parameters": values(model), "norms": norms}
-
-
-@functools.cache
-def plain(world: int, **changes: Any) -> list[dict[str, Any]]:
-    return harness.run(world, run, False, **changes)
-
-
-def difference(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> float:
-    """The largest of any parameter on any rank; ranks must have the same bits."""
-    for ours in found[1:]:
-        for name, value in ours["parameters"].items():
-            assert torch.equal(value, found[0]["parameters"][name]), name
-    pairs = [(found[0]["parameters"][n], v) for n, v in wanted[0]["parameters"].items()]
-    return max(float((a - b).abs().max()) for a, b in pairs)
 
 
 @pytest.mark.parametrize(
@@ -212,12 +130,6 @@ def test_ranks_that_do_not_use_a_matrix() -> None:
 # -- what it sends
 
 
-def even(bias: bool = False) -> nn.Module:
-    torch.manual_seed(0)
-    layers = [nn.Linear(8, 8, bias=bias) for _ in range(8)]
-    return nn.Sequential(nn.Embedding(4, 8), *layers, nn.Linear(8, 4, bias=False))
-
-
 def sent(title: str) -> dict[str, Any]:
     """Bytes of the second step, when DDP has rebuilt its buckets."""
     model = DistributedDataParallel(even())
@@ -274,238 +186,6 @@ def test_its_meter_counts_what_torch_is_asked_to_send() -> None:
     for ours in harness.run(2, calls):
         assert ours["reduce"] == 4 * 8 * 64 / 2
         assert ours["all_reduce"] == 4 * (32 + 32) + 8 * (8 + 1)
-
-
-# -- gradients between the backward pass and the step
-
-
-def norms_seen() -> list[float]:
-    model = model_of()
-    with quiet():
-        optimizer = optimizer_of(model, split=HEADS)
-        reduction = reduce_to_owners(model, optimizer)
-    backward(model, 0)
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    owned = [run for run in reduction.runs if run.owner == dist.get_rank()]
-    assert 0 < len(owned) < len(reduction.runs)
-    optimizer.step()  # reading changes nothing
-    return [float(get_total_norm(grads)), *(float(g.norm()) for g in grads)]
-
-
-def norms_wanted() -> list[float]:
-    model = model_of()
-    backward(model, 0)
-    grads = [p.grad for p in model.parameters() if p.grad is not None]
-    return [float(get_total_norm(grads)), *(float(g.norm()) for g in grads)]
-
-
-def test_norms_of_gradients_are_right_on_every_rank() -> None:
-    wanted = harness.run(2, norms_wanted)[0]
-    for ours in harness.run(2, norms_seen):
-        assert ours == pytest.approx(wanted, rel=1e-6)
-
-
-def built(**ddp: Any) -> tuple[DistributedDataParallel, Any, OwnerReduction]:
-    model = model_of(**ddp)
-    with quiet():
-        optimizer = optimizer_of(model)
-        return model, optimizer, reduce_to_owners(model, optimizer)
-
-
-def by_torch(model: nn.Module, optimizer: Any, reduction: OwnerReduction) -> None:
-    backward(model, 0)
-    clip_grad_norm_(model.parameters(), CLIP)
-    optimizer.step()
-
-
-def by_torch_without_effect(model: nn.Module, optimizer: Any, reduction: OwnerReduction) -> None:
-    """A factor of 1 is one, too: it need not be 1 on every rank."""
-    backward(model, 0)
-    clip_grad_norm_(model.parameters(), 1e6)
-    optimizer.step()
-
-
-def by_both(model: nn.Module, optimizer: Any, reduction: OwnerReduction) -> None:
-    backward(model, 0)
-    clip_grad_norm_(model.parameters(), CLIP)
-    reduction.clip_grad_norm_(CLIP)
-
-
-def replaced(model: nn.Module, optimizer: Any, reduction: OwnerReduction) -> None:
-    backward(model, 0)
-    for p in model.parameters():
-        p.grad = None if p.grad is None else p.grad.clone()
-    optimizer.step()
-
-
-def only_local(model: nn.Module, optimizer: Any, reduction: OwnerReduction) -> None:
-    with model.no_sync():
-        model(layouts.tokens(0)).backward()
-    optimizer.step()
-
-
-def local_after_reduced(model: nn.Module, optimizer: Any, reduction: OwnerReduction) -> None:
-    backward(model, 0)
-    with model.no_sync():
-        model(layouts.tokens(0)).backward()
-    optimizer.step()
-
-
-def reduced_twice(model: nn.Module, optimizer: Any, reduction: OwnerReduction) -> None:
-    backward(model, 0)
-    backward(model, 1)
-
-
-def not_cleared(model: nn.Module, optimizer: Any, reduction: OwnerReduction) -> None:
-    backward(model, 0)
-    reduction.clip_grad_norm_(CLIP)
-    optimizer.step()
-    backward(model, 1)
-
-
-WRONG = {
-    "changed after it was reduced": [
-        by_torch, by_torch_without_effect, by_both, replaced, only_local,
-    ],
-    "would add to the gradient": [reduced_twice, not_cleared, local_after_reduced],
-}  # fmt: skip
-
-
-def refused(name: str, views: bool) -> str:
-    model, optimizer, reduction = built(gradient_as_bucket_view=views)
-    before = values(model)
-    use: Callable[..., None] = globals()[name]
-    with pytest.raises(ValueError, match=r"^reduce_to_owners: ") as raised:
-        use(model, optimizer, reduction)
-    if name not in ("not_cleared",):
-        assert all(torch.equal(v, before[n]) for n, v in values(model).items())
-    assert any("#reduce_to_owners" in note for note in raised.value.__notes__)
-    return str(raised.value)
-
-
-@pytest.mark.parametrize("views", [False, True])
-def test_gradients_that_would_be_wrong_are_errors_on_every_rank(views: bool) -> None:
-    for text, uses in WRONG.items():
-        for use in uses:
-            for message in harness.run(2, refused, use.__name__, views):
-                assert text in message, (use, message)
-
-
-def refused_later(check_finite: bool) -> list[str]:
-    """As on GPUs, where the host says a step later what was wrong."""
-    model = model_of()
-    with quiet():
-        optimizer = optimizer_of(model, check_finite=check_finite)
-        reduction = reduce_to_owners(model, optimizer)
-    texts = []
-    with mock.patch.object(finite, "LATER_ON", ("cpu",)):
-        for step, limit in enumerate((0.0, CLIP, math.inf)):
-            optimizer.zero_grad()
-            backward(model, step)
-            before = values(model)
-            try:
-                if limit:
-                    clip_grad_norm_(model.parameters(), limit)
-                else:
-                    reduction.clip_grad_norm_(CLIP)
-                optimizer.step()
-                optimizer.check_last_step()
-            except ValueError as error:
-                texts.append(str(error))
-            is_same = all(torch.equal(v, before[n]) for n, v in values(model).items())
-            assert is_same == bool(limit)
-    return texts
-
-
-@pytest.mark.parametrize("check_finite", [False, True])
-def test_they_are_errors_where_the_host_looks_later(check_finite: bool) -> None:
-    for texts in harness.run(2, refused_later, check_finite):
-        assert len(texts) == 2
-        for text in texts:
-            assert "changed after it was reduced" in text
-            assert text.startswith("in the last step, which was not applied: ") == check_finite
-
-
-def not_finite(value: float) -> list[str]:
-    """One rank's gradient is bad, in a matrix that the other rank owns."""
-    model, optimizer, reduction = built()
-    backward(model, 0)
-    optimizer.step()
-    before, texts = values(model), []
-    for owner in (0, 1):
-        run = next(r for r in reduction.runs if r.owner == owner)
-        handle = run.parameter.register_hook(
-            lambda grad, owner=owner: grad * (value if dist.get_rank() != owner else 1.0)
-        )
-        optimizer.zero_grad()
-        backward(model, 1)
-        handle.remove()
-        with pytest.raises(ValueError, match="is NaN or infinite") as raised:
-            optimizer.step()
-        texts.append(str(raised.value))
-        assert all(torch.equal(v, before[n]) for n, v in values(model).items())
-    optimizer.zero_grad()
-    backward(model, 2)
-    optimizer.step()
-    return texts
-
-
-@pytest.mark.parametrize("value", [math.inf, math.nan])
-def test_a_bad_gradient_on_one_rank_is_an_error_on_all(value: float) -> None:
-    results = harness.run(2, not_finite, value)
-    assert results[0] == results[1]
-
-
-def large() -> float:
-    """Elements whose squares overflow are finite, and are stepped on as ever."""
-    model, optimizer, reduction = built()
-    run = next(r for r in reduction.runs if r.numel > 100)
-    run.parameter.register_hook(lambda grad: torch.full_like(grad, 1e25))
-    backward(model, 0)
-    optimizer.step()
-    return float(run.of(run.parameter.grad).double().norm() / run.numel**0.5)
-
-
-def test_a_large_gradient_is_finite() -> None:
-    assert harness.run(2, large) == pytest.approx([1e25] * 2, rel=1e-5)
-
-
-def with_scaler(owners: bool) -> dict[str, Any]:
-    """Two steps overflow, each on one rank: one of them not at the matrix's owner."""
-    with quiet():
-        model = model_of()
-        optimizer = optimizer_of(model)
-        reduction = reduce_to_owners(model, optimizer) if owners else None
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
-    scales = []
-    weight = next(p for n, p in model.named_parameters() if n.endswith("out.weight"))
-    step = 0
-
-    def spoil(grad: Tensor) -> Tensor:
-        return grad * (math.inf if step == 1 + dist.get_rank() else 1.0)
-
-    weight.register_hook(spoil)
-    for step in range(STEPS):
-        optimizer.zero_grad()
-        batch = layouts.tokens(step).chunk(2)[dist.get_rank()]
-        scaler.scale(model(batch)).backward()
-        scaler.unscale_(optimizer)
-        if reduction:
-            reduction.clip_grad_norm_(CLIP)
-        else:
-            clip_grad_norm_(model.parameters(), CLIP)
-        scaler.step(optimizer)
-        scaler.update()
-        scales.append(scaler.get_scale())
-    return {"parameters": values(model), "scales": scales, "steps": optimizer.steps_taken()}
-
-
-def test_a_scaler_skips_a_step_on_every_rank() -> None:
-    found, wanted = (harness.run(2, with_scaler, owners) for owners in (True, False))
-    assert difference(found, wanted) < 1e-6
-    for ours in found:
-        assert ours["scales"] == wanted[0]["scales"]
-        assert ours["steps"] == wanted[0]["steps"] == STEPS - 2
 
 
 # -- the rest of a training
