@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from spectral_dist._error_help import explained
 from spectral_dist.core.optimizer import SpectralOptimizer
-from spectral_dist.core.units import MatrixUnit
+from spectral_dist.integrations.torch.ddp_hooks import replicated_units, set_hook
 from spectral_dist.params.spec import ParamSpec
 from spectral_dist.rules.sumo import SUMOOptions, is_refresh_step, rank_of
 from spectral_dist.sharding import collectives
@@ -98,7 +98,6 @@ class Projection:
     """
 
     def __init__(self, model: DistributedDataParallel, optimizer: SpectralOptimizer) -> None:
-        self.group: dist.ProcessGroup = model.process_group
         if not isinstance(optimizer.options, SUMOOptions):
             raise ValueError(
                 "project_gradients is for spectral_dist.SUMO, and this is"
@@ -113,13 +112,14 @@ class Projection:
                         f" gradient in every step; write {name}=0"
                     )
         self.matrices = self._find_matrices(model)
+        self.group: dist.ProcessGroup = model.process_group
         self._by_parameter: dict[int, list[ProjectedMatrix]] = {}
         for route, projected in self.matrices:
             self._by_parameter.setdefault(id(route.parameter), []).append(projected)
         self.synchronize()
         optimizer.after_load.append(self.synchronize)
         optimizer.register_step_post_hook(self._after_step)
-        model.register_comm_hook(self, Projection.reduce)
+        set_hook(model, self, Projection.reduce, "project_gradients")
 
     def _find_matrices(
         self, model: DistributedDataParallel
@@ -129,32 +129,16 @@ class Projection:
         Raises:
             ValueError: a parameter that is not supported, or is not the model's.
         """
-        model_ids = {id(p) for p in model.parameters()}
         matrices = []
-        self.optimizer.initialize_state()
-        for group in self.optimizer.param_groups:
-            if group["kind"] != "matrix":
-                continue
-            owners: dict[str, int] = {}
+        for group, units in replicated_units(model, self.optimizer, "project_gradients"):
             options: Any = self.optimizer.rule_options(group)
             is_double = group["params"][0].dtype == torch.float64
-            for unit in self.optimizer.units(group):
-                if unit.located.group is not None or unit.located.replicas != self.group:
-                    raise ValueError(
-                        "project_gradients is for parameters that every rank of the"
-                        " DistributedDataParallel holds whole, and an optimizer built of"
-                        " spectral_dist.param_groups(that model)"
-                    )
-                assert isinstance(unit, MatrixUnit)
-                owners |= dict(zip(unit.names, unit.plan.owners, strict=True))
+            owners = {
+                name: owner
+                for unit in units
+                for name, owner in zip(unit.names, unit.plan.owners, strict=True)
+            }
             for route in self.optimizer.routes[group["id"]]:
-                if id(route.parameter) not in model_ids:
-                    raise ValueError(f"project_gradients: {route.name} is not of this model")
-                if not route.parameter.is_contiguous():
-                    raise ValueError(
-                        f"project_gradients: {route.name} is channels_last; leave the model"
-                        " contiguous, or leave project_gradients out"
-                    )
                 for matrix in route.matrices:
                     if matrix.transposed:
                         raise ValueError(

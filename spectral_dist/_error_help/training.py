@@ -42,6 +42,16 @@ TEXTS: dict[str, tuple[str, ...]] = {
         r"project_gradients: ",
         r"project_gradients is for ",
     ),
+    "reduce_to_owners": (
+        r"reduce_to_owners: ",
+        r"reduce_to_owners is for ",
+        r"reduce_to_owners has no effect",
+        r"and must be the DistributedDataParallel itself",
+        r"is not of this model$",
+        r"is channels_last; leave the model contiguous",
+        r"is for parameters that every rank of the DistributedDataParallel holds whole",
+        r"the model has a communication hook already",
+    ),
     "the-loss-of-step-is": (r"the loss of step ",),
     "is-a-tile-that-distributeddataparallel-has-made-of-a-dtensor": (
         r"is a tile that DistributedDataParallel has made of a DTensor",

@@ -37,10 +37,11 @@ class AgreedSteps(Rates):
     host reads it when the next step begins, so that it never waits for the backward pass.
 
     Attributes:
-        observers, monitor, meter: see ``ShardedOptimizer``.
+        observers, monitor, checks, meter: see ``ShardedOptimizer``.
     """
 
     observers: list[Observer]
+    checks: list[Callable[[], None]]
     monitor: Monitor | None
     meter: Meter
     _agreement: Agreement
@@ -232,6 +233,8 @@ class AgreedSteps(Rates):
             agreeing.check_dense(units, grads)
             for group in self.param_groups:
                 self.check_group(group)
+            for check in self.checks:
+                check()
             if self.options.check_finite or not self._agreement.is_made:
                 self.check_observers()
         except (ValueError, TypeError) as error:

@@ -49,7 +49,7 @@ class Loading(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy or pickle is made of.
 
-        Observers, the monitor and ``after_load`` are left out, as torch leaves out hooks.
+        Observers, the monitor, ``after_load`` and ``checks`` are left out, as torch's hooks are.
 
         Raises:
             ValueError: the optimizer takes its steps together with other ranks.

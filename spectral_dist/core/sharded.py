@@ -58,6 +58,7 @@ class ShardedOptimizer(AgreedSteps):
         observers: called with names and values (k, m, n) of what this rank orthogonalizes.
         monitor: see ``spectral_dist.monitor``; on every rank, or on rank 0 alone.
         after_load: called on every rank when a checkpoint has been loaded.
+        checks: called before every step; a ValueError that one raises, all ranks raise.
         meter: calls and bytes of this rank's exchanges; ``comm_bytes`` is their sum.
 
     Raises:
@@ -102,6 +103,7 @@ class ShardedOptimizer(AgreedSteps):
         self.observers: list[Observer] = []
         self.monitor: Monitor | None = None
         self.after_load: list[Callable[[], None]] = []
+        self.checks: list[Callable[[], None]] = []
         self._units: dict[object, list[Unit]] = {}
         self._written = WrittenOptions()
         self._scalar_update = BACKENDS[self.options.scalar_backend]()

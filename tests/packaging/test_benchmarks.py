@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks import (
+    ddp_step,
     dispatched_traffic,
     fsdp_step,
     megatron_step,
@@ -146,6 +147,22 @@ def test_newton_schulz_is_balanced_over_ranks():
         assert all(other == loads[0] for other in loads)
         assert len(loads[0]) == 4
         assert fsdp_step.imbalance(loads[0]) <= 1.15
+
+
+def ddp_traffic(owners: bool) -> tuple[float, float]:
+    runner = ddp_step.DDPRunner("plain", "float32", owners)
+    runner.iterate()
+    return runner.sent(), runner.all_reduced()
+
+
+@pytest.mark.slow
+def test_ddp_sends_what_it_sends_for_adamw():
+    """With reduce_to_owners; without it half as much more for the matrices."""
+    (plain, whole), _ = harness.run(2, ddp_traffic, False)
+    small = sum(sent for sent, _ in harness.run(2, ddp_traffic, True)) / 2
+    matrices = 4 * 4 * 512 * 512 * (3 + 1 + 4 + 4)
+    assert plain - whole == pytest.approx(matrices / 2, abs=100)
+    assert small == pytest.approx(whole, abs=1000)  # and the norms
 
 
 def test_multiply_adds_are_counted_at_the_dispatcher():
