@@ -9,7 +9,7 @@ that is what the all-reduce of plain DistributedDataParallel sends by itself.
 
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -23,6 +23,7 @@ from spectral_dist._error_help import explained
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.integrations.torch.ddp_hooks import replicated_units, set_hook
 from spectral_dist.sharding import collectives
+from spectral_dist.sharding.bucket_routes import Piece
 from spectral_dist.sharding.collectives import Meter
 
 GradBucket: TypeAlias = dist.GradBucket  # type: ignore[attr-defined,name-defined]
@@ -55,23 +56,26 @@ def reduce_to_owners(
 
 
 @dataclass(frozen=True, eq=False)
-class OwnedRun:
-    """A contiguous part of a parameter: matrices that have one owner.
+class OwnedPart:
+    """A part of a parameter that has one owner: matrices, or a rank's slab of one (``split``).
 
     Attributes:
         parameter: the parameter.
         owner: the rank in the model's process group.
-        start, numel: of the part in the flattened parameter.
+        piece: of the flattened parameter.
     """
 
     parameter: Tensor
     owner: int
-    start: int
-    numel: int
+    piece: Piece
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return the part of a contiguous tensor that is shaped as the parameter, flat."""
-        return tensor.view(-1)[self.start : self.start + self.numel]
+        """Return the part of a contiguous tensor that is shaped as the parameter."""
+        return self.piece.view(tensor.view(-1))
+
+    def first(self, tensor: Tensor) -> Tensor:
+        """Return the part's first element of such a tensor, 0-d."""
+        return tensor.view(-1)[self.piece.start]
 
 
 class OwnerReduction:
@@ -79,7 +83,7 @@ class OwnerReduction:
 
     Attributes:
         group: the model's process group.
-        runs: all matrices of the model, in the same order on every rank.
+        parts: all matrices of the model, in the same order on every rank.
         meter: calls of the hook's collectives, and the bytes that this rank has sent by them, as a
             ring sends an all-reduce, and a chain a reduction.
     """
@@ -105,8 +109,8 @@ class OwnerReduction:
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._parameters = list(model.parameters())
         self._reduced: dict[int, tuple[TensorWeakRef, int]] = {}
-        self.runs: list[OwnedRun] = []
-        self._runs_of: dict[int, list[OwnedRun]] = {}
+        self.parts: list[OwnedPart] = []
+        self._parts_of: dict[int, list[OwnedPart]] = {}
         if self._num_ranks == 1:
             warnings.warn(
                 "reduce_to_owners has no effect: no other rank holds the same parameters",
@@ -115,12 +119,17 @@ class OwnerReduction:
             return
         for group, units in groups:
             for unit in units:
-                for piece in unit.exchange.local_runs.pieces:
+                owned = [
+                    (piece, owner)
+                    for route in unit.exchange.routes
+                    for owner, pieces in enumerate(route.runs_of_replicas)
+                    for piece in pieces
+                ]
+                for piece, owner in sorted(owned, key=lambda x: (x[0].tensor, x[0].start)):
                     parameter = group["params"][unit.tensors[piece.tensor]]
-                    owner = unit.plan.owners[piece.matrix]
-                    self._add(OwnedRun(parameter, owner, piece.start, piece.length))
-        self.runs = [run for runs in self._runs_of.values() for run in runs]
-        float16 = [run.parameter for run in self.runs if run.parameter.dtype == torch.float16]
+                    self._add(OwnedPart(parameter, owner, piece))
+        self.parts = [part for parts in self._parts_of.values() for part in parts]
+        float16 = [part.parameter for part in self.parts if part.parameter.dtype == torch.float16]
         if float16:
             raise ValueError(
                 f"reduce_to_owners: {self._names[id(float16[0])]} is float16, in which the norm of"
@@ -134,14 +143,17 @@ class OwnerReduction:
                 )
         optimizer.checks.append(self._check)
 
-    def _add(self, run: OwnedRun) -> None:
-        """Add a run, joined with the one before it in its parameter if both have one owner."""
-        runs = self._runs_of.setdefault(id(run.parameter), [])
-        last = runs[-1] if runs else None
-        if last and last.owner == run.owner and last.start + last.numel == run.start:
-            runs[-1] = OwnedRun(run.parameter, run.owner, last.start, last.numel + run.numel)
-        else:
-            runs.append(run)
+    def _add(self, part: OwnedPart) -> None:
+        """Add a part, joined with the one before it in its parameter if both have one owner."""
+        parts = self._parts_of.setdefault(id(part.parameter), [])
+        last, piece = parts[-1] if parts else None, part.piece
+        if last and last.owner == part.owner and last.piece.is_run and piece.is_run:
+            before = last.piece
+            if before.end == piece.start:
+                joined = replace(before, length=before.length + piece.length)
+                parts[-1] = replace(last, piece=joined)
+                return
+        parts.append(part)
 
     # -- in the backward pass
 
@@ -192,11 +204,11 @@ class OwnerReduction:
     def _parts(self, bucket: GradBucket) -> Iterator[tuple[int, Tensor]]:
         """Yield the owner and the gradient of each part of a bucket, as views of its buffer."""
         for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            runs = self._runs_of.get(id(parameter))
-            if runs is None:
+            parts = self._parts_of.get(id(parameter))
+            if parts is None:
                 yield EVERY_RANK, gradient
-            for run in runs or ():
-                yield run.owner, run.of(gradient)
+            for part in parts or ():
+                yield part.owner, part.of(gradient)
 
     def _begin(self, owner: int, tensor: Tensor) -> dist.Work:
         """Begin to add up a flat tensor, at its owner or on every rank."""
@@ -217,9 +229,9 @@ class OwnerReduction:
         """
         norms = self._norms([]).unbind()
         others = [
-            (run.of(grad)[0], norm)
-            for run, norm in zip(self.runs, norms, strict=False)
-            if (grad := run.parameter.grad) is not None and run.owner != self._rank
+            (part.first(grad), norm)
+            for part, norm in zip(self.parts, norms, strict=False)
+            if (grad := part.parameter.grad) is not None and part.owner != self._rank
         ]
         if others:
             torch._foreach_copy_([first for first, _ in others], [norm for _, norm in others])
@@ -232,19 +244,19 @@ class OwnerReduction:
             replicated: gradients that every rank has whole.
 
         Returns:
-            (runs + 1,): of each run's gradient, from its owner; of ``replicated`` together.
+            (parts + 1,): of each part's gradient, from its owner; of ``replicated`` together.
         """
         owned = [
-            (run, run.of(grad))
-            for run in self.runs
-            if (grad := run.parameter.grad) is not None and run.owner == self._rank
+            (part, part.of(grad))
+            for part in self.parts
+            if (grad := part.parameter.grad) is not None and part.owner == self._rank
         ]
-        norm_of = dict(zip([run for run, _ in owned], _norms([g for _, g in owned]), strict=True))
+        norm_of = dict(zip([part for part, _ in owned], _norms([g for _, g in owned]), strict=True))
         zero = torch.zeros((), dtype=torch.float64, device=self._parameters[0].device)
         last = zero
         if replicated and self._rank == 0:
             last = torch.linalg.vector_norm(torch.stack(_norms(replicated)))
-        norms = torch.stack([*(norm_of.get(run, zero) for run in self.runs), last])
+        norms = torch.stack([*(norm_of.get(part, zero) for part in self.parts), last])
         self._begin(EVERY_RANK, norms).wait()
         return norms
 
@@ -270,7 +282,7 @@ class OwnerReduction:
         self._check()
         grads = [p.grad for p in self._parameters if p.grad is not None]
         replicated = [
-            p.grad for p in self._parameters if p.grad is not None and id(p) not in self._runs_of
+            p.grad for p in self._parameters if p.grad is not None and id(p) not in self._parts_of
         ]
         total: Tensor = torch.linalg.vector_norm(self._norms(replicated))
         factor = (max_norm / (total + 1e-6)).clamp(max=1.0)

@@ -176,6 +176,7 @@ class BucketRoute:
         result_runs: this rank's runs of all the bucket's matrices, replica by replica; it gets the
             directions of all of them.
         counts_per_replica: how many elements of ``result_runs`` each replica computes.
+        runs_of_replicas: ``result_runs``, by the replica that computes them.
     """
 
     moves: bool
@@ -186,9 +187,10 @@ class BucketRoute:
     recv_counts: Sequence[int] = ()
     result_runs: list[Piece] = field(default_factory=list)
     counts_per_replica: list[int] = field(default_factory=list)
+    runs_of_replicas: list[list[Piece]] = field(default_factory=list)
 
     def assign_runs(self, replica: int, order: Sequence[tuple[int, list[Piece]]]) -> None:
-        """Set ``send_runs``, ``result_runs`` and ``counts_per_replica`` from this rank's runs.
+        """Set all fields that hold or count runs, from this rank's runs.
 
         Args:
             replica: this rank's replica.
@@ -198,7 +200,7 @@ class BucketRoute:
         by_replica: list[list[Piece]] = [[] for _ in self.counts_per_replica]
         for k, pieces in order:
             by_replica[k] += pieces
-        self.send_runs = by_replica[replica]
+        self.send_runs, self.runs_of_replicas = by_replica[replica], by_replica
         self.result_runs = [piece for pieces in by_replica for piece in pieces]
         self.counts_per_replica = [sum(piece.length for piece in pieces) for pieces in by_replica]
 

@@ -115,7 +115,7 @@ def in_groups(owners: bool) -> dict[str, Any]:
             generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
             model(torch.randn(5, 6, generator=generator)).backward()
             optimizer.step()
-    owned = {run.owner for run in reduction.runs} if reduction else {0, 1}
+    owned = {run.owner for run in reduction.parts} if reduction else {0, 1}
     assert owned == {0, 1}
     return {"parameters": values(model)}
 
@@ -145,7 +145,7 @@ def sent(title: str) -> dict[str, Any]:
         {k: v - old.get(k, 0) for k, v in new.items()}
         for old, new in zip(before, after, strict=True)
     ]
-    return {"hook": counted[0], "optimizer": counted[1], "runs": len(reduction.runs)}
+    return {"hook": counted[0], "optimizer": counted[1], "runs": len(reduction.parts)}
 
 
 @pytest.mark.parametrize("title", ["Muon", "SUMO"])

@@ -38,8 +38,8 @@ def norms_seen() -> list[float]:
         reduction = reduce_to_owners(model, optimizer)
     backward(model, 0)
     grads = [p.grad for p in model.parameters() if p.grad is not None]
-    owned = [run for run in reduction.runs if run.owner == dist.get_rank()]
-    assert 0 < len(owned) < len(reduction.runs)
+    owned = [run for run in reduction.parts if run.owner == dist.get_rank()]
+    assert 0 < len(owned) < len(reduction.parts)
     optimizer.step()  # reading changes nothing
     return [float(get_total_norm(grads)), *(float(g.norm()) for g in grads)]
 
@@ -178,7 +178,7 @@ def not_finite(value: float) -> list[str]:
     optimizer.step()
     before, texts = values(model), []
     for owner in (0, 1):
-        run = next(r for r in reduction.runs if r.owner == owner)
+        run = next(r for r in reduction.parts if r.owner == owner)
         handle = run.parameter.register_hook(
             lambda grad, owner=owner: grad * (value if dist.get_rank() != owner else 1.0)
         )
@@ -204,11 +204,11 @@ def test_a_bad_gradient_on_one_rank_is_an_error_on_all(value: float) -> None:
 def large() -> float:
     """Elements whose squares overflow are finite, and are stepped on as ever."""
     model, optimizer, reduction = built()
-    run = next(r for r in reduction.runs if r.numel > 100)
+    run = next(r for r in reduction.parts if r.piece.length > 100)
     run.parameter.register_hook(lambda grad: torch.full_like(grad, 1e25))
     backward(model, 0)
     optimizer.step()
-    return float(run.of(run.parameter.grad).double().norm() / run.numel**0.5)
+    return float(run.of(run.parameter.grad).double().norm() / run.piece.length**0.5)
 
 
 def test_a_large_gradient_is_finite() -> None:

@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 import spectral_dist
+from spectral_dist.integrations.torch.reduce_to_owners import reduce_to_owners
 from spectral_dist.sharding.collectives import size
 from tests.support import harness
 from tests.support.quiet import quiet
@@ -138,6 +139,48 @@ def test_checkpoints_of_teams(kind: str, title: str, tmp_path: Path) -> None:
     train(model, optimizer, 3, STEPS)
     for name, wanted in whole(model).items():
         torch.testing.assert_close(wanted, expected[name], rtol=1e-6, atol=1e-6)
+
+
+class Loss(nn.Module):
+    """Every rank has other gradients; the last layer's matrices lie side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+        self.first, self.second = (nn.Linear(n, m, bias=False) for m, n in SHAPES)
+        self.beside = conv1d(16, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.beside(self.first(self.second(x).tanh()).tanh()).square().mean()
+        return y
+
+
+def reduced(strategy: str, owners: bool) -> dict[str, Tensor]:
+    with quiet():
+        model = nn.parallel.DistributedDataParallel(Loss())
+        groups = spectral_dist.param_groups(model, split={r"beside\.weight": [1, 1]})
+        optimizer = spectral_dist.Muon(groups, lr=0.02, strategy=strategy)
+        if owners:
+            reduce_to_owners(model, optimizer)
+        for step in range(STEPS):
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(10 * step + dist.get_rank())
+            model(torch.randn(4, 48, generator=generator)).backward()
+            optimizer.step()
+        unit = optimizer.all_units[0]
+        assert ("split" in unit.plan.strategies) == (strategy == "split")
+        assert any(not piece.is_run for piece in unit.exchange.local_runs.pieces)
+    return {name: p.detach().clone() for name, p in model.module.named_parameters()}
+
+
+@pytest.mark.parametrize("strategy", ["owner", "split"])
+def test_gradients_go_to_those_that_read_them(strategy: str) -> None:
+    """To the rank of a slab, and of matrices side by side to the owner of each."""
+    plain = harness.run(4, reduced, strategy, False)[0]
+    for weights in harness.run(4, reduced, strategy, True):
+        for name, wanted in plain.items():
+            torch.testing.assert_close(weights[name], wanted, rtol=1e-6, atol=1e-6)
 
 
 def uneven(kind: str) -> dict[str, Tensor]:

@@ -15,7 +15,8 @@ from spectral_dist.sharding import collectives
 from spectral_dist.sharding.boxes import even_slabs
 from spectral_dist.sharding.collectives import Meter
 from spectral_dist.sharding.exchange import Exchange
-from spectral_dist.sharding.layout import Cut, Matrix, flat_layout
+from spectral_dist.sharding.layout import Cut, flat_layout
+from spectral_dist.sharding.matrix import Matrix
 from spectral_dist.sharding.plan import cost, first_of, make_plan
 from spectral_dist.sharding.slabs import SlabBatch
 from spectral_dist.sharding.split import SplitReduction
