@@ -189,6 +189,8 @@ class Exchange:
                 for part in ([chunk] if alike[len(chunk.matrices)] else chunk.chunks(1))
             ]
 
+        sharing = group if ranks > 1 else replicas
+        teams = {size: collectives.team_of(sharing, size) for size in _team_sizes(plan)}
         self.routes: list[BucketRoute] = []
         self._reductions: dict[tuple[int, ...], Reduction] = {}
         for bucket in plan.buckets:
@@ -205,8 +207,7 @@ class Exchange:
                 if batch.team is None:
                     self._reductions[batch.matrices] = Reduction(batch, group, meter)
                     continue
-                team = collectives.subgroup(group if ranks > 1 else replicas, batch.team)
-                self._reductions[batch.matrices] = SplitReduction(batch, team, meter)
+                self._reductions[batch.matrices] = SplitReduction(batch, teams[bucket.team], meter)
         self.local_runs = Pieces([piece for route in self.routes for piece in route.result_runs])
         self.owned_runs = Pieces([piece for route in self.routes for piece in route.send_runs])
 
@@ -294,3 +295,8 @@ class Exchange:
         state = flat.to(device=self.state_device, dtype=self.state_dtype)
         runs = torch.split(state, [piece.length for piece in pieces])
         return [piece.shaped(run) for piece, run in zip(pieces, runs, strict=True)]
+
+
+def _team_sizes(plan: Plan) -> list[int]:
+    """Return the sizes of the teams that a plan has, the largest first."""
+    return sorted({bucket.team for bucket in plan.buckets} - {1}, reverse=True)
