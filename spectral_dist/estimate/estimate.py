@@ -131,18 +131,20 @@ class _Total:
 
     def estimate(self, name: str) -> Estimate:
         """Return the estimate."""
-        numbers = {"matrices": 0, "others": 0}
+        numbers, num_units = {"matrices": 0, "others": 0}, 0
         for group in self.optimizer.param_groups:
             routes = self.optimizer.routes[group["id"]]
             is_matrix = group["kind"] == "matrix"
             for unit in place(self.job, routes, self._replicates(), self.plan):
                 (self._add_matrices if is_matrix else self._add_others)(group, unit)
                 self._add_model(unit, routes)
+                num_units += 1
             count = sum(torch.Size(route.shape).numel() for route in routes)
             numbers["matrices" if is_matrix else "others"] += count
         self._add_frozen()
         if self.optimizer.options.check_finite and self.job.ranks > 1:
-            self.by_rank["moved"] += AGREEMENT
+            # ZeRO steps group by group, or sub-group by sub-group
+            self.by_rank["moved"] += AGREEMENT * (num_units if self.job.zero_stage else 1)
         return Estimate(self.job, name, numbers, self.by_rank)
 
     def _replicates(self) -> bool:

@@ -25,7 +25,7 @@ OWNER: list[Case] = [
 ]
 GRAM: list[Case] = [
     # the estimate computes as a GPU does, where 'auto' is bfloat16
-    ("muon", {"strategy": "gram", "polar_dtype": "float32", "polar": "gram_ns"}),
+    ("muon", {"strategy": "gram", "polar_dtype": "float32", "polar": "gram_jordan"}),
     ("normuon", {"strategy": "gram", "polar_dtype": "float32", "bucket_mb": BUCKET}),
     ("root", {"strategy": "gram", "polar_dtype": "float32"}),
     ("sumo", {"rank": 5, "strategy": "gram", "period": 1000}),
@@ -41,6 +41,7 @@ def check(
     job = Job.from_user(
         engine, dp=world // tp, tp=tp, nodes=nodes, dtype="float32", device="cpu", sub_group=2000
     )
+    wrong = []
     for number, (optimizer, options) in enumerate(cases):
         empty = llama.build_empty(estimates.config_file(model, tmp_path))
         if optimizer == "poet":
@@ -49,10 +50,24 @@ def check(
         for rank in range(world):
             found = {name: int(values[rank]) for name, values in expected.by_rank.items()}
             measured = ranks[rank][number]
-            assert {name: found[name] for name in measured} == measured, (optimizer, options, rank)
-            assert (measured["polar_calls"] > 0) <= (found["flops"] > 0)
+            found = {name: found[name] for name in measured}
+            if found != measured:
+                wrong.append((optimizer, dict(options), rank, found, measured))
+    assert wrong == []
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"])
 def test_two_ranks(engine: str, tmp_path: Path) -> None:
-    check(tmp_path, 2, engine, [*OWNER, ("poet", {})])
+    check(tmp_path, 2, engine, OWNER)
+    check(tmp_path, 2, engine, [("poet", {})], "even")
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero1", "zero3"])
+def test_slabs(engine: str, tmp_path: Path) -> None:
+    check(tmp_path, 2, engine, GRAM)
+
+
+@pytest.mark.parametrize(("engine", "tp", "nodes"), [("hsdp", 1, 2), ("fsdp", 2, 1)])
+def test_meshes_of_four_ranks(engine: str, tp: int, nodes: int, tmp_path: Path) -> None:
+    check(tmp_path, 4, engine, OWNER, "even", tp, nodes)
+    check(tmp_path, 4, engine, GRAM, "even", tp, nodes)

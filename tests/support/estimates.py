@@ -67,7 +67,7 @@ def build(name: str) -> nn.Module:
 
 def convert(model: nn.Module) -> nn.Module:
     """Convert a model for POET."""
-    return poet.convert(model, blocks=4)
+    return poet.convert(model, block=8)
 
 
 @contextlib.contextmanager
@@ -156,7 +156,7 @@ def _measure(
     model = build(name)
     if optimizer == "poet" and not engine.startswith("zero"):
         model = convert(model)
-    given = {**options, **({"blocks": 4} if optimizer == "poet" and engine[0] == "z" else {})}
+    given = {**options, **({"block": 8} if optimizer == "poet" and engine[0] == "z" else {})}
     generator = torch.Generator().manual_seed(dist.get_rank() // tp)
     sent = calls = 0
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
