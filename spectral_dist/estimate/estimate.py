@@ -28,15 +28,16 @@ STEP = 4
 AGREEMENT = 12
 """Bytes of the three numbers that ranks compare before a step."""
 QUANTITIES = {
-    "parameters": "bytes of the model's parameters, as they lie between steps",
-    "master_weights": "bytes of the float32 copies that DeepSpeed steps on",
-    "gradients": "bytes of gradients when the step begins",
-    "optimizer_state": "bytes of momentum, AdamW's moments, matrix state and step counts",
-    "temporary": "most bytes that a step takes for exchange and orthogonalization",
-    "moved": "bytes that the rank sends in a step beyond what AdamW's would",
-    "polar_calls": "matrices that it orthogonalizes in a step",
-    "flops": "floating-point operations of orthogonalization in a step",
+    "parameters": "of the model, as they lie between steps",
+    "master_weights": "float32 copies that DeepSpeed steps on",
+    "gradients": "when the step begins",
+    "optimizer_state": "momentum, moments, matrix state",
+    "temporary": "at most, while the optimizer steps",
+    "moved": "sent in a step beyond AdamW's",
+    "polar_calls": "matrices orthogonalized in a step",
+    "flops": "of that",
 }
+"""What is estimated of each rank, in bytes, but for the last two."""
 
 
 @dataclass(frozen=True)
