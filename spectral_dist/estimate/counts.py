@@ -203,11 +203,15 @@ class MatrixCounter:
         youngest = (sends + moving) * wire
         in_hand = 2 * takes * wire + work
         oldest = (takes + moving) * wire + sends * (wire + widened)
-        total = youngest + in_hand + oldest
+        stages = [[youngest, in_hand, oldest]]
         if self.replicas > 1:
             spreading = (takes + 2 * sends + returns) * wire
-            changing = (takes + sends + 2 * returns) * wire + returns * wide
-            total = torch.maximum(total + spreading, youngest + oldest + spreading + changing)
+            changing = (takes + sends + 2 * returns) * wire + returns * (wide + widened)
+            stages = [[*stages[0], spreading], [youngest, oldest, spreading, changing]]
+        total = self.zeros()
+        for together in stages:  # of which there are no more than buckets
+            most = min(len(together), len(self.plan.buckets))
+            total = total.maximum(torch.stack(together).topk(most, 0).values.sum(0))
         return total, padded
 
     def _taken(self, bucket: Bucket) -> tuple[Tensor, Tensor]:

@@ -84,18 +84,17 @@ class Job:
         Raises:
             ValueError: an engine that is not known, sizes that do not fit each other or the engine.
         """
+        if engine == "megatron":
+            raise ValueError(
+                "engine megatron is not estimated yet: its buffers are Megatron's own; run"
+                " `launch/pretrain.py --engine megatron`, whose optimizer counts its bytes"
+            )
         if engine not in ENGINES:
-            hint = ""
-            if engine == "megatron":
-                hint = (
-                    "; Megatron's buffers are not estimated yet, so run `launch/pretrain.py"
-                    " --engine megatron` and read its report"
-                )
-            raise ValueError(f"engine is {engine!r}{hint or suggest(str(engine), ENGINES)}")
+            raise ValueError(f"unknown engine {engine!r}{suggest(str(engine), ENGINES)}")
         sizes = {"dp": dp, "tp": tp, "pp": pp, "ep": ep, "nodes": nodes, "sub_group": sub_group}
         for name, size in {**sizes, "gpus_per_node": gpus_per_node}.items():
             if size is not None and (type(size) is not int or size < 1):
-                raise ValueError(f"{name} is {size!r}; write a whole number, at least 1")
+                raise ValueError(f"{name} is {size!r}; an estimate needs a whole number from 1 on")
         for name, size in (("pp", pp), ("ep", ep)):
             if size > 1:
                 raise ValueError(f"{name} is {size}; engine {engine} is estimated with 1 only")

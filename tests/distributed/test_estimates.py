@@ -13,61 +13,96 @@ from spectral_dist.launch import llama
 from tests.support import estimates, harness
 
 Case = tuple[str, Mapping[str, Any]]
-BUCKET = 36 * 87 * 4 / 2**20
-"""MiB of the largest matrix, so that there are many buckets."""
+ENGINES = ("ddp", "fsdp", "zero0", "zero1", "zero2", "zero3")
+SMALL = {"bucket_mb": 36 * 87 * 4 / 2**20}
+"""Buckets of the largest matrix, so that there are many."""
+WIDE = {"polar_dtype": "float32"}
+"""The estimate computes as a GPU does, where 'auto' is bfloat16."""
 OWNER: list[Case] = [
-    ("muon", {}),
-    ("muon", {"bucket_mb": BUCKET, "wire_dtype": "bfloat16"}),
-    ("normuon", {}),
-    ("polargrad", {"polar_first": True}),
-    ("root", {"bucket_mb": BUCKET}),
-    ("sumo", {"rank": 5, "bucket_mb": BUCKET, "period": 1000}),
+    ("muon", WIDE),
+    ("muon", {**WIDE, **SMALL, "wire_dtype": "bfloat16"}),
+    ("normuon", {**WIDE, **SMALL}),
+    ("polargrad", {**WIDE, "polar_first": True}),
+    ("root", {**WIDE, **SMALL}),
+    ("sumo", {**SMALL, "rank": 5, "period": 1000}),
 ]
 GRAM: list[Case] = [
-    # the estimate computes as a GPU does, where 'auto' is bfloat16
-    ("muon", {"strategy": "gram", "polar_dtype": "float32", "polar": "gram_jordan"}),
-    ("normuon", {"strategy": "gram", "polar_dtype": "float32", "bucket_mb": BUCKET}),
-    ("root", {"strategy": "gram", "polar_dtype": "float32"}),
-    ("sumo", {"rank": 5, "strategy": "gram", "period": 1000}),
+    ("muon", {**WIDE, "strategy": "gram", "polar": "gram_jordan"}),
+    ("normuon", {**WIDE, **SMALL, "strategy": "gram"}),
+    ("root", {**WIDE, "strategy": "gram"}),
+    ("sumo", {"strategy": "gram", "rank": 5, "period": 1000}),
 ]
+POET: list[Case] = [("poet", {})]
 
 
 def check(
-    tmp_path: Path, world: int, engine: str, cases: Sequence[Case], model: str = "llama",
-    tp: int = 1, nodes: int = 1,
-) -> None:  # fmt: skip
+    folder: Path,
+    world: int,
+    engine: str,
+    cases: Sequence[Case],
+    model: str = "llama",
+    **sizes: Any,
+) -> None:
     """Compare every rank of a run of each case with its estimate."""
-    ranks = harness.run(world, estimates.measure, model, engine, cases, tp=tp, nodes=nodes)
     job = Job.from_user(
-        engine, dp=world // tp, tp=tp, nodes=nodes, dtype="float32", device="cpu", sub_group=2000
+        engine,
+        dp=world // sizes.get("tp", 1),
+        device="cpu",
+        sub_group=estimates.SUB_GROUP,
+        **{"dtype": "float32", **sizes},
     )
+    ranks = harness.run(world, estimates.measure, model, engine, cases, **sizes)
     wrong = []
     for number, (optimizer, options) in enumerate(cases):
-        empty = llama.build_empty(estimates.config_file(model, tmp_path))
+        empty = llama.build_empty(estimates.config_file(model, folder))
         if optimizer == "poet":
             empty = estimates.convert(empty)
-        expected = estimate(empty, job, optimizer, {"lr": 1e-3, **options})
+        expected = estimate(empty, job, optimizer, {"lr": 1e-3, **options}).by_rank
         for rank in range(world):
-            found = {name: int(values[rank]) for name, values in expected.by_rank.items()}
-            measured = ranks[rank][number]
-            found = {name: found[name] for name in measured}
-            if found != measured:
-                wrong.append((optimizer, dict(options), rank, found, measured))
+            measured = dict(ranks[rank][number])
+            peak, bound = measured.pop("temporary"), int(expected["temporary"][rank])
+            found = {name: int(expected[name][rank]) for name in measured}
+            # where SUMO decomposes, as on CPUs, it has a little more than where it multiplies
+            holds = optimizer == "poet" or 0.4 * bound < peak <= 1.05 * bound
+            if found != measured or not holds:
+                wrong.append((optimizer, dict(options), rank, found, measured, bound, peak))
     assert wrong == []
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero0", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_two_ranks(engine: str, tmp_path: Path) -> None:
     check(tmp_path, 2, engine, OWNER)
-    check(tmp_path, 2, engine, [("poet", {})], "even")
+    check(tmp_path, 2, engine, POET, "even")
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "zero1", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp", "zero1"])
 def test_slabs(engine: str, tmp_path: Path) -> None:
     check(tmp_path, 2, engine, GRAM)
 
 
+@pytest.mark.parametrize("engine", ["fsdp", "zero0", "zero1", "zero3"])
+def test_parameters_in_bfloat16(engine: str, tmp_path: Path) -> None:
+    check(tmp_path, 2, engine, [("muon", {**WIDE, **SMALL})], "even", dtype="bfloat16")
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+def test_experts(engine: str, tmp_path: Path) -> None:
+    cases: list[Case] = [("muon", {**WIDE, **SMALL}), ("sumo", {"rank": 3, "period": 1000})]
+    check(tmp_path, 2, engine, cases, "mixtral")
+
+
 @pytest.mark.parametrize(("engine", "tp", "nodes"), [("hsdp", 1, 2), ("fsdp", 2, 1)])
 def test_meshes_of_four_ranks(engine: str, tp: int, nodes: int, tmp_path: Path) -> None:
-    check(tmp_path, 4, engine, OWNER, "even", tp, nodes)
-    check(tmp_path, 4, engine, GRAM, "even", tp, nodes)
+    check(tmp_path, 4, engine, [*OWNER[:3], *GRAM[:1], *GRAM[3:]], "even", tp=tp, nodes=nodes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 3, 4])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_and_optimizer(engine: str, world: int, tmp_path: Path) -> None:
+    check(tmp_path, world, engine, OWNER)
+    check(tmp_path, world, engine, POET, "even")
+    if engine not in ("ddp", "zero0") and world > 1:
+        check(tmp_path, world, engine, GRAM)
+    if engine in ("fsdp", "zero2", "zero3"):
+        check(tmp_path, world, engine, OWNER[1:3], "mixtral")

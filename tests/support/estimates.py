@@ -30,8 +30,11 @@ import spectral_dist
 from spectral_dist import poet
 from spectral_dist.core.units import MatrixUnit
 from spectral_dist.rules import registry
+from tests.support.memory.live import Live
 
 STEPS = 3
+SUB_GROUP = 2000
+"""Elements, so that ZeRO-3 has many sub-groups."""
 VOCABULARY = 64
 COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -44,8 +47,8 @@ MODELS: dict[str, dict[str, Any]] = {
               "intermediate_size": 87},
     "even": {**COMMON, "model_type": "llama", "hidden_size": 32, "head_dim": 8,
              "intermediate_size": 88},
-    "mixtral": {**COMMON, "model_type": "mixtral", "hidden_size": 36, "head_dim": 10,
-                "intermediate_size": 26, "num_local_experts": 3, "num_experts_per_tok": 2},
+    "mixtral": {**COMMON, "model_type": "mixtral", "hidden_size": 40, "head_dim": 10,
+                "intermediate_size": 28, "num_local_experts": 3, "num_experts_per_tok": 2},
 }  # fmt: skip
 
 
@@ -72,7 +75,13 @@ def convert(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def _training(
-    model: nn.Module, engine: str, optimizer: str, options: Mapping[str, Any], tp: int, nodes: int
+    model: nn.Module,
+    engine: str,
+    optimizer: str,
+    options: Mapping[str, Any],
+    tp: int,
+    nodes: int,
+    dtype: str,
 ) -> Iterator[tuple[Any, Callable[[Tensor], None]]]:
     """Yield the optimizer, and what takes a training step."""
     title = registry.find(optimizer).title
@@ -82,8 +91,9 @@ def _training(
         configuration = {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {"stage": int(engine[-1]), "reduce_bucket_size": 10**6,
-                                  "sub_group_size": 2000},
+                                  "sub_group_size": SUB_GROUP},
             "optimizer": {"type": f"Spectral{title}", "params": {"lr": 1e-3, **options}},
+            "bf16": {"enabled": dtype == "bfloat16"},
         }  # fmt: skip
         running = engine_for(configuration, model=model)
 
@@ -94,7 +104,7 @@ def _training(
         yield running.basic_optimizer, iterate
         running.destroy()
         return
-    wrapped = _wrapped(model, engine, tp, nodes)
+    wrapped = _wrapped(model.to(getattr(torch, dtype)), engine, tp, nodes)
     made = getattr(spectral_dist, title)(spectral_dist.param_groups(wrapped), lr=1e-3, **options)
 
     def step(tokens: Tensor) -> None:
@@ -145,13 +155,20 @@ def measure(
     cases: Sequence[tuple[str, Mapping[str, Any]]],
     tp: int = 1,
     nodes: int = 1,
+    dtype: str = "float32",
 ) -> list[dict[str, int]]:
     """Return what this rank has in each case (optimizer, options)."""
-    return [_measure(model, engine, *case, tp, nodes) for case in cases]
+    return [_measure(model, engine, *case, tp, nodes, dtype) for case in cases]
 
 
 def _measure(
-    name: str, engine: str, optimizer: str, options: Mapping[str, Any], tp: int, nodes: int
+    name: str,
+    engine: str,
+    optimizer: str,
+    options: Mapping[str, Any],
+    tp: int,
+    nodes: int,
+    dtype: str,
 ) -> dict[str, int]:
     model = build(name)
     if optimizer == "poet" and not engine.startswith("zero"):
@@ -161,12 +178,29 @@ def _measure(
     sent = calls = 0
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
-        with _training(model, engine, optimizer, given, tp, nodes) as (made, step):
+        with _training(model, engine, optimizer, given, tp, nodes, dtype) as (made, step):
+            peak = _watch(made)
             for _ in range(STEPS):
                 sent, calls = made.comm_bytes, getattr(made, "polar_calls", 0)
+                peak[0] = 0
                 step(torch.randint(VOCABULARY, (1, 8), generator=generator))
             return {
                 "optimizer_state": state_bytes(made),
                 "moved": made.comm_bytes - sent,
                 "polar_calls": getattr(made, "polar_calls", 0) - calls,
+                "temporary": peak[0],
             }
+
+
+def _watch(optimizer: Any) -> list[int]:
+    """Return a list of one number: the peak of live bytes in the optimizer's steps."""
+    peak, original = [0], optimizer.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        with Live() as live:
+            result = original(*args, **kwargs)
+        peak[0] = max(peak[0], live.peak)
+        return result
+
+    optimizer.step = step
+    return peak
