@@ -200,17 +200,20 @@ class MatrixCounter:
             padded += runs.amax(0)
         wire, wide = self.wire.itemsize, self.state_dtype.itemsize
         widened = wide * (wire != wide)  # directions are also there in the state's dtype
-        youngest = (sends + moving) * wire
-        in_hand = 2 * takes * wire + work
-        oldest = (takes + moving) * wire + sends * (wire + widened)
+        # gradients and weights are widened as well, if the parameters are narrower than state
+        narrow = wide * (self.unit.dtype != self.state_dtype)
+        is_tiled = not all(layout.stacked() for layout in self.layouts)
+        youngest = (sends + moving) * wire + sends * narrow
+        in_hand = (2 + is_tiled) * takes * wire + work
+        oldest = (takes + moving) * wire + sends * (wire + widened + narrow)
         stages = [[youngest, in_hand, oldest]]
         if self.replicas > 1:
             spreading = (takes + 2 * sends + returns) * wire
-            changing = (takes + sends + 2 * returns) * wire + returns * (wide + widened)
+            changing = (takes + sends + 2 * returns) * wire + returns * (wide + widened + narrow)
             stages = [[*stages[0], spreading], [youngest, oldest, spreading, changing]]
         total = self.zeros()
-        for together in stages:  # of which there are no more than buckets
-            most = min(len(together), len(self.plan.buckets))
+        for together in stages:  # a bucket begins its next one before the last has ended
+            most = min(len(together), len(self.plan.buckets) + 1)
             total = total.maximum(torch.stack(together).topk(most, 0).values.sum(0))
         return total, padded
 

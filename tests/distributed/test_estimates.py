@@ -65,7 +65,7 @@ def check(
             # where SUMO decomposes, as on CPUs, it has a little more than where it multiplies
             holds = optimizer == "poet" or 0.4 * bound < peak <= 1.05 * bound
             if found != measured or not holds:
-                wrong.append((optimizer, dict(options), rank, found, measured, bound, peak))
+                wrong.append((bound, peak, rank, optimizer, dict(options), found, measured))
     assert wrong == []
 
 
