@@ -180,7 +180,8 @@ def _rows(
                 "offload_optimizer=none",
             ),
         ]
-    gathered, rows = 2 * half * largest, []
+    gathered = 2 * half * largest
+    rows: list[tuple[float, float, str]] = []
     for parameters, optimizer in (("cpu ", "cpu "), ("none", "cpu "), ("none", "none")):
         for zero_init in (1, 0):
             on_cpu = optimizer == "cpu "

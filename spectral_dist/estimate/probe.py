@@ -154,11 +154,11 @@ DECOMPOSITIONS: dict[Any, Any] = {
 """The FLOPs of what torch's counter does not know."""
 
 
-class _LiveBytes(TorchDispatchMode):
+class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The bytes of the tensors that were made inside of the ``with`` block, and their peak."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = self.peak = 0
         self._known: set[int] = set()
 
