@@ -62,8 +62,9 @@ def check(
             measured = dict(ranks[rank][number])
             peak, bound = measured.pop("temporary"), int(expected["temporary"][rank])
             found = {name: int(expected[name][rank]) for name in measured}
-            # where SUMO decomposes, as on CPUs, it has a little more than where it multiplies
-            holds = optimizer == "poet" or 0.4 * bound < peak <= 1.05 * bound
+            # CPUs decompose where the estimate has a GPU's products, which take a little less in
+            # SUMO, and more in PolarGrad
+            holds = optimizer == "poet" or 0.3 * bound < peak <= 1.05 * bound
             if found != measured or not holds:
                 wrong.append((bound, peak, rank, optimizer, dict(options), found, measured))
     assert wrong == []
