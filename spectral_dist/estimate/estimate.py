@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -140,7 +141,7 @@ class _Total:
                 (self._add_matrices if is_matrix else self._add_others)(group, unit)
                 self._add_model(unit, routes)
                 num_units += 1
-            count = sum(torch.Size(route.shape).numel() for route in routes)
+            count = sum(math.prod(route.shape) for route in routes)
             numbers["matrices" if is_matrix else "others"] += count
         self._add_frozen()
         if self.optimizer.options.check_finite and self.job.ranks > 1:
@@ -192,8 +193,11 @@ class _Total:
             self.by_rank["master_weights"] += torch.float32.itemsize * stored
 
     def _add_frozen(self) -> None:
-        """Add frozen parameters: DeepSpeed keeps them whole below stage 3."""
-        frozen = [spec for spec in self.specs if spec.kind == "frozen"]
+        """Add frozen parameters, which DeepSpeed keeps whole below stage 3."""
+        frozen, size = [s for s in self.specs if s.kind == "frozen"], self.job.dtype.itemsize
+        if self.job.zero_stage in (0, 1, 2):
+            numel = sum(math.prod(spec.shape) for spec in frozen)
+            self.by_rank["parameters"] += size * numel
+            return
         for unit in place(self.job, frozen, False, self.plan) if frozen else ():
-            stored = unit.by_job_rank * (self.job.ranks if self.job.zero_stage in (1, 2) else 1)
-            self.by_rank["parameters"] += self.job.dtype.itemsize * stored
+            self.by_rank["parameters"] += size * unit.by_job_rank

@@ -61,6 +61,8 @@ def check(
         for rank in range(world):
             measured = dict(ranks[rank][number])
             peak, bound = measured.pop("temporary"), int(expected["temporary"][rank])
+            if engine.startswith("zero"):  # the step gets float32 copies of partitions
+                del measured["gradients"]
             found = {name: int(expected[name][rank]) for name in measured}
             # CPUs decompose where the estimate has a GPU's products, which take a little less in
             # SUMO, and more in PolarGrad
@@ -92,7 +94,9 @@ def test_experts(engine: str, tmp_path: Path) -> None:
     check(tmp_path, 2, engine, cases, "mixtral")
 
 
-@pytest.mark.parametrize(("engine", "tp", "nodes"), [("hsdp", 1, 2), ("fsdp", 2, 1)])
+@pytest.mark.parametrize(
+    ("engine", "tp", "nodes"), [("hsdp", 1, 2), ("fsdp", 2, 1), ("hsdp", 2, 2)]
+)
 def test_meshes_of_four_ranks(engine: str, tp: int, nodes: int, tmp_path: Path) -> None:
     check(tmp_path, 4, engine, [*OWNER[:3], *GRAM[:1], *GRAM[3:]], "even", tp=tp, nodes=nodes)
 

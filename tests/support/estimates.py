@@ -144,7 +144,7 @@ def state_bytes(optimizer: Any) -> int:
     """Return the bytes of all that the optimizer keeps on this rank."""
     states = [s for s in optimizer.state.values() if isinstance(s, dict)]
     tensors = [t for state in states for t in state.values() if isinstance(t, Tensor)]
-    kept = sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors)
+    kept = sum(_local(t).nbytes for t in tensors)
     units = [u for u in optimizer.all_units if isinstance(u, MatrixUnit) and u.state is not None]
     return kept + sum(part.values.nbytes for unit in units for part in unit.state.parts())
 
@@ -179,28 +179,64 @@ def _measure(
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         with _training(model, engine, optimizer, given, tp, nodes, dtype) as (made, step):
-            peak = _watch(made)
+            peak = _Watch(made)
             for _ in range(STEPS):
                 sent, calls = made.comm_bytes, getattr(made, "polar_calls", 0)
-                peak[0] = 0
+                peak.bytes = 0
                 step(torch.randint(VOCABULARY, (1, 8), generator=generator))
             return {
                 "optimizer_state": state_bytes(made),
                 "moved": made.comm_bytes - sent,
                 "polar_calls": getattr(made, "polar_calls", 0) - calls,
-                "temporary": peak[0],
+                "temporary": peak.bytes,
+                "gradients": peak.gradients,
+                **_weights(model, made, engine),
             }
 
 
-def _watch(optimizer: Any) -> list[int]:
-    """Return a list of one number: the peak of live bytes in the optimizer's steps."""
-    peak, original = [0], optimizer.step
+class _Watch:
+    """Takes the place of an optimizer's ``step``, and measures it.
 
-    def step(*args: Any, **kwargs: Any) -> Any:
+    Attributes:
+        bytes: the peak of live bytes in the steps since it was set to 0.
+        gradients: the bytes of gradients that the last step got.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer, self._step = optimizer, optimizer.step
+        self.bytes = self.gradients = 0
+        optimizer.step = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        groups = self._optimizer.param_groups
+        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        self.gradients = sum(_local(grad).nbytes for grad in grads)
         with Live() as live:
-            result = original(*args, **kwargs)
-        peak[0] = max(peak[0], live.peak)
+            result = self._step(*args, **kwargs)
+        self.bytes = max(self.bytes, live.peak)
         return result
 
-    optimizer.step = step
-    return peak
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _weights(model: nn.Module, optimizer: Any, engine: str) -> dict[str, int]:
+    """Return the bytes of the model's parameters, and of DeepSpeed's copies of them."""
+    if not engine.startswith("zero"):
+        return {"parameters": sum(_local(p).nbytes for p in model.parameters())}
+    wrapper = optimizer.placement.engine.optimizer
+    frozen = sum(p.nbytes for p in model.parameters() if not p.requires_grad)
+    if engine == "zero3":
+        partitions = (p.ds_tensor.nbytes for p in model.parameters())
+        flats = wrapper.fp32_partitioned_groups_flat
+        return {"parameters": sum(partitions), "master_weights": sum(f.nbytes for f in flats)}
+    if engine == "zero0":
+        whole = sum(p.nbytes for p in model.parameters())
+        copies = 0 if wrapper is optimizer else sum(
+            p.nbytes for group in optimizer.param_groups for p in group["params"]
+        )  # fmt: skip
+        return {"parameters": whole, "master_weights": copies}
+    copies = sum(flat.nbytes for flat in wrapper.single_partition_of_fp32_groups)
+    flats = sum(flat.nbytes for flat in wrapper.bit16_groups_flat)
+    return {"parameters": flats + frozen, "master_weights": copies}
