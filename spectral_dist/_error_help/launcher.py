@@ -81,7 +81,6 @@ TEXTS: dict[str, tuple[str, ...]] = {
         r"device is .*; write cuda or cpu",
         r"transformers has no base_model_tp_plan",
         r"only colwise and rowwise are estimated",
-        r"whose steps differ from each other; an estimate is of",
         r"so that a number of parameters does not tell it",
         r"write a name and a value, as momentum=0\.9",
     ),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from spectral_dist.core.strategy import plan_of
+from spectral_dist.core.strategy import blocks_of, plan_of
 from spectral_dist.estimate.engines import PlacedUnit
 from spectral_dist.estimate.probe import Probe, probe_slab, probe_whole
 from spectral_dist.rules.base import Rule, Shape
@@ -19,7 +19,7 @@ from spectral_dist.rules.options import MatrixOptions
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.boxes import Slabs, slabs
 from spectral_dist.sharding.layout import Layout, Tile
-from spectral_dist.sharding.plan import Bucket
+from spectral_dist.sharding.plan import Bucket, Plan
 
 LEAST_STATE = torch.float32
 """State is at least this wide."""
@@ -53,16 +53,37 @@ class MatrixCounter:
         rule: of the matrices.
         options: of the parameter group.
         unit: the matrices.
+        plan: of the matrices.
+        wire: the dtype in which they are sent.
+        blocks: counts for their blocks, under strategy 'block'.
     """
 
-    def __init__(self, rule: Rule[Any], options: MatrixOptions, unit: PlacedUnit) -> None:
+    def __init__(
+        self,
+        rule: Rule[Any],
+        options: MatrixOptions,
+        unit: PlacedUnit,
+        plan: Plan,
+        wire: torch.dtype,
+        blocks: MatrixCounter | None = None,
+    ) -> None:
         self.rule, self.options, self.unit = rule, options, unit
+        self.plan, self.wire, self.blocks = plan, wire, blocks
         self.layouts = unit.located.layouts
-        self.plan, self.wire = plan_of(rule, options, unit.located, unit.dtype)
         self.ranks = collectives.size(unit.located.group)
         self.replicas = collectives.size(unit.located.replicas)
         self.state_dtype = torch.promote_types(unit.dtype, LEAST_STATE)
         self._probes: dict[Any, Probe] = {}
+
+    @classmethod
+    def of_unit(cls, rule: Rule[Any], options: MatrixOptions, unit: PlacedUnit) -> MatrixCounter:
+        """Return what counts for a unit, with the plan that training makes."""
+        plan, wire = plan_of(rule, options, unit.located, unit.dtype)
+        blocks, counter = blocks_of(rule, options, unit.located, plan, wire), None
+        if blocks is not None:
+            located, block_plan = blocks
+            counter = cls(rule, options, replace(unit, located=located), block_plan, wire)
+        return cls(rule, options, unit, plan, wire, counter)
 
     def zeros(self) -> Tensor:
         """Return a zero for each rank, (replicas, ranks of a replica)."""
@@ -87,7 +108,7 @@ class MatrixCounter:
         return runs
 
     def count(self) -> Counts:
-        """Return all counts."""
+        """Return all counts; under strategy 'block' of a step on blocks, as most steps are."""
         momentum = torch.zeros(1, 1, dtype=torch.int64)
         located = self.unit.located
         if self.rule.has_momentum(self.options):
@@ -111,7 +132,13 @@ class MatrixCounter:
         if self.replicas > 1:
             moved += (self.replicas - 1) * self.wire.itemsize * padded
         temporary += buffers
-        return Counts(momentum, state, moved, calls, flops, temporary)
+        counts = Counts(momentum, state, moved, calls, flops, temporary)
+        if self.blocks is None:
+            return counts
+        of_blocks = self.blocks.count()
+        of_blocks.momentum = momentum
+        of_blocks.temporary_bytes = of_blocks.temporary_bytes.maximum(temporary)
+        return of_blocks
 
     def whole(self, layout: Layout) -> Probe:
         """Return what a matrix takes at its owner; probed once for each shape."""

@@ -87,7 +87,8 @@ def estimate(
     """Return what every rank of a job keeps, sends and computes in a step.
 
     Layouts and plans are made by the functions that training uses; what a rule does with a matrix
-    is found by running it on a tensor without memory. The step is one after the first.
+    is found by running it on a tensor without memory. The step is one after the first, and under
+    strategy 'block' one on blocks.
 
     Args:
         model: on the meta device or anywhere; for POET as ``spectral_dist.poet.convert`` makes it.
@@ -106,11 +107,6 @@ def estimate(
         trained = [spec for spec in specs if spec.kind != "frozen"]
         groups = split_by_kind([s.parameter for s in trained], specs, entry.options)
         built = (POET if entry.rule is None else class_of(entry))(groups, **options)
-        if getattr(built.options, "strategy", "") == "block" and job.ranks > 1:
-            raise ValueError(
-                "strategy is 'block', whose steps differ from each other; an estimate is of"
-                " 'owner' or 'gram'"
-            )
         plan = TensorPlan.of_model(model, [spec.name for spec in specs], job.tensor)
         return _Total(job, built, specs, plan).estimate(optimizer)
 
@@ -156,7 +152,7 @@ class _Total:
         """Add what the rule keeps, sends and computes."""
         optimizer = self.optimizer
         assert isinstance(optimizer, SpectralOptimizer)
-        counter = MatrixCounter(optimizer.rule, optimizer.rule_options(group), unit)
+        counter = MatrixCounter.of_unit(optimizer.rule, optimizer.rule_options(group), unit)
         counts = counter.count()
 
         def spread(values: Tensor) -> Tensor:

@@ -72,7 +72,16 @@ def check(
     assert wrong == []
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+SLOW = [pytest.param(engine, marks=pytest.mark.slow) for engine in ("zero0", "zero2")]
+MESHES = [
+    pytest.param("hsdp", 1, 2, marks=pytest.mark.slow),
+    pytest.param("fsdp", 2, 1, marks=pytest.mark.slow),
+    ("hsdp", 2, 2),
+]
+"""Engine, tensor-parallel ranks and nodes."""
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero1", "zero3", *SLOW])
 def test_two_ranks(engine: str, tmp_path: Path) -> None:
     check(tmp_path, 2, engine, OWNER)
     check(tmp_path, 2, engine, POET, "even")
@@ -83,7 +92,12 @@ def test_slabs(engine: str, tmp_path: Path) -> None:
     check(tmp_path, 2, engine, GRAM)
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "zero0", "zero1", "zero3"])
+def test_blocks(tmp_path: Path) -> None:
+    cases: list[Case] = [(name, {**WIDE, "strategy": "block"}) for name in ("muon", "polargrad")]
+    check(tmp_path, 2, "fsdp", cases)
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero1", "zero3", *SLOW[:1]])
 def test_parameters_in_bfloat16(engine: str, tmp_path: Path) -> None:
     check(tmp_path, 2, engine, [("muon", {**WIDE, **SMALL})], "even", dtype="bfloat16")
 
@@ -94,9 +108,7 @@ def test_experts(engine: str, tmp_path: Path) -> None:
     check(tmp_path, 2, engine, cases, "mixtral")
 
 
-@pytest.mark.parametrize(
-    ("engine", "tp", "nodes"), [("hsdp", 1, 2), ("fsdp", 2, 1), ("hsdp", 2, 2)]
-)
+@pytest.mark.parametrize(("engine", "tp", "nodes"), MESHES)
 def test_meshes_of_four_ranks(engine: str, tp: int, nodes: int, tmp_path: Path) -> None:
     check(tmp_path, 4, engine, [*OWNER[:3], *GRAM[:1], *GRAM[3:]], "even", tp=tp, nodes=nodes)
 

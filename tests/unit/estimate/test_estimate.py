@@ -144,7 +144,7 @@ def test_an_estimate_as_json_has_most_and_mean() -> None:
         (lambda: Job.from_user("fsdp", dp=2, device="tpu"), "device is"),
         (lambda: estimate(model(), job("fsdp", 2), "moun"), "did you mean"),
         (lambda: estimate(model(), job("fsdp", 2), "muon", {"momentun": 1}), "momentum"),
-        (lambda: estimate(model(), job("fsdp", 2), "muon", {"strategy": "block"}), "block"),
+        (lambda: estimate(model(), job("zero1", 7), "muon", {"strategy": "block"}), "rectangles"),
         (lambda: estimate(model(), job("fsdp", 2, tp=2), "muon"), "base_model_tp_plan"),
     ],
 )
