@@ -17,7 +17,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
 
 from spectral_dist._errors import nearest
-from spectral_dist.integrations.huggingface.empty import empty_model
 from spectral_dist.launch import files
 
 SIZES = (
@@ -144,6 +143,9 @@ def build_empty(path: Path) -> nn.Module:
         fields = files.read_json(path)
     except ValueError as error:
         raise ValueError(f"cannot read the model {path}: {error}") from None
+    # here, since the package imports transformers' Trainer, which training has no need of
+    from spectral_dist.integrations.huggingface.empty import empty_model
+
     return empty_model(fields, path)
 
 

@@ -84,13 +84,7 @@ class Job:
         Raises:
             ValueError: an engine that is not known, sizes that do not fit each other or the engine.
         """
-        if engine == "megatron":
-            raise ValueError(
-                "engine megatron is not estimated yet: its buffers are Megatron's own; run"
-                " `launch/pretrain.py --engine megatron`, whose optimizer counts its bytes"
-            )
-        if engine not in ENGINES:
-            raise ValueError(f"unknown engine {engine!r}{suggest(str(engine), ENGINES)}")
+        _check_engine(engine)
         sizes = {"dp": dp, "tp": tp, "pp": pp, "ep": ep, "nodes": nodes, "sub_group": sub_group}
         for name, size in {**sizes, "gpus_per_node": gpus_per_node}.items():
             if size is not None and (type(size) is not int or size < 1):
@@ -115,6 +109,17 @@ class Job:
             raise ValueError(f"device is {device!r}; write cuda or cpu")
         chosen = DTYPES[dtype or default]
         return cls(engine, replicate, shard, tp, chosen, torch.device(device), sub_group)
+
+
+def _check_engine(engine: str) -> None:
+    """Raise a ValueError for an engine that is not estimated."""
+    if engine == "megatron":
+        raise ValueError(
+            "engine megatron is not estimated yet: its buffers are Megatron's own; run"
+            " `launch/pretrain.py --engine megatron`, whose optimizer counts its bytes"
+        )
+    if engine not in ENGINES:
+        raise ValueError(f"unknown engine {engine!r}{suggest(str(engine), ENGINES)}")
 
 
 def _data_ranks(dp: int | None, tp: int, nodes: int, gpus_per_node: int | None) -> int:
