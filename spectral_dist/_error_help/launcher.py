@@ -73,6 +73,8 @@ TEXTS: dict[str, tuple[str, ...]] = {
         r"engine .* is estimated with 1 only",
         r"has no tensor parallelism; take fsdp",
         r"; an estimate needs a whole number from 1 on",
+        r"nodes is .*, which has no effect here; give gpus_per_node",
+        r"sub_group is .*, which only engine zero3 has",
         r"dp is needed, or nodes and gpus_per_node",
         r"dp is .*, which is no multiple of nodes",
         r"ranks are no multiple of it",

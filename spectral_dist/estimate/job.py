@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -86,16 +87,15 @@ class Job:
         """
         _check_engine(engine)
         sizes = {"dp": dp, "tp": tp, "pp": pp, "ep": ep, "nodes": nodes, "sub_group": sub_group}
-        for name, size in {**sizes, "gpus_per_node": gpus_per_node}.items():
-            if size is not None and (type(size) is not int or size < 1):
-                raise ValueError(f"{name} is {size!r}; an estimate needs a whole number from 1 on")
-        for name, size in (("pp", pp), ("ep", ep)):
-            if size > 1:
-                raise ValueError(f"{name} is {size}; engine {engine} is estimated with 1 only")
+        _check_sizes(engine, {**sizes, "gpus_per_node": gpus_per_node})
         if tp > 1 and engine not in ("fsdp", "hsdp"):
             raise ValueError(
                 f"tp is {tp}, but engine {engine} has no tensor parallelism; take fsdp"
             )
+        if nodes > 1 and gpus_per_node is None and engine != "hsdp":
+            raise ValueError(f"nodes is {nodes}, which has no effect here; give gpus_per_node too")
+        if sub_group != SUB_GROUP and engine != "zero3":
+            raise ValueError(f"sub_group is {sub_group}, which only engine zero3 has; leave it out")
         dp = _data_ranks(dp, tp, nodes, gpus_per_node)
         replicate, shard = (dp, 1) if engine in ("ddp", "zero0") else (1, dp)
         if engine == "hsdp":
@@ -109,6 +109,15 @@ class Job:
             raise ValueError(f"device is {device!r}; write cuda or cpu")
         chosen = DTYPES[dtype or default]
         return cls(engine, replicate, shard, tp, chosen, torch.device(device), sub_group)
+
+
+def _check_sizes(engine: str, sizes: Mapping[str, int | None]) -> None:
+    """Raise a ValueError for a size that is no whole number, or that the engine has not."""
+    for name, size in sizes.items():
+        if size is not None and (type(size) is not int or size < 1):
+            raise ValueError(f"{name} is {size!r}; an estimate needs a whole number from 1 on")
+        if name in ("pp", "ep") and size != 1:
+            raise ValueError(f"{name} is {size}; engine {engine} is estimated with 1 only")
 
 
 def _check_engine(engine: str) -> None:

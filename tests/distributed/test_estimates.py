@@ -48,7 +48,7 @@ def check(
         engine,
         dp=world // sizes.get("tp", 1),
         device="cpu",
-        sub_group=estimates.SUB_GROUP,
+        **({"sub_group": estimates.SUB_GROUP} if engine == "zero3" else {}),
         **{"dtype": "float32", **sizes},
     )
     ranks = harness.run(world, estimates.measure, model, engine, cases, **sizes)

@@ -140,6 +140,8 @@ def test_an_estimate_as_json_has_most_and_mean() -> None:
         (lambda: Job.from_user("fsdp", tp=3, nodes=2, gpus_per_node=2), "no multiple"),
         (lambda: Job.from_user("fsdp", dp=3, nodes=2, gpus_per_node=2), "leave 4 to it"),
         (lambda: Job.from_user("hsdp", dp=3, nodes=2), "no multiple of nodes"),
+        (lambda: Job.from_user("fsdp", dp=2, nodes=2), "no effect"),
+        (lambda: Job.from_user("zero2", dp=2, sub_group=9), "only engine zero3"),
         (lambda: Job.from_user("fsdp", dp=2, dtype="fp8"), "dtype is"),
         (lambda: Job.from_user("fsdp", dp=2, device="tpu"), "device is"),
         (lambda: estimate(model(), job("fsdp", 2), "moun"), "did you mean"),
