@@ -1,7 +1,8 @@
-"""Define the command `spectral-dist`: table, doctor, calibrate and convert."""
+"""Define the command `spectral-dist`: table, estimate, doctor, calibrate and convert."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -100,6 +101,52 @@ def _split_of(text: str) -> tuple[str, int]:
     if not (name and separator and parts.isdecimal()):
         raise ValueError(f"--split {text!r}: write a name and a number, as qkv_proj=3")
     return name, int(parts)
+
+
+@app.command()
+def estimate(
+    model: Annotated[Path, typer.Option(help="A causal language model's config.json.")],
+    engine: Annotated[str, typer.Option(help="ddp, fsdp, hsdp, or zero0 to zero3.")],
+    optimizer: Annotated[str, typer.Option(help="Its name, as muon.")] = "muon",
+    option: Annotated[
+        list[str] | None, typer.Option(help="One of the optimizer's, as momentum=0.9.")
+    ] = None,
+    dp: Annotated[int | None, typer.Option(help="Data-parallel ranks.")] = None,
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks (fsdp and hsdp).")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
+    ep: Annotated[int, typer.Option(help="Expert-parallel ranks.")] = 1,
+    nodes: Annotated[int, typer.Option(help="Nodes; HSDP has a copy on each.")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(help="In place of --dp.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of parameters: float32; with DeepSpeed bfloat16.")
+    ] = None,
+    sub_group_size: Annotated[
+        int, typer.Option(help="zero_optimization.sub_group_size, of ZeRO-3.")
+    ] = 10**9,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exact numbers as JSON.")] = False,
+) -> None:
+    """Print what each rank of a job would keep, send and compute; nothing is run.
+
+    The model is any that transformers can build; no memory is taken for its weights.
+    """
+    from spectral_dist.estimate import Job
+    from spectral_dist.launch import estimates, llama
+
+    try:
+        job = Job.from_user(
+            engine, dp=dp, tp=tp, pp=pp, ep=ep, nodes=nodes, gpus_per_node=gpus_per_node,
+            dtype=dtype, sub_group=sub_group_size,
+        )  # fmt: skip
+        found = estimates.estimate_of(llama.build_empty(model), job, optimizer, option or [])
+    except ValueError as error:
+        _print_error("estimate", error)
+        raise typer.Exit(2) from None
+    if as_json:
+        typer.echo(json.dumps(found.to_json(), indent=1))
+        return
+    billions = sum(found.numbers.values()) / 1e9
+    title = f"{model.stem}, {billions:.2f}e9 parameters; {optimizer}, {engine}, {job.ranks} ranks"
+    Console().print(estimates.table_of(found, title))
 
 
 @app.command()

@@ -13,13 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-)
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.activations import ACT2FN
 
 from spectral_dist._errors import nearest
@@ -149,19 +143,10 @@ def build_empty(path: Path) -> nn.Module:
         fields = files.read_json(path)
     except ValueError as error:
         raise ValueError(f"cannot read the model {path}: {error}") from None
-    kind = fields.get("model_type") if isinstance(fields, dict) else None
-    if kind not in CONFIG_MAPPING:
-        suggestion = nearest(str(kind), list(CONFIG_MAPPING))
-        hint = f"; did you mean {suggestion!r}?" if suggestion else ""
-        raise ValueError(f"{path}: model_type is {kind!r}, which transformers does not know{hint}")
-    try:
-        config = AutoConfig.for_model(**fields)
-        with torch.device("meta"):
-            model: nn.Module = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # transformers raises errors of many kinds
-        reason = " ".join(str(error).split())
-        raise ValueError(f"no model can be built from {path}: {reason}") from error
-    return model
+    # here, since the package imports transformers' Trainer, which training has no need of
+    from spectral_dist.integrations.huggingface.empty import empty_model
+
+    return empty_model(fields, path)
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ class MatrixState:
             self._specs[which], self._reductions[which] = specs, reduction
             self._tensors[which] = {
                 name: torch.zeros(
-                    _stacked(spec, len(which), reduction),
+                    stacked_shape(spec, len(which), reduction),
                     dtype=spec.dtype or exchange.state_dtype,
                     # what the host asks for in every step must not wait for the device
                     device="cpu" if spec.dtype == torch.int64 else exchange.device,
@@ -121,7 +121,7 @@ class MatrixState:
                         )
 
 
-def _stacked(spec: StateSpec, count: int, reduction: Reduction | None) -> tuple[int, ...]:
+def stacked_shape(spec: StateSpec, count: int, reduction: Reduction | None) -> tuple[int, ...]:
     """Return the shape of a batch's stacked quantity on this rank.
 
     Args:

@@ -18,7 +18,7 @@ from spectral_dist.core.matrix_ops import StepContext
 from spectral_dist.core.matrix_state import MatrixState
 from spectral_dist.core.matrix_step import MatrixStep
 from spectral_dist.core.monitor import Watch
-from spectral_dist.core.units import MatrixUnit, Unit, bucket_numel
+from spectral_dist.core.units import MatrixUnit, Unit
 from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.base import ParamGroup, Placement
 from spectral_dist.rules.base import Pooling, Shape
@@ -279,7 +279,7 @@ class SpectralOptimizer(MatrixCheckpoints):
         keeps_state = any(self.rule.state(options, shape) for shape in shapes)
         state = MatrixState(self.rule, options, located.layouts, exchange) if keeps_state else None
         unit = MatrixUnit(located, plan, exchange, self.rule.has_momentum(options), state)
-        return strategy.add_blocks(unit, options, bucket_numel(options, wire))
+        return strategy.add_blocks(unit, self.rule, options)
 
     def ensure_state(self, group: ParamGroup, unit: Unit, index: int, p: Tensor) -> None:
         """Create a parameter's state, before the first step, so that all ranks have equal keys.

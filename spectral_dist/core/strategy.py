@@ -250,25 +250,25 @@ def _subspaces(
     return in_slabs_if_cheaper(layouts, able, job.ranks, seconds)
 
 
-def add_blocks(unit: MatrixUnit, options: MatrixOptions, numel: int) -> MatrixUnit:
-    """Return a unit with its ``blocks`` set, if the strategy is 'block'; a collective call.
+def blocks_of(
+    rule: Rule[Any], options: MatrixOptions, located: Located, plan: Plan, wire: torch.dtype
+) -> tuple[Located, Plan] | None:
+    """Return the blocks of a unit's matrices and their plan; None unless the strategy is 'block'.
 
     A block is orthogonalized in the replica that orthogonalizes its matrix, because that replica
-    has the momentum, if not all have it.
+    has the momentum, if not all have it. It makes no collective call, as ``plan_of``.
 
     Args:
-        unit: of whole matrices.
-        options: of the parameter group.
-        numel: the most elements that a rank has of a bucket.
+        rule, options, located: as in ``plan_of``.
+        plan, wire: what that returns.
 
     Raises:
         ValueError: the rule keeps state of whole matrices, or blocks are no rectangles.
     """
-    located, plan, exchange = unit.located, unit.plan, unit.exchange
     ranks = collectives.size(located.group)
     if options.strategy != "block" or options.block_period == 1 or ranks == 1:
-        return unit
-    if unit.state is not None:
+        return None
+    if any(rule.state(options, layout.matrix.shape) for layout in located.layouts):
         raise ValueError(
             "strategy is 'block', but the rule keeps state of whole matrices, which blocks have"
             " not; write strategy='owner' or 'gram'"
@@ -279,11 +279,34 @@ def add_blocks(unit: MatrixUnit, options: MatrixOptions, numel: int) -> MatrixUn
         owner // ranks for owner, m in zip(plan.owners, by_matrix, strict=True) for _ in m
     ]
     block_plan = make_plan(
-        layouts, ranks, numel, exchange.num_replicas, required_replicas=required_replicas
-    )
-    block_exchange = Exchange(
         layouts,
-        block_plan,
+        ranks,
+        bucket_numel(options, wire),
+        collectives.size(located.replicas),
+        required_replicas=required_replicas,
+    )
+    return replace(located, layouts=layouts), block_plan
+
+
+def add_blocks(unit: MatrixUnit, rule: Rule[Any], options: MatrixOptions) -> MatrixUnit:
+    """Return a unit with its ``blocks`` set, if the strategy is 'block'; a collective call.
+
+    Args:
+        unit: of whole matrices.
+        rule: of the matrices.
+        options: of the parameter group.
+
+    Raises:
+        ValueError: as in ``blocks_of``.
+    """
+    exchange = unit.exchange
+    blocks = blocks_of(rule, options, unit.located, unit.plan, exchange.wire_dtype)
+    if blocks is None:
+        return unit
+    located, plan = blocks
+    block_exchange = Exchange(
+        located.layouts,
+        plan,
         group=located.group,
         replicas=located.replicas,
         device=located.device,
@@ -291,8 +314,7 @@ def add_blocks(unit: MatrixUnit, options: MatrixOptions, numel: int) -> MatrixUn
         wire_dtype=exchange.wire_dtype,
         meter=exchange.meter,
     )
-    block_located = replace(located, layouts=layouts)
-    block_unit = MatrixUnit(block_located, block_plan, block_exchange, unit.has_momentum)
+    block_unit = MatrixUnit(located, plan, block_exchange, unit.has_momentum)
     return replace(unit, blocks=block_unit, period=options.block_period)
 
 

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from spectral_dist.params.spec import ParamSpec
+from spectral_dist.placement.flat import whole
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group, Meter
-from spectral_dist.sharding.layout import Cut, Located, flat_layout
+from spectral_dist.sharding.layout import Located
 
 ParamGroup = dict[str, Any]
 """One of torch's parameter groups, into which schedulers and frameworks write."""
@@ -186,13 +187,12 @@ class ReplicatedPlacement(Placement):
                 " process_group=torch.distributed.group.WORLD",
                 stacklevel=5,
             )
-        layouts, spans = [], []
-        for index, (route, tensor) in enumerate(zip(routes, tensors, strict=True)):
-            cut = Cut((0, tensor.numel()))
-            layouts += [flat_layout(m, cut, tensor=index) for m in route.matrices]
-            spans.append((route.name, index, 0, tensor.numel()))
+        spans = [
+            (route.name, index, 0, tensor.numel())
+            for index, (route, tensor) in enumerate(zip(routes, tensors, strict=True))
+        ]
         located = Located(
-            tuple(layouts),
+            tuple(whole(routes)),
             None,
             tensors[0].device,
             tuple(spans),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from spectral_dist.params.spec import ParamSpec
@@ -40,3 +41,12 @@ def in_own_runs(placed: Iterable[tuple[ParamSpec, int]], ranks: int) -> tuple[li
         layouts += [flat_layout(matrix, cut, base=base) for matrix in route.matrices]
         base += run_numel
     return layouts, base
+
+
+def whole(routes: Iterable[ParamSpec]) -> list[Layout]:
+    """Return the layouts of matrices whose parameters are whole, each a local tensor of its own."""
+    layouts = []
+    for index, route in enumerate(routes):
+        cut = Cut((0, math.prod(route.shape)))
+        layouts += [flat_layout(matrix, cut, tensor=index) for matrix in route.matrices]
+    return layouts

@@ -131,4 +131,6 @@ def _as_stack(ranges: list[tuple[int, int]], stacked: bool, rest: int) -> StackB
     """
     if stacked:
         return ranges[0], ranges[1], ranges[2]
+    if len(ranges) == 1:
+        return (0, 1), ranges[0], (0, 1)
     return (0, 1), ranges[0], (ranges[1][0] * rest, ranges[1][1] * rest)

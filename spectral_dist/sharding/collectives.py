@@ -67,7 +67,7 @@ class SimulatedGroup(dist.ProcessGroup):
     """
 
     def __init__(self, rank: int, ranks: int) -> None:
-        super().__init__(rank, ranks)  # type: ignore[call-arg]  torch declares another overload only
+        super().__init__(rank, ranks)  # type: ignore[call-arg]
         self.simulated_rank, self.num_ranks = rank, ranks
 
 

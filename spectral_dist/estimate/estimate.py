@@ -1,0 +1,199 @@
+"""The estimate of a job: what every rank keeps, sends and computes, without running it."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spectral_dist._error_help import explained
+from spectral_dist.core.named import class_of
+from spectral_dist.core.optimizer import SpectralOptimizer
+from spectral_dist.core.sharded import ShardedOptimizer
+from spectral_dist.estimate.counts import LEAST_STATE, MatrixCounter
+from spectral_dist.estimate.engines import PlacedUnit, TensorPlan, place
+from spectral_dist.estimate.job import Job
+from spectral_dist.params.classify import classify
+from spectral_dist.params.param_groups import split_by_kind
+from spectral_dist.params.spec import ParamSpec
+from spectral_dist.poet.optimizer import POET
+from spectral_dist.rules import registry
+
+STEP = 4
+"""Bytes of a tensor's count of steps."""
+AGREEMENT = 12
+"""Bytes of the three numbers that ranks compare before a step."""
+QUANTITIES = {
+    "parameters": "of the model, as they lie between steps",
+    "master_weights": "float32 copies that DeepSpeed steps on",
+    "gradients": "when the step begins",
+    "optimizer_state": "momentum, moments, matrix state",
+    "temporary": "at most, while the optimizer steps",
+    "moved": "sent in a step beyond AdamW's",
+    "polar_calls": "matrices orthogonalized in a step",
+    "flops": "of that",
+}
+"""What is estimated of each rank, in bytes, but for the last two."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What each rank of a job has; ``QUANTITIES`` says what of.
+
+    Attributes:
+        job: what it is an estimate of.
+        optimizer: the optimizer's name.
+        numbers: trained parameters in matrices, and all others.
+        by_rank: {quantity: (ranks,)}.
+    """
+
+    job: Job
+    optimizer: str
+    numbers: dict[str, int]
+    by_rank: dict[str, Tensor]
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Return {quantity: {"max": over ranks, "mean": over ranks}}."""
+        return {
+            name: {"max": int(values.max()), "mean": float(values.double().mean())}
+            for name, values in self.by_rank.items()
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the estimate as plain values."""
+        job = {k: str(v).removeprefix("torch.") for k, v in asdict(self.job).items()}
+        sizes = {k: getattr(self.job, k) for k in ("replicate", "shard", "tensor", "sub_group")}
+        return {
+            "job": {**job, **sizes, "ranks": self.job.ranks},
+            "optimizer": self.optimizer,
+            "numbers": self.numbers,
+            "per_rank": self.summary(),
+        }
+
+
+@explained
+def estimate(
+    model: nn.Module,
+    job: Job,
+    optimizer: str = "muon",
+    options: Mapping[str, Any] | None = None,
+    routing: Mapping[str, Any] | None = None,
+) -> Estimate:
+    """Return what every rank of a job keeps, sends and computes in a step.
+
+    Layouts and plans are made by the functions that training uses; what a rule does with a matrix
+    is found by running it on a tensor without memory. The step is one after the first, and under
+    strategy 'block' one on blocks.
+
+    Args:
+        model: on the meta device or anywhere; for POET as ``spectral_dist.poet.convert`` makes it.
+        job: the engine and its ranks.
+        optimizer: the optimizer's name, as "muon".
+        options: of the optimizer, by name.
+        routing: matrices, scalars, split, one_sided and heads, as ``param_groups`` takes them.
+
+    Raises:
+        ValueError: an unknown optimizer or option, or a model or job that does not go with them.
+    """
+    entry, options = registry.find(optimizer), dict(options or {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what training warns of, it warns of then
+        specs = classify(model, **(routing or {}))
+        trained = [spec for spec in specs if spec.kind != "frozen"]
+        groups = split_by_kind([s.parameter for s in trained], specs, entry.options)
+        built = (POET if entry.rule is None else class_of(entry))(groups, **options)
+        plan = TensorPlan.of_model(model, [spec.name for spec in specs], job.tensor)
+        return _Total(job, built, specs, plan).estimate(optimizer)
+
+
+class _Total:
+    """The sum over all parameters, by rank.
+
+    Args:
+        job: the engine and its ranks.
+        optimizer: with its groups, none of which has been stepped.
+        specs: of all parameters of the model.
+        plan: which parameters tensor parallelism cuts.
+    """
+
+    def __init__(
+        self, job: Job, optimizer: ShardedOptimizer, specs: Sequence[ParamSpec], plan: TensorPlan
+    ) -> None:
+        self.job, self.optimizer, self.specs, self.plan = job, optimizer, specs, plan
+        self.by_rank = {name: torch.zeros(job.ranks, dtype=torch.int64) for name in QUANTITIES}
+
+    def estimate(self, name: str) -> Estimate:
+        """Return the estimate."""
+        numbers, num_units = {"matrices": 0, "others": 0}, 0
+        for group in self.optimizer.param_groups:
+            routes = self.optimizer.routes[group["id"]]
+            is_matrix = group["kind"] == "matrix"
+            for unit in place(self.job, routes, self._replicates(), self.plan):
+                (self._add_matrices if is_matrix else self._add_others)(group, unit)
+                self._add_model(unit, routes)
+                num_units += 1
+            count = sum(math.prod(route.shape) for route in routes)
+            numbers["matrices" if is_matrix else "others"] += count
+        self._add_frozen()
+        if self.optimizer.options.check_finite and self.job.ranks > 1:
+            # ZeRO steps group by group, or sub-group by sub-group
+            self.by_rank["moved"] += AGREEMENT * (num_units if self.job.zero_stage else 1)
+        return Estimate(self.job, name, numbers, self.by_rank)
+
+    def _replicates(self) -> bool:
+        return bool(getattr(self.optimizer.options, "replicate_momentum", False))
+
+    def _add_matrices(self, group: dict[str, Any], unit: PlacedUnit) -> None:
+        """Add what the rule keeps, sends and computes."""
+        optimizer = self.optimizer
+        assert isinstance(optimizer, SpectralOptimizer)
+        counter = MatrixCounter.of_unit(optimizer.rule, optimizer.rule_options(group), unit)
+        counts = counter.count()
+
+        def spread(values: Tensor) -> Tensor:
+            """Return values of each rank of the job."""
+            values = values.expand(counter.replicas, counter.ranks)
+            return values[unit.replica_of, unit.rank_of]
+
+        state = counts.momentum * counter.state_dtype.itemsize + counts.state_bytes
+        self.by_rank["optimizer_state"] += spread(state) + STEP * unit.num_tensors
+        self.by_rank["moved"] += spread(counts.moved_bytes)
+        self.by_rank["polar_calls"] += spread(counts.polar_calls)
+        self.by_rank["flops"] += spread(counts.flops)
+        temporary = torch.maximum(self.by_rank["temporary"], spread(counts.temporary_bytes))
+        self.by_rank["temporary"] = temporary
+
+    def _add_others(self, group: dict[str, Any], unit: PlacedUnit) -> None:
+        """Add AdamW's two moments, and its wider copies of weights and gradients."""
+        wide = torch.promote_types(unit.dtype, LEAST_STATE)
+        moments = 2 * wide.itemsize * unit.by_job_rank
+        self.by_rank["optimizer_state"] += moments + STEP * unit.num_tensors
+        if wide != unit.dtype:
+            temporary = torch.maximum(self.by_rank["temporary"], moments)
+            self.by_rank["temporary"] = temporary
+
+    def _add_model(self, unit: PlacedUnit, routes: Sequence[ParamSpec]) -> None:
+        """Add parameters, DeepSpeed's copies of them, and gradients."""
+        stage, size = self.job.zero_stage, self.job.dtype.itemsize
+        stored = unit.by_job_rank
+        is_flat = stage in (1, 2)  # every rank has the whole flat tensor in the model's dtype
+        held = stored * (self.job.ranks if is_flat else 1)
+        self.by_rank["parameters"] += size * held
+        self.by_rank["gradients"] += size * (held if stage == 1 else stored)
+        if stage is not None and (stage > 0 or self.job.dtype != torch.float32):
+            self.by_rank["master_weights"] += torch.float32.itemsize * stored
+
+    def _add_frozen(self) -> None:
+        """Add frozen parameters, which DeepSpeed keeps whole below stage 3."""
+        frozen, size = [s for s in self.specs if s.kind == "frozen"], self.job.dtype.itemsize
+        if self.job.zero_stage in (0, 1, 2):
+            numel = sum(math.prod(spec.shape) for spec in frozen)
+            self.by_rank["parameters"] += size * numel
+            return
+        for unit in place(self.job, frozen, False, self.plan) if frozen else ():
+            self.by_rank["parameters"] += size * unit.by_job_rank
