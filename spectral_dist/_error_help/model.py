@@ -71,6 +71,11 @@ TEXTS: dict[str, tuple[str, ...]] = {
         r"which needs the matrix itself: its Gram matrix",
         r"which raise the rounding errors of a Gram matrix",
     ),
+    "strategy-is-split": (
+        r"strategy is 'split', ",
+        r"strategy 'split' does not share",
+        r"under strategy='split', which no box",
+    ),
     "strategy-is-block-but": (r"strategy is 'block', but ",),
     "this-optimizer-does-not-have-that-strategy": (r": strategy is .*; .*write 'owner'",),
     "an-observer-calibrates-recorder-or-one-of-your-own-gets-whole-matrices": (

@@ -101,6 +101,8 @@ def estimate(
         ValueError: an unknown optimizer or option, or a model or job that does not go with them.
     """
     entry, options = registry.find(optimizer), dict(options or {})
+    if options.get("strategy") == "split":
+        raise ValueError("strategy is 'split', which is not estimated yet; write 'owner'")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what training warns of, it warns of then
         specs = classify(model, **(routing or {}))

@@ -55,8 +55,9 @@ class SUMOOptions(ScaledOptions):
         if 0 < self.limiter < 1:
             self.invalid(where, "limiter", "write the growth allowed, at least 1; 0 turns it off")
         if self.strategy == "split":
-            why = "SUMO's work is in subspaces, which are small already"
-            self.invalid(where, "strategy", f"{why}; write strategy='owner' or 'gram'")
+            self.invalid(
+                where, "strategy", "SUMO works in small subspaces already; write 'owner' or 'gram'"
+            )
         if self.strategy == "block":
             self.invalid(
                 where, "strategy", "SUMO's bases are those of whole matrices; write 'owner'"
