@@ -20,6 +20,7 @@ from benchmarks import (
     poet_drift,
     poet_numbers,
     poet_quickstart,
+    split_step,
     sumo_quickstart,
 )
 from benchmarks import polargrad_problems as problems
@@ -153,6 +154,18 @@ def ddp_traffic(owners: bool) -> tuple[float, float]:
     runner = ddp_step.DDPRunner("plain", "float32", owners)
     runner.iterate()
     return runner.sent(), runner.all_reduced()
+
+
+def shared_step() -> tuple[float, float]:
+    """The largest load over the mean of a step of one matrix, at its owner and split."""
+    steppers = [split_step.Stepper(1, 16, strategy) for strategy in split_step.STRATEGIES]
+    for stepper in steppers:
+        stepper.step()
+    return steppers[0].imbalance, steppers[1].imbalance
+
+
+def test_a_matrix_is_shared() -> None:
+    assert harness.run(2, shared_step) == [(2.0, 1.0)] * 2
 
 
 @pytest.mark.slow
