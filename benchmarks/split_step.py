@@ -3,8 +3,8 @@
     .venv/bin/python -m benchmarks.split_step --ranks 2 --matrices 1
 
 Gloo ranks of one thread with replicas of square matrices; both strategies take turns on the same
-ranks. Time: the median of the ratios of the two in the same turn, from barrier to barrier. On a machine
-with fewer cores than ranks nothing is gained: owners keep the cores busy already.
+ranks. Time: the median of the ratios of the two in the same turn, from barrier to barrier. Where
+there are fewer cores than ranks nothing is gained: owners keep the cores busy already.
 """
 
 from __future__ import annotations

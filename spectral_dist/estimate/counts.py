@@ -222,9 +222,11 @@ class MatrixCounter:
             owned, bucket_work = self._taken(bucket)
             sends, takes = torch.maximum(sends, runs), torch.maximum(takes, owned)
             work = torch.maximum(work, bucket_work)
-            returns = torch.maximum(returns, runs.sum(0).expand_as(runs))
+            # in turn, two replicas' directions are there at once
+            arrived = 2 * runs.amax(0) if bucket.in_turn else runs.sum(0)
+            returns = torch.maximum(returns, arrived.expand_as(runs))
             moving = torch.maximum(moving, owned * bucket.moves)
-            padded += runs.amax(0)
+            padded += runs if bucket.in_turn else runs.amax(0)
         wire, wide = self.wire.itemsize, self.state_dtype.itemsize
         widened = wide * (wire != wide)  # directions are also there in the state's dtype
         # gradients and weights are widened as well, if the parameters are narrower than state

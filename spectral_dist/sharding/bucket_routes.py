@@ -177,6 +177,7 @@ class BucketRoute:
             directions of all of them.
         counts_per_replica: how many elements of ``result_runs`` each replica computes.
         runs_of_replicas: ``result_runs``, by the replica that computes them.
+        senders: the replicas that send their directions in turn; empty: all do at once.
     """
 
     moves: bool
@@ -188,6 +189,7 @@ class BucketRoute:
     result_runs: list[Piece] = field(default_factory=list)
     counts_per_replica: list[int] = field(default_factory=list)
     runs_of_replicas: list[list[Piece]] = field(default_factory=list)
+    senders: Sequence[int] = ()
 
     def assign_runs(self, replica: int, order: Sequence[tuple[int, list[Piece]]]) -> None:
         """Set all fields that hold or count runs, from this rank's runs.

@@ -213,6 +213,24 @@ def compare(level: Tensor, number: int, groups: Sequence[Group], meter: Meter) -
     return values
 
 
+def broadcast(values: Tensor, sender: int, group: Group, meter: Meter) -> Pending:
+    """Begin to send a flat tensor of one rank to all others, into tensors of its length.
+
+    Args:
+        values: what is sent, or on other ranks what is overwritten.
+        sender: the rank in the group.
+        group: the ranks.
+        meter: counts the bytes, at the sender.
+    """
+    is_sender = rank(group) == sender
+    meter.count("broadcast", is_sender * (size(group) - 1) * values.numel() * values.element_size())
+    if isinstance(group, SimulatedGroup) or not values.numel():
+        return Pending(values)
+    assert group is not None
+    root = dist.get_global_rank(group, sender)
+    return Pending(values, dist.broadcast(values, root, group=group, async_op=True))
+
+
 def sum_ranks(values: Tensor, group: Group, meter: Meter) -> None:
     """Replace ``values`` by their sum over all ranks of the group."""
     if size(group) > 1:

@@ -19,7 +19,7 @@ from spectral_dist.sharding.collectives import Group, Meter, Pending
 from spectral_dist.sharding.gram import Reduction
 from spectral_dist.sharding.layout import Layout
 from spectral_dist.sharding.matrix import Matrix
-from spectral_dist.sharding.plan import Plan
+from spectral_dist.sharding.plan import Bucket, Plan, first_of
 from spectral_dist.sharding.slabs import route_in_replicas, route_to_slabs
 from spectral_dist.sharding.split import SplitReduction
 
@@ -208,6 +208,9 @@ class Exchange:
                     self._reductions[batch.matrices] = Reduction(batch, group, meter)
                     continue
                 self._reductions[batch.matrices] = SplitReduction(batch, teams[bucket.team], meter)
+        for bucket, route in zip(plan.buckets, self.routes, strict=True):
+            if bucket.in_turn:
+                route.senders = _senders(bucket, ranks)
         self.local_runs = Pieces([piece for route in self.routes for piece in route.result_runs])
         self.owned_runs = Pieces([piece for route in self.routes for piece in route.send_runs])
 
@@ -247,6 +250,9 @@ class Exchange:
         del directions
         yield
         flat = route.packing.unpack_directions(delivering.wait())
+        if route.senders:
+            yield from self._apply_in_turn(route, flat, task)
+            return
         if self.num_replicas > 1:
             exchanging = self._exchange_replicas(route, flat)
             yield
@@ -285,6 +291,20 @@ class Exchange:
             flat, route.recv_counts, route.send_counts, self.group, self.meter
         )
 
+    def _apply_in_turn(self, route: BucketRoute, flat: Tensor, task: MatrixTask) -> Iterator[None]:
+        """Send the directions of one replica after the other, and apply those that have arrived."""
+        replica = collectives.rank(self.replicas)
+        sent: tuple[list[Piece], Pending] | None = None
+        for k in route.senders:
+            values = flat if k == replica else flat.new_empty(route.counts_per_replica[k])
+            sending = collectives.broadcast(values, k, self.replicas, self.meter)
+            yield
+            if sent is not None:
+                task.apply(sent[0], self._directions(sent[1].wait(), sent[0]))
+            sent = route.runs_of_replicas[k], sending
+        if sent is not None:
+            task.apply(sent[0], self._directions(sent[1].wait(), sent[0]))
+
     def _exchange_replicas(self, route: BucketRoute, flat: Tensor) -> Pending:
         """Begin gathering the directions of all replicas' matrices, padded to equal length."""
         padding = flat.new_zeros(max(route.counts_per_replica) - flat.numel())
@@ -300,3 +320,10 @@ class Exchange:
 def _team_sizes(plan: Plan) -> list[int]:
     """Return the sizes of the teams that a plan has, the largest first."""
     return sorted({bucket.team for bucket in plan.buckets} - {1}, reverse=True)
+
+
+def _senders(bucket: Bucket, ranks: int) -> list[int]:
+    """Return the replicas that compute directions of a bucket, ascending; ``ranks``: of each."""
+    firsts = {first_of(owner, ranks, bucket.team) // ranks for owner in bucket.matrices}
+    shared = bucket.team if ranks == 1 else 1
+    return sorted({first + k for first in firsts for k in range(shared)})

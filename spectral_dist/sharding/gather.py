@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -28,12 +28,23 @@ def from_owners(
         # an empty tensor gives the dtype if there are no runs
         runs.append(torch.zeros(0, dtype=exchange.state_dtype, device=exchange.state_device))
         flat = torch.cat(runs).to(exchange.device)
+        for k in route.senders:
+            replica = collectives.rank(exchange.replicas)
+            values = flat if k == replica else flat.new_empty(route.counts_per_replica[k])
+            values = collectives.broadcast(values, k, exchange.replicas, exchange.meter).wait()
+            _write(targets, route.runs_of_replicas[k], values)
+        if route.senders:
+            continue
         longest = max(route.counts_per_replica)
         padded = torch.nn.functional.pad(flat, (0, longest - flat.numel()))
         if exchange.num_replicas > 1:
             padded = collectives.all_gather(padded, exchange.replicas, exchange.meter).wait()
         parts = padded.view(exchange.num_replicas, longest)
         result = torch.cat([p[:n] for p, n in zip(parts, route.counts_per_replica, strict=True)])
-        result_runs = torch.split(result, [piece.length for piece in route.result_runs])
-        for piece, run in zip(route.result_runs, result_runs, strict=True):
-            targets[piece].copy_(piece.shaped(run))
+        _write(targets, route.result_runs, result)
+
+
+def _write(targets: Mapping[Piece, Tensor], pieces: Sequence[Piece], values: Tensor) -> None:
+    """Write values, one piece after the other, into the pieces' targets."""
+    for piece, run in zip(pieces, torch.split(values, [p.length for p in pieces]), strict=True):
+        targets[piece].copy_(piece.shaped(run))

@@ -24,12 +24,15 @@ class Bucket:
         team: under strategy ``split``, how many ranks work on each of them in slabs; else 1. The
             team of an owner are its neighbours from a multiple of this number on: ranks of its
             replica, or replicas if each has one rank.
+        in_turn: whether each replica in turn sends its directions to all others, as all of them
+            together would take too much memory.
     """
 
     matrices: dict[int, list[int]]
     moves: bool
     gram: bool = False
     team: int = 1
+    in_turn: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,12 @@ class Plan:
     def imbalance(self) -> float:
         """Return the largest load over the mean load; 1 is perfect."""
         return max(self.loads) * len(self.loads) / sum(self.loads)
+
+
+AT_ONCE = 2
+"""How many times a bucket's bound the directions are that are gathered from replicas at once."""
+LEAST_BUCKET = 2**20
+"""Elements of a bucket that are never too many to be gathered."""
 
 
 def cost(shape: tuple[int, int]) -> float:
@@ -284,6 +293,37 @@ def slab_buckets(
         yield dict(sorted(bucket.items()))
 
 
+def _is_too_much(
+    layouts: Sequence[Layout],
+    chunk: dict[int, list[int]],
+    ranks: int,
+    replicas: int,
+    team: int,
+    bucket_numel: int,
+) -> bool:
+    """Return whether a bucket's directions are too many to be gathered from all replicas at once.
+
+    A gather brings as many from each replica as from the one that has most.
+
+    Args:
+        layouts: of all matrices.
+        chunk: the indices of each owner's matrices.
+        ranks: the number of ranks of one replica, which share its matrices.
+        replicas: the number of replicas.
+        team: how many ranks work on each matrix.
+        bucket_numel: the most elements of a bucket on a rank.
+    """
+    of_replica: dict[int, float] = {}
+    for owner, matrices in chunk.items():
+        numel = sum(layouts[i].matrix.numel for i in matrices) / ranks
+        shared = team if ranks == 1 else 1
+        first = first_of(owner, ranks, team) // ranks
+        for k in range(first, first + shared):
+            of_replica[k] = of_replica.get(k, 0.0) + numel / shared
+    gathered = replicas * max(of_replica.values(), default=0.0)
+    return replicas > 1 and gathered > AT_ONCE * max(bucket_numel, LEAST_BUCKET)
+
+
 def make_plan(
     layouts: Sequence[Layout],
     ranks: int,
@@ -342,7 +382,8 @@ def make_plan(
             else:
                 chunks = owner_buckets(layouts, indices, owners, limit)
             for chunk in chunks:
-                yield Bucket(chunk, moving, is_gram, size)
+                in_turn = _is_too_much(layouts, chunk, ranks, replicas, size, bucket_numel)
+                yield Bucket(chunk, moving, is_gram, size, in_turn)
 
     local, communicated = ([*buckets_of(moving)] for moving in (False, True))
     buckets = (*local[:1], *communicated, *local[1:])

@@ -47,10 +47,15 @@ def test_one_rank_keeps_a_number_for_a_matrix_and_two_for_the_rest() -> None:
     assert found["polar_calls"].tolist() == [sum(len(spec.matrices) for spec in specs)]
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero1", "zero3"])
+@pytest.mark.parametrize("engine", ["ddp", "ddp in turn", "fsdp", "zero1", "zero3"])
 @pytest.mark.parametrize("ranks", [2, 3, 7, 64])
-def test_the_exchange_of_every_rank_sends_as_much(engine: str, ranks: int) -> None:
+def test_the_exchange_of_every_rank_sends_as_much(
+    engine: str, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The routes that training builds for each rank have the bytes of the estimate."""
+    if engine == "ddp in turn":
+        monkeypatch.setattr("spectral_dist.sharding.plan.AT_ONCE", 0)
+        engine = "ddp"
     rule = registry.find("muon").rule
     assert rule is not None
     options = rule.options_type.from_user({"bucket_mb": 0.01})
@@ -70,8 +75,9 @@ def test_the_exchange_of_every_rank_sends_as_much(engine: str, ranks: int) -> No
                     own = route.send_counts[rank] + route.recv_counts[rank]
                     sent[job_rank] += (both - own) * wire.itemsize
                 if groups[1] > 1:
-                    gathered = max(route.counts_per_replica) * wire.itemsize
-                    sent[job_rank] += (groups[1] - 1) * gathered
+                    counts = route.counts_per_replica
+                    numel = counts[replica] if bucket.in_turn else max(counts)
+                    sent[job_rank] += (groups[1] - 1) * numel * wire.itemsize
     everything = estimate(
         model(), job(engine, ranks), "muon", {"bucket_mb": 0.01, "check_finite": False}
     )

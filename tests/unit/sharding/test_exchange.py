@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from spectral_dist.sharding import collectives
+from spectral_dist.sharding import plan as plans
 from spectral_dist.sharding.collectives import Meter
 from spectral_dist.sharding.exchange import MatrixTask
 from spectral_dist.sharding.layout import Cut, Layout, Tile, flat_layout
@@ -107,7 +110,7 @@ def there_and_back(world: World, numel: int, wire: torch.dtype, where=(None, Non
 def costs(world, plan, here, replicas, wire):
     """(calls, bytes) that one exchange must have cost this rank."""
     rank, replica, ranks = here
-    calls, sent = dict.fromkeys(("all_to_all", "all_gather"), 0), 0
+    calls, sent = dict.fromkeys(("all_to_all", "all_gather", "broadcast"), 0), 0
     for truth, owner in zip(world.truths, plan.owners, strict=True):
         if owner // ranks == replica:
             mine = owner % ranks == rank
@@ -122,9 +125,24 @@ def costs(world, plan, here, replicas, wire):
             given = [0] * replicas
             for i in here:
                 given[plan.owners[i] // ranks] += world.truths[i].held(rank)
-            sent += (replicas - 1) * max(given) * wire.itemsize
-            calls["all_gather"] += 1
+            most = given[replica] if bucket.in_turn else max(given)
+            sent += (replicas - 1) * most * wire.itemsize
+            senders = {plan.owners[i] // ranks for i in here}
+            calls["broadcast" if bucket.in_turn else "all_gather"] += (
+                len(senders) if bucket.in_turn else 1
+            )
     return {name: count for name, count in calls.items() if count}, sent
+
+
+@contextmanager
+def gathering(at_once: bool) -> Iterator[None]:
+    """Directions are gathered from all replicas at once, or sent by one after the other."""
+    original = plans.AT_ONCE
+    plans.AT_ONCE = original if at_once else 0
+    try:
+        yield
+    finally:
+        plans.AT_ONCE = original
 
 
 def rounds(ranks: int, replicas: int, wire_name: str, seed: int) -> int:
@@ -136,7 +154,9 @@ def rounds(ranks: int, replicas: int, wire_name: str, seed: int) -> int:
         here = (collectives.rank(where[0]), collectives.rank(where[1]), ranks)
         world = random_world(seed + count, ranks, here[0], largest=largest)
         numel = (1, 30, 1 << 30, 7)[count % 4]
-        plan, meter = there_and_back(world, numel, wire, where)
+        with gathering(at_once=count % 3 > 0):
+            plan, meter = there_and_back(world, numel, wire, where)
+        assert all(b.in_turn == (replicas > 1 and count % 3 == 0) for b in plan.buckets)
         calls, sent = costs(world, plan, here, replicas, wire)
         assert meter.calls == calls
         assert sum(meter.bytes.values()) == sent
@@ -180,13 +200,14 @@ def collectives_in_order(ranks, replicas):
         return original, call
 
     originals = {}
-    for name in ("all_to_all", "all_gather"):
+    for name in ("all_to_all", "all_gather", "broadcast"):
         originals[name], call = recorded(name)
         setattr(collectives, name, call)
     try:
         for seed in range(50, 60):
             world = random_world(seed, ranks, collectives.rank(group), largest=1 << 20)
-            there_and_back(world, 9, torch.float32, (group, copies))
+            with gathering(at_once=seed % 2 > 0):
+                there_and_back(world, 9, torch.float32, (group, copies))
             order.append("end")
     finally:
         for name, original in originals.items():
@@ -200,6 +221,7 @@ def test_all_ranks_call_the_same_collectives_in_one_order(ranks, replicas):
     assert all(order == first for order in rest)
     assert (("all_to_all", "group") in first) == (ranks > 1)
     assert (("all_gather", "replicas") in first) == (replicas > 1)
+    assert (("broadcast", "replicas") in first) == (replicas > 1)
 
 
 def test_alone_nothing_is_sent():

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from spectral_dist.sharding.layout import Cut, flat_layout
+from spectral_dist.sharding.layout import Cut, Layout, flat_layout
 from spectral_dist.sharding.matrix import Matrix
 from spectral_dist.sharding.plan import make_plan
 from tests.support.tiles import length_of
@@ -297,3 +297,22 @@ def test_balance_is_counted_over_all_ranks_and_replicas():
     plan = make_plan(whole([(4, 4)] * 3), 1, HUGE, 2)
     assert plan.loads == (2.0 * price((4, 4)), 1.0 * price((4, 4)))
     assert plan.imbalance == pytest.approx(4 / 3)
+
+
+def whole_everywhere(count: int, side: int) -> list[Layout]:
+    """As DDP has them."""
+    shape = (side, side)
+    return [
+        flat_layout(Matrix(f"w{i}", shape, ((0, side),)), Cut((0, side * side)), tensor=i)
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("side", "replicas", "in_turn"), [(4096, 64, True), (4096, 2, False), (64, 64, False)]
+)
+def test_directions_of_many_large_matrices_come_in_turn(side, replicas, in_turn):
+    """Of 64 owners of 16M elements each all together would be 32 times a bucket of 64 MiB."""
+    layouts = whole_everywhere(2 * replicas, side)
+    plan = make_plan(layouts, 1, 1 << 24, replicas)
+    assert {bucket.in_turn for bucket in plan.buckets} == {in_turn}
