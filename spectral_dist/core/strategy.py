@@ -104,6 +104,8 @@ def select_teams(
                 " (polar='polar_express')"
             )
     ranks, replicas = map(collectives.size, (located.group, located.replicas))
+    if max(ranks, replicas) == 1:
+        _warn_no_effect(options, located.layouts)
     length, rows = (ranks, replicas) if ranks > 1 else (replicas, 1)
     able = [layout.stacked() or ranks > 1 for layout in located.layouts]
     return team_sizes([cost(x.matrix.shape) for x in located.layouts], able, length, rows)
@@ -133,12 +135,7 @@ def select_gram(
     layouts, ranks = located.layouts, collectives.size(located.group)
     asked = options.strategy == "gram"
     if options.strategy in ("gram", "block") and ranks == 1:
-        name = layouts[0].matrix.name if layouts else "no matrix"
-        warnings.warn(
-            f"strategy {options.strategy!r} has no effect on {name} and those that lie like it:"
-            " no other rank holds a part of them",
-            stacklevel=7,
-        )
+        _warn_no_effect(options, layouts)
     if ranks == 1 or not (asked or (options.strategy == "auto" and not needs_whole)):
         return [False] * len(layouts)
     job = CostContext(ranks, collectives.size(located.replicas), 0, wire.itemsize, False, 8)
@@ -157,6 +154,16 @@ def select_gram(
         return able
     return cheaper_in_slabs(
         layouts, able, _job_of(job, specs, dtypes, wire, located.device), _machine(options)
+    )
+
+
+def _warn_no_effect(options: MatrixOptions, layouts: Sequence[Layout]) -> None:
+    """Warn that a strategy has nothing to share out."""
+    name = layouts[0].matrix.name if layouts else "no matrix"
+    warnings.warn(
+        f"strategy {options.strategy!r} has no effect on {name} and those that lie like it:"
+        " no other rank holds a part of them",
+        stacklevel=8,
     )
 
 

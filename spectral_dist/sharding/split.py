@@ -59,7 +59,7 @@ class SplitReduction(Reduction):
 
         They are added up in float32 at least, in the order of ranks, and rounded once.
         """
-        parts = self.gram(y.float() if y.dtype in HALF else y)
+        parts = self._wide_gram(y)
         counts = self._row_counts(parts.shape[-1])
         # rank by rank, and for each of them matrix by matrix
         by_rank = torch.cat([part.reshape(-1) for part in torch.split(parts, counts, dim=1)])
@@ -74,6 +74,16 @@ class SplitReduction(Reduction):
         shape = (self._ranks, len(y), counts[self._rank], parts.shape[-1])
         sums = received.wait().view(shape).sum(0)
         return sums.to(y.dtype)
+
+    def _wide_gram(self, y: Tensor) -> Tensor:
+        """Return the Gram matrices of this rank's own slabs, in float32 at least."""
+        if y.dtype not in HALF:
+            return self.gram(y)
+        if not y.is_cuda:
+            return self.gram(y.float())
+        left, right = (y, y.mT) if self.along else (y.mT, y)
+        # products of half precision that come out wide: float32 ones take eight times as long
+        return torch.bmm(left, right, out_dtype=torch.float32)
 
     def _all_rows(self, mine: Tensor) -> Tensor:
         """Return the rows (k, s, s) of all ranks, given those of this one, (k, rows, s)."""

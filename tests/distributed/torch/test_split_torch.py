@@ -218,3 +218,10 @@ def test_what_cannot_be_split_is_refused(title: str, options: dict[str, Any], te
     groups = spectral_dist.param_groups(build(""))
     with pytest.raises(ValueError, match=text):
         getattr(spectral_dist, title)(groups, strategy="split", **options).step()
+
+
+def test_alone_nothing_is_shared() -> None:
+    model = build("")
+    optimizer = spectral_dist.Muon(spectral_dist.param_groups(model), strategy="split")
+    with pytest.warns(UserWarning, match="strategy 'split' has no effect on layer0.weight"):
+        train(model, optimizer, 0, 1)
