@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import NoReturn, TypeAlias
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -76,52 +75,6 @@ def size(group: Group) -> int:
     if isinstance(group, SimulatedGroup):
         return group.num_ranks
     return 1 if group is None else dist.get_world_size(group)
-
-
-_TEAMS: WeakKeyDictionary[dist.ProcessGroup, dict[int, Group]] = WeakKeyDictionary()
-
-
-def team_of(group: Group, ranks: int) -> Group:
-    """Return the group of this rank's team: of ``ranks`` neighbours, from a multiple of that on.
-
-    A collective call of the group, the first time.
-
-    Args:
-        group: that is divided into teams; its last ranks are in none if they are too few.
-        ranks: of a team.
-    """
-    if group is None or ranks == size(group):
-        return group
-    first = rank(group) // ranks * ranks
-    if isinstance(group, SimulatedGroup):
-        return SimulatedGroup(rank(group) - first, ranks)
-    made = _TEAMS.setdefault(group, {})
-    if ranks not in made:
-        _agree_on_names(group)
-        members = dist.get_process_group_ranks(group)[first : first + ranks]
-        is_whole = len(members) == ranks
-        made[ranks] = dist.new_group(members, use_local_synchronization=True) if is_whole else None
-    return made[ranks]
-
-
-_most_names: list[int] = [0]
-"""How many groups there were when a team's was made last."""
-
-
-def _agree_on_names(group: dist.ProcessGroup) -> None:
-    """Let all ranks of a group call a new group by one name, which none has had.
-
-    torch names a group that its members alone make after them and after how many groups a rank
-    has. Where these numbers differ, as under Megatron, or one comes again because groups were
-    destroyed, the members would wait for each other for ever. Groups of one rank make up for it.
-    """
-    known = dist.distributed_c10d._world.pg_names
-    wanted = max(len(known), _most_names[0] + 1)
-    most = torch.tensor(wanted, dtype=torch.int64, device=device_of(group))
-    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=group)
-    _most_names[0] = int(most)
-    for _ in range(int(most) - len(known)):
-        dist.new_group([dist.get_rank()], use_local_synchronization=True)
 
 
 def job_size() -> int:

@@ -21,7 +21,7 @@ from spectral_dist.sharding.layout import Layout
 from spectral_dist.sharding.matrix import Matrix
 from spectral_dist.sharding.plan import Bucket, Plan, first_of
 from spectral_dist.sharding.slabs import route_in_replicas, route_to_slabs
-from spectral_dist.sharding.split import SplitReduction
+from spectral_dist.sharding.split import SplitReduction, team_of
 
 __all__ = ["Exchange", "MatrixTask", "Piece", "Pieces"]
 
@@ -190,7 +190,7 @@ class Exchange:
             ]
 
         sharing = group if ranks > 1 else replicas
-        teams = {size: collectives.team_of(sharing, size) for size in _team_sizes(plan)}
+        teams = {size: team_of(sharing, size) for size in _team_sizes(plan)}
         self.routes: list[BucketRoute] = []
         self._reductions: dict[tuple[int, ...], Reduction] = {}
         for bucket in plan.buckets:

@@ -72,22 +72,24 @@ def check(
     assert wrong == []
 
 
-SLOW = [pytest.param(engine, marks=pytest.mark.slow) for engine in ("zero0", "zero2")]
+SLOW = [
+    pytest.param(engine, marks=pytest.mark.slow) for engine in ("zero0", "zero2", "zero3", "fsdp")
+]
 MESHES = [
     pytest.param("hsdp", 1, 2, marks=pytest.mark.slow),
     pytest.param("fsdp", 2, 1, marks=pytest.mark.slow),
-    ("hsdp", 2, 2),
+    pytest.param("hsdp", 2, 2, marks=pytest.mark.slow),
 ]
 """Engine, tensor-parallel ranks and nodes."""
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero1", "zero3", *SLOW])
+@pytest.mark.parametrize("engine", ["ddp", "zero1", *SLOW])
 def test_two_ranks(engine: str, tmp_path: Path) -> None:
     check(tmp_path, 2, engine, OWNER)
     check(tmp_path, 2, engine, POET, "even")
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "zero1"])
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero1", marks=pytest.mark.slow)])
 def test_slabs(engine: str, tmp_path: Path) -> None:
     check(tmp_path, 2, engine, GRAM)
 
@@ -102,7 +104,7 @@ def test_parameters_in_bfloat16(engine: str, tmp_path: Path) -> None:
     check(tmp_path, 2, engine, [("muon", {**WIDE, **SMALL})], "even", dtype="bfloat16")
 
 
-@pytest.mark.parametrize("engine", ["fsdp", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero3", marks=pytest.mark.slow)])
 def test_experts(engine: str, tmp_path: Path) -> None:
     cases: list[Case] = [("muon", {**WIDE, **SMALL}), ("sumo", {"rank": 3, "period": 1000})]
     check(tmp_path, 2, engine, cases, "mixtral")

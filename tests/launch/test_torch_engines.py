@@ -52,7 +52,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "fsdp on 2-Muon",
     "fsdp on 2-PolarGrad",
     "fsdp on 2-SUMO",
-    "hsdp on 4-Muon",
     "tp and fsdp on 4-Muon",
 )
 def test_however_many_ranks_share_it(folder: Path, kind: str, layout: str) -> None:

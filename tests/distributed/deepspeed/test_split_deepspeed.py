@@ -48,6 +48,7 @@ def train(stage: int) -> tuple[int, set[str], dict[str, Tensor]]:
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.fast_cases("3")
 def test_as_one_process(stage: int) -> None:
     model: Any = build()
     optimizer = spectral_dist.Muon(spectral_dist.param_groups(model), **engine.OPTIONS)

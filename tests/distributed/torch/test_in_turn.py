@@ -45,6 +45,7 @@ def run(layout: str, title: str, at_once: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("layout", "ranks"), [("ddp", 3), ("hsdp", 4)])
 @pytest.mark.parametrize("title", ["Muon", "NorMuon"])
+@pytest.mark.fast_cases("NorMuon-ddp-3", "Muon-hsdp-4")
 def test_the_same_bits(layout: str, ranks: int, title: str) -> None:
     wanted = harness.run(ranks, run, layout, title, plan.AT_ONCE)[0]
     for weights in harness.run(ranks, run, layout, title, 0):

@@ -48,8 +48,8 @@ from tests.support.quiet import quiet
         (2, {"title": "SUMO"}),
         (2, {"title": "NorMuon"}),
         (2, {"check_finite": False, "zeros": True}),
-        (3, {}),
-        (4, {}),
+        pytest.param(3, {}, marks=pytest.mark.slow),
+        pytest.param(4, {}, marks=pytest.mark.slow),
         (4, {"split": HEADS, "ddp": {"gradient_as_bucket_view": True}}),
     ],
 )
@@ -66,7 +66,7 @@ def test_equals_plain_ddp(world: int, changes: dict[str, Any]) -> None:
         (2, {}),
         (2, {"accumulation": 2, "ddp": {"gradient_as_bucket_view": True}}),
         (2, {"split": HEADS, "zeros": True}),
-        (3, {}),
+        pytest.param(3, {}, marks=pytest.mark.slow),
     ],
 )
 def test_clips_as_torch_clips_plain_ddp(world: int, changes: dict[str, Any]) -> None:
