@@ -137,16 +137,16 @@ def estimate(
             engine, dp=dp, tp=tp, pp=pp, ep=ep, nodes=nodes, gpus_per_node=gpus_per_node,
             dtype=dtype, sub_group=sub_group_size,
         )  # fmt: skip
-        found = estimates.estimate_of(llama.build_empty(model), job, optimizer, option or [])
+        result = estimates.estimate_of(llama.build_empty(model), job, optimizer, option or [])
     except ValueError as error:
         _print_error("estimate", error)
         raise typer.Exit(2) from None
     if as_json:
-        typer.echo(json.dumps(found.to_json(), indent=1))
+        typer.echo(json.dumps(result.to_json(), indent=1))
         return
-    billions = sum(found.numbers.values()) / 1e9
+    billions = sum(result.numbers.values()) / 1e9
     title = f"{model.stem}, {billions:.2f}e9 parameters; {optimizer}, {engine}, {job.ranks} ranks"
-    Console().print(estimates.table_of(found, title))
+    Console().print(estimates.table_of(result, title))
 
 
 @app.command()

@@ -56,13 +56,13 @@ def estimate_of(model: nn.Module, job: Job, optimizer: str, options: Sequence[st
     return estimate(model, job, optimizer, values, routing)
 
 
-def table_of(found: Estimate, title: str) -> Table:
+def table_of(result: Estimate, title: str) -> Table:
     """Return a table of what the ranks have."""
     table = Table("of a rank", "most", "mean", "", title=title, box=box.SIMPLE_HEAD)
     table.title_justify = "left"
     for column in table.columns[1:3]:
         column.justify = "right"
-    for name, values in found.summary().items():
+    for name, values in result.summary().items():
         factor, unit = UNITS.get(name, (2**30, "GiB"))
         digits = 1 if name == "polar_calls" else 3
         numbers = [f"{values[which] / factor:,.{digits}f}" for which in ("max", "mean")]

@@ -124,6 +124,7 @@ def momentum_runs(
         route: the parameter's spec.
         momentum: its packed runs on this rank (``MatrixUnit.new_momentum``).
     """
+    _check_columns(unit, index, route)
     located = unit.located
     views = unit.momentum_runs.packed_views(index, momentum)
     parts: list[tuple[Chunk, Tensor]] = []
@@ -145,6 +146,28 @@ def momentum_runs(
                     view = by_place[piece.start, piece.length]
                     parts += _boxes(route, layout.matrix.width, box, tile.step, view)
     return ChunkedTensor(route.shape, momentum, parts)
+
+
+def _check_columns(unit: MatrixUnit, index: int, route: ParamSpec) -> None:
+    """Raise a ValueError if ranks share columns of a parameter of more than two dimensions.
+
+    Every rank raises it, also one that has none of them: the plan tells.
+
+    Args:
+        unit: that has the parameter.
+        index: of the parameter among the unit's tensors.
+        route: the parameter's spec.
+    """
+    if len(route.shape) == 2 or route.stacked or unit.located.group is not None:
+        return
+    for layout, strategy in zip(unit.located.layouts, unit.plan.strategies, strict=True):
+        rows, columns = layout.matrix.shape
+        if layout.tiles[0].tensor == index and strategy == "split" and columns > rows:
+            raise ValueError(
+                f"{route.name}: ranks share its columns under strategy='split', which no box of"
+                f" {route.shape} is; write strategy='owner' to save with"
+                " torch.distributed.checkpoint"
+            )
 
 
 def _box_of_tile(matrix: Matrix, tile: Tile, rank: int) -> tuple[int, int, int, int]:
@@ -178,20 +201,12 @@ def _boxes(
         width: the number of columns, of the parameter seen as (rows, columns).
         box: (row, column, rows, columns) in it.
         step: from one column to the next; if it is not 1, each column is a box.
-        values: of the rows and columns.
-
-    Raises:
-        ValueError: the parameter has more than two dimensions, and the columns are not all.
+        values: of the rows and columns; of all columns, if the parameter has more than two
+            dimensions.
     """
     row, column, rows, columns = box
     number, row = divmod(row, route.stack // width)
     if len(route.shape) > 2 and not route.stacked:
-        if columns < width:
-            raise ValueError(
-                f"{route.name}: ranks share its columns under strategy='split', which no box of"
-                f" {route.shape} is; write strategy='owner' to save with"
-                " torch.distributed.checkpoint"
-            )
         yield ((row, *(0 for _ in route.shape[1:])), (rows, *route.shape[1:])), values
         return
     prefix, one = ((number,), (1,)) if route.stacked else ((), ())

@@ -139,7 +139,7 @@ def _print(
 ) -> None:  # fmt: skip
     """Print DeepSpeed's table for a stage."""
     job = Job.from_user(f"zero{stage}", nodes=nodes, gpus_per_node=gpus)
-    found = estimate(model, job, optimizer, options)
+    result = estimate(model, job, optimizer, options)
     numel = sum(p.numel() for p in model.parameters())
     layers = (sum(p.numel() for p in m.parameters(recurse=False)) for m in model.modules())
     largest = max(layers)
@@ -153,19 +153,19 @@ def _print(
         f"SW: Model with {size}; {optimizer} for its matrices.",
         "  per CPU  |  per GPU |   Options",
     ]
-    for cpu, gpu, text in _rows(stage, found, numel, largest, gpus, nodes):
+    for cpu, gpu, text in _rows(stage, result, numel, largest, gpus, nodes):
         lines.append(f" {cpu * factor / GIB:7.2f}GB | {gpu / GIB:6.2f}GB | {text}")
-    temporary = int(found.by_rank["temporary"].max())
+    temporary = int(result.by_rank["temporary"].max())
     lines.append(f"and while the optimizer steps, on a GPU: {temporary / GIB:.2f}GB (bucket_mb)")
     print("\n".join(lines))  # noqa: T201  as DeepSpeed's functions do
 
 
 def _rows(
-    stage: int, found: Estimate, numel: int, largest: int, gpus: int, nodes: int
+    stage: int, result: Estimate, numel: int, largest: int, gpus: int, nodes: int
 ) -> list[tuple[float, float, str]]:
     """Return (CPU bytes of a node before the factor, GPU bytes, options) of each line."""
     ranks, wide, half = gpus * nodes, 4, 2
-    kept = found.by_rank["optimizer_state"] + found.by_rank["master_weights"]
+    kept = result.by_rank["optimizer_state"] + result.by_rank["master_weights"]
     # of a rank, with the float32 gradients that it steps on; and of all ranks
     stepped = int(kept.max()) + wide * numel // ranks
     all_stepped = int(kept.sum()) + wide * numel

@@ -32,7 +32,7 @@ def null_cutoff(shape: Sequence[int], *dtypes: torch.dtype) -> float:
     return max(max(torch.finfo(d).eps, side * torch.finfo(norm_dtype(d)).eps) for d in dtypes)
 
 
-def near_one(x: Tensor, dtype: torch.dtype, over: Slabs | None = None) -> Tensor:
+def near_one(x: Tensor, dtype: torch.dtype, over: OtherSlabs | None = None) -> Tensor:
     """Return a fresh contiguous copy of x, each matrix over a power of two: nothing is rounded.
 
     The largest magnitude of each matrix is from 1 to 2 in the result, less if it is subnormal in x,
@@ -58,7 +58,7 @@ _EXPONENTS = {
 """For a dtype: the integer of its size, and the bits of it that hold the exponent."""
 
 
-class Slabs(Protocol):
+class OtherSlabs(Protocol):
     """The ranks that have the other slabs of the same matrices."""
 
     def largest(self, values: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ class Slabs(Protocol):
         """Replace values by their sum over all ranks, and return them."""
 
 
-def _powers_of_two(x: Tensor, over: Slabs | None = None) -> Tensor:
+def _powers_of_two(x: Tensor, over: OtherSlabs | None = None) -> Tensor:
     """Return the largest normal power of two within each of x (k, m, n), as a fresh (k, 1, 1)."""
     if over is not None and not x.numel():
         largest = x.new_zeros(len(x), 1, 1)
@@ -85,7 +85,7 @@ def _powers_of_two(x: Tensor, over: Slabs | None = None) -> Tensor:
 
 
 def unit_frobenius(
-    x: Tensor, dtype: torch.dtype, safety: float, multiple: int = 1, over: Slabs | None = None
+    x: Tensor, dtype: torch.dtype, safety: float, multiple: int = 1, over: OtherSlabs | None = None
 ) -> Tensor:
     """Return a fresh contiguous x / (||x||_F * safety) in ``dtype``, each matrix on its own.
 

@@ -13,7 +13,7 @@ from tests.support import harness
 
 
 def train(*args: Any) -> dict[str, Any]:
-    """As ``runs.train``, but every matrix is shared, which are too many here to be so otherwise."""
+    """Train as ``runs.train``, but share every matrix: they are too many to be shared otherwise."""
     original = strategy.team_sizes
     strategy.team_sizes = lambda costs, able, length, rows: [1 + fine for fine in able]
     try:

@@ -225,3 +225,27 @@ def test_alone_nothing_is_shared() -> None:
     optimizer = spectral_dist.Muon(spectral_dist.param_groups(model), strategy="split")
     with pytest.warns(UserWarning, match="strategy 'split' has no effect on layer0.weight"):
         train(model, optimizer, 0, 1)
+
+
+def conv_saved(folder: str) -> str:
+    """Two of three ranks share the columns of a convolution, and no rank waits for another."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"conv": nn.Conv2d(3, 8, 3), "norm": nn.LayerNorm(8)})
+    optimizer = optimizer_of(model, "ddp", "Muon")
+    train(model, optimizer, 0, 1)
+    assert optimizer.all_units[0].plan.strategies == ("split",)
+    with pytest.raises(ValueError, match="ranks share its columns under strategy='split'"):
+        spectral_dist.checkpoint.save(folder, model, optimizer)
+    return "refused"
+
+
+def test_columns_of_a_convolution_are_not_saved(tmp_path: Path) -> None:
+    assert harness.run(3, conv_saved, str(tmp_path / "saved")) == ["refused"] * 3
+
+
+def test_an_observer_needs_whole_matrices() -> None:
+    model = build("")
+    optimizer = spectral_dist.Muon(spectral_dist.param_groups(model), strategy="split")
+    optimizer.observers.append(lambda names, matrices: None)
+    with pytest.raises(ValueError, match="strategy is 'split', but an observer or the rule needs"):
+        train(model, optimizer, 0, 1)

@@ -93,7 +93,7 @@ def test_bits_do_not_depend_on_the_batch(
 def test_many_matrices_are_tried_in_few(
     count: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As many heads as a large model has would be tried for long."""
+    """A trial of as many heads as a large model has would take long."""
     tried: list[int] = []
     original = batching.rounds_alike
 

@@ -306,9 +306,8 @@ def test_boxes_put_every_element_where_the_slices_say(drawn, halves):
                     row, col = divmod(j, tile.cols)
                     assert part[row, col] == -1  # nobody else's
                     part[row, col] = local[rank][tile.local(j, rank)]
-                assert dict.fromkeys([(rank, begin, end)] if begin < end else []) == {
-                    each: None for each in tile.parts() if each[0] == rank
-                }
+                parts = [each for each in tile.parts() if each[0] == rank]
+                assert parts == ([(rank, begin, end)] if begin < end else [])
                 pieces = [p.view(torch.tensor(local[rank])) for p in tile_pieces(tile, 0, rank)]
                 stored = [x for piece in pieces for x in piece.flatten().tolist()]
                 assert stored == part.flatten()[begin:end].tolist()
@@ -338,7 +337,6 @@ def columns_of(columns):
 @quick
 @given(st.data())
 def test_columns_in_a_flat_sequence(data):
-    """Runs of a sequence, of any lengths, divide rows of columns anywhere."""
     m, n = data.draw(st.integers(1, 5)), data.draw(st.integers(2, 7))
     offset = data.draw(st.integers(0, 5))
     cut, lengths = data.draw(cuts(offset + m * n))

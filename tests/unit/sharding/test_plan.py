@@ -300,7 +300,7 @@ def test_balance_is_counted_over_all_ranks_and_replicas():
 
 
 def whole_everywhere(count: int, side: int) -> list[Layout]:
-    """As DDP has them."""
+    """Lay square matrices as DDP has them."""
     shape = (side, side)
     return [
         flat_layout(Matrix(f"w{i}", shape, ((0, side),)), Cut((0, side * side)), tensor=i)
@@ -312,7 +312,7 @@ def whole_everywhere(count: int, side: int) -> list[Layout]:
     ("side", "replicas", "in_turn"), [(4096, 64, True), (4096, 2, False), (64, 64, False)]
 )
 def test_directions_of_many_large_matrices_come_in_turn(side, replicas, in_turn):
-    """Of 64 owners of 16M elements each all together would be 32 times a bucket of 64 MiB."""
+    """What 64 owners of 16M elements have together would be 64 times a bucket."""
     layouts = whole_everywhere(2 * replicas, side)
     plan = make_plan(layouts, 1, 1 << 24, replicas)
     assert {bucket.in_turn for bucket in plan.buckets} == {in_turn}

@@ -68,7 +68,7 @@ def test_sizes_are_powers_of_two_and_help(costs, ranks):
 
 
 def each_cut(ranks, shapes):
-    """As ZeRO-3 lays them."""
+    """Lay matrices as ZeRO-3 does."""
     return [
         flat_layout(Matrix(f"w{i}", (m, n), ((0, m),)), Cut.even(-(-m * n // ranks), ranks))
         for i, (m, n) in enumerate(shapes)
