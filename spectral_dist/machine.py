@@ -1,4 +1,4 @@
-"""The speed of one rank, in four numbers, for the cost model of strategies."""
+"""The speed of a rank and of its links, for cost models and predictions."""
 
 from __future__ import annotations
 
@@ -8,22 +8,37 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class Machine:
-    """The speed of one rank. The defaults are for GPUs of one H100 node, NVLink between them.
+    """The speed of one rank, and of the links within and between hosts.
+
+    The defaults are for GPUs of H100 nodes: NVLink within, 400 Gbit/s for each GPU between them.
+    ``configs/machines`` has others.
 
     Attributes:
-        bandwidth: bytes/s that a rank sends (half of NVLink's 450e9 each way, as NCCL reaches it
-            for messages of some MB).
-        latency: seconds of one collective.
+        bandwidth: bytes/s that a rank sends to ranks of its host (half of NVLink's 450e9 each way,
+            as NCCL reaches it for messages of some MB).
+        latency: seconds of one collective within a host.
         flops: multiply-adds/s in half precision (of 495e12 dense ones in bfloat16 on the data
             sheet, what batched GEMMs of some thousand rows reach).
         flops_wide: multiply-adds/s in the Gram's dtype, float32 or float64 (both 33e12 on the data
             sheet).
+        ranks_per_host: ranks that the faster links join.
+        host_bandwidth: bytes/s that a rank sends to ranks of other hosts.
+        host_latency: seconds of one collective between hosts.
+        message: seconds for every further rank that a rank sends to in one collective.
+        memory_bandwidth: bytes/s of a rank's memory, read and written.
+        training_flops: multiply-adds/s that a training step's forward and backward pass reach.
     """
 
     bandwidth: float = 2e11
     latency: float = 2e-5
     flops: float = 2e14
     flops_wide: float = 2.5e13
+    ranks_per_host: float = 8
+    host_bandwidth: float = 4.5e10
+    host_latency: float = 4e-5
+    message: float = 1e-6
+    memory_bandwidth: float = 2.5e12
+    training_flops: float = 2e14
 
     @classmethod
     def from_user(cls, values: Mapping[str, float]) -> Machine:
@@ -39,4 +54,11 @@ class Machine:
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
             if not is_number or not 0 < value < float("inf"):
                 raise ValueError(f"{name} is {value!r}; it must be a number above 0")
+            if name == "ranks_per_host" and value != int(value):
+                raise ValueError(f"{name} is {value!r}; it must be a whole number")
         return cls(**{**defaults, **values})
+
+    @property
+    def host_size(self) -> int:
+        """Return the number of ranks of a host."""
+        return int(self.ranks_per_host)
