@@ -1,4 +1,4 @@
-"""Define the command `spectral-dist`: table, estimate, doctor, calibrate and convert."""
+"""Define the command `spectral-dist`: table, estimate, plan, doctor, calibrate and convert."""
 
 from __future__ import annotations
 
@@ -147,6 +147,71 @@ def estimate(
     billions = sum(result.numbers.values()) / 1e9
     title = f"{model.stem}, {billions:.2f}e9 parameters; {optimizer}, {engine}, {job.ranks} ranks"
     Console().print(estimates.table_of(result, title))
+
+
+@app.command()
+def plan(
+    model: Annotated[Path, typer.Option(help="A causal language model's config.json.")],
+    engine: Annotated[str, typer.Option(help="ddp, fsdp, hsdp, or zero0 to zero3.")],
+    machine: Annotated[
+        str, typer.Option(help="One of configs/machines, or a JSON of your own.")
+    ] = "h100-nvlink-ib",
+    optimizer: Annotated[
+        list[str] | None, typer.Option(help="One that is compared; muon without any.")
+    ] = None,
+    strategy: Annotated[
+        list[str] | None, typer.Option(help="One that is compared: owner, gram, split, auto.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="One of the optimizers', as momentum=0.9.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Of a training step, of all ranks: adds the share of it.")
+    ] = None,
+    dp: Annotated[int | None, typer.Option(help="Data-parallel ranks.")] = None,
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks (fsdp and hsdp).")] = 1,
+    nodes: Annotated[int, typer.Option(help="Nodes; HSDP has a copy on each.")] = 1,
+    gpus_per_node: Annotated[int | None, typer.Option(help="In place of --dp.")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of parameters: float32; with DeepSpeed bfloat16.")
+    ] = None,
+    each: Annotated[bool, typer.Option("--each", help="Print a line for each matrix.")] = False,
+    picture: Annotated[Path | None, typer.Option(help="A PNG of load and bytes by rank.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print exact numbers as JSON.")] = False,
+) -> None:
+    """Print where each matrix would be orthogonalized, why, and how long a step would take.
+
+    Nothing is run. Optimizers and strategies are compared; matrices are those of the first.
+    """
+    from spectral_dist.estimate import Job
+    from spectral_dist.launch import llama, machines, plans
+
+    try:
+        speeds = machines.load(machine)
+        job = Job.from_user(
+            engine, dp=dp, tp=tp, nodes=nodes, gpus_per_node=gpus_per_node, dtype=dtype
+        )
+        empty = llama.build_empty(model)
+        training = plans.seconds_of_training(empty, job, speeds, tokens)
+        chosen = strategy or ["owner", "split"]
+        results = plans.compare(empty, job, speeds, optimizer or ["muon"], chosen, option or [])
+        if picture is not None:
+            plans.draw(results, picture)
+    except ValueError as error:
+        _print_error("plan", error)
+        raise typer.Exit(2) from None
+    if as_json:
+        typer.echo(json.dumps(plans.to_json(results, training, each), indent=1))
+        return
+    console = Console()
+    console.print(f"{model.stem}; {engine}, {job.ranks} ranks; {machine}", highlight=False)
+    console.print(plans.comparison(results, training))
+    for line in plans.refusals(results):
+        console.print(line, highlight=False, soft_wrap=True)
+    first = next(r for r in results if r.prediction is not None)
+    assert first.prediction is not None
+    console.print(f"Matrices by {first.optimizer}, {first.strategy}:", highlight=False)
+    console.print(plans.matrices(first.prediction, each))
 
 
 @app.command()

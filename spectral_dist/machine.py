@@ -26,6 +26,7 @@ class Machine:
         host_latency: seconds of one collective between hosts.
         message: seconds for every further rank that a rank sends to in one collective.
         memory_bandwidth: bytes/s of a rank's memory, read and written.
+        launch: seconds in which a rank's host starts an operator.
         training_flops: multiply-adds/s that a training step's forward and backward pass reach.
     """
 
@@ -38,6 +39,7 @@ class Machine:
     host_latency: float = 4e-5
     message: float = 1e-6
     memory_bandwidth: float = 2.5e12
+    launch: float = 4e-6
     training_flops: float = 2e14
 
     @classmethod

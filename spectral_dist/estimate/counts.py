@@ -96,9 +96,9 @@ class MatrixCounter:
     @cached_property
     def owned_runs(self) -> Tensor:
         """Return the elements of each rank's runs of the matrices that its replica owns."""
-        return self._runs(range(len(self.layouts)))
+        return self.runs(range(len(self.layouts)))
 
-    def _runs(self, matrices: Sequence[int]) -> Tensor:
+    def runs(self, matrices: Sequence[int]) -> Tensor:
         """Return the elements of each rank's runs of those matrices that its replica owns."""
         runs = self.zeros()
         for i in matrices:
@@ -218,7 +218,7 @@ class MatrixCounter:
         sends, takes, returns, work, moving, padded = (self.zeros() for _ in range(6))
         for bucket in self.plan.buckets:
             matrices = [i for indices in bucket.matrices.values() for i in indices]
-            runs = self._runs(matrices)
+            runs = self.runs(matrices)
             owned, bucket_work = self._taken(bucket)
             sends, takes = torch.maximum(sends, runs), torch.maximum(takes, owned)
             work = torch.maximum(work, bucket_work)
@@ -287,11 +287,13 @@ def shares(storage: tuple[Tile, ...]) -> tuple[Tensor, Tensor, dict[int, int]]:
     return torch.tensor(list(numel_of)), torch.tensor(list(numel_of.values())), numel_of
 
 
+@lru_cache(maxsize=1024)
 def slab_lengths(cut: Slabs) -> Tensor:
     """Return the number of rows or columns of each rank's slab."""
     return torch.tensor([end - begin for begin, end in cut.ranges])
 
 
+@lru_cache(maxsize=1024)
 def kept_in_slabs(storage: tuple[Tile, ...], cut: Slabs) -> Tensor:
     """Return, by rank, the elements that it stores of a matrix and that are in its own slab."""
     ranges = torch.tensor(list(cut.ranges))

@@ -50,12 +50,14 @@ class Estimate:
         optimizer: the optimizer's name.
         numbers: trained parameters in matrices, and all others.
         by_rank: {quantity: (ranks,)}.
+        others: the numbers of AdamW's that each rank steps, (ranks,).
     """
 
     job: Job
     optimizer: str
     numbers: dict[str, int]
     by_rank: dict[str, Tensor]
+    others: Tensor
 
     def summary(self) -> dict[str, dict[str, float]]:
         """Return {quantity: {"max": over ranks, "mean": over ranks}}."""
@@ -100,6 +102,17 @@ def estimate(
     Raises:
         ValueError: an unknown optimizer or option, or a model or job that does not go with them.
     """
+    return count(model, job, optimizer, options, routing)[0]
+
+
+def count(
+    model: nn.Module,
+    job: Job,
+    optimizer: str,
+    options: Mapping[str, Any] | None,
+    routing: Mapping[str, Any] | None,
+) -> tuple[Estimate, list[MatrixCounter]]:
+    """Return ``estimate``'s result, and the counters of all units of matrices."""
     entry, options = registry.find(optimizer), dict(options or {})
     if options.get("strategy") == "split":
         raise ValueError("strategy is 'split', which is not estimated yet; write 'owner'")
@@ -110,7 +123,8 @@ def estimate(
         groups = split_by_kind([s.parameter for s in trained], specs, entry.options)
         built = (POET if entry.rule is None else class_of(entry))(groups, **options)
         plan = TensorPlan.of_model(model, [spec.name for spec in specs], job.tensor)
-        return _Total(job, built, specs, plan).estimate(optimizer)
+        total = _Total(job, built, specs, plan)
+        return total.estimate(optimizer), total.counters
 
 
 class _Total:
@@ -127,6 +141,8 @@ class _Total:
         self, job: Job, optimizer: ShardedOptimizer, specs: Sequence[ParamSpec], plan: TensorPlan
     ) -> None:
         self.job, self.optimizer, self.specs, self.plan = job, optimizer, specs, plan
+        self.others = torch.zeros(job.ranks, dtype=torch.int64)
+        self.counters: list[MatrixCounter] = []
         self.by_rank = {name: torch.zeros(job.ranks, dtype=torch.int64) for name in QUANTITIES}
 
     def estimate(self, name: str) -> Estimate:
@@ -145,7 +161,7 @@ class _Total:
         if self.optimizer.options.check_finite and self.job.ranks > 1:
             # ZeRO steps group by group, or sub-group by sub-group
             self.by_rank["moved"] += AGREEMENT * (num_units if self.job.zero_stage else 1)
-        return Estimate(self.job, name, numbers, self.by_rank)
+        return Estimate(self.job, name, numbers, self.by_rank, self.others)
 
     def _replicates(self) -> bool:
         return bool(getattr(self.optimizer.options, "replicate_momentum", False))
@@ -156,6 +172,7 @@ class _Total:
         assert isinstance(optimizer, SpectralOptimizer)
         counter = MatrixCounter.of_unit(optimizer.rule, optimizer.rule_options(group), unit)
         counts = counter.count()
+        self.counters.append(counter)
 
         def spread(values: Tensor) -> Tensor:
             """Return values of each rank of the job."""
@@ -173,6 +190,7 @@ class _Total:
     def _add_others(self, group: dict[str, Any], unit: PlacedUnit) -> None:
         """Add AdamW's two moments, and its wider copies of weights and gradients."""
         wide = torch.promote_types(unit.dtype, LEAST_STATE)
+        self.others += unit.by_job_rank
         moments = 2 * wide.itemsize * unit.by_job_rank
         self.by_rank["optimizer_state"] += moments + STEP * unit.num_tensors
         if wide != unit.dtype:

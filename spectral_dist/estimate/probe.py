@@ -35,12 +35,20 @@ class Probe:
         polar_calls: how many polar factors are counted.
         work_bytes: the most that the rule has at once beside what it is given and keeps.
         sent_bytes: what the rule sends to other ranks; whole matrices need nothing.
+        wide_flops: those of ``flops`` that are in float32 or wider.
+        touched_bytes: what all other operators read and write.
+        operators: how many operators are started.
+        collectives: how many collective calls are made.
     """
 
     flops: int
     polar_calls: int
     work_bytes: int
     sent_bytes: int = 0
+    wide_flops: int = 0
+    touched_bytes: int = 0
+    operators: int = 0
+    collectives: int = 0
 
 
 def probe_whole(
@@ -111,10 +119,19 @@ def _state(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def _measure(context: StepContext, meter: Meter, compute: Callable[[], Tensor]) -> Probe:
     """Return what a computation takes."""
-    with _LiveBytes() as live, FlopCounterMode(display=False, custom_mapping=DECOMPOSITIONS) as f:
+    with _Counter() as seen:
         result = compute()
     del result
-    return Probe(f.get_total_flops(), context.polar_calls, live.peak, sum(meter.bytes.values()))
+    return Probe(
+        sum(seen.flops.values()),
+        context.polar_calls,
+        seen.peak,
+        sum(meter.bytes.values()),
+        seen.flops[True],
+        seen.touched,
+        seen.operators,
+        sum(meter.calls.values()),
+    )
 
 
 def _qr(shape: torch.Size, *args: Any, **kwargs: Any) -> int:
@@ -154,20 +171,31 @@ DECOMPOSITIONS: dict[Any, Any] = {
 """The FLOPs of what torch's counter does not know."""
 
 
-class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The bytes of the tensors that were made inside of the ``with`` block, and their peak."""
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts what the operators inside of the ``with`` block take.
+
+    Attributes:
+        bytes, peak: of the tensors that were made: now, and at most.
+        flops: of products and decompositions, by whether they are in float32 or wider.
+        touched: bytes that all other operators read and write.
+        operators: their number, all together, without those that make views.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.bytes = self.peak = 0
+        self.bytes = self.peak = self.touched = self.operators = 0
+        self.flops = {False: 0, True: 0}
         self._known: set[int] = set()
+        self._formulas = FlopCounterMode(display=False, custom_mapping=DECOMPOSITIONS).flop_registry
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run an operation, and count the storages that it has made."""
+        kwargs = kwargs or {}
         before = {s._cdata for s in _storages((args, kwargs))}
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
+        self._count(func, args, kwargs, result)
         for storage in _storages(result):
             if storage._cdata not in self._known and storage._cdata not in before:
                 self._known.add(storage._cdata)
@@ -175,6 +203,20 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 weakref.finalize(storage, self._forget, storage._cdata, storage.nbytes())
         self.peak = max(self.peak, self.bytes)
         return result
+
+    def _count(self, func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
+        """Add the FLOPs of an operator, or the bytes that it touches."""
+        if func.is_view:
+            return
+        self.operators += 1
+        formula = self._formulas.get(func._overloadpacket)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if formula is not None:
+            is_wide = any(t.dtype.itemsize >= torch.float32.itemsize for t in tensors[-2:])
+            self.flops[is_wide] += formula(*args, **kwargs, out_val=result)
+            return
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.touched += sum(t.numel() * t.itemsize for t in (*tensors, *made))
 
     def _forget(self, address: int, size: int) -> None:
         self._known.discard(address)
