@@ -31,13 +31,12 @@ def load(name: str) -> Machine:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise ValueError(
-            f"machine is {name!r}{suggest(name, names())}; or write the path of a JSON"
-        ) from None
+        known = suggest(name, names())
+        raise ValueError(f"machine is {name!r}, no JSON that can be read{known}") from None
     except ValueError as error:
         raise ValueError(f"machine {path}: {error}") from None
     if not isinstance(values, dict):
-        raise ValueError(f"machine {path}: write an object of numbers by name")
+        raise ValueError(f"machine {path} is no object; write an object of numbers by name")
     values.pop("about", None)
     try:
         return Machine.from_user(values)

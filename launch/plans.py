@@ -136,24 +136,28 @@ def matrices(prediction: Prediction, each: bool) -> Table:
         prediction: whose plan is shown.
         each: whether every matrix has a line, or all that have shape, strategy and team in common.
     """
-    head = ("matrix" if each else "for example", "shape", "", "ranks", "owner", "gram", "split")
-    table = Table(*head, "why", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.caption = "owner, gram, split: ms of one such matrix alone"
+    head = ("matrix" if each else "for example", "shape", "no.", "strategy", "ranks")
+    table = Table(*head, "owner", "gram", "split", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in table.columns[2:]:
+        column.justify = "right"
     lines: dict[Any, list[PlannedMatrix]] = {}
     for matrix in planned(prediction):
         key = matrix.name if each else (matrix.shape, matrix.strategy, matrix.team, matrix.holders)
         lines.setdefault(key, []).append(matrix)
+    reasons: dict[str, str] = {}
     for group in lines.values():
         first = group[0]
-        ranks = f"{first.owner}" if first.team == 1 else f"{first.owner} and {first.team - 1} more"
-        if not each:
-            ranks = f"{len({matrix.owner for matrix in group})} x {first.team}"
+        owners = str(first.owner) if each else f"{len({m.owner for m in group})}"
+        ranks = owners if first.team == 1 else f"{owners} x {first.team}"
         alone = [first.seconds.get(name) for name in ("owner", "gram", "split")]
         cells = ["-" if s is None else f"{1e3 * s:.2f}" for s in alone]
+        name = first.name if each else first.name.removesuffix(".weight").rpartition(".")[2]
         shape = "{} x {}".format(*first.shape)
-        count = first.strategy if each else f"{len(group)} {first.strategy}"
-        name = first.name if each else ".".join(first.name.removesuffix(".weight").split(".")[-2:])
-        table.add_row(name, shape, count, ranks, *cells, first.reason)
+        table.add_row(name, shape, str(len(group)), first.strategy, ranks, *cells)
+        reasons[first.reason] = first.strategy
+    notes = [f"{strategy}: {reason}" for reason, strategy in reasons.items()]
+    table.caption = "\n".join([*notes, "the last columns: ms of one such matrix alone"])
+    table.caption_justify = "left"
     return table
 
 

@@ -86,6 +86,14 @@ TEXTS: dict[str, tuple[str, ...]] = {
         r"so that a number of parameters does not tell it",
         r"write a name and a value, as momentum=0\.9",
     ),
+    "what-spectral-dist-plan-is-asked-for": (
+        r"machine is .*Known: ",
+        r"machine .*: (?:Expecting|Extra data|Invalid|Unterminated)",
+        r"; write an object of numbers by name",
+        r"machine .*\.json: ",
+        r"whose rotations are stepped where they lie",
+        r"has experts, but its config says no num_experts_per_tok",
+    ),
     "write-a-name-and-a-number-as-qkv_proj3": (r"write a name and a number, as qkv_proj=3",),
     "the-training-text-cannot-be-read": (
         r"cannot read the text",
