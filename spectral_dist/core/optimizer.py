@@ -18,6 +18,7 @@ from spectral_dist.core.matrix_ops import StepContext
 from spectral_dist.core.matrix_state import MatrixState
 from spectral_dist.core.matrix_step import MatrixStep
 from spectral_dist.core.monitor import Watch
+from spectral_dist.core.teams import agreed_host_team, given_machine, has_choice, warn_no_effect
 from spectral_dist.core.units import MatrixUnit, Unit
 from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.base import ParamGroup, Placement
@@ -245,12 +246,8 @@ class SpectralOptimizer(MatrixCheckpoints):
         dtype, device = (like.dtype, like.device) if like is not None else (None, located.device)
         dtype = dtype or torch.float32
         ranks, num_replicas = map(collectives.size, (located.group, located.replicas))
-        if options.machine is not None and not self.placement.knows_blocks:
-            warnings.warn(
-                "machine has no effect: strategy 'auto' has a choice under Megatron's tensor"
-                " parallelism only, and takes 'owner' here; write strategy='gram' for slabs",
-                stacklevel=5,
-            )
+        if options.machine is not None and not has_choice(options, ranks, num_replicas):
+            warn_no_effect(options, located.layouts, "machine")
         if options.replicate_momentum and num_replicas == 1:
             warnings.warn(
                 "replicate_momentum has no effect: no other rank holds the same parameters",
@@ -261,7 +258,8 @@ class SpectralOptimizer(MatrixCheckpoints):
         if max(ranks, num_replicas) > 1:
             observed = torch.tensor(is_observed, device=located.device)
             is_observed = collectives.any_rank(observed, groups, collectives.Meter())
-        plan, wire = strategy.plan_of(self.rule, options, located, dtype, is_observed)
+        host_team = agreed_host_team(options, located)
+        plan, wire = strategy.plan_of(self.rule, options, located, dtype, is_observed, host_team)
         exchange = Exchange(
             located.layouts,
             plan,
@@ -274,6 +272,7 @@ class SpectralOptimizer(MatrixCheckpoints):
             rounds_alike=lambda matrix, count: batching.rounds_alike(
                 self.rule, options, matrix.read_shape, count, wire
             ),
+            machine=given_machine(options),
         )
         shapes = {layout.matrix.shape for layout in located.layouts}
         keeps_state = any(self.rule.state(options, shape) for shape in shapes)

@@ -5,16 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from spectral_dist.core.matrix_state import elements
+from spectral_dist.core.teams import given_machine, machine_of, select_teams, warn_no_effect
 from spectral_dist.core.units import MatrixUnit, bucket_numel, wire_dtype
-from spectral_dist.machine import Machine
-from spectral_dist.polar import of_gram, resolve_dtype, rows_of
+from spectral_dist.polar import of_gram, resolve_dtype
 from spectral_dist.rules.base import PolarSpec, Rule, Shape
 from spectral_dist.rules.options import MatrixOptions
 from spectral_dist.sharding import collectives
@@ -27,8 +26,7 @@ from spectral_dist.sharding.cost import (
 )
 from spectral_dist.sharding.exchange import Exchange
 from spectral_dist.sharding.layout import Layout, Located
-from spectral_dist.sharding.plan import Plan, cost, make_plan
-from spectral_dist.sharding.teams import team_sizes
+from spectral_dist.sharding.plan import Plan, make_plan
 
 
 def plan_of(
@@ -37,6 +35,7 @@ def plan_of(
     located: Located,
     dtype: torch.dtype,
     is_observed: bool = False,
+    host_team: int | None = None,
 ) -> tuple[Plan, torch.dtype]:
     """Return the plan of a unit's matrices, and the dtype in which they are sent.
 
@@ -48,67 +47,34 @@ def plan_of(
         located: the matrices.
         dtype: of the parameters.
         is_observed: whether any rank has observers, which need whole matrices.
+        host_team: the size of the largest teams within a host, where all ranks must be asked for it
+            (``teams.agreed_host_team``); None: as the group's numbers in the job say.
 
     Raises:
-        ValueError: as in ``select_gram``.
+        ValueError: as in ``select_gram`` and ``select_teams``.
     """
     shapes = sorted({layout.matrix.shape for layout in located.layouts})
     specs = {shape: rule.polar(options, shape) for shape in shapes}
     wire = wire_dtype(options, list(specs.values()), dtype, located.device)
     needs_whole = is_observed or rule.pooling(options) is not None
-    state_numel = partial(elements, rule, options)
+    gram = select_gram(options, specs, located, wire, needs_whole)
+    teams = select_teams(options, specs, located, wire, needs_whole, gram, host_team)
+    load: Sequence[float] = teams.loads
     # if matrix state is all that the rule keeps, owners share it evenly, not the work; a few
     # numbers beside a momentum take no memory worth sharing
-    balances_state = not rule.has_momentum(options) and any(map(state_numel, shapes))
+    if not teams.sizes and not rule.has_momentum(options):
+        numel_of = {shape: elements(rule, options, shape) for shape in shapes}
+        load = [numel_of[x.matrix.shape] for x in located.layouts] if any(numel_of.values()) else ()
     plan = make_plan(
         located.layouts,
         collectives.size(located.group),
         bucket_numel(options, wire),
         collectives.size(located.replicas),
-        gram=select_gram(options, specs, located, wire, needs_whole),
-        load=state_numel if balances_state else None,
-        teams=select_teams(options, specs, located, needs_whole),
+        gram=gram,
+        load=load,
+        teams=teams.sizes,
     )
     return plan, wire
-
-
-def select_teams(
-    options: MatrixOptions,
-    specs: Mapping[Shape, PolarSpec | None],
-    located: Located,
-    needs_whole: bool,
-) -> list[int]:
-    """Return how many ranks work on each matrix under strategy 'split'; empty under any other.
-
-    Args:
-        options: of the parameter group.
-        specs: how the polar factors of each shape are computed.
-        located: the matrices.
-        needs_whole: whether the rule or an observer needs whole matrices.
-
-    Raises:
-        ValueError: that, or the rule or its polar method cannot be split.
-    """
-    if options.strategy != "split":
-        return []
-    if needs_whole:
-        raise ValueError(
-            "strategy is 'split', but an observer or the rule needs whole matrices; write"
-            " strategy='owner'"
-        )
-    for spec in specs.values():
-        if spec is None or spec.rank is not None or rows_of(spec.method, spec.steps) is None:
-            raise ValueError(
-                "strategy is 'split', but what the rule computes is no Newton-Schulz iteration on"
-                " the matrix; write strategy='owner', or a polar method of polynomials"
-                " (polar='polar_express')"
-            )
-    ranks, replicas = map(collectives.size, (located.group, located.replicas))
-    if max(ranks, replicas) == 1:
-        _warn_no_effect(options, located.layouts)
-    length, rows = (ranks, replicas) if ranks > 1 else (replicas, 1)
-    able = [layout.stacked() or ranks > 1 for layout in located.layouts]
-    return team_sizes([cost(x.matrix.shape) for x in located.layouts], able, length, rows)
 
 
 def select_gram(
@@ -135,7 +101,7 @@ def select_gram(
     layouts, ranks = located.layouts, collectives.size(located.group)
     asked = options.strategy == "gram"
     if options.strategy in ("gram", "block") and ranks == 1:
-        _warn_no_effect(options, layouts)
+        warn_no_effect(options, layouts)
     if ranks == 1 or not (asked or (options.strategy == "auto" and not needs_whole)):
         return [False] * len(layouts)
     job = CostContext(ranks, collectives.size(located.replicas), 0, wire.itemsize, False, 8)
@@ -153,17 +119,7 @@ def select_gram(
     if asked or not any(able):
         return able
     return cheaper_in_slabs(
-        layouts, able, _job_of(job, specs, dtypes, wire, located.device), _machine(options)
-    )
-
-
-def _warn_no_effect(options: MatrixOptions, layouts: Sequence[Layout]) -> None:
-    """Warn that a strategy has nothing to share out."""
-    name = layouts[0].matrix.name if layouts else "no matrix"
-    warnings.warn(
-        f"strategy {options.strategy!r} has no effect on {name} and those that lie like it:"
-        " no other rank holds a part of them",
-        stacklevel=8,
+        layouts, able, _job_of(job, specs, dtypes, wire, located.device), machine_of(options)
     )
 
 
@@ -194,11 +150,6 @@ def _job_of(
         half=computed in (torch.float16, torch.bfloat16),
         gram_itemsize=widest,
     )
-
-
-def _machine(options: MatrixOptions) -> Machine:
-    """Return the speeds that the user gave, or the defaults."""
-    return Machine.from_user(options.machine or {})
 
 
 def _gram_dtype(spec: PolarSpec | None, wire: torch.dtype, device: torch.device) -> torch.dtype:
@@ -247,7 +198,7 @@ def _subspaces(
                 stacklevel=8,
             )
         return able
-    machine = _machine(options)
+    machine = machine_of(options)
 
     def seconds(shape: Shape, count: int) -> tuple[float, float]:
         spec = specs[shape]
@@ -320,6 +271,7 @@ def add_blocks(unit: MatrixUnit, rule: Rule[Any], options: MatrixOptions) -> Mat
         like=torch.empty(0, dtype=exchange.state_dtype, device=exchange.state_device),
         wire_dtype=exchange.wire_dtype,
         meter=exchange.meter,
+        machine=given_machine(options),
     )
     block_unit = MatrixUnit(located, plan, block_exchange, unit.has_momentum)
     return replace(unit, blocks=block_unit, period=options.block_period)

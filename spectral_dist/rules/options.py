@@ -26,7 +26,8 @@ from spectral_dist.rules.fields import (
 from spectral_dist.rules.scales import SCALE_ALIASES, SCALES
 
 STRATEGIES = {
-    "auto": "gram where tensor parallelism has cut matrices so that it is faster, else owner",
+    "auto": "gram where tensor parallelism has cut matrices so that it is faster; with a machine"
+    " given split where it is faster; else owner",
     "owner": "one rank gets the whole matrix",
     "gram": "matrices stay cut along their long side, and Gram matrices travel",
     "split": "where there are fewer large matrices than ranks, several ranks share each",
@@ -194,7 +195,7 @@ class MatrixOptions(BaseOptions):
         scope="optimizer",
     )  # fmt: skip
     machine: Mapping[str, float] | None = option(
-        None, "Under strategy 'auto': numbers of the machine for its cost model.",
+        None, "Numbers of the machine, by which strategies, teams and exchanges are chosen.",
         _machine_problem, scope="optimizer",
     )  # fmt: skip
     bucket_mb: float = number(
@@ -213,12 +214,8 @@ class MatrixOptions(BaseOptions):
         super().check(where)
         if self.block_period != MatrixOptions.block_period and self.strategy != "block":
             self.invalid(where, "block_period", "it has an effect with strategy='block' only")
-        if self.machine is None:
-            return
-        if self.strategy != "auto":
-            self.invalid(where, "machine", "it has an effect with strategy='auto' only")
         try:
-            Machine.from_user(self.machine)
+            Machine.from_user(self.machine or {})
         except ValueError as error:
             raise ValueError(f"{where}: machine: {error}") from None
 

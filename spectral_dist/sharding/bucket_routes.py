@@ -17,6 +17,7 @@ from torch import Tensor
 from spectral_dist.sharding.boxes import Box, intersect
 from spectral_dist.sharding.layout import Layout, Tile
 from spectral_dist.sharding.plan import Bucket
+from spectral_dist.sharding.two_steps import TwoSteps
 
 Tiles: TypeAlias = tuple[tuple[int, int, int, int], ...] | None
 """(row, col, rows, cols) of each tile of a matrix, in order; None if the tiles one after the other
@@ -178,6 +179,7 @@ class BucketRoute:
         counts_per_replica: how many elements of ``result_runs`` each replica computes.
         runs_of_replicas: ``result_runs``, by the replica that computes them.
         senders: the replicas that send their directions in turn; empty: all do at once.
+        two_steps: how shards travel to owners or slabs, and back, if hosts are passed in between.
     """
 
     moves: bool
@@ -190,6 +192,7 @@ class BucketRoute:
     counts_per_replica: list[int] = field(default_factory=list)
     runs_of_replicas: list[list[Piece]] = field(default_factory=list)
     senders: Sequence[int] = ()
+    two_steps: tuple[TwoSteps, TwoSteps] | None = None
 
     def assign_runs(self, replica: int, order: Sequence[tuple[int, list[Piece]]]) -> None:
         """Set all fields that hold or count runs, from this rank's runs.

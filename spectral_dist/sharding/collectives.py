@@ -89,6 +89,16 @@ def rank(group: Group) -> int:
     return 0 if group is None else dist.get_rank(group)
 
 
+def job_ranks(group: Group) -> Sequence[int]:
+    """Return the group's ranks by their numbers in the job, in the order of the group.
+
+    Those of a simulated group count as the first ones of the job.
+    """
+    if isinstance(group, SimulatedGroup):
+        return range(group.num_ranks)
+    return [job_rank()] if group is None else dist.get_process_group_ranks(group)
+
+
 def is_first() -> bool:
     """Return whether this process is rank 0 of the job (or its only process)."""
     if dist.is_initialized():

@@ -1,4 +1,4 @@
-"""What a step of each strategy takes, in seconds, on a machine of four numbers."""
+"""What a step of each strategy takes, in seconds, on a machine of a few numbers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from spectral_dist.machine import Machine
 from spectral_dist.sharding.boxes import slabs
+from spectral_dist.sharding.hosts import Grid
 from spectral_dist.sharding.layout import Layout
 from spectral_dist.sharding.plan import cost, polynomial_cost
 
@@ -72,6 +73,42 @@ def gram_seconds(
     return computed + sent / machine.bandwidth + 4 * machine.latency
 
 
+def split_seconds(
+    shape: tuple[int, int],
+    team: int,
+    squares: int,
+    in_host: bool,
+    job: CostContext,
+    machine: Machine,
+) -> float:
+    """Estimate the seconds of a step on one matrix under strategy ``split``, on a rank of its team.
+
+    Ranks share all products. In each Newton-Schulz step parts of the Gram matrix leave a rank, its
+    rows of it, and its rows of the polynomial where this has a square. Shards travel to the team as
+    they would to an owner, while other matrices are computed, and are left out. So is that matrices
+    of a shape are sent in one collective.
+
+    Args:
+        shape: of the matrix.
+        team: the number of ranks; for one, what the owner computes.
+        squares: in how many steps the polynomial has a square.
+        in_host: whether the team lies within one host.
+        job: precision and steps.
+        machine: the speeds.
+    """
+    flops = machine.flops if job.half else machine.flops_wide
+    computed = job.steps * cost(shape) / (team * flops)
+    if team == 1:
+        return computed
+    bandwidth = machine.bandwidth if in_host else machine.host_bandwidth
+    latency = machine.latency if in_host else machine.host_latency
+    itemsize = 2 if job.half else job.gram_itemsize
+    of_an_element = job.steps * (job.gram_itemsize + itemsize) + squares * itemsize
+    sent = (team - 1) / team * min(shape) ** 2 * of_an_element
+    calls = 2 * job.steps + squares
+    return computed + sent / bandwidth + calls * (latency + (team - 2) * machine.message)
+
+
 def subspace_seconds(
     shape: tuple[int, int], rank: int, count: int, job: CostContext, machine: Machine
 ) -> tuple[float, float]:
@@ -97,6 +134,35 @@ def subspace_seconds(
     remote = (job.ranks - 1) / job.ranks  # the fraction that leaves a rank
     projected = 2 * remote * per_replica * rank * short * job.itemsize / machine.bandwidth
     return whole + 2 * machine.latency, projected + 2 * machine.latency
+
+
+def exchange_seconds(
+    counts: Sequence[int], rank: int, grid: Grid, itemsize: int, machine: Machine
+) -> tuple[float, float]:
+    """Estimate the seconds of an all-to-all at once, and in two steps (``two_steps.TwoSteps``).
+
+    In two steps all bytes but those for ranks of this one's number travel within the host first,
+    and are put in order twice.
+
+    Args:
+        counts: the elements that this rank sends to each rank of the group.
+        rank: this rank in the group.
+        grid: the group's hosts.
+        itemsize: bytes of an element.
+        machine: the speeds.
+    """
+    host, index = divmod(rank, grid.size)
+    begin, total = host * grid.size, sum(counts)
+    of_host = sum(counts[begin : begin + grid.size])
+    messages = sum(map(bool, counts)) - bool(counts[rank])
+    between = machine.host_latency + (total - of_host) * itemsize / machine.host_bandwidth
+    within = (of_host - counts[rank]) * itemsize / machine.bandwidth
+    at_once = between + within + max(0, messages - 1) * machine.message
+    first = (total - sum(counts[index :: grid.size])) * itemsize / machine.bandwidth
+    copied = 4 * total * itemsize / machine.memory_bandwidth  # each time read and written
+    most = grid.size + grid.hosts - 4  # ranks beyond the first of each step
+    in_two = between + machine.latency + first + copied + most * machine.message
+    return at_once, in_two
 
 
 def cheaper_in_slabs(

@@ -7,21 +7,24 @@ of who needs them, concatenate, one collective. All orders are computed once.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from spectral_dist.machine import Machine
 from spectral_dist.polar.batching import CPU_BATCH
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.bucket_routes import Batch, BucketRoute, Piece, pack, route_to_owners
 from spectral_dist.sharding.collectives import Group, Meter, Pending
 from spectral_dist.sharding.gram import Reduction
+from spectral_dist.sharding.groups import host_groups, team_of
 from spectral_dist.sharding.layout import Layout
 from spectral_dist.sharding.matrix import Matrix
 from spectral_dist.sharding.plan import Bucket, Plan, first_of
 from spectral_dist.sharding.slabs import route_in_replicas, route_to_slabs
-from spectral_dist.sharding.split import SplitReduction, team_of
+from spectral_dist.sharding.split import SplitReduction
+from spectral_dist.sharding.two_steps import TwoSteps, faster_in_two
 
 __all__ = ["Exchange", "MatrixTask", "Piece", "Pieces"]
 
@@ -134,6 +137,7 @@ class Exchange:
         replicas: the ranks that store the same shards as this one.
         rounds_alike: on a CPU, whether so many matrices like this one may be computed in one call,
             because that changes no bit; None: never. On other devices they are.
+        machine: by which to choose exchanges in two steps; None: all are made at once.
 
     Attributes:
         state_device, state_dtype: of ``like``.
@@ -158,6 +162,7 @@ class Exchange:
         meter: Meter,
         replicas: Group = None,
         rounds_alike: Callable[[Matrix, int], bool] | None = None,
+        machine: Machine | None = None,
     ) -> None:
         self.state_device, self.state_dtype = like.device, like.dtype
         self.group, self.replicas, self.device = group, replicas, device
@@ -211,8 +216,32 @@ class Exchange:
         for bucket, route in zip(plan.buckets, self.routes, strict=True):
             if bucket.in_turn:
                 route.senders = _senders(bucket, ranks)
+        if machine is not None and ranks > 1:
+            self._send_in_two_steps(machine)
         self.local_runs = Pieces([piece for route in self.routes for piece in route.result_runs])
         self.owned_runs = Pieces([piece for route in self.routes for piece in route.send_runs])
+
+    def _send_in_two_steps(self, machine: Machine) -> None:
+        """Let buckets travel within hosts first, where that is predicted to be faster.
+
+        A collective call. Without several equal hosts nothing changes.
+        """
+        moving = [route for route in self.routes if route.moves]
+        counts = [(route.send_counts, route.recv_counts) for route in moving]
+        grid, are_faster = faster_in_two(
+            counts, (self.group, self.replicas), self.wire_dtype.itemsize, self.device, machine
+        )
+        if not any(are_faster):
+            return
+        assert self.group is not None
+        assert grid is not None
+        groups = host_groups(self.group, grid)
+        for route, (sent, received), is_faster in zip(moving, counts, are_faster, strict=True):
+            if is_faster:
+                route.two_steps = (
+                    TwoSteps(groups, sent, received, self.device),
+                    TwoSteps(groups, received, sent, self.device),
+                )
 
     def batches(self) -> Iterator[tuple[tuple[int, ...], Reduction | None]]:
         """Yield each batch that this rank computes: its matrices' indices, and its reduction.
@@ -243,13 +272,14 @@ class Exchange:
 
     def _run_bucket(self, route: BucketRoute, task: MatrixTask) -> Iterator[None]:
         """Run one bucket from shards to owners and back, and yield after beginning a collective."""
-        collecting = self._collect(route, task)
-        yield
-        directions = self._compute(route, task, route.packing.unpack_matrices(collecting.wait()))
-        delivering = self._deliver(route, directions)
-        del directions
-        yield
-        flat = route.packing.unpack_directions(delivering.wait())
+        received = yield from self._move(route, self._packed_inputs(route, task))
+        matrices = route.packing.unpack_matrices(received)
+        del received
+        packed = [self._packed_directions(route, self._compute(route, task, matrices))]
+        del matrices
+        returned = yield from self._move(route, packed.pop(), back=True)
+        flat = route.packing.unpack_directions(returned)
+        del returned
         if route.senders:
             yield from self._apply_in_turn(route, flat, task)
             return
@@ -260,16 +290,39 @@ class Exchange:
             flat = torch.cat([p[:n] for p, n in zip(parts, route.counts_per_replica, strict=True)])
         task.apply(route.result_runs, self._directions(flat, route.result_runs))
 
-    def _collect(self, route: BucketRoute, task: MatrixTask) -> Pending:
-        """Begin sending a bucket's shards to the owners of its matrices, or to the slabs' ranks."""
+    def _packed_inputs(self, route: BucketRoute, task: MatrixTask) -> Tensor:
+        """Return a bucket's shards, in the order in which they are sent."""
         inputs = task.update_input(route.send_runs) if route.send_runs else []
-        packed = pack(inputs, self.wire_dtype, self.device)
-        sent = route.packing.pack_to_send(packed)
+        return route.packing.pack_to_send(pack(inputs, self.wire_dtype, self.device))
+
+    def _move(
+        self, route: BucketRoute, packed: Tensor, back: bool = False
+    ) -> Generator[None, None, Tensor]:
+        """Send shards to the owners of their matrices, or to slabs; yield whenever one waits.
+
+        Args:
+            route: of the bucket.
+            packed: what is sent, ordered by receiving rank.
+            back: whether directions return to shards.
+
+        Returns:
+            What is received, ordered by sending rank.
+        """
         if not route.moves:
-            return Pending(sent)
-        return collectives.all_to_all(
-            sent, route.send_counts, route.recv_counts, self.group, self.meter
-        )
+            yield
+            return packed
+        if route.two_steps is None:
+            sent, received = (route.send_counts, route.recv_counts)[:: -1 if back else 1]
+            pending = collectives.all_to_all(packed, sent, received, self.group, self.meter)
+            del packed
+        else:
+            steps = route.two_steps[back]
+            first = steps.begin(packed, self.meter)
+            del packed
+            yield
+            pending = steps.go_on(first, self.meter)
+        yield
+        return pending.wait()
 
     def _compute(self, route: BucketRoute, task: MatrixTask, batches: list[Tensor]) -> list[Tensor]:
         """Return the directions of each batch, (k, rows, columns)."""
@@ -282,14 +335,9 @@ class Exchange:
                 directions.append(task.direction(x.clone() if self._is_on_cpu else x, which))
         return directions
 
-    def _deliver(self, route: BucketRoute, directions: list[Tensor]) -> Pending:
-        """Begin sending the batches' directions back to the shards of this replica."""
-        flat = route.packing.pack_directions(directions, self.wire_dtype, self.device)
-        if not route.moves:
-            return Pending(flat)
-        return collectives.all_to_all(
-            flat, route.recv_counts, route.send_counts, self.group, self.meter
-        )
+    def _packed_directions(self, route: BucketRoute, directions: list[Tensor]) -> Tensor:
+        """Return the batches' directions, in the order in which they are sent to this replica."""
+        return route.packing.pack_directions(directions, self.wire_dtype, self.device)
 
     def _apply_in_turn(self, route: BucketRoute, flat: Tensor, task: MatrixTask) -> Iterator[None]:
         """Send the directions of one replica after the other, and apply those that have arrived."""

@@ -47,7 +47,7 @@ class Plan:
         owners: the owner of each layout's matrix.
         buckets: all matrices, in the order in which they are exchanged and computed.
         loads: each rank's Newton-Schulz cost per step, in multiply-adds (of ``gram`` matrices, that
-            of their polynomials); or the sum of ``load``, if ``make_plan`` was given one.
+            of their polynomials); or the sum of the loads that ``make_plan`` was given.
         strategies: of each matrix: 'owner', 'gram', 'split', or 'local' where one rank holds it
             whole.
     """
@@ -114,7 +114,7 @@ def choose_owners(
     replicas: int = 1,
     gram: Sequence[bool] = (),
     required_replicas: Sequence[int] = (),
-    load: Callable[[tuple[int, int]], float] | None = None,
+    load: Sequence[float] = (),
     teams: Sequence[int] = (),
 ) -> tuple[list[int], list[bool], list[float]]:
     """Choose the owner of each matrix by longest processing time.
@@ -130,8 +130,7 @@ def choose_owners(
         gram: whether each matrix is orthogonalized in slabs, so that any rank may own its
             polynomial; empty: none is.
         required_replicas: the replica that must work on each matrix; empty: any replica may.
-        load: from a matrix's shape to what is to be balanced; None: ``cost``, or in slabs
-            ``polynomial_cost``.
+        load: of each matrix, for each rank that works on it; empty: ``cost``, ``polynomial_cost``.
         teams: how many ranks work on each matrix; empty: one. Those of several are given to ranks
             first.
 
@@ -139,11 +138,11 @@ def choose_owners(
         For each matrix its owner, and whether it must be exchanged; and each rank's load. Ranks are
         counted replica by replica, as in ``Plan``.
     """
-    owners, moves = [-1] * len(layouts), [False] * len(layouts)
-    loads = [0.0] * (ranks * replicas)
+    owners, moves, loads = [-1] * len(layouts), [False] * len(layouts), [0.0] * (ranks * replicas)
     unassigned: list[tuple[float, int, Sequence[int]]] = []  # (-load, index, possible owners)
+    load = load or _multiply_adds(layouts, gram, teams)
     if teams:
-        loads = _seat_teams(layouts, teams, ranks, replicas, owners)
+        loads = _seat_teams(load, teams, ranks, replicas, owners)
     for i, layout in enumerate(layouts):
         if owners[i] >= 0:
             moves[i] = ranks > 1
@@ -152,12 +151,12 @@ def choose_owners(
         moves[i] = len(holders) > 1
         if gram and gram[i]:
             moves[i] = not slabs(layout, ranks).in_place
-            unassigned.append((-(load or polynomial_cost)(layout.matrix.shape), i, range(ranks)))
+            unassigned.append((-load[i], i, range(ranks)))
         elif replicas > 1 or moves[i]:
-            unassigned.append((-(load or cost)(layout.matrix.shape), i, holders))
+            unassigned.append((-load[i], i, holders))
         else:
             owners[i] = holders[0]
-            loads[owners[i]] += (load or cost)(layout.matrix.shape)
+            loads[owners[i]] += load[i]
     # one heap for all matrices that have the same possible owners and ties
     heaps: dict[Hashable, list[tuple[float, int, int]]] = {}
     for negative_load, i, holders in sorted(unassigned, key=lambda item: item[:2]):
@@ -178,8 +177,19 @@ def choose_owners(
     return owners, moves, loads
 
 
+def _multiply_adds(
+    layouts: Sequence[Layout], gram: Sequence[bool], teams: Sequence[int]
+) -> list[float]:
+    """Return the multiply-adds of each matrix on each rank that works on it."""
+    gram, teams = gram or [False] * len(layouts), teams or [1] * len(layouts)
+    return [
+        (polynomial_cost if in_slabs else cost)(layout.matrix.shape) / size
+        for layout, in_slabs, size in zip(layouts, gram, teams, strict=True)
+    ]
+
+
 def _seat_teams(
-    layouts: Sequence[Layout], teams: Sequence[int], ranks: int, replicas: int, owners: list[int]
+    load: Sequence[float], teams: Sequence[int], ranks: int, replicas: int, owners: list[int]
 ) -> list[float]:
     """Write the owners of matrices that several ranks work on, and return the ranks' loads.
 
@@ -188,7 +198,7 @@ def _seat_teams(
     length, rows = (ranks, replicas) if ranks > 1 else (replicas, 1)
     indices = [i for i, size in enumerate(teams) if size > 1]
     sizes = [teams[i] for i in indices]
-    firsts, loads = seat([cost(layouts[i].matrix.shape) for i in indices], sizes, length, rows)
+    firsts, loads = seat([load[i] for i in indices], sizes, length, rows)
     turns: dict[tuple[int, int], int] = {}
     for i, size, first in zip(indices, sizes, firsts, strict=True):
         turn = turns.get((first, size), 0)
@@ -332,7 +342,7 @@ def make_plan(
     *,
     gram: Sequence[bool] = (),
     required_replicas: Sequence[int] = (),
-    load: Callable[[tuple[int, int]], float] | None = None,
+    load: Sequence[float] = (),
     teams: Sequence[int] = (),
 ) -> Plan:
     """Choose the owners of matrices and divide them into buckets.

@@ -64,3 +64,33 @@ def test_as_one_process(stage: int) -> None:
             torch.testing.assert_close(
                 weights[name], parameter.detach(), rtol=0, atol=1e-6, msg=name
             )
+
+
+def with_machine(stage: int, options: dict[str, Any]) -> tuple[dict[str, Tensor], Any, set[str]]:
+    world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+    running = engine.engine_for(engine.config(stage, world, options=options), model=build())
+    for batch in batches():
+        running.backward(running(batch.chunk(world)[rank]))
+        running.step()
+    optimizer: Any = running.basic_optimizer
+    plans = [unit.plan for unit in optimizer.all_units if hasattr(unit, "plan")]
+    strategies = {strategy for plan in plans for strategy in plan.strategies}
+    result = engine.full_parameters(running), dict(optimizer.meter.calls), strategies
+    running.destroy()
+    return result
+
+
+def test_zero3_in_two_steps_is_bitwise_the_same() -> None:
+    """Two hosts of two ranks, where messages take so long that they go within hosts first."""
+    machine = {"ranks_per_host": 2, "message": 1.0}
+    at_once = harness.run(4, with_machine, 3, {"strategy": "owner"})
+    in_two = harness.run(4, with_machine, 3, {"strategy": "owner", "machine": machine})
+    for (wanted, once, _), (weights, twice, _) in zip(at_once, in_two, strict=True):
+        assert all(torch.equal(weights[name], value) for name, value in wanted.items())
+        assert twice["all_to_all"] == 2 * once["all_to_all"] > 0
+
+
+def test_auto_takes_teams_where_a_machine_says_that_they_are_faster() -> None:
+    machine = {"flops": 1e3, "flops_wide": 1e3}
+    for _, _, strategies in harness.run(4, with_machine, 3, {"machine": machine}):
+        assert strategies == {"split"}

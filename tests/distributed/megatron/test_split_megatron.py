@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from spectral_dist.core import strategy
+from spectral_dist.core import teams
 from tests.distributed.megatron import megatron_runs as runs
 from tests.distributed.megatron.test_megatron_equality import LAYOUTS, MATRICES, NEW, check
 from tests.support import harness
@@ -14,12 +14,12 @@ from tests.support import harness
 
 def train(*args: Any) -> dict[str, Any]:
     """Train as ``runs.train``, but share every matrix: they are too many to be shared otherwise."""
-    original = strategy.team_sizes
-    strategy.team_sizes = lambda costs, able, length, rows: [1 + fine for fine in able]
+    original = teams.team_sizes
+    teams.team_sizes = lambda able, load, length, rows: [1 + fine for fine in able]
     try:
         return runs.train(*args)
     finally:
-        strategy.team_sizes = original
+        teams.team_sizes = original
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_owners_of_given_replicas_are_the_least_loaded_that_may(data):
         1 << 30,
         replicas,
         required_replicas=required_replicas,
-        load=lambda shape: shape[0],
+        load=[float(x.matrix.shape[0]) for x in layouts],
     )
     loads = [0] * (ranks * replicas)
     held = [[length_of(x.tiles[0], r) for r in range(ranks)] for x in layouts]

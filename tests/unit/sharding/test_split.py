@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from functools import cache
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spectral_dist.machine import Machine
 from spectral_dist.polar import polar, rows_of
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.boxes import even_slabs
 from spectral_dist.sharding.collectives import Meter
+from spectral_dist.sharding.cost import CostContext, split_seconds
 from spectral_dist.sharding.exchange import Exchange
 from spectral_dist.sharding.layout import Cut, flat_layout
 from spectral_dist.sharding.matrix import Matrix
@@ -44,27 +47,36 @@ def seatings(draw):
 @quick
 @given(seatings())
 def test_teams_share_their_matrices_and_nest(drawn):
-    costs, sizes, length, rows = drawn
+    costs, sizes, length, rows = drawn  # costs of each rank of a team
     firsts, loads = seat(costs, sizes, length, rows)
     expected = [0.0] * (length * rows)
-    for cost_of, size, first in zip(costs, sizes, firsts, strict=True):
+    for load, size, first in zip(costs, sizes, firsts, strict=True):
         assert first % length % size == 0
         assert first % length + size <= length  # it does not leave its row
         for rank in range(first, first + size):
-            expected[rank] += cost_of / size
+            expected[rank] += load
     assert loads == pytest.approx(expected)
+
+
+def sizes_of(costs, ranks):
+    """The teams that share multiply-adds."""
+    return team_sizes([True] * len(costs), lambda i, size: costs[i] / size, ranks, 1)
+
+
+def largest(costs, sizes, ranks):
+    """The load of the busiest rank."""
+    return max(seat([c / n for c, n in zip(costs, sizes, strict=True)], sizes, ranks, 1)[1])
 
 
 @quick
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=20), st.integers(1, 40))
 def test_sizes_are_powers_of_two_and_help(costs, ranks):
     costs = [float(c) for c in costs]
-    sizes = team_sizes(costs, [True] * len(costs), ranks, 1)
+    sizes = sizes_of(costs, ranks)
     assert all(size in (1, 2, 4, 8, 16, 32) and size <= ranks for size in sizes)
-    alone = max(seat(costs, [1] * len(costs), ranks, 1)[1])
-    together = max(seat(costs, sizes, ranks, 1)[1])
+    alone, together = largest(costs, [1] * len(costs), ranks), largest(costs, sizes, ranks)
     assert set(sizes) == {1} or together < 0.95 * alone
-    assert team_sizes(costs, [False] * len(costs), ranks, 1) == [1] * len(costs)
+    assert team_sizes([False] * len(costs), lambda i, size: costs[i], ranks, 1) == [1] * len(costs)
 
 
 def each_cut(ranks, shapes):
@@ -77,7 +89,7 @@ def each_cut(ranks, shapes):
 
 def test_two_matrices_on_four_ranks_keep_all_busy():
     layouts = each_cut(4, [(64, 48)] * 2)
-    sizes = team_sizes([cost(x.matrix.shape) for x in layouts], [True] * 2, 4, 1)
+    sizes = sizes_of([cost(x.matrix.shape) for x in layouts], 4)
     plan = make_plan(layouts, 4, 1 << 20, teams=sizes)
     assert (sizes, plan.strategies, plan.owners) == ([2, 2], ("split", "split"), (0, 2))
     assert plan.imbalance == 1.0
@@ -87,18 +99,64 @@ def test_two_matrices_on_four_ranks_keep_all_busy():
 def test_many_matrices_are_left_to_owners():
     """Where owners are balanced, nobody is asked to share."""
     layouts = each_cut(8, [(64, 48), (32, 48)] * 20)
-    assert team_sizes([cost(x.matrix.shape) for x in layouts], [True] * 40, 8, 1) == [1] * 40
+    assert sizes_of([cost(x.matrix.shape) for x in layouts], 8) == [1] * 40
+
+
+LLAMA_405B = [(16384, 16384), (1024, 16384), (1024, 16384), (16384, 16384), (53248, 16384),
+              (53248, 16384), (16384, 53248)] * 126  # fmt: skip
 
 
 @pytest.mark.parametrize("ranks", [512, 1024, 16384])
 def test_large_models_are_balanced(ranks):
     """Llama 405B has 882 matrices."""
-    shapes = [(16384, 16384), (1024, 16384), (1024, 16384), (16384, 16384), (53248, 16384),
-              (53248, 16384), (16384, 53248)] * 126  # fmt: skip
-    costs = [cost(shape) for shape in shapes]
-    sizes = team_sizes(costs, [True] * len(costs), ranks, 1)
-    loads = seat(costs, sizes, ranks, 1)[1]
-    assert max(loads) * ranks / sum(loads) <= 1.15
+    costs = [cost(shape) for shape in LLAMA_405B]
+    assert largest(costs, sizes_of(costs, ranks), ranks) * ranks / sum(costs) <= 1.15
+
+
+# -- teams by seconds
+
+
+def seconds_of(machine, host_team):
+    """Five steps of a polynomial with a square, in half precision."""
+    job = CostContext(1, 1, steps=5, itemsize=2, half=True, gram_itemsize=4)
+    each = cache(lambda shape, size: split_seconds(shape, size, 5, size <= host_team, job, machine))
+    return lambda i, size: each(LLAMA_405B[i], size)
+
+
+def seated(load, sizes, ranks):
+    return max(seat([load(i, size) for i, size in enumerate(sizes)], sizes, ranks, 1)[1])
+
+
+@pytest.mark.parametrize("ranks", [1024, 4096, 16384])
+def test_a_team_is_a_host_at_most_where_more_does_not_pay(ranks):
+    """Of H100 nodes of 8; links between them as fast as within would let teams grow."""
+    load, able = seconds_of(Machine(), 8), [True] * len(LLAMA_405B)
+    sizes = team_sizes(able, load, ranks, 1)
+    by_work = sizes_of([cost(shape) for shape in LLAMA_405B], ranks)
+    assert max(sizes) == {1024: 2}.get(ranks, 8)
+    assert seated(load, sizes, ranks) <= seated(load, by_work, ranks)
+    fast = team_sizes(able, seconds_of(Machine(), 1 << 20), ranks, 1)
+    assert max(fast) == (max(sizes) if ranks < 16384 else 32)
+
+
+def test_seconds_of_a_team_by_hand():
+    machine = Machine(
+        bandwidth=10.0, latency=1.0, flops=100.0, flops_wide=50.0, host_bandwidth=5.0,
+        host_latency=3.0, message=0.5,
+    )  # fmt: skip
+    job = CostContext(1, 1, steps=3, itemsize=2, half=True, gram_itemsize=4)
+    # s = 2, l = 10: 3 steps of 4 (20 + 2); of 4 numbers three quarters leave a rank: a part of
+    # four bytes and rows of two in each step, and rows of two in the one with a square
+    computed, sent = 3 * 88 / 100, 3 / 4 * 4 * (3 * (4 + 2) + 2)
+    assert split_seconds((2, 10), 1, 1, True, job, machine) == pytest.approx(computed)
+    within = computed / 4 + sent / 10 + 7 * (1 + 2 * 0.5)
+    assert split_seconds((10, 2), 4, 1, True, job, machine) == pytest.approx(within)
+    between = computed / 4 + sent / 5 + 7 * (3 + 2 * 0.5)
+    assert split_seconds((10, 2), 4, 1, False, job, machine) == pytest.approx(between)
+    wide = CostContext(1, 1, steps=3, itemsize=8, half=False, gram_itemsize=8)
+    sent = 1 / 2 * 4 * (3 * (8 + 8) + 8)
+    wanted = 3 * 88 / 50 / 2 + sent / 10 + 7
+    assert split_seconds((2, 10), 2, 1, True, wide, machine) == pytest.approx(wanted)
 
 
 # -- where their slabs are

@@ -177,7 +177,6 @@ def test_forced_in_float64():
         (MuonOptions, {"machine": {"flops": "1"}}, "machine: flops is '1'; it must be a number"),
         (MuonOptions, {"machine": {"flops": 0}}, "flops is 0"),
         (MuonOptions, {"machine": 3}, "machine is 3; write numbers by name"),
-        (MuonOptions, {"machine": {}, "strategy": "gram"}, "machine.*strategy='auto' only"),
         (ROOTOptions, {"strategy": "block"}, "whole matrices; write 'owner' or 'gram'"),
         (ROOTOptions, {"strategy": "gram", "adapt_every": 2}, "write 'owner', or adapt_every=0"),
     ],
@@ -255,10 +254,10 @@ def test_required_replicas():
     assert plan.loads[0] == plan.loads[1]
 
 
-def test_a_machine_where_auto_has_no_choice_is_said():
+def test_a_machine_where_there_is_no_choice_is_said():
     model = torch.nn.Linear(6, 4)
     model.weight.grad = torch.ones_like(model.weight)
     model.bias.grad = torch.ones_like(model.bias)
     optimizer = spectral_dist.Muon(spectral_dist.param_groups(model), machine={"flops": 1e12})
-    with pytest.warns(UserWarning, match="machine has no effect: strategy 'auto'"):
+    with pytest.warns(UserWarning, match="machine has no effect on weight and those that lie"):
         optimizer.step()
