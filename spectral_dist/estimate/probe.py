@@ -22,6 +22,7 @@ from spectral_dist.sharding.boxes import Slabs
 from spectral_dist.sharding.collectives import Meter, SimulatedGroup
 from spectral_dist.sharding.gram import Reduction
 from spectral_dist.sharding.slabs import SlabBatch
+from spectral_dist.sharding.split import SplitReduction
 
 NAME = "probe"
 
@@ -74,8 +75,9 @@ def probe_slab(
     is_owner: bool,
     wire: torch.dtype,
     state: torch.dtype,
+    team: range | None = None,
 ) -> Probe:
-    """Return what a slab of a matrix takes on a rank under strategy ``gram``.
+    """Return what a slab of a matrix takes on a rank under strategy ``gram`` or ``split``.
 
     Args:
         rule, options, wire, state: as in ``probe_whole``.
@@ -84,13 +86,16 @@ def probe_slab(
         cut: how the matrix is cut into slabs.
         ranks: the number of ranks that share it.
         rank: the one that has the slab.
-        is_owner: whether that rank evaluates the polynomial.
+        is_owner: whether that rank owns it, and under ``gram`` evaluates the polynomial.
+        team: under ``split`` the ranks that share the matrix; None: ``gram``.
     """
     context, meter = StepContext(rule, options, [NAME]), Meter()
     box = cut.box(rank, shape)
-    owner = rank if is_owner else (rank + 1) % ranks
-    batch = SlabBatch((0,), (owner,), shape, cut, box)
-    reduction = Reduction(batch, SimulatedGroup(rank, ranks), meter)
+    place = rank if team is None else team.index(rank)
+    owner = place if is_owner else (place + 1) % ranks
+    batch = SlabBatch((0,), (owner,), shape, cut, box, team)
+    kind = Reduction if team is None else SplitReduction
+    reduction = kind(batch, SimulatedGroup(place, ranks), meter)
     slabs = torch.empty(1, box.rows, box.cols, dtype=wire, device="meta")
     if transposed:
         reduction, slabs = reduction.transposed(), slabs.mT
