@@ -106,19 +106,31 @@ def _split_of(text: str) -> tuple[str, int]:
 @app.command()
 def estimate(
     model: Annotated[Path, typer.Option(help="A causal language model's config.json.")],
-    engine: Annotated[str, typer.Option(help="ddp, fsdp, hsdp, or zero0 to zero3.")],
+    engine: Annotated[str, typer.Option(help="ddp, fsdp, hsdp, zero0 to zero3, or megatron.")],
     optimizer: Annotated[str, typer.Option(help="Its name, as muon.")] = "muon",
     option: Annotated[
         list[str] | None, typer.Option(help="One of the optimizer's, as momentum=0.9.")
     ] = None,
     dp: Annotated[int | None, typer.Option(help="Data-parallel ranks.")] = None,
-    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks (fsdp and hsdp).")] = 1,
-    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
-    ep: Annotated[int, typer.Option(help="Expert-parallel ranks.")] = 1,
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks (fsdp, hsdp, megatron).")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline stages (megatron).")] = 1,
+    ep: Annotated[int, typer.Option(help="Expert-parallel ranks (megatron).")] = 1,
+    distributed_optimizer: Annotated[
+        bool, typer.Option("--distributed-optimizer", help="Megatron's.")
+    ] = False,
+    ddp_bucket_size: Annotated[
+        int | None, typer.Option(help="Megatron's, with overlap_grad_reduce; else leave it out.")
+    ] = None,
+    transformer_impl: Annotated[
+        str, typer.Option(help="Megatron's layers: transformer_engine or local.")
+    ] = "transformer_engine",
+    moe_grouped_gemm: Annotated[
+        bool, typer.Option("--moe-grouped-gemm", help="Megatron's, for experts.")
+    ] = False,
     nodes: Annotated[int, typer.Option(help="Nodes; HSDP has a copy on each.")] = 1,
     gpus_per_node: Annotated[int | None, typer.Option(help="In place of --dp.")] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Of parameters: float32; with DeepSpeed bfloat16.")
+        str | None, typer.Option(help="Of parameters: float32; DeepSpeed, Megatron: bfloat16.")
     ] = None,
     sub_group_size: Annotated[
         int, typer.Option(help="zero_optimization.sub_group_size, of ZeRO-3.")
@@ -135,7 +147,9 @@ def estimate(
     try:
         job = Job.from_user(
             engine, dp=dp, tp=tp, pp=pp, ep=ep, nodes=nodes, gpus_per_node=gpus_per_node,
-            dtype=dtype, sub_group=sub_group_size,
+            dtype=dtype, sub_group=sub_group_size, distributed_optimizer=distributed_optimizer,
+            ddp_bucket_size=ddp_bucket_size, transformer_impl=transformer_impl,
+            moe_grouped_gemm=moe_grouped_gemm,
         )  # fmt: skip
         result = estimates.estimate_of(llama.build_empty(model), job, optimizer, option or [])
     except ValueError as error:
@@ -193,7 +207,7 @@ def plan(
         )
         empty = llama.build_empty(model)
         training = plans.seconds_of_training(empty, job, speeds, tokens)
-        chosen = strategy or ["owner", "split"]
+        chosen = strategy or ["owner", "auto", "split"]
         results = plans.compare(empty, job, speeds, optimizer or ["muon"], chosen, option or [])
         if picture is not None:
             plans.draw(results, picture)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,8 @@ def compare(
         own = {name: value for name, value in values.items() if name not in others}
         for strategy in strategies:
             chosen = {**own, "strategy": strategy}
+            if strategy == "auto":  # which chooses more where it knows the machine
+                chosen["machine"] = asdict(machine)
             try:
                 prediction = predict(model, job, machine, optimizer, chosen, routing)
             except ValueError as error:

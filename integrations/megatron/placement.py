@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -13,33 +12,9 @@ from spectral_dist.integrations.megatron.ranks import MegatronRanks
 from spectral_dist.integrations.megatron.reader import MegatronReader
 from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement
+from spectral_dist.placement.tiles import FlatRange, flat_cuts, sharing, tiles_of, whole_cuts
 from spectral_dist.sharding.collectives import Group, Meter
-from spectral_dist.sharding.layout import Cut, Layout, Located, Tile
-from spectral_dist.sharding.matrix import Matrix
-
-
-@dataclass(frozen=True)
-class FlatRange:
-    """Where a parameter lies in a bucket of which data-parallel ranks store equal runs.
-
-    Attributes:
-        start: the index in the bucket of the parameter's first element.
-        shard_numel: the number of elements of the bucket that each rank stores.
-    """
-
-    start: int
-    shard_numel: int
-
-    def bounds(self, numel: int) -> tuple[int, list[int]]:
-        """Return (the first rank that stores some of the parameter, bounds of runs from it on).
-
-        Args:
-            numel: the parameter's number of elements. Bounds are indices into these, ascending.
-        """
-        stop = self.start + numel
-        first, last = self.start // self.shard_numel, -(-stop // self.shard_numel)
-        edges = [rank * self.shard_numel - self.start for rank in range(first, last + 1)]
-        return first, [min(max(edge, 0), numel) for edge in edges]
+from spectral_dist.sharding.layout import Cut, Layout, Located
 
 
 class MegatronPlacement(ReplicatedPlacement):
@@ -122,11 +97,16 @@ class MegatronPlacement(ReplicatedPlacement):
                     )
                     numel = end - begin
                 spans.append((route.name, len(indices) - 1, 0, numel))
+            dim, stride = cut_dimension(parameter), self.reader.stride(parameter)
+            index, rows = max(0, len(indices) - 1), route.shape[0]
             layouts += [
-                Layout(m, tuple(self._tiles(m, route, cuts, max(0, len(indices) - 1))))
+                Layout(m, tuple(tiles_of(m, rows, dim, stride, cuts, index)))
                 for m in route.matrices
             ]
-        group, replicas, replicate_momentum = self._groups(ranks, tiled)
+        group, replicas, replicate_momentum = sharing(
+            tiled, self.ranges is not None, ranks.tensor_group, ranks.data_group,
+            lambda: ranks.joint_group, self.replicate_momentum,
+        )  # fmt: skip
         device = routes[0].parameter.device
         return Located(
             tuple(layouts),
@@ -138,16 +118,6 @@ class MegatronPlacement(ReplicatedPlacement):
             tuple(indices),
         )
 
-    def _groups(self, ranks: MegatronRanks, tiled: bool) -> tuple[Group, Group, bool]:
-        """Return (ranks that cut, ranks that hold copies, whether every copy has its momentum)."""
-        if self.ranges is None:
-            if tiled:
-                return ranks.tensor_group, ranks.data_group, self.replicate_momentum
-            return None, ranks.joint_group, self.replicate_momentum
-        if tiled:
-            return ranks.joint_group, None, True
-        return ranks.data_group, ranks.tensor_group, True
-
     def _cuts(self, parameter: nn.Parameter, ranks: MegatronRanks, tiled: bool) -> list[Cut]:
         """Return, by tensor-parallel rank, how the elements of the rank's tile are stored.
 
@@ -155,72 +125,12 @@ class MegatronPlacement(ReplicatedPlacement):
         buffers. If they ever do not, their plans differ, which is an error.
         """
         numel = parameter.numel()
-        tensor = range(ranks.tensor_size if tiled else 1)
         if self.ranges is None:
-            return [Cut((0, numel), (t,) if tiled else None) for t in tensor]
-        first, bounds = self.ranges[id(parameter)].bounds(numel)
-        data = range(first, first + len(bounds) - 1)
-        if not tiled:
-            return [Cut(tuple(bounds), tuple(data))]
-        return [Cut(tuple(bounds), tuple(ranks.joint_ranks[t][d] for d in data)) for t in tensor]
-
-    def _tiles(
-        self, matrix: Matrix, route: ParamSpec, cuts: Sequence[Cut], tensor: int
-    ) -> Iterator[Tile]:
-        """Yield the tiles of a matrix, from top to bottom.
-
-        Args:
-            matrix: one of the parameter's.
-            route: the parameter's.
-            cuts: how each tensor-parallel rank's elements are stored.
-            tensor: the index of the local tensor that this rank's elements are in.
-
-        Raises:
-            ValueError: columns are cut in several parts, which is not supported.
-        """
-        dim, width, row = cut_dimension(route.parameter), matrix.shape[1], 0
-        stride = self.reader.stride(route.parameter)
-        for start, rows in matrix.blocks:
-            first = start // width
-            if dim == 1 and len(cuts) > 1:
-                if stride > 1:
-                    raise ValueError(
-                        f"{route.name} has columns cut with stride {stride}, which"
-                        " is not supported; leave it to AdamW with scalars=[...]"
-                    )
-                part = width // len(cuts)
-                for t, cut in enumerate(cuts):
-                    yield Tile(row, t * part, rows, part, cut, first * part, 0, tensor, block=t)
-            else:
-                for t, begin, size, local in _segments(route.shape[0], len(cuts), stride):
-                    top, bottom = max(first, begin), min(first + rows, begin + size)
-                    if top < bottom:
-                        yield Tile(
-                            row + top - first, 0, bottom - top, width, cuts[t],
-                            (local + top - begin) * width, 0, tensor, block=t,
-                        )  # fmt: skip
-            row += rows
+            return whole_cuts(numel, ranks.tensor_size if tiled else 1)
+        of_data: Sequence[Sequence[int]] = [range(ranks.data_size)]
+        joint = ranks.joint_ranks if tiled else of_data
+        return flat_cuts(numel, self.ranges[id(parameter)], joint)
 
     def world_groups(self) -> list[Group]:
         """Return the tensor- and data-parallel ranks of this optimizer's parameters."""
         return [] if self._ranks is None else [self._ranks.joint_group]
-
-
-def _segments(rows: int, ranks: int, stride: int) -> list[tuple[int, int, int, int]]:
-    """Return (rank, first row, rows, first row in the rank's tensor) of each piece of a weight.
-
-    The rows are ``stride`` equal parts, each of which is cut over the ranks. A rank's tensor holds
-    its piece of the first part, then that of the second, and so on. Pieces are in order of their
-    first rows.
-
-    Args:
-        rows: of the whole weight.
-        ranks: the number of tensor-parallel ranks.
-        stride: the number of parts.
-    """
-    part, piece = rows // stride, rows // stride // ranks
-    return [
-        (rank, index * part + rank * piece, piece, index * piece)
-        for index in range(stride)
-        for rank in range(ranks)
-    ]

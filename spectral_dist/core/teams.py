@@ -72,7 +72,7 @@ def select_teams(
     length, rows = (ranks, replicas) if ranks > 1 else (replicas, 1)
     shapes = [layout.matrix.shape for layout in located.layouts]
     able = [
-        (layout.stacked() or ranks > 1) and not in_slabs and _polynomials(specs[shape]) is not None
+        (layout.stacked() or ranks > 1) and not in_slabs and polynomials(specs[shape]) is not None
         for layout, shape, in_slabs in zip(located.layouts, shapes, gram, strict=True)
     ]
     if length == 1 or not any(able):
@@ -159,7 +159,7 @@ def _check_split(specs: Mapping[Shape, PolarSpec | None], needs_whole: bool) -> 
             "strategy is 'split', but an observer or the rule needs whole matrices; write"
             " strategy='owner'"
         )
-    if any(_polynomials(spec) is None for spec in specs.values()):
+    if any(polynomials(spec) is None for spec in specs.values()):
         raise ValueError(
             "strategy is 'split', but what the rule computes is no Newton-Schulz iteration on"
             " the matrix; write strategy='owner', or a polar method of polynomials"
@@ -167,7 +167,7 @@ def _check_split(specs: Mapping[Shape, PolarSpec | None], needs_whole: bool) -> 
         )
 
 
-def _polynomials(spec: PolarSpec | None) -> Sequence[tuple[float, float, float]] | None:
+def polynomials(spec: PolarSpec | None) -> Sequence[tuple[float, float, float]] | None:
     """Return the (a, b, c) of every step, or None if ranks cannot share what the rule computes."""
     if spec is None or spec.rank is not None:
         return None
@@ -210,7 +210,7 @@ def _seconds(
         steps = of_gram.equivalent_steps(spec.method, spec.steps)
         if in_slabs:
             return steps * polynomial_cost(shape) / machine.flops_wide
-        rows = _polynomials(spec)
+        rows = polynomials(spec)
         computed = resolve_dtype(spec.method, spec.dtype, wire, device)
         half = computed in (torch.float16, torch.bfloat16)
         job = CostContext(

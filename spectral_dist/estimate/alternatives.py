@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
+
+from spectral_dist.core.teams import polynomials
 from spectral_dist.estimate.counts import MatrixCounter
 from spectral_dist.estimate.prediction import Prediction, device_seconds
+from spectral_dist.estimate.slabs import Team
 from spectral_dist.estimate.traffic import BucketTraffic
 from spectral_dist.machine import Machine
 from spectral_dist.rules.base import Shape
-from spectral_dist.sharding.boxes import slabs
+from spectral_dist.sharding.hosts import largest_team
 from spectral_dist.sharding.layout import Layout, holders_of
-from spectral_dist.sharding.plan import first_of
+from spectral_dist.sharding.plan import Bucket, first_of
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,14 @@ class PlannedMatrix:
 
 def planned(prediction: Prediction) -> Iterator[PlannedMatrix]:
     """Yield all matrices of a prediction, unit by unit."""
-    ranks = prediction.estimate.job.ranks
     for counter in prediction.counters:
-        traffic = BucketTraffic(counter, prediction.machine, ranks)
+        traffic = BucketTraffic(counter, prediction.machine)
         unit = counter.unit
-        numbers = unit.replica_of * counter.ranks + unit.rank_of
-        job_rank_of = numbers.argsort().tolist()
+        # of sets of ranks that lie alike the first counts
+        members = (unit.rank_of >= 0).nonzero().flatten().flip(0)
+        job_ranks = torch.zeros(counter.replicas * counter.ranks, dtype=torch.int64)
+        job_ranks[unit.replica_of[members] * counter.ranks + unit.rank_of[members]] = members
+        job_rank_of = job_ranks.tolist()
         team_of = {
             i: bucket.team
             for bucket in counter.plan.buckets
@@ -96,33 +102,60 @@ def _planned(
 
 
 def _alone(counter: MatrixCounter, layout: Layout, traffic: BucketTraffic) -> dict[str, float]:
-    """Return the seconds of one matrix by each strategy, without any other work."""
-    machine, wire = traffic.machine, counter.wire.itemsize
-    crosses = traffic.num_hosts > 1
-    bandwidth = machine.host_bandwidth if crosses else machine.bandwidth
-    latency = machine.host_latency if crosses else machine.latency
+    """Return the seconds of one matrix by each strategy, without any other work.
+
+    It is split over as many ranks as share a host.
+    """
+    machine = traffic.machine
+    link = (machine.host_bandwidth, machine.host_latency)
+    if traffic.num_hosts == 1:
+        link = (machine.bandwidth, machine.latency)
     is_cut = counter.ranks > 1 and len(holders_of(layout.storage())) > 1
-    moved = layout.matrix.numel * wire
+    moved = layout.matrix.numel * counter.wire.itemsize * is_cut
     seconds = {"owner": device_seconds(counter.whole(layout), machine)}
-    if not is_cut:
-        return seconds
-    seconds["owner"] += 2 * (moved / bandwidth + latency)
-    gram = _in_slabs(counter, layout, machine, bandwidth, latency)
-    if gram is not None:
-        in_place = slabs(layout, counter.ranks).in_place
-        shards = 0.0 if in_place else 2 * (moved / counter.ranks / bandwidth + latency)
-        seconds["gram"] = gram + shards
+    seconds["owner"] += 2 * (moved / link[0] + link[1] * is_cut)
+    if is_cut:
+        team = Team.of(Bucket({}, True, gram=True), layout, 0, counter.ranks, counter.replicas)
+        in_slabs = _in_slabs(counter, layout, team, machine, link)
+        if in_slabs is not None:
+            shards = 0.0 if team.cut.in_place else moved / counter.ranks / link[0] + link[1]
+            seconds["gram"] = in_slabs + 2 * shards
+    size = _host_team(counter, traffic)
+    spec = counter.rule.polar(counter.options, layout.matrix.read_shape)
+    if size > 1 and polynomials(spec) is not None and (is_cut or layout.stacked()):
+        team = Team.of(Bucket({}, True, team=size), layout, 0, counter.ranks, counter.replicas)
+        near = (machine.bandwidth, machine.latency)
+        split = _in_slabs(counter, layout, team, machine, near)
+        if split is not None:
+            seconds["split"] = split + 2 * (moved / size / link[0] + link[1] * is_cut)
     return seconds
 
 
+def _host_team(counter: MatrixCounter, traffic: BucketTraffic) -> int:
+    """Return the size of the largest team within a host."""
+    hosts = traffic.hosts[0] if counter.ranks > 1 else traffic.hosts[:, 0]
+    return largest_team((hosts * traffic.machine.host_size).tolist(), traffic.machine.host_size)
+
+
 def _in_slabs(
-    counter: MatrixCounter, layout: Layout, machine: Machine, bandwidth: float, latency: float
+    counter: MatrixCounter,
+    layout: Layout,
+    team: Team,
+    machine: Machine,
+    link: tuple[float, float],
 ) -> float | None:
-    """Return the seconds of a matrix's direction in slabs; None: the rule needs it whole."""
+    """Return the seconds of the slowest of a team; None: the rule needs whole matrices.
+
+    Args:
+        counter: of the unit.
+        layout: of the matrix.
+        team: that works on it.
+        machine: the speeds.
+        link: bytes/s and latency of what the team sends.
+    """
     try:
-        probe, _ = counter.slab(layout, True)
-    except (ValueError, NotImplementedError):
+        counts = counter.members(layout, team)
+    except ValueError:
         return None
-    return (
-        device_seconds(probe, machine) + probe.sent_bytes / bandwidth + probe.collectives * latency
-    )
+    sent = counts.sent_bytes / link[0] + counts.collectives * link[1]
+    return float((device_seconds(counts, machine) + sent).max())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,12 +14,22 @@ from torch import Tensor
 from spectral_dist.core.strategy import blocks_of, plan_of
 from spectral_dist.estimate.engines import PlacedUnit
 from spectral_dist.estimate.probe import Probe, probe_slab, probe_whole
+from spectral_dist.estimate.slabs import (
+    MemberCounts,
+    Team,
+    kept_in_slabs,
+    member_counts,
+    row_counts,
+    shares,
+    slab_lengths,
+)
 from spectral_dist.rules.base import Rule, Shape
 from spectral_dist.rules.options import MatrixOptions
 from spectral_dist.sharding import collectives
-from spectral_dist.sharding.boxes import Slabs, slabs
-from spectral_dist.sharding.layout import Layout, Tile
+from spectral_dist.sharding.layout import Layout
 from spectral_dist.sharding.plan import Bucket, Plan
+
+__all__ = ["Counts", "MatrixCounter", "kept_in_slabs", "shares", "slab_lengths"]
 
 LEAST_STATE = torch.float32
 """State is at least this wide."""
@@ -94,6 +104,17 @@ class MatrixCounter:
         return divmod(self.plan.owners[matrix], self.ranks)
 
     @cached_property
+    def teams(self) -> dict[int, Team]:
+        """Return the team of each matrix that stays in slabs."""
+        return {
+            i: Team.of(bucket, self.layouts[i], owner, self.ranks, self.replicas)
+            for bucket in self.plan.buckets
+            if bucket.gram or bucket.team > 1
+            for owner, matrices in bucket.matrices.items()
+            for i in matrices
+        }
+
+    @cached_property
     def owned_runs(self) -> Tensor:
         """Return the elements of each rank's runs of the matrices that its replica owns."""
         return self.runs(range(len(self.layouts)))
@@ -103,6 +124,10 @@ class MatrixCounter:
         runs = self.zeros()
         for i in matrices:
             replica, _ = self.place(i)
+            if self.ranks == 1 and i in self.teams:  # of a team of replicas each has its slab
+                team = self.teams[i]
+                team.of_ranks(runs).add_(team.lengths * min(self.layouts[i].matrix.shape))
+                continue
             ranks, numels, _ = shares(self.layouts[i].storage())
             runs[replica].index_add_(0, ranks, numels)
         return runs
@@ -117,8 +142,8 @@ class MatrixCounter:
         state, calls, flops, moved = (self.zeros() for _ in range(4))
         for i, layout in enumerate(self.layouts):
             replica, rank = self.place(i)
-            if self.plan.strategies[i] == "gram":
-                self._count_in_slabs(layout, replica, rank, state, calls, flops, moved)
+            if i in self.teams:
+                self._count_in_slabs(i, state, calls, flops, moved)
                 continue
             probe = self.whole(layout)
             state[replica, rank] += self._state_bytes(layout.matrix.read_shape)
@@ -148,18 +173,32 @@ class MatrixCounter:
             self._probes[shape] = probe_whole(*arguments)
         return self._probes[shape]
 
-    def slab(self, layout: Layout, is_owner: bool) -> tuple[Probe, int]:
-        """Return what the largest slab of a matrix takes, and the rank that has it."""
-        matrix, cut = layout.matrix, slabs(layout, self.ranks)
-        lengths = slab_lengths(cut)
-        rank = int(lengths.argmax())
-        key = (matrix.shape, matrix.transposed, cut.along, int(lengths[rank]), is_owner)
-        if key not in self._probes:
-            self._probes[key] = probe_slab(
-                self.rule, self.options, matrix.shape, matrix.transposed, cut, self.ranks, rank,
-                is_owner, self.wire, self.state_dtype,
-            )  # fmt: skip
-        return self._probes[key], rank
+    def members(self, layout: Layout, team: Team) -> MemberCounts:
+        """Return what each rank of the team of a matrix in slabs takes.
+
+        Args:
+            layout: of the matrix.
+            team: in the plan, or any other.
+
+        Raises:
+            ValueError: the rule or its polar method needs whole matrices.
+        """
+        shape, cut, size = layout.matrix.shape, team.cut, len(team.ranks)
+        transposed, lengths, rows = layout.matrix.transposed, team.lengths, min(shape)
+
+        def probe(place: int, is_owner: bool) -> Probe:
+            """Return what a member takes; probed once for members that take the same."""
+            share = int(row_counts(rows, size)[place]) if team.is_split else 0
+            kind = (shape, transposed, cut.along, size, team.is_split, int(lengths[place]), share)
+            if (*kind, is_owner) not in self._probes:
+                self._probes[*kind, is_owner] = probe_slab(
+                    self.rule, self.options, shape, transposed, cut, size, team.members[place],
+                    is_owner, self.wire, self.state_dtype,
+                    team=team.members if team.is_split else None,
+                )  # fmt: skip
+            return self._probes[*kind, is_owner]
+
+        return member_counts(team, shape, probe)
 
     def _state_bytes(self, shape: Shape) -> int:
         """Return the bytes of a whole matrix's state at its owner."""
@@ -167,28 +206,25 @@ class MatrixCounter:
         return sum(math.prod(s.shape) * (s.dtype or self.state_dtype).itemsize for s in specs)
 
     def _count_in_slabs(
-        self, layout: Layout, replica: int, owner: int, state: Tensor, calls: Tensor,
-        flops: Tensor, moved: Tensor,
-    ) -> None:  # fmt: skip
-        """Add what a matrix in slabs takes on each rank of its replica."""
-        matrix = layout.matrix
-        lengths = slab_lengths(slabs(layout, self.ranks))
-        along = slabs(layout, self.ranks).along ^ int(matrix.transposed)
-        for spec in self.rule.state(self.options, matrix.read_shape).values():
+        self, matrix: int, state: Tensor, calls: Tensor, flops: Tensor, moved: Tensor
+    ) -> None:
+        """Add what a matrix in slabs takes on each rank of its team."""
+        read, team = self.layouts[matrix].matrix, self.teams[matrix]
+        along = team.cut.along ^ int(read.transposed)
+        kept = team.of_ranks(state)
+        for spec in self.rule.state(self.options, read.read_shape).values():
             size = math.prod(spec.shape) * (spec.dtype or self.state_dtype).itemsize
             dimension = spec.cut_dimension(along)
             if spec.where == "owner":
-                state[replica, owner] += size
+                kept[team.owner] += size
             elif dimension is None:
-                state[replica] += size
+                kept += size
             else:
-                state[replica] += size // spec.shape[dimension] * lengths
-        (other, rank), (at_owner, _) = (self.slab(layout, owns) for owns in (False, True))
-        flops[replica] += other.flops * lengths // lengths[rank]
-        flops[replica, owner] += at_owner.flops - other.flops
-        moved[replica] += other.sent_bytes
-        moved[replica, owner] += at_owner.sent_bytes - other.sent_bytes
-        calls[replica, owner] += at_owner.polar_calls
+                kept += size // spec.shape[dimension] * team.lengths
+        counts = self.members(self.layouts[matrix], team)
+        team.of_ranks(flops).add_(counts.flops)
+        team.of_ranks(moved).add_(counts.sent_bytes)
+        team.of_ranks(calls).add_(counts.polar_calls)
 
     def _exchanged(self, bucket: Bucket) -> Tensor:
         """Return the elements that each rank sends to others for a bucket: shards, and back."""
@@ -198,14 +234,13 @@ class MatrixCounter:
             for i in matrices:
                 layout = self.layouts[i]
                 ranks, numels, own = shares(layout.storage())
-                if bucket.gram:
-                    cut = slabs(layout, self.ranks)
-                    kept = kept_in_slabs(layout.storage(), cut)
-                    sent[replica].index_add_(0, ranks, numels)
-                    width = min(layout.matrix.shape)
-                    sent[replica] += slab_lengths(cut) * width - 2 * kept
-                    continue
                 sent[replica].index_add_(0, ranks, numels)
+                team = self.teams.get(i)
+                if team is not None:
+                    kept = kept_in_slabs(layout.storage(), team.cut, team.members)
+                    width = min(layout.matrix.shape)
+                    team.of_ranks(sent).add_(team.lengths * width - 2 * kept)
+                    continue
                 sent[replica, rank] += layout.matrix.numel - 2 * own.get(rank, 0)
         return sent
 
@@ -247,80 +282,30 @@ class MatrixCounter:
         return total, padded
 
     def _taken(self, bucket: Bucket) -> tuple[Tensor, Tensor]:
-        """Return the elements of the matrices or slabs that each rank computes, and work bytes."""
+        """Return the elements of the matrices or slabs that each rank computes, and work bytes.
+
+        Batches are computed one after the other.
+        """
         taken, work = self.zeros(), self.zeros()
-        if bucket.gram:
-            for i in (i for indices in bucket.matrices.values() for i in indices):
-                replica, owner = self.place(i)
-                layout = self.layouts[i]
-                lengths = slab_lengths(slabs(layout, self.ranks))
-                taken[replica] += lengths * min(layout.matrix.shape)
-                work[replica] += self.slab(layout, False)[0].work_bytes
-                more = (
-                    self.slab(layout, True)[0].work_bytes - self.slab(layout, False)[0].work_bytes
-                )
-                work[replica, owner] += max(0, more)
-            return taken, work
         for owner, matrices in bucket.matrices.items():
             replica, rank = divmod(owner, self.ranks)
             batches: dict[Shape, int] = {}
             for i in matrices:
                 layout = self.layouts[i]
+                if i in self.teams:
+                    continue
                 taken[replica, rank] += layout.matrix.numel
                 shape = layout.matrix.read_shape
                 batches[shape] = batches.get(shape, 0) + self.whole(layout).work_bytes
-            work[replica, rank] = max(batches.values())
+            work[replica, rank] = max(batches.values(), default=0)
+        in_slabs: dict[Any, Tensor] = {}
+        for i in (i for matrices in bucket.matrices.values() for i in matrices if i in self.teams):
+            layout, team = self.layouts[i], self.teams[i]
+            team.of_ranks(taken).add_(team.lengths * min(layout.matrix.shape))
+            key = (layout.matrix.shape, layout.matrix.transposed, team.cut, team.ranks)
+            of_member = self.members(layout, team).work_bytes
+            in_slabs[key] = in_slabs[key] + of_member if key in in_slabs else of_member
+        for (*_, ranks), of_batch in in_slabs.items():
+            of_ranks = work.view(-1)[ranks.start : ranks.stop]
+            of_ranks.copy_(of_ranks.maximum(of_batch))
         return taken, work
-
-
-@lru_cache(maxsize=4096)
-def shares(storage: tuple[Tile, ...]) -> tuple[Tensor, Tensor, dict[int, int]]:
-    """Return the ranks that store a part of a matrix, their numbers of elements, and both by rank.
-
-    Args:
-        storage: ``Layout.storage()``.
-    """
-    numel_of: dict[int, int] = {}
-    for tile in storage:
-        for rank, begin, end in tile.parts():
-            numel_of[rank] = numel_of.get(rank, 0) + end - begin
-    return torch.tensor(list(numel_of)), torch.tensor(list(numel_of.values())), numel_of
-
-
-@lru_cache(maxsize=1024)
-def slab_lengths(cut: Slabs) -> Tensor:
-    """Return the number of rows or columns of each rank's slab."""
-    return torch.tensor([end - begin for begin, end in cut.ranges])
-
-
-@lru_cache(maxsize=1024)
-def kept_in_slabs(storage: tuple[Tile, ...], cut: Slabs) -> Tensor:
-    """Return, by rank, the elements that it stores of a matrix and that are in its own slab."""
-    ranges = torch.tensor(list(cut.ranges))
-    kept = torch.zeros(len(ranges), dtype=torch.int64)
-    for tile in storage:
-        parts = torch.tensor(list(tile.parts())).reshape(-1, 3)
-        if not len(parts):
-            continue
-        ranks, edges = parts[:, 0], parts[:, 1:]
-        first, size = (tile.col, tile.cols) if cut.along else (tile.row, tile.rows)
-        low, high = (ranges[ranks] - first).clamp(0, size).unbind(1)
-        counted = _below(edges, tile, low, high, cut.along)
-        kept.index_add_(0, ranks, counted[:, 1] - counted[:, 0])
-    return kept
-
-
-def _below(edges: Tensor, tile: Tile, low: Tensor, high: Tensor, along: int) -> Tensor:
-    """Count the elements of a tile before each edge that are in a range of rows or columns.
-
-    Args:
-        edges: (n, 2) of row-major elements.
-        tile: the tile.
-        low, high: the range of each, (n,).
-        along: 0 for rows, 1 for columns.
-    """
-    low, high = low[:, None], high[:, None]
-    if not along:
-        return edges.clamp(low * tile.cols, high.maximum(low) * tile.cols)
-    rows, rest = edges // tile.cols, edges % tile.cols
-    return rows * (high - low) + (rest - low).clamp(min=0).minimum(high - low)

@@ -17,11 +17,16 @@ import torch
 from torch import Tensor, nn
 
 from spectral_dist.estimate.job import Job
+from spectral_dist.estimate.megatron import MegatronPlan
+from spectral_dist.estimate.megatron_model import MegatronModel
+from spectral_dist.estimate.placed import PlacedUnit, simulated, state_dtype
 from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.flat import in_one_sequence, in_own_runs, whole
 from spectral_dist.placement.mesh_sharding import stored_stack_boxes
-from spectral_dist.sharding.collectives import Group, SimulatedGroup
+from spectral_dist.sharding.collectives import Group
 from spectral_dist.sharding.layout import Layout, Located, StackBoxes, grid_layout
+
+__all__ = ["PlacedUnit", "TensorPlan", "place", "state_dtype"]
 
 REPLICATE, SHARD, TENSOR = 0, 1, 2
 """Dimensions of the mesh of torch's engines."""
@@ -29,38 +34,11 @@ ALIGNMENT = 2
 """ZeRO-1 and 2 pad a group to a multiple of this times the ranks (nccl_start_alignment_factor)."""
 
 
-@dataclass(frozen=True)
-class PlacedUnit:
-    """Parameters of a group that are sharded alike, on all ranks.
-
-    Attributes:
-        located: their layouts; its groups are simulated ones.
-        stored: by rank of ``located.group``: the elements that it stores.
-        num_tensors: the number of tensors that are stepped.
-        rank_of, replica_of: by rank of the job: its rank in the group, and which replica it is in.
-        dtype: of the tensors that are stepped.
-    """
-
-    located: Located
-    stored: Tensor
-    num_tensors: int
-    rank_of: Tensor
-    replica_of: Tensor
-    dtype: torch.dtype
-
-    @property
-    def by_job_rank(self) -> Tensor:
-        """Return the elements that each rank of the job stores."""
-        return self.stored[self.rank_of]
-
-
-def simulated(ranks: int) -> Group:
-    """Return a group of so many ranks, none of which runs; None for one."""
-    return SimulatedGroup(0, ranks) if ranks > 1 else None
-
-
 def place(
-    job: Job, routes: Sequence[ParamSpec], replicate_momentum: bool, plan: TensorPlan
+    job: Job,
+    routes: Sequence[ParamSpec],
+    replicate_momentum: bool,
+    plan: TensorPlan | MegatronPlan,
 ) -> Iterator[PlacedUnit]:
     """Yield the units of a parameter group.
 
@@ -68,10 +46,12 @@ def place(
         job: the engine and its ranks.
         routes: the specs of the group's parameters.
         replicate_momentum: the option of that name.
-        plan: which parameters tensor parallelism cuts.
+        plan: which parameters tensor parallelism cuts, and Megatron's stages and buffers.
     """
     stage = job.zero_stage
-    if job.engine == "ddp" or stage == 0:
+    if isinstance(plan, MegatronPlan):
+        yield from plan.place(routes, replicate_momentum)
+    elif job.engine == "ddp" or stage == 0:
         yield _replicated(job, routes, replicate_momentum or stage == 0)
     elif stage is None:
         yield from _on_mesh(job, routes, plan)
@@ -82,9 +62,35 @@ def place(
             yield _own_runs(job, sub_group)
 
 
-def state_dtype(job: Job) -> torch.dtype:
-    """Return the dtype of the tensors that the optimizer steps on."""
-    return job.dtype if job.zero_stage is None else torch.float32
+def built_as(model: nn.Module, job: Job) -> nn.Module:
+    """Return a model as the engine builds it: Megatron has modules of its own.
+
+    Args:
+        model: of transformers, if the engine is megatron.
+        job: the engine and its ranks.
+
+    Raises:
+        ValueError: a model that Megatron's are not known for.
+    """
+    if job.engine != "megatron":
+        return model
+    return MegatronModel(getattr(model, "config", None), job)
+
+
+def places_of(model: nn.Module, job: Job, specs: Sequence[ParamSpec]) -> TensorPlan | MegatronPlan:
+    """Return what ``place`` has to know of a model beside its groups.
+
+    Args:
+        model: that ``built_as`` has returned.
+        job: the engine and its ranks.
+        specs: of all parameters of the model.
+
+    Raises:
+        ValueError: as in ``TensorPlan.of_model``.
+    """
+    if isinstance(model, MegatronModel):
+        return MegatronPlan(job, model, specs)
+    return TensorPlan.of_model(model, [spec.name for spec in specs], job.tensor)
 
 
 def _unit(
@@ -104,7 +110,8 @@ def _unit(
         replicate_momentum, tuple(range(num_tensors)),
     )  # fmt: skip
     rank_of, replica_of = (zeros, ranks) if is_copied else (ranks, zeros)
-    return PlacedUnit(located, stored, num_tensors, rank_of, replica_of, state_dtype(job))
+    number = torch.tensor(num_tensors)
+    return PlacedUnit(located, stored, number, rank_of, replica_of, state_dtype(job))
 
 
 def _replicated(job: Job, routes: Sequence[ParamSpec], replicate_momentum: bool) -> PlacedUnit:
@@ -229,7 +236,8 @@ def _mesh_unit(job: Job, routes: Sequence[ParamSpec], plan: TensorPlan, is_cut: 
         tuple(layouts), simulated(ranks), job.device, (),
         simulated(job.replicate * tensor_copies), True, tuple(range(len(routes))),
     )  # fmt: skip
-    return PlacedUnit(located, stored, len(routes), rank_of, replica_of, state_dtype(job))
+    number = torch.tensor(len(routes))
+    return PlacedUnit(located, stored, number, rank_of, replica_of, state_dtype(job))
 
 
 @lru_cache(maxsize=1024)

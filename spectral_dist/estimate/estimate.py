@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,9 +17,12 @@ from spectral_dist.core.named import class_of
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.estimate.counts import LEAST_STATE, MatrixCounter
-from spectral_dist.estimate.engines import PlacedUnit, TensorPlan, place
+from spectral_dist.estimate.engines import PlacedUnit, TensorPlan, built_as, place, places_of
 from spectral_dist.estimate.job import Job
+from spectral_dist.estimate.megatron import MegatronPlan
+from spectral_dist.estimate.megatron_model import MegatronModel
 from spectral_dist.params.classify import classify
+from spectral_dist.params.modules import torch_inspector
 from spectral_dist.params.param_groups import split_by_kind
 from spectral_dist.params.spec import ParamSpec
 from spectral_dist.poet.optimizer import POET
@@ -30,7 +34,7 @@ AGREEMENT = 12
 """Bytes of the three numbers that ranks compare before a step."""
 QUANTITIES = {
     "parameters": "of the model, as they lie between steps",
-    "master_weights": "float32 copies that DeepSpeed steps on",
+    "master_weights": "float32 copies that DeepSpeed and Megatron step on",
     "gradients": "when the step begins",
     "optimizer_state": "momentum, moments, matrix state",
     "temporary": "at most, while the optimizer steps",
@@ -69,9 +73,9 @@ class Estimate:
     def to_json(self) -> dict[str, Any]:
         """Return the estimate as plain values."""
         job = {k: str(v).removeprefix("torch.") for k, v in asdict(self.job).items()}
-        sizes = {k: getattr(self.job, k) for k in ("replicate", "shard", "tensor", "sub_group")}
+        plain = {k: v for k, v in vars(self.job).items() if v is None or isinstance(v, int)}
         return {
-            "job": {**job, **sizes, "ranks": self.job.ranks},
+            "job": {**job, **plain, "ranks": self.job.ranks},
             "optimizer": self.optimizer,
             "numbers": self.numbers,
             "per_rank": self.summary(),
@@ -114,16 +118,21 @@ def count(
 ) -> tuple[Estimate, list[MatrixCounter]]:
     """Return ``estimate``'s result, and the counters of all units of matrices."""
     entry, options = registry.find(optimizer), dict(options or {})
-    if options.get("strategy") == "split":
-        raise ValueError("strategy is 'split', which is not estimated yet; write 'owner'")
+    if entry.rule is None and job.engine == "megatron":
+        raise ValueError(
+            f"engine megatron is not estimated for {optimizer}, whose layers are others there;"
+            " write another engine"
+        )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what training warns of, it warns of then
-        specs = classify(model, **(routing or {}))
+        as_built = built_as(model, job)
+        is_megatron = isinstance(as_built, MegatronModel)
+        inspect = attrgetter("inspector") if is_megatron else torch_inspector
+        specs = classify(as_built, make_inspector=inspect, **(routing or {}))
         trained = [spec for spec in specs if spec.kind != "frozen"]
         groups = split_by_kind([s.parameter for s in trained], specs, entry.options)
         built = (POET if entry.rule is None else class_of(entry))(groups, **options)
-        plan = TensorPlan.of_model(model, [spec.name for spec in specs], job.tensor)
-        total = _Total(job, built, specs, plan)
+        total = _Total(job, built, specs, places_of(as_built, job, specs))
         return total.estimate(optimizer), total.counters
 
 
@@ -134,11 +143,15 @@ class _Total:
         job: the engine and its ranks.
         optimizer: with its groups, none of which has been stepped.
         specs: of all parameters of the model.
-        plan: which parameters tensor parallelism cuts.
+        plan: which parameters tensor parallelism cuts, and Megatron's stages and buffers.
     """
 
     def __init__(
-        self, job: Job, optimizer: ShardedOptimizer, specs: Sequence[ParamSpec], plan: TensorPlan
+        self,
+        job: Job,
+        optimizer: ShardedOptimizer,
+        specs: Sequence[ParamSpec],
+        plan: TensorPlan | MegatronPlan,
     ) -> None:
         self.job, self.optimizer, self.specs, self.plan = job, optimizer, specs, plan
         self.others = torch.zeros(job.ranks, dtype=torch.int64)
@@ -153,14 +166,15 @@ class _Total:
             is_matrix = group["kind"] == "matrix"
             for unit in place(self.job, routes, self._replicates(), self.plan):
                 (self._add_matrices if is_matrix else self._add_others)(group, unit)
-                self._add_model(unit, routes)
+                self._add_model(unit)
                 num_units += 1
             count = sum(math.prod(route.shape) for route in routes)
             numbers["matrices" if is_matrix else "others"] += count
         self._add_frozen()
-        if self.optimizer.options.check_finite and self.job.ranks > 1:
-            # ZeRO steps group by group, or sub-group by sub-group
-            self.by_rank["moved"] += AGREEMENT * (num_units if self.job.zero_stage else 1)
+        if isinstance(self.plan, MegatronPlan):
+            self._add_buffers(self.plan)
+        if self.optimizer.options.check_finite:
+            self.by_rank["moved"] += AGREEMENT * self._num_agreements(num_units)
         return Estimate(self.job, name, numbers, self.by_rank, self.others)
 
     def _replicates(self) -> bool:
@@ -174,17 +188,12 @@ class _Total:
         counts = counter.count()
         self.counters.append(counter)
 
-        def spread(values: Tensor) -> Tensor:
-            """Return values of each rank of the job."""
-            values = values.expand(counter.replicas, counter.ranks)
-            return values[unit.replica_of, unit.rank_of]
-
         state = counts.momentum * counter.state_dtype.itemsize + counts.state_bytes
-        self.by_rank["optimizer_state"] += spread(state) + STEP * unit.num_tensors
-        self.by_rank["moved"] += spread(counts.moved_bytes)
-        self.by_rank["polar_calls"] += spread(counts.polar_calls)
-        self.by_rank["flops"] += spread(counts.flops)
-        temporary = torch.maximum(self.by_rank["temporary"], spread(counts.temporary_bytes))
+        self.by_rank["optimizer_state"] += unit.spread(state + STEP * unit.num_tensors)
+        self.by_rank["moved"] += unit.spread(counts.moved_bytes)
+        self.by_rank["polar_calls"] += unit.spread(counts.polar_calls)
+        self.by_rank["flops"] += unit.spread(counts.flops)
+        temporary = torch.maximum(self.by_rank["temporary"], unit.spread(counts.temporary_bytes))
         self.by_rank["temporary"] = temporary
 
     def _add_others(self, group: dict[str, Any], unit: PlacedUnit) -> None:
@@ -192,15 +201,35 @@ class _Total:
         wide = torch.promote_types(unit.dtype, LEAST_STATE)
         self.others += unit.by_job_rank
         moments = 2 * wide.itemsize * unit.by_job_rank
-        self.by_rank["optimizer_state"] += moments + STEP * unit.num_tensors
+        self.by_rank["optimizer_state"] += moments + unit.spread(STEP * unit.num_tensors)
         if wide != unit.dtype:
             temporary = torch.maximum(self.by_rank["temporary"], moments)
             self.by_rank["temporary"] = temporary
 
-    def _add_model(self, unit: PlacedUnit, routes: Sequence[ParamSpec]) -> None:
-        """Add parameters, DeepSpeed's copies of them, and gradients."""
+    def _num_agreements(self, num_units: int) -> int | Tensor:
+        """Return how often each rank agrees with others on going on with a step.
+
+        Args:
+            num_units: of all groups.
+        """
+        if isinstance(self.plan, MegatronPlan):
+            return self.plan.num_agreements
+        # ZeRO steps group by group, or sub-group by sub-group
+        return (num_units if self.job.zero_stage else 1) * (self.job.ranks > 1)
+
+    def _add_buffers(self, plan: MegatronPlan) -> None:
+        """Add Megatron's buffers: gradients in float32, and of parameters itself or beside them."""
+        self.by_rank["parameters"] += self.job.dtype.itemsize * plan.buffer_numel
+        self.by_rank["gradients"] += LEAST_STATE.itemsize * plan.buffer_numel
+
+    def _add_model(self, unit: PlacedUnit) -> None:
+        """Add parameters, copies of them in float32, and gradients."""
         stage, size = self.job.zero_stage, self.job.dtype.itemsize
         stored = unit.by_job_rank
+        if isinstance(self.plan, MegatronPlan):
+            has_masters = self.job.dtype != torch.float32
+            self.by_rank["master_weights"] += torch.float32.itemsize * stored * has_masters
+            return
         is_flat = stage in (1, 2)  # every rank has the whole flat tensor in the model's dtype
         held = stored * (self.job.ranks if is_flat else 1)
         self.by_rank["parameters"] += size * held

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -17,7 +18,10 @@ ENGINES = {
     "zero1": "DeepSpeed, stage 1",
     "zero2": "DeepSpeed, stage 2",
     "zero3": "DeepSpeed, stage 3",
+    "megatron": "Megatron-core, with tp, pp and ep, with its distributed optimizer or without",
 }
+LAYERS = ("transformer_engine", "local")
+"""Whose layers Megatron has, as its --transformer-impl says."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SUB_GROUP = 10**9
 """DeepSpeed's default of zero_optimization.sub_group_size."""
@@ -29,12 +33,18 @@ class Job:
 
     Attributes:
         engine: one of ``ENGINES``.
-        replicate: ranks that hold copies: HSDP's nodes, DDP's and ZeRO-0's ranks.
+        replicate: ranks that hold copies: HSDP's nodes, DDP's and ZeRO-0's ranks, Megatron's
+            data-parallel ranks without its distributed optimizer.
         shard: ranks that cut parameters among them, without tensor parallelism.
         tensor: tensor-parallel ranks.
         dtype: of the model's parameters.
         device: where matrices are computed, which decides the dtype on the wire.
         sub_group: ZeRO-3's sub_group_size.
+        pipeline, expert: Megatron's pipeline stages and expert-parallel ranks.
+        distributed_optimizer: whether Megatron has that.
+        layers: Megatron's, one of ``LAYERS``.
+        grouped_experts: whether a layer of Megatron's holds all of a rank's experts.
+        bucket: elements from which on Megatron begins another bucket; None: it has one.
     """
 
     engine: str
@@ -44,11 +54,22 @@ class Job:
     dtype: torch.dtype
     device: torch.device
     sub_group: int = SUB_GROUP
+    pipeline: int = 1
+    expert: int = 1
+    distributed_optimizer: bool = False
+    layers: str = LAYERS[0]
+    grouped_experts: bool = False
+    bucket: int | None = None
 
     @property
     def ranks(self) -> int:
         """Return the number of ranks of the job."""
-        return self.replicate * self.shard * self.tensor
+        return self.data * self.tensor * self.pipeline
+
+    @property
+    def data(self) -> int:
+        """Return the number of data-parallel ranks."""
+        return self.replicate * self.shard
 
     @property
     def zero_stage(self) -> int | None:
@@ -69,26 +90,30 @@ class Job:
         dtype: str | None = None,
         device: str = "cuda",
         sub_group: int = SUB_GROUP,
+        **megatron: Any,
     ) -> Job:
         """Return the job that a user describes.
 
         Args:
             engine: one of ``ENGINES``.
-            dp: data-parallel ranks; None: all that nodes and gpus_per_node leave to tp.
+            dp: data-parallel ranks; None: all that nodes and gpus_per_node leave to tp and pp.
             tp, pp, ep: tensor-, pipeline- and expert-parallel ranks.
             nodes: the number of nodes, over which HSDP has copies.
-            gpus_per_node: ranks on each; None: those that dp and tp need.
-            dtype: of the model's parameters; None: bfloat16 with DeepSpeed, float32 otherwise.
+            gpus_per_node: ranks on each; None: those that dp, tp and pp need.
+            dtype: of the model's parameters; None: bfloat16 with DeepSpeed and Megatron, float32
+                otherwise.
             device: "cuda" or "cpu".
             sub_group: ZeRO-3's sub_group_size.
+            megatron: settings of Megatron's own, a key of ``MEGATRON`` each.
 
         Raises:
             ValueError: an engine that is not known, sizes that do not fit each other or the engine.
         """
-        _check_engine(engine)
+        if engine not in ENGINES:
+            raise ValueError(f"unknown engine {engine!r}{suggest(str(engine), ENGINES)}")
         sizes = {"dp": dp, "tp": tp, "pp": pp, "ep": ep, "nodes": nodes, "sub_group": sub_group}
         _check_sizes(engine, {**sizes, "gpus_per_node": gpus_per_node})
-        if tp > 1 and engine not in ("fsdp", "hsdp"):
+        if tp > 1 and engine not in ("fsdp", "hsdp", "megatron"):
             raise ValueError(
                 f"tp is {tp}, but engine {engine} has no tensor parallelism; take fsdp"
             )
@@ -96,19 +121,57 @@ class Job:
             raise ValueError(f"nodes is {nodes}, which has no effect here; give gpus_per_node too")
         if sub_group != SUB_GROUP and engine != "zero3":
             raise ValueError(f"sub_group is {sub_group}, which only engine zero3 has; leave it out")
-        dp = _data_ranks(dp, tp, nodes, gpus_per_node)
-        replicate, shard = (dp, 1) if engine in ("ddp", "zero0") else (1, dp)
+        own = _megatron(engine, megatron)
+        dp = _data_ranks(dp, tp, pp, nodes, gpus_per_node)
+        if dp % ep:
+            raise ValueError(f"dp is {dp}, which is no multiple of ep, {ep}")
+        has_copies = engine in ("ddp", "zero0", "megatron") and not own["distributed_optimizer"]
+        replicate, shard = (dp, 1) if has_copies else (1, dp)
         if engine == "hsdp":
             if dp % nodes:
                 raise ValueError(f"dp is {dp}, which is no multiple of nodes, {nodes}")
             replicate, shard = nodes, dp // nodes
-        default = "bfloat16" if engine.startswith("zero") else "float32"
+        default = "bfloat16" if engine.startswith(("zero", "megatron")) else "float32"
         if (dtype or default) not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}{suggest(str(dtype), DTYPES)}")
         if device not in ("cuda", "cpu"):
             raise ValueError(f"device is {device!r}; write cuda or cpu")
-        chosen = DTYPES[dtype or default]
-        return cls(engine, replicate, shard, tp, chosen, torch.device(device), sub_group)
+        chosen, where = DTYPES[dtype or default], torch.device(device)
+        return cls(engine, replicate, shard, tp, chosen, where, sub_group, pp, ep, **own)
+
+
+MEGATRON: dict[str, tuple[str, Any]] = {
+    "distributed_optimizer": ("distributed_optimizer", False),
+    "transformer_impl": ("layers", LAYERS[0]),
+    "moe_grouped_gemm": ("grouped_experts", False),
+    "ddp_bucket_size": ("bucket", None),
+}
+"""The field of ``Job``, and the default, of each setting that only Megatron has."""
+
+
+def _megatron(engine: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of ``Job`` that only Megatron has.
+
+    Args:
+        engine: the engine.
+        settings: those that a user has given, by the keys of ``MEGATRON``.
+
+    Raises:
+        ValueError: a setting that is not known, malformed, or of another engine.
+    """
+    fields = dict(MEGATRON.values())
+    for name, value in settings.items():
+        if name not in MEGATRON:
+            raise ValueError(f"unknown setting {name!r}{suggest(name, MEGATRON)}")
+        field, default = MEGATRON[name]
+        if value != default and engine != "megatron":
+            raise ValueError(f"{name} is {value!r}, which only engine megatron has; leave it out")
+        fields[field] = value
+    if fields["layers"] not in LAYERS:
+        raise ValueError(f"transformer_impl is {fields['layers']!r}; write {' or '.join(LAYERS)}")
+    if fields["bucket"] is not None:
+        _check_sizes(engine, {"ddp_bucket_size": fields["bucket"]})
+    return fields
 
 
 def _check_sizes(engine: str, sizes: Mapping[str, int | None]) -> None:
@@ -116,22 +179,11 @@ def _check_sizes(engine: str, sizes: Mapping[str, int | None]) -> None:
     for name, size in sizes.items():
         if size is not None and (type(size) is not int or size < 1):
             raise ValueError(f"{name} is {size!r}; an estimate needs a whole number from 1 on")
-        if name in ("pp", "ep") and size != 1:
+        if name in ("pp", "ep") and size != 1 and engine != "megatron":
             raise ValueError(f"{name} is {size}; engine {engine} is estimated with 1 only")
 
 
-def _check_engine(engine: str) -> None:
-    """Raise a ValueError for an engine that is not estimated."""
-    if engine == "megatron":
-        raise ValueError(
-            "engine megatron is not estimated yet: its buffers are Megatron's own; run"
-            " `launch/pretrain.py --engine megatron`, whose optimizer counts its bytes"
-        )
-    if engine not in ENGINES:
-        raise ValueError(f"unknown engine {engine!r}{suggest(str(engine), ENGINES)}")
-
-
-def _data_ranks(dp: int | None, tp: int, nodes: int, gpus_per_node: int | None) -> int:
+def _data_ranks(dp: int | None, tp: int, pp: int, nodes: int, gpus_per_node: int | None) -> int:
     """Return the number of data-parallel ranks.
 
     Raises:
@@ -141,12 +193,13 @@ def _data_ranks(dp: int | None, tp: int, nodes: int, gpus_per_node: int | None) 
         if dp is None:
             raise ValueError("dp is needed, or nodes and gpus_per_node")
         return dp
-    ranks = nodes * gpus_per_node
-    if ranks % tp:
-        raise ValueError(f"tp is {tp}, but {nodes} x {gpus_per_node} ranks are no multiple of it")
-    if dp is not None and dp * tp != ranks:
+    ranks, model = nodes * gpus_per_node, tp * pp
+    if ranks % model:
+        sizes = f"tp is {tp}" if pp == 1 else f"tp x pp is {model}"
+        raise ValueError(f"{sizes}, but {nodes} x {gpus_per_node} ranks are no multiple of it")
+    if dp is not None and dp * model != ranks:
         raise ValueError(
-            f"dp is {dp}, but {nodes} x {gpus_per_node} ranks leave {ranks // tp} to it; leave it"
-            " out, or gpus_per_node"
+            f"dp is {dp}, but {nodes} x {gpus_per_node} ranks leave {ranks // model} to it; leave"
+            " it out, or gpus_per_node"
         )
-    return ranks // tp
+    return ranks // model

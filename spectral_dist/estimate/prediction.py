@@ -17,6 +17,7 @@ from spectral_dist.estimate.counts import MatrixCounter
 from spectral_dist.estimate.estimate import Estimate, count
 from spectral_dist.estimate.job import Job
 from spectral_dist.estimate.probe import Probe
+from spectral_dist.estimate.slabs import MemberCounts
 from spectral_dist.estimate.timeline import BucketSeconds, finish
 from spectral_dist.estimate.traffic import BucketTraffic
 from spectral_dist.machine import Machine
@@ -154,7 +155,7 @@ class _Seconds:
 
     def add(self, counter: MatrixCounter) -> None:
         """Add the step of a unit of matrices."""
-        traffic = BucketTraffic(counter, self.machine, self.ranks)
+        traffic = BucketTraffic(counter, self.machine)
         stages = [_Stages(counter, bucket, traffic) for bucket in counter.plan.buckets]
         unit = counter.unit
         parts: dict[str, Tensor | float] = dict.fromkeys(self.by_rank, 0.0)
@@ -170,8 +171,8 @@ class _Seconds:
         shape = (counter.replicas, counter.ranks)
         ended = finish([stage.seconds for stage in stages], shape)
         for part, total in parts.items():
-            self.by_rank[part] += torch.as_tensor(total)[unit.replica_of, unit.rank_of]
-        self.device += ended[unit.replica_of, unit.rank_of]
+            self.by_rank[part] += unit.spread(torch.as_tensor(total))
+        self.device += unit.spread(ended)
 
 
 class _Stages:
@@ -198,7 +199,7 @@ class _Stages:
             torch.zeros(shape, dtype=torch.float64) for _ in range(5)
         )
         self.launched += PER_BUCKET * self.machine.launch
-        if bucket.gram:
+        if bucket.gram or bucket.team > 1:
             self._add_slabs()
         else:
             self._add_owners()
@@ -221,14 +222,14 @@ class _Stages:
         spread = None
         if counter.replicas > 1:
             spread = self._spread(runs, wire)
-        collect = moved.seconds(wire, self.machine)
+        grid = self.traffic.grid if counter.options.machine is not None else None
+        collect = moved.seconds(wire, self.machine, grid)
         return BucketSeconds(gather, collect, self.computed + self.reduced, spread, apply)
 
     def _spread(self, runs: Tensor, wire: int) -> Tensor:
         """Return the seconds of the exchange among replicas, and add its bytes."""
-        counter, bucket = self.counter, self.bucket
-        in_turn = bucket.in_turn
-        senders = len({owner // counter.ranks for owner in bucket.matrices}) if in_turn else 1
+        counter, in_turn = self.counter, self.bucket.in_turn
+        senders = int(runs.any(1).sum()) if in_turn else 1
         numel = runs.sum(0) if in_turn else counter.replicas * runs.amax(0)
         sent = (runs if in_turn else runs.amax(0).expand_as(runs)) * (counter.replicas - 1) * wire
         hosts = self.traffic.num_hosts
@@ -250,44 +251,35 @@ class _Stages:
                     self.launched[replica, rank] += probe.operators * self.machine.launch
 
     def _add_slabs(self) -> None:
-        """Add the directions of matrices on whose slabs all ranks of a replica work."""
+        """Add the directions of matrices that stay in slabs of the ranks of a team."""
         counter, machine = self.counter, self.machine
-        sent, latency = torch.zeros_like(self.computed), torch.zeros_like(self.computed)
-        shapes: set[tuple[int, Shape]] = set()
-        for owner, matrices in self.bucket.matrices.items():
-            replica, rank = divmod(owner, counter.ranks)
-            for i in matrices:
-                layout = counter.layouts[i]
-                (other, _), (own, _) = (counter.slab(layout, owns) for owns in (False, True))
-                self.computed[replica] += device_seconds(other, machine)
-                more = device_seconds(own, machine) - device_seconds(other, machine)
-                self.computed[replica, rank] += max(0.0, more)
-                sent[replica] += other.sent_bytes
-                sent[replica, rank] += own.sent_bytes - other.sent_bytes
-                if (replica, layout.matrix.read_shape) not in shapes:
-                    shapes.add((replica, layout.matrix.read_shape))
-                    latency[replica] += own.collectives
-                    self.launched[replica] += own.operators * machine.launch
-        self._add_reduced(sent, latency)
-
-    def _add_reduced(self, sent: Tensor, calls: Tensor) -> None:
-        """Add what the computation itself sends, evenly to all others of the replica.
-
-        Args:
-            sent: bytes of each rank.
-            calls: of collectives.
-        """
-        machine, near = self.machine, self.traffic.near
+        sent, calls = torch.zeros_like(self.computed), torch.zeros_like(self.computed)
+        batches: set[tuple[range, Shape]] = set()
+        for i in (i for matrices in self.bucket.matrices.values() for i in matrices):
+            layout, team = counter.layouts[i], counter.teams[i]
+            counts = counter.members(layout, team)
+            team.of_ranks(self.computed).add_(device_seconds(counts, machine))
+            team.of_ranks(sent).add_(counts.sent_bytes)
+            if (team.ranks, layout.matrix.read_shape) not in batches:
+                batches.add((team.ranks, layout.matrix.read_shape))
+                team.of_ranks(calls).add_(counts.collectives)
+                team.of_ranks(self.launched).add_(counts.operators * machine.launch)
+        near = self.traffic.near(self.bucket.team)
         within, between = sent * near, sent * (1 - near)
         links = torch.maximum(within / machine.bandwidth, between / machine.host_bandwidth)
-        crosses = bool((between > 0).any())
-        self.reduced += links + calls * (machine.host_latency if crosses else machine.latency)
+        latency = torch.where(between > 0, machine.host_latency, machine.latency)
+        self.reduced += links + calls * latency
         self.within += within
         self.between += between
 
 
-def device_seconds(probe: Probe, machine: Machine) -> float:
-    """Return the seconds of a matrix's direction: products, and what else passes memory."""
-    half = (probe.flops - probe.wide_flops) / 2 / machine.flops
-    wide = probe.wide_flops / 2 / machine.flops_wide
+def device_seconds(probe: Probe | MemberCounts, machine: Machine) -> Any:
+    """Return the seconds of a matrix's direction: products, and what else passes memory.
+
+    Args:
+        probe: of one rank, or of all ranks of a team.
+        machine: the speeds.
+    """
+    half = (probe.flops - probe.wide_flops) / (2 * machine.flops)
+    wide = probe.wide_flops / (2 * machine.flops_wide)
     return half + wide + probe.touched_bytes / machine.memory_bandwidth

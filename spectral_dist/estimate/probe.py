@@ -22,6 +22,7 @@ from spectral_dist.sharding.boxes import Slabs
 from spectral_dist.sharding.collectives import Meter, SimulatedGroup
 from spectral_dist.sharding.gram import Reduction
 from spectral_dist.sharding.slabs import SlabBatch
+from spectral_dist.sharding.split import SplitReduction
 
 NAME = "probe"
 
@@ -82,8 +83,9 @@ def probe_slab(
     is_owner: bool,
     wire: torch.dtype,
     state: torch.dtype,
+    team: range | None = None,
 ) -> Probe:
-    """Return what a slab of a matrix takes on a rank under strategy ``gram``.
+    """Return what a slab of a matrix takes on a rank under strategy ``gram`` or ``split``.
 
     Args:
         rule, options, wire, state: as in ``probe_whole``.
@@ -92,13 +94,16 @@ def probe_slab(
         cut: how the matrix is cut into slabs.
         ranks: the number of ranks that share it.
         rank: the one that has the slab.
-        is_owner: whether that rank evaluates the polynomial.
+        is_owner: whether that rank owns it, and under ``gram`` evaluates the polynomial.
+        team: under ``split`` the ranks that share the matrix; None: ``gram``.
     """
     context, meter = StepContext(rule, options, [NAME]), Meter()
     box = cut.box(rank, shape)
-    owner = rank if is_owner else (rank + 1) % ranks
-    batch = SlabBatch((0,), (owner,), shape, cut, box)
-    reduction = Reduction(batch, SimulatedGroup(rank, ranks), meter)
+    place = rank if team is None else team.index(rank)
+    owner = place if is_owner else (place + 1) % ranks
+    batch = SlabBatch((0,), (owner,), shape, cut, box, team)
+    kind = Reduction if team is None else SplitReduction
+    reduction = kind(batch, SimulatedGroup(place, ranks), meter)
     slabs = torch.empty(1, box.rows, box.cols, dtype=wire, device="meta")
     if transposed:
         reduction, slabs = reduction.transposed(), slabs.mT
@@ -213,7 +218,9 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if formula is not None:
             is_wide = any(t.dtype.itemsize >= torch.float32.itemsize for t in tensors[-2:])
-            self.flops[is_wide] += formula(*args, **kwargs, out_val=result)
+            # torch's formulas do not know the dtype that a product may be asked for
+            shaped = [arg for arg in args if not isinstance(arg, torch.dtype)]
+            self.flops[is_wide] += formula(*shaped, **kwargs, out_val=result)
             return
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         self.touched += sum(t.numel() * t.itemsize for t in (*tensors, *made))

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spectral_dist.estimate.counts import MatrixCounter, shares
+from spectral_dist.estimate.counts import MatrixCounter
+from spectral_dist.estimate.slabs import shares
 from spectral_dist.machine import Machine
+from spectral_dist.sharding.hosts import Grid, grid_of
 from spectral_dist.sharding.layout import Tile
 from spectral_dist.sharding.plan import Bucket, first_of
 
@@ -39,21 +41,30 @@ class Traffic:
     between: Tensor
     messages: Tensor
 
-    def seconds(self, itemsize: int, machine: Machine) -> Tensor:
+    def seconds(self, itemsize: int, machine: Machine, grid: Grid | None = None) -> Tensor:
         """Return the seconds of each rank: of the slower link in the busier direction.
 
         Args:
             itemsize: bytes of an element.
             machine: the speeds.
+            grid: of hosts, if the exchange may be made in two steps, where that is faster.
         """
-        links = torch.maximum(
-            self.within.amax(0) * (itemsize / machine.bandwidth),
-            self.between.amax(0) * (itemsize / machine.host_bandwidth),
-        )
+        within = self.within.amax(0) * (itemsize / machine.bandwidth)
+        between = self.between.amax(0) * (itemsize / machine.host_bandwidth)
         crosses = bool(self.between.any())
         latency = machine.host_latency if crosses else machine.latency
         further = (self.messages.amax(0) - 1).clamp(min=0)
-        return links + further * machine.message + latency * bool(self.messages.any())
+        at_once = torch.maximum(within, between) + further * machine.message
+        at_once += latency * bool(self.messages.any())
+        if grid is None or not crosses:
+            return at_once
+        # as cost.exchange_seconds, whose counts of single ranks are not there
+        sent = (self.within + self.between).amax(0) * itemsize
+        passed = sent * (1 - 1 / grid.size) / machine.bandwidth
+        copied = 4 * sent / machine.memory_bandwidth
+        most = (grid.size + grid.hosts - 4) * machine.message
+        in_two = latency + between + machine.latency + passed + copied + most
+        return in_two if float(in_two.max()) < float(at_once.max()) else at_once
 
 
 class BucketTraffic:
@@ -62,24 +73,42 @@ class BucketTraffic:
     Args:
         counter: of the unit.
         machine: which says what ranks share a host.
-        ranks: of the job.
     """
 
-    def __init__(self, counter: MatrixCounter, machine: Machine, ranks: int) -> None:
+    def __init__(self, counter: MatrixCounter, machine: Machine) -> None:
         self.counter, self.machine = counter, machine
         self.shape = (counter.replicas, counter.ranks)
         self.hosts = torch.zeros(self.shape, dtype=torch.int64)
         unit = counter.unit
-        self.hosts[unit.replica_of, unit.rank_of] = torch.arange(ranks) // machine.host_size
+        # of sets of ranks that lie alike the first counts
+        members = (unit.rank_of >= 0).nonzero().flatten().flip(0)
+        self.hosts[unit.replica_of[members], unit.rank_of[members]] = members // machine.host_size
+        by_number = torch.zeros(self.shape, dtype=torch.int64)
+        by_number[unit.replica_of[members], unit.rank_of[members]] = members
+        self.grid = grid_of(by_number[0].tolist(), machine.host_size)
         self.num_hosts = int(self.hosts.max()) + 1
         self._traffic_of: dict[Any, Traffic] = {}
         self._members_of: dict[tuple[int, int, int], Tensor] = {}
 
-    @cached_property
-    def near(self) -> Tensor:
-        """Return the share of the other ranks of its replica that are in a rank's host."""
-        sizes = torch.stack([torch.bincount(h, minlength=self.num_hosts) for h in self.hosts])
-        return (sizes.gather(1, self.hosts) - 1) / max(1, self.shape[1] - 1)
+    def near(self, team: int) -> Tensor:
+        """Return the share of the other ranks of its team that are in a rank's host.
+
+        Args:
+            team: the number of ranks of a team; 1: a team is all ranks of a replica.
+        """
+        hosts = self.hosts.T if self.shape[1] == 1 else self.hosts
+        size = hosts.shape[1] if team == 1 else team
+        whole = hosts.shape[1] // size * size
+        teams = hosts[:, :whole].reshape(-1, size)
+        # of each team the number of its ranks in each of its hosts, which follow each other
+        team_of = torch.arange(len(teams)).repeat_interleave(size)
+        _, number, counts = torch.unique_consecutive(
+            team_of * self.num_hosts + teams.flatten(), return_inverse=True, return_counts=True
+        )
+        shares = torch.zeros(hosts.shape, dtype=torch.float64)
+        near = (counts[number].double() - 1) / max(1, size - 1)
+        shares[:, :whole] = near.view(len(hosts), whole)
+        return shares.T if self.shape[1] == 1 else shares
 
     def receivers(self, bucket: Bucket, owner: int) -> tuple[int, int, int]:
         """Return the replica that works on an owner's matrices, and which of its ranks do.

@@ -79,7 +79,7 @@ class SplitReduction(Reduction):
         """Return the Gram matrices of this rank's own slabs, in float32 at least."""
         if y.dtype not in HALF:
             return self.gram(y)
-        if not y.is_cuda:
+        if y.device.type == "cpu":
             return self.gram(y.float())
         left, right = (y, y.mT) if self.along else (y.mT, y)
         # products of half precision that come out wide: float32 ones take eight times as long

@@ -10,6 +10,7 @@ import pytest
 
 from spectral_dist.estimate import Job, estimate
 from spectral_dist.launch import llama
+from spectral_dist.rules.options import ROUTING
 from tests.support import estimates, harness
 
 Case = tuple[str, Mapping[str, Any]]
@@ -32,6 +33,17 @@ GRAM: list[Case] = [
     ("root", {**WIDE, "strategy": "gram"}),
     ("sumo", {"strategy": "gram", "rank": 5, "period": 1000}),
 ]
+LARGEST = {**WIDE, "strategy": "split", "scalars": ["mlp", "[vo]_proj"]}
+"""One matrix is most of the work, and another is small."""
+SPLIT: list[Case] = [
+    ("muon", LARGEST),
+    ("muon", {**LARGEST, "wire_dtype": "bfloat16"}),
+    ("normuon", {**LARGEST, **SMALL}),
+    ("polargrad", {**LARGEST, "polar": "polar_express"}),
+    ("root", LARGEST),
+]
+PAIR: list[Case] = [("muon", {**LARGEST, **SMALL, "scalars": ["mlp", "[kv]_proj"]})]
+"""Two equal matrices."""
 POET: list[Case] = [("poet", {})]
 
 
@@ -42,8 +54,12 @@ def check(
     cases: Sequence[Case],
     model: str = "llama",
     **sizes: Any,
-) -> None:
-    """Compare every rank of a run of each case with its estimate."""
+) -> set[int]:
+    """Compare every rank of a run of each case with its estimate.
+
+    Returns:
+        The sizes of the largest teams, one unless the strategy is 'split'.
+    """
     job = Job.from_user(
         engine,
         dp=world // sizes.get("tp", 1),
@@ -52,24 +68,30 @@ def check(
         **{"dtype": "float32", **sizes},
     )
     ranks = harness.run(world, estimates.measure, model, engine, cases, **sizes)
-    wrong = []
+    wrong, teams = [], set()
     for number, (optimizer, options) in enumerate(cases):
         empty = llama.build_empty(estimates.config_file(model, folder))
         if optimizer == "poet":
             empty = estimates.convert(empty)
-        expected = estimate(empty, job, optimizer, {"lr": 1e-3, **options}).by_rank
+        routing = {name: options[name] for name in ROUTING if name in options}
+        others = {name: value for name, value in options.items() if name not in routing}
+        expected = estimate(empty, job, optimizer, {"lr": 1e-3, **others}, routing).by_rank
         for rank in range(world):
             measured = dict(ranks[rank][number])
+            teams.add(measured.pop("team"))
             peak, bound = measured.pop("temporary"), int(expected["temporary"][rank])
             if engine.startswith("zero"):  # the step gets float32 copies of partitions
                 del measured["gradients"]
             found = {name: int(expected[name][rank]) for name in measured}
+            # on CPUs AdamW has two tensors beside its moments, on GPUs none
+            most = max(bound, found["optimizer_state"] if routing else 0)
             # CPUs decompose where the estimate has a GPU's products, which take a little less in
             # SUMO, and more in PolarGrad
-            holds = optimizer == "poet" or 0.3 * bound < peak <= 1.05 * bound
+            holds = optimizer == "poet" or 0.3 * bound < peak <= 1.05 * most
             if found != measured or not holds:
                 wrong.append((bound, peak, rank, optimizer, dict(options), found, measured))
     assert wrong == []
+    return teams
 
 
 SLOW = [
@@ -92,6 +114,23 @@ def test_two_ranks(engine: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero1", marks=pytest.mark.slow)])
 def test_slabs(engine: str, tmp_path: Path) -> None:
     check(tmp_path, 2, engine, GRAM)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "zero1", *SLOW])
+def test_teams_of_two_ranks(engine: str, tmp_path: Path) -> None:
+    assert check(tmp_path, 2, engine, SPLIT, "shallow") == {2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
+def test_teams_of_three_and_four_ranks(engine: str, tmp_path: Path) -> None:
+    assert check(tmp_path, 3, engine, SPLIT[:3], "shallow") == {2}
+    assert check(tmp_path, 4, engine, SPLIT, "shallow") == {4}
+    assert check(tmp_path, 4, engine, PAIR, "shallow") == {2}
+
+
+def test_teams_within_nodes(tmp_path: Path) -> None:
+    assert check(tmp_path, 4, "hsdp", SPLIT, "shallow", nodes=2) == {2}
 
 
 def test_blocks(tmp_path: Path) -> None:

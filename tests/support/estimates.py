@@ -30,6 +30,7 @@ import spectral_dist
 from spectral_dist import poet
 from spectral_dist.core.units import MatrixUnit
 from spectral_dist.rules import registry
+from spectral_dist.rules.options import ROUTING
 from tests.support.memory.live import Live
 
 STEPS = 3
@@ -47,6 +48,9 @@ MODELS: dict[str, dict[str, Any]] = {
               "intermediate_size": 87},
     "even": {**COMMON, "model_type": "llama", "hidden_size": 32, "head_dim": 8,
              "intermediate_size": 88},
+    # one matrix has most of the work
+    "shallow": {**COMMON, "model_type": "llama", "hidden_size": 36, "head_dim": 30,
+                "intermediate_size": 9, "num_key_value_heads": 1, "num_hidden_layers": 1},
     "mixtral": {**COMMON, "model_type": "mixtral", "hidden_size": 40, "head_dim": 10,
                 "intermediate_size": 28, "num_local_experts": 3, "num_experts_per_tok": 2},
 }  # fmt: skip
@@ -85,6 +89,7 @@ def _training(
 ) -> Iterator[tuple[Any, Callable[[Tensor], None]]]:
     """Yield the optimizer, and what takes a training step."""
     title = registry.find(optimizer).title
+    routing = {name: options[name] for name in ROUTING if name in options}
     if engine.startswith("zero"):
         from tests.distributed.deepspeed.engine import engine_for
 
@@ -105,7 +110,9 @@ def _training(
         running.destroy()
         return
     wrapped = _wrapped(model.to(getattr(torch, dtype)), engine, tp, nodes)
-    made = getattr(spectral_dist, title)(spectral_dist.param_groups(wrapped), lr=1e-3, **options)
+    others = {name: value for name, value in options.items() if name not in routing}
+    groups = spectral_dist.param_groups(wrapped, **routing)
+    made = getattr(spectral_dist, title)(groups, lr=1e-3, **others)
 
     def step(tokens: Tensor) -> None:
         wrapped(input_ids=tokens, labels=tokens).loss.backward()
@@ -179,7 +186,7 @@ def _measure(
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         with _training(model, engine, optimizer, given, tp, nodes, dtype) as (made, step):
-            peak = _Watch(made)
+            peak = Watch(made)
             for _ in range(STEPS):
                 sent, calls = made.comm_bytes, getattr(made, "polar_calls", 0)
                 peak.bytes = 0
@@ -190,11 +197,19 @@ def _measure(
                 "polar_calls": getattr(made, "polar_calls", 0) - calls,
                 "temporary": peak.bytes,
                 "gradients": peak.gradients,
+                "team": max(teams(made), default=1),
                 **_weights(model, made, engine),
             }
 
 
-class _Watch:
+def teams(optimizer: Any) -> Iterator[int]:
+    """Yield how many ranks work on each bucket of matrices under strategy 'split'."""
+    for unit in optimizer.all_units:
+        for bucket in unit.plan.buckets if isinstance(unit, MatrixUnit) else ():
+            yield bucket.team
+
+
+class Watch:
     """Takes the place of an optimizer's ``step``, and measures it.
 
     Attributes:

@@ -95,7 +95,11 @@ def gpt(
         }  # fmt: skip
     model = GPTModel(
         TransformerConfig(**(settings | options)),
-        get_gpt_layer_local_spec(num_experts=moe_experts, normalization="RMSNorm"),
+        get_gpt_layer_local_spec(
+            num_experts=moe_experts,
+            qk_layernorm=options.get("qk_layernorm", False),
+            normalization="RMSNorm",
+        ),
         vocab_size=vocab,
         max_sequence_length=LENGTH,
         pre_process=parallel_state.is_pipeline_first_stage(**stage),

@@ -6,6 +6,7 @@ import contextlib
 import io
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,10 @@ from spectral_dist.core.strategy import plan_of
 from spectral_dist.estimate import Job, estimate
 from spectral_dist.estimate.counts import kept_in_slabs, shares
 from spectral_dist.estimate.engines import TensorPlan, place
+from spectral_dist.estimate.megatron import in_buckets
+from spectral_dist.integrations.huggingface.empty import empty_model
 from spectral_dist.params.classify import classify
+from spectral_dist.placement.tiles import FlatRange
 from spectral_dist.rules import registry
 from spectral_dist.sharding.boxes import Ranges, Slabs
 from spectral_dist.sharding.bucket_routes import route_to_owners
@@ -26,12 +30,18 @@ from tests.support import models
 WIDTHS = {"width": 24, "hidden": 56, "layers": 3, "odd": True}
 
 
+LLAMA = {
+    "model_type": "llama", "hidden_size": 60, "head_dim": 14, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_hidden_layers": 2, "intermediate_size": 92, "vocab_size": 126,
+}  # fmt: skip
+
+
 def model() -> nn.Module:
     with torch.device("meta"):
         return models.build(**WIDTHS)
 
 
-def job(engine: str, ranks: int, **sizes: int) -> Job:
+def job(engine: str, ranks: int, **sizes: Any) -> Job:
     return Job.from_user(engine, dp=ranks, dtype="float32", **sizes)
 
 
@@ -137,7 +147,14 @@ def test_an_estimate_as_json_has_most_and_mean() -> None:
     ("make", "text"),
     [
         (lambda: Job.from_user("zero4", dp=2), "did you mean"),
-        (lambda: Job.from_user("megatron", dp=2), "not estimated yet"),
+        (lambda: Job.from_user("megatron", dp=3, ep=2), "no multiple of ep"),
+        (lambda: Job.from_user("fsdp", dp=2, distributed_optimizer=True), "only engine megatron"),
+        (lambda: Job.from_user("megatron", dp=2, distributed=True), "did you mean"),
+        (lambda: Job.from_user("megatron", dp=2, transformer_impl="torch"), "transformer_impl is"),
+        (lambda: Job.from_user("megatron", dp=2, ddp_bucket_size=0), "ddp_bucket_size is 0"),
+        (lambda: Job.from_user("megatron", pp=3, nodes=2, gpus_per_node=2), "tp x pp is 3"),
+        (lambda: estimate(model(), job("megatron", 2), "muon"), "model_type is None"),
+        (lambda: estimate(model(), job("megatron", 2), "poet"), "not estimated for poet"),
         (lambda: Job.from_user("fsdp"), "dp is needed"),
         (lambda: Job.from_user("fsdp", dp=0), "dp is 0"),
         (lambda: Job.from_user("fsdp", dp=2.0), "dp is 2.0"),  # type: ignore[arg-type]
@@ -159,6 +176,47 @@ def test_an_estimate_as_json_has_most_and_mean() -> None:
 def test_what_cannot_be_estimated_is_an_error(make: Callable[[], object], text: str) -> None:
     with pytest.raises(ValueError, match=text):
         make()
+
+
+@pytest.mark.parametrize(
+    ("sizes", "text"),
+    [
+        ({"tp": 3}, "num_attention_heads, 4, is no multiple"),
+        ({"pp": 3}, "num_hidden_layers, 2, is no multiple"),
+        ({"ep": 2}, "number of experts, 0, is no multiple"),
+        ({"biased": True}, "attention_bias is True"),
+    ],
+)
+def test_models_that_megatron_does_not_cut_evenly(sizes: dict[str, int], text: str) -> None:
+    fields = {**LLAMA, "attention_bias": bool(sizes.pop("biased", False))}
+    with pytest.raises(ValueError, match=text):
+        estimate(empty_model(fields, "here"), job("megatron", 6, **sizes), "muon")
+
+
+def test_buckets_are_padded_and_a_tied_embedding_has_its_own() -> None:
+    numels, tied = [100, 10, 300, 7], [True, False, False, False]
+    flat, numel = in_buckets(numels, tied, 3, None)
+    # from the last on, at multiples of 64; buckets end at multiples of 3 x 128
+    assert flat == [FlatRange(0, 128), *(FlatRange(at, 256) for at in (384, 64, 0))]
+    assert numel == 384 + 768
+    flat, numel = in_buckets(numels, [False] * 4, 3, 300)
+    assert flat == [FlatRange(64, 128), FlatRange(0, 128), FlatRange(64, 128), FlatRange(0, 128)]
+    assert numel == 768
+    assert in_buckets([], [], 3, None) == ([], 0)
+
+
+def test_alike_stages_and_experts_are_counted_once_for_all() -> None:
+    """One unit stands for what lies alike on several stages, or for several ranks of experts."""
+    fields = {**LLAMA, "model_type": "mixtral", "num_local_experts": 8, "num_hidden_layers": 4}
+    sizes = {"pp": 4, "ep": 4, "tp": 2}
+    big = job("megatron", 8, **sizes, distributed_optimizer=True)
+    found = estimate(empty_model(fields, "here"), big, "muon")
+    assert found.job.ranks == 64
+    by_stage = found.by_rank["polar_calls"].view(4, 16).sum(1)
+    # q, k, v, o, the router, and gate, up and down of eight experts
+    assert by_stage.tolist() == [5 + 8 * 3] * 4
+    state = found.by_rank["optimizer_state"].view(4, 16).sum(1)
+    assert state[1] == state[2] < state[3] < state[0] + 4 * 64 * 60
 
 
 def test_deepspeeds_tables(capsys: pytest.CaptureFixture[str]) -> None:
