@@ -125,19 +125,14 @@ class Job:
         dp = _data_ranks(dp, tp, pp, nodes, gpus_per_node)
         if dp % ep:
             raise ValueError(f"dp is {dp}, which is no multiple of ep, {ep}")
-        has_copies = engine in ("ddp", "zero0", "megatron") and not own["distributed_optimizer"]
-        replicate, shard = (dp, 1) if has_copies else (1, dp)
-        if engine == "hsdp":
-            if dp % nodes:
-                raise ValueError(f"dp is {dp}, which is no multiple of nodes, {nodes}")
-            replicate, shard = nodes, dp // nodes
+        copies = _copies(engine, dp, nodes, own["distributed_optimizer"])
         default = "bfloat16" if engine.startswith(("zero", "megatron")) else "float32"
         if (dtype or default) not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}{suggest(str(dtype), DTYPES)}")
         if device not in ("cuda", "cpu"):
             raise ValueError(f"device is {device!r}; write cuda or cpu")
         chosen, where = DTYPES[dtype or default], torch.device(device)
-        return cls(engine, replicate, shard, tp, chosen, where, sub_group, pp, ep, **own)
+        return cls(engine, copies, dp // copies, tp, chosen, where, sub_group, pp, ep, **own)
 
 
 MEGATRON: dict[str, tuple[str, Any]] = {
@@ -147,6 +142,20 @@ MEGATRON: dict[str, tuple[str, Any]] = {
     "ddp_bucket_size": ("bucket", None),
 }
 """The field of ``Job``, and the default, of each setting that only Megatron has."""
+
+
+def _copies(engine: str, dp: int, nodes: int, distributed_optimizer: bool) -> int:
+    """Return how many of the data-parallel ranks hold copies of the same parameters.
+
+    Raises:
+        ValueError: HSDP's nodes do not divide them.
+    """
+    if engine == "hsdp":
+        if dp % nodes:
+            raise ValueError(f"dp is {dp}, which is no multiple of nodes, {nodes}")
+        return nodes
+    has_copies = engine in ("ddp", "zero0", "megatron") and not distributed_optimizer
+    return dp if has_copies else 1
 
 
 def _megatron(engine: str, settings: Mapping[str, Any]) -> dict[str, Any]:
