@@ -115,6 +115,9 @@ def estimate(
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks (fsdp, hsdp, megatron).")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline stages (megatron).")] = 1,
     ep: Annotated[int, typer.Option(help="Expert-parallel ranks (megatron).")] = 1,
+    etp: Annotated[
+        int | None, typer.Option(help="Tensor-parallel ranks of experts (megatron); else tp.")
+    ] = None,
     distributed_optimizer: Annotated[
         bool, typer.Option("--distributed-optimizer", help="Megatron's.")
     ] = False,
@@ -149,7 +152,7 @@ def estimate(
             engine, dp=dp, tp=tp, pp=pp, ep=ep, nodes=nodes, gpus_per_node=gpus_per_node,
             dtype=dtype, sub_group=sub_group_size, distributed_optimizer=distributed_optimizer,
             ddp_bucket_size=ddp_bucket_size, transformer_impl=transformer_impl,
-            moe_grouped_gemm=moe_grouped_gemm,
+            moe_grouped_gemm=moe_grouped_gemm, etp=etp,
         )  # fmt: skip
         result = estimates.estimate_of(llama.build_empty(model), job, optimizer, option or [])
     except ValueError as error:

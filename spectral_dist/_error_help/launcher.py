@@ -76,6 +76,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
         r"which only engine megatron has; leave it out",
         r"transformer_impl is ",
         r"which is no multiple of ep",
+        r"which needs ep above 1; leave etp out",
         r"unknown setting ",
         r"has no tensor parallelism; take fsdp",
         r"; an estimate needs a whole number from 1 on",

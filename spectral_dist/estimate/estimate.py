@@ -34,7 +34,7 @@ AGREEMENT = 12
 """Bytes of the three numbers that ranks compare before a step."""
 QUANTITIES = {
     "parameters": "of the model, as they lie between steps",
-    "master_weights": "float32 copies that DeepSpeed and Megatron step on",
+    "master_weights": "float32 copies that are stepped on",
     "gradients": "when the step begins",
     "optimizer_state": "momentum, moments, matrix state",
     "temporary": "at most, while the optimizer steps",

@@ -45,6 +45,7 @@ class Job:
         layers: Megatron's, one of ``LAYERS``.
         grouped_experts: whether a layer of Megatron's holds all of a rank's experts.
         bucket: elements from which on Megatron begins another bucket; None: it has one.
+        expert_tensor: tensor-parallel ranks of experts; None: as many as of other parameters.
     """
 
     engine: str
@@ -60,6 +61,7 @@ class Job:
     layers: str = LAYERS[0]
     grouped_experts: bool = False
     bucket: int | None = None
+    expert_tensor: int | None = None
 
     @property
     def ranks(self) -> int:
@@ -123,21 +125,15 @@ class Job:
             raise ValueError(f"sub_group is {sub_group}, which only engine zero3 has; leave it out")
         own = _megatron(engine, megatron)
         dp = _data_ranks(dp, tp, pp, nodes, gpus_per_node)
-        if dp % ep:
-            raise ValueError(f"dp is {dp}, which is no multiple of ep, {ep}")
-        has_copies = engine in ("ddp", "zero0", "megatron") and not own["distributed_optimizer"]
-        replicate, shard = (dp, 1) if has_copies else (1, dp)
-        if engine == "hsdp":
-            if dp % nodes:
-                raise ValueError(f"dp is {dp}, which is no multiple of nodes, {nodes}")
-            replicate, shard = nodes, dp // nodes
+        _check_experts(dp, tp, ep, own["expert_tensor"])
+        copies = _copies(engine, dp, nodes, own["distributed_optimizer"])
         default = "bfloat16" if engine.startswith(("zero", "megatron")) else "float32"
         if (dtype or default) not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}{suggest(str(dtype), DTYPES)}")
         if device not in ("cuda", "cpu"):
             raise ValueError(f"device is {device!r}; write cuda or cpu")
         chosen, where = DTYPES[dtype or default], torch.device(device)
-        return cls(engine, replicate, shard, tp, chosen, where, sub_group, pp, ep, **own)
+        return cls(engine, copies, dp // copies, tp, chosen, where, sub_group, pp, ep, **own)
 
 
 MEGATRON: dict[str, tuple[str, Any]] = {
@@ -145,8 +141,23 @@ MEGATRON: dict[str, tuple[str, Any]] = {
     "transformer_impl": ("layers", LAYERS[0]),
     "moe_grouped_gemm": ("grouped_experts", False),
     "ddp_bucket_size": ("bucket", None),
+    "etp": ("expert_tensor", None),
 }
 """The field of ``Job``, and the default, of each setting that only Megatron has."""
+
+
+def _copies(engine: str, dp: int, nodes: int, distributed_optimizer: bool) -> int:
+    """Return how many of the data-parallel ranks hold copies of the same parameters.
+
+    Raises:
+        ValueError: HSDP's nodes do not divide them.
+    """
+    if engine == "hsdp":
+        if dp % nodes:
+            raise ValueError(f"dp is {dp}, which is no multiple of nodes, {nodes}")
+        return nodes
+    has_copies = engine in ("ddp", "zero0", "megatron") and not distributed_optimizer
+    return dp if has_copies else 1
 
 
 def _megatron(engine: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -169,9 +180,18 @@ def _megatron(engine: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         fields[field] = value
     if fields["layers"] not in LAYERS:
         raise ValueError(f"transformer_impl is {fields['layers']!r}; write {' or '.join(LAYERS)}")
-    if fields["bucket"] is not None:
-        _check_sizes(engine, {"ddp_bucket_size": fields["bucket"]})
+    _check_sizes(engine, {"ddp_bucket_size": fields["bucket"], "etp": fields["expert_tensor"]})
     return fields
+
+
+def _check_experts(dp: int, tp: int, ep: int, etp: int | None) -> None:
+    """Raise a ValueError if experts' ranks do not divide a stage's."""
+    if etp not in (None, tp) and ep == 1:
+        raise ValueError(f"etp is {etp} and tp is {tp}, which needs ep above 1; leave etp out")
+    if dp * tp % (ep * (etp or tp)):
+        what = f"dp is {dp}" if etp is None else f"dp x tp is {dp * tp}"
+        of = f"ep, {ep}" if etp is None else f"ep x etp, {ep * etp}"
+        raise ValueError(f"{what}, which is no multiple of {of}")
 
 
 def _check_sizes(engine: str, sizes: Mapping[str, int | None]) -> None:

@@ -59,7 +59,7 @@ class MegatronPlan:
             by_buffer.setdefault(self._where(model.weight(spec)), []).append(spec)
         for where, members in by_buffer.items():
             for spec in members:
-                tiles = 1 if model.weight(spec).cut is None else job.tensor
+                tiles = 1 if model.weight(spec).cut is None else self._grid([where]).tensor
                 self.numel[id(spec.parameter)] = math.prod(spec.shape) // tiles
             self._buffers[where] = self._fill(where, members)
 
@@ -99,10 +99,11 @@ class MegatronPlan:
         if sets[0][1] is None:
             ranks = counted.view(job.pipeline, job.data, job.tensor)
             return Grid(job.tensor, job.data, ranks[[stage for stage, _ in sets]])
-        data = job.data // job.expert
-        ranks = counted.view(job.pipeline, data, job.expert, job.tensor).transpose(1, 2)
+        tensor = job.expert_tensor or job.tensor
+        data = job.data * job.tensor // (job.expert * tensor)
+        ranks = counted.view(job.pipeline, data, job.expert, tensor).transpose(1, 2)
         stages, experts = zip(*sets, strict=True)
-        return Grid(job.tensor, data, ranks[list(stages), list(experts)])
+        return Grid(tensor, data, ranks[list(stages), list(experts)])
 
     @cached_property
     def buffer_numel(self) -> Tensor:
@@ -134,7 +135,7 @@ class MegatronPlan:
         subsets: dict[tuple[int, int | None, bool], list[ParamSpec]] = {}
         for route in routes:
             weight = self.model.weight(route)
-            is_cut = weight.cut is not None and self.job.tensor > 1
+            is_cut = weight.cut is not None and self._grid([self._where(weight)]).tensor > 1
             tiled = is_cut or route.kind != "matrix"  # AdamW steps the others where they lie
             subsets.setdefault((*self._where(weight), tiled), []).append(route)
         alike: dict[Hashable, list[tuple[int, int | None, bool]]] = {}

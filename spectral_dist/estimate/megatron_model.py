@@ -158,12 +158,22 @@ def _num_experts(config: Any) -> int:
     return number
 
 
+def _expert_size(config: Any) -> int:
+    """Return the rows of gate or up of an expert."""
+    size: int = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    return size
+
+
 def _check_sizes(config: Any, job: Job, experts: int) -> None:
     """Raise a ValueError if parallelism does not divide a model evenly."""
     sizes = [("pp", job.pipeline, "num_hidden_layers", int(config.num_hidden_layers))]
     names = ("num_attention_heads", "intermediate_size", "vocab_size")
     sizes += [("tp", job.tensor, name, int(getattr(config, name))) for name in names]
     sizes.append(("ep", job.expert, "number of experts", experts))
+    if experts and job.expert > 1:
+        sizes.append(
+            ("etp", job.expert_tensor or job.tensor, "experts' size", _expert_size(config))
+        )
     keys = int(config.num_key_value_heads)
     if max(keys, job.tensor) % min(keys, job.tensor):
         sizes.append(("tp", job.tensor, "num_key_value_heads", keys))
@@ -238,7 +248,7 @@ def _layer(
         yield matrix("mlp.linear_fc2.weight", hidden, size, cut=1)
         return
     yield matrix("mlp.router.weight", experts, hidden, reason="TopKRouter")
-    size = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    size = _expert_size(config)
     parts: dict[str, tuple[tuple[int, int], dict[str, Any]]] = {
         "linear_fc1": ((2 * size, hidden), {"cut": 0, "split": GATE_AND_UP}),
         "linear_fc2": ((hidden, size), {"cut": 1}),

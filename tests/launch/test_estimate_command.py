@@ -68,7 +68,7 @@ def test_options_of_the_optimizer_of_groups_and_of_poet() -> None:
         (("--engine", "fsdp"), "dp is needed"),
         (("--engine", "fsdp", "--dp", "2", "--option", "momentum"), "as momentum=0.9"),
         (("--engine", "fsdp", "--dp", "2", "--optimizer", "adam"), "unknown optimizer"),
-        (("--engine", "megatron", "--dp", "2"), "not estimated yet"),
+        (("--engine", "megatron", "--dp", "2", "--ep", "3"), "no multiple of ep"),
     ],
 )
 def test_errors_say_what_to_write(words: tuple[str, ...], text: str) -> None:
@@ -87,6 +87,17 @@ def test_tensor_parallelism_follows_the_models_plan() -> None:
     result = run("--model", str(MODELS / "deepseek_v3.json"), "--engine", "fsdp", "--dp", "8",
                  "--tp", "8")  # fmt: skip
     assert "only colwise and rowwise are estimated" in " ".join(result.stderr.split())
+
+
+def test_megatrons_flags() -> None:
+    one = ("llama_8b", "--engine", "megatron", "--dp", "4", "--tp", "2", "--pp", "4")
+    plain, cut = (as_json(*one, *more) for more in ((), ("--distributed-optimizer",)))
+    assert plain["polar_calls"]["mean"] == cut["polar_calls"]["mean"] == 32 * 7 / 32
+    # of 4 data-parallel ranks each has a quarter of what AdamW keeps, and momentum at the owner
+    assert cut["optimizer_state"]["mean"] < plain["optimizer_state"]["mean"]
+    assert 0 <= 4 * cut["master_weights"]["mean"] - plain["master_weights"]["mean"] < 4
+    buckets = as_json(*one, "--distributed-optimizer", "--ddp-bucket-size", "40000000")
+    assert buckets["moved"]["max"] > cut["moved"]["max"]
 
 
 def test_a_cold_estimate_takes_a_config(capsys: pytest.CaptureFixture[str]) -> None:

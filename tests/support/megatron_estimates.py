@@ -31,13 +31,17 @@ MODELS: dict[str, dict[str, Any]] = {
 def gpt(name: str, **options: Any) -> Any:
     """This rank's part of Megatron's model of one of ``MODELS``."""
     fields = MODELS[name]
-    family = fields["model_type"]
+    family, experts = fields["model_type"], fields.get("num_local_experts", 0)
+    experts = experts or fields.get("num_experts")
+    from megatron.core import parallel_state
+
+    is_cut = parallel_state.get_tensor_model_parallel_world_size() > 1
     return models.gpt(
         hidden=fields["hidden_size"], heads=fields["num_attention_heads"],
         query_groups=fields["num_key_value_heads"], layers=fields["num_hidden_layers"],
         ffn=fields["intermediate_size"], kv_channels=fields["head_dim"],
         tied=fields["tie_word_embeddings"],
-        moe_experts=fields.get("num_local_experts") or fields.get("num_experts"),
+        moe_experts=experts, sequence_parallel=bool(experts) and is_cut,  # Megatron wants it so
         add_qkv_bias=family == "qwen2", qk_layernorm=family.startswith("qwen3"), **options,
     )  # fmt: skip
 

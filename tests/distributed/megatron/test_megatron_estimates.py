@@ -109,10 +109,13 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, int], dict[str, Any]]] = {
     "PP 2 x DP 2, tied, buckets": (4, "tied", {"pp": 2}, OVERLAP),
     "EP 2 x DP 4": (4, "mixtral", {"ep": 2}, {}),
     "EP 2 x DP 4, distributed optimizer": (4, "mixtral", {"ep": 2}, DISTRIBUTED),
-    "TP 2 x EP 2": (4, "mixtral", {"ep": 2, "tp": 2}, {}),
-    "TP 2 x EP 2, distributed optimizer": (4, "mixtral", {"ep": 2, "tp": 2}, DISTRIBUTED),
+    # tiles of experts need gathers of different lengths, which gloo has not
+    "TP 2, EP 2, each expert whole": (4, "mixtral", {"ep": 2, "tp": 2, "etp": 1}, {}),
+    "TP 2, EP 2, each expert whole, distributed optimizer": (
+        4, "mixtral", {"ep": 2, "tp": 2, "etp": 1}, DISTRIBUTED,
+    ),
     "PP 2 x EP 2, distributed optimizer": (4, "mixtral", {"ep": 2, "pp": 2}, DISTRIBUTED),
-}
+}  # fmt: skip
 """Ranks, model, sizes and options of Megatron's DistributedDataParallel."""
 
 

@@ -148,6 +148,8 @@ def test_an_estimate_as_json_has_most_and_mean() -> None:
     [
         (lambda: Job.from_user("zero4", dp=2), "did you mean"),
         (lambda: Job.from_user("megatron", dp=3, ep=2), "no multiple of ep"),
+        (lambda: Job.from_user("megatron", dp=3, tp=2, ep=2, etp=2), "no multiple of ep x etp, 4"),
+        (lambda: Job.from_user("megatron", dp=2, tp=2, etp=1), "needs ep above 1"),
         (lambda: Job.from_user("fsdp", dp=2, distributed_optimizer=True), "only engine megatron"),
         (lambda: Job.from_user("megatron", dp=2, distributed=True), "did you mean"),
         (lambda: Job.from_user("megatron", dp=2, transformer_impl="torch"), "transformer_impl is"),
