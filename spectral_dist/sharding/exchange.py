@@ -273,11 +273,12 @@ class Exchange:
     def _run_bucket(self, route: BucketRoute, task: MatrixTask) -> Iterator[None]:
         """Run one bucket from shards to owners and back, and yield after beginning a collective."""
         received = yield from self._move(route, self._packed_inputs(route, task))
-        matrices = route.packing.unpack_matrices(received)
+        directions = self._compute(route, task, route.packing.unpack_matrices(received))
         del received
-        packed = [self._packed_directions(route, self._compute(route, task, matrices))]
-        del matrices
-        returned = yield from self._move(route, packed.pop(), back=True)
+        packed = route.packing.pack_directions(directions, self.wire_dtype, self.device)
+        del directions
+        returned = yield from self._move(route, packed, back=True)
+        del packed
         flat = route.packing.unpack_directions(returned)
         del returned
         if route.senders:
@@ -334,10 +335,6 @@ class Exchange:
             else:
                 directions.append(task.direction(x.clone() if self._is_on_cpu else x, which))
         return directions
-
-    def _packed_directions(self, route: BucketRoute, directions: list[Tensor]) -> Tensor:
-        """Return the batches' directions, in the order in which they are sent to this replica."""
-        return route.packing.pack_directions(directions, self.wire_dtype, self.device)
 
     def _apply_in_turn(self, route: BucketRoute, flat: Tensor, task: MatrixTask) -> Iterator[None]:
         """Send the directions of one replica after the other, and apply those that have arrived."""

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from spectral_dist.core.units import MatrixUnit
 from tests.support import megatron_cpu
 from tests.support import megatron_model as models
 
@@ -55,7 +56,7 @@ def train(*args: Any, steps: int = 5, **kwargs: Any) -> dict[str, Any]:
 
 
 def counts(optimizer: Any) -> dict[str, Any]:
-    """Matrices orthogonalized, bytes sent, elements of momentum, on this rank."""
+    """Matrices orthogonalized, bytes sent, elements of momentum, and so on, of this rank."""
     ours = [o for o in inner(optimizer) if hasattr(o, "polar_calls")]
     momenta = [
         o.state[p]["exp_avg"].numel() if "exp_avg" in o.state[p] else 0
@@ -67,6 +68,14 @@ def counts(optimizer: Any) -> dict[str, Any]:
     return {
         "polar_calls": sum(o.polar_calls for o in ours),
         "bytes": sum(o.comm_bytes for o in ours),
+        "all_to_alls": sum(o.meter.calls.get("all_to_all", 0) for o in ours),
+        "strategies": {
+            strategy
+            for o in ours
+            for unit in o.all_units
+            if isinstance(unit, MatrixUnit)
+            for strategy in unit.plan.strategies
+        },
         "momentum": sum(momenta),
         "matrix_state": sum(
             p.values.numel() for o in ours for p in o.matrix_parts() if p.is_primary and p.shape

@@ -1,4 +1,4 @@
-"""The option ``machine``: teams by seconds, ``auto`` that takes them, and exchanges in two steps."""
+"""The option ``machine``: teams by seconds, ``auto`` takes them, and exchanges in two steps."""
 
 from __future__ import annotations
 

@@ -135,6 +135,9 @@ def test_a_team_is_a_host_at_most_where_more_does_not_pay(ranks):
     by_work = sizes_of([cost(shape) for shape in LLAMA_405B], ranks)
     assert max(sizes) == {1024: 2}.get(ranks, 8)
     assert seated(load, sizes, ranks) <= seated(load, by_work, ranks)
+    if ranks == 16384:
+        busiest = [seated(load, each, ranks) for each in ([1] * len(able), by_work, sizes)]
+        assert busiest == pytest.approx([0.82, 0.26, 0.15], abs=0.005)
     fast = team_sizes(able, seconds_of(Machine(), 1 << 20), ranks, 1)
     assert max(fast) == (max(sizes) if ranks < 16384 else 32)
 

@@ -1,4 +1,4 @@
-"""Exchanges in two steps, within hosts first: bit by bit what goes at once, and when it is taken."""
+"""Exchanges in two steps, within hosts first: bit by bit those at once, and when they are taken."""
 
 from __future__ import annotations
 
