@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from spectral_dist._error_help import with_page
+from spectral_dist.launch import cost_commands
+from spectral_dist.launch.command_errors import print_error
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
 
@@ -19,12 +19,6 @@ app = typer.Typer(add_completion=False, no_args_is_help=True)
 @app.callback()
 def main() -> None:
     """Run one of the tools of Muon, PolarGrad, ROOT, SUMO and POET for PyTorch."""
-
-
-def _print_error(command: str, error: ValueError) -> None:
-    """Print what is wrong in one line, and where the docs say more."""
-    text = " ".join(f"spectral-dist {command}: {with_page(str(error))}".split())
-    Console(stderr=True).print(text, style="red", markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -43,7 +37,7 @@ def doctor(
         small, note = llama.shrink(llama.load_config(model), full)
         results = checks.examine(fields, small)
     except ValueError as error:
-        _print_error("doctor", error)
+        print_error("doctor", error)
         raise typer.Exit(2) from None
     table = Table("check", "", "seen", title=f"{config}: {note}")
     for result in results:
@@ -86,7 +80,7 @@ def table(
             heads=heads,
         )
     except ValueError as error:
-        _print_error("table", error)
+        print_error("table", error)
         raise typer.Exit(2) from None
     typer.echo(routing_table(specs))
 
@@ -103,132 +97,8 @@ def _split_of(text: str) -> tuple[str, int]:
     return name, int(parts)
 
 
-@app.command()
-def estimate(
-    model: Annotated[Path, typer.Option(help="A causal language model's config.json.")],
-    engine: Annotated[str, typer.Option(help="ddp, fsdp, hsdp, zero0 to zero3, or megatron.")],
-    optimizer: Annotated[str, typer.Option(help="Its name, as muon.")] = "muon",
-    option: Annotated[
-        list[str] | None, typer.Option(help="One of the optimizer's, as momentum=0.9.")
-    ] = None,
-    dp: Annotated[int | None, typer.Option(help="Data-parallel ranks.")] = None,
-    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks (fsdp, hsdp, megatron).")] = 1,
-    pp: Annotated[int, typer.Option(help="Pipeline stages (megatron).")] = 1,
-    ep: Annotated[int, typer.Option(help="Expert-parallel ranks (megatron).")] = 1,
-    etp: Annotated[
-        int | None, typer.Option(help="Tensor-parallel ranks of experts (megatron); else tp.")
-    ] = None,
-    distributed_optimizer: Annotated[
-        bool, typer.Option("--distributed-optimizer", help="Megatron's.")
-    ] = False,
-    ddp_bucket_size: Annotated[
-        int | None, typer.Option(help="Megatron's, with overlap_grad_reduce; else leave it out.")
-    ] = None,
-    transformer_impl: Annotated[
-        str, typer.Option(help="Megatron's layers: transformer_engine or local.")
-    ] = "transformer_engine",
-    moe_grouped_gemm: Annotated[
-        bool, typer.Option("--moe-grouped-gemm", help="Megatron's, for experts.")
-    ] = False,
-    nodes: Annotated[int, typer.Option(help="Nodes; HSDP has a copy on each.")] = 1,
-    gpus_per_node: Annotated[int | None, typer.Option(help="In place of --dp.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of parameters: float32; DeepSpeed, Megatron: bfloat16.")
-    ] = None,
-    sub_group_size: Annotated[
-        int, typer.Option(help="zero_optimization.sub_group_size, of ZeRO-3.")
-    ] = 10**9,
-    as_json: Annotated[bool, typer.Option("--json", help="Print exact numbers as JSON.")] = False,
-) -> None:
-    """Print what each rank of a job would keep, send and compute; nothing is run.
-
-    The model is any that transformers can build; no memory is taken for its weights.
-    """
-    from spectral_dist.estimate import Job
-    from spectral_dist.launch import estimates, llama
-
-    try:
-        job = Job.from_user(
-            engine, dp=dp, tp=tp, pp=pp, ep=ep, nodes=nodes, gpus_per_node=gpus_per_node,
-            dtype=dtype, sub_group=sub_group_size, distributed_optimizer=distributed_optimizer,
-            ddp_bucket_size=ddp_bucket_size, transformer_impl=transformer_impl,
-            moe_grouped_gemm=moe_grouped_gemm, etp=etp,
-        )  # fmt: skip
-        result = estimates.estimate_of(llama.build_empty(model), job, optimizer, option or [])
-    except ValueError as error:
-        _print_error("estimate", error)
-        raise typer.Exit(2) from None
-    if as_json:
-        typer.echo(json.dumps(result.to_json(), indent=1))
-        return
-    billions = sum(result.numbers.values()) / 1e9
-    title = f"{model.stem}, {billions:.2f}e9 parameters; {optimizer}, {engine}, {job.ranks} ranks"
-    Console().print(estimates.table_of(result, title))
-
-
-@app.command()
-def plan(
-    model: Annotated[Path, typer.Option(help="A causal language model's config.json.")],
-    engine: Annotated[str, typer.Option(help="ddp, fsdp, hsdp, or zero0 to zero3.")],
-    machine: Annotated[
-        str, typer.Option(help="One of configs/machines, or a JSON of your own.")
-    ] = "h100-nvlink-ib",
-    optimizer: Annotated[
-        list[str] | None, typer.Option(help="One that is compared; muon without any.")
-    ] = None,
-    strategy: Annotated[
-        list[str] | None, typer.Option(help="One that is compared: owner, gram, split, auto.")
-    ] = None,
-    option: Annotated[
-        list[str] | None, typer.Option(help="One of the optimizers', as momentum=0.9.")
-    ] = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="Of a training step, of all ranks: adds the share of it.")
-    ] = None,
-    dp: Annotated[int | None, typer.Option(help="Data-parallel ranks.")] = None,
-    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks (fsdp and hsdp).")] = 1,
-    nodes: Annotated[int, typer.Option(help="Nodes; HSDP has a copy on each.")] = 1,
-    gpus_per_node: Annotated[int | None, typer.Option(help="In place of --dp.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="Of parameters: float32; with DeepSpeed bfloat16.")
-    ] = None,
-    each: Annotated[bool, typer.Option("--each", help="Print a line for each matrix.")] = False,
-    picture: Annotated[Path | None, typer.Option(help="A PNG of load and bytes by rank.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print exact numbers as JSON.")] = False,
-) -> None:
-    """Print where each matrix would be orthogonalized, why, and how long a step would take.
-
-    Nothing is run. Optimizers and strategies are compared; matrices are those of the first.
-    """
-    from spectral_dist.estimate import Job
-    from spectral_dist.launch import llama, machines, plans
-
-    try:
-        speeds = machines.load(machine)
-        job = Job.from_user(
-            engine, dp=dp, tp=tp, nodes=nodes, gpus_per_node=gpus_per_node, dtype=dtype
-        )
-        empty = llama.build_empty(model)
-        training = plans.seconds_of_training(empty, job, speeds, tokens)
-        chosen = strategy or ["owner", "auto", "split"]
-        results = plans.compare(empty, job, speeds, optimizer or ["muon"], chosen, option or [])
-        if picture is not None:
-            plans.draw(results, picture)
-    except ValueError as error:
-        _print_error("plan", error)
-        raise typer.Exit(2) from None
-    if as_json:
-        typer.echo(json.dumps(plans.to_json(results, training, each), indent=1))
-        return
-    console = Console()
-    console.print(f"{model.stem}; {engine}, {job.ranks} ranks; {machine}", highlight=False)
-    console.print(plans.comparison(results, training))
-    for line in plans.refusals(results):
-        console.print(line, highlight=False, soft_wrap=True)
-    first = next(r for r in results if r.prediction is not None)
-    assert first.prediction is not None
-    console.print(f"Matrices by {first.optimizer}, {first.strategy}:", highlight=False)
-    console.print(plans.matrices(first.prediction, each))
+app.command()(cost_commands.estimate)
+app.command()(cost_commands.plan)
 
 
 @app.command()
@@ -272,7 +142,7 @@ def calibrate(
             )
         calibration.write(out, fits, steps)
     except ValueError as error:
-        _print_error("calibrate", error)
+        print_error("calibrate", error)
         raise typer.Exit(2) from None
     table.title = f"{out}: relative error to the exact polar factor after {steps} steps"
     notes = []
@@ -325,7 +195,7 @@ def convert(
     try:
         run = conversion.convert(from_format, source, to_format, target)
     except ValueError as error:
-        _print_error("convert", error)
+        print_error("convert", error)
         raise typer.Exit(1) from None
     counts = [len(run.names(kind)) for kind in ("matrix", "scalar")]
     note = f"{target}: {counts[0]} parameters of matrices and {counts[1]} of AdamW"
