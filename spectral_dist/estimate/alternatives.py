@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
 from spectral_dist.core.teams import polynomials
 from spectral_dist.estimate.counts import MatrixCounter
 from spectral_dist.estimate.prediction import Prediction, device_seconds
@@ -48,12 +46,7 @@ def planned(prediction: Prediction) -> Iterator[PlannedMatrix]:
     """Yield all matrices of a prediction, unit by unit."""
     for counter in prediction.counters:
         traffic = BucketTraffic(counter, prediction.machine)
-        unit = counter.unit
-        # of sets of ranks that lie alike the first counts
-        members = (unit.rank_of >= 0).nonzero().flatten().flip(0)
-        job_ranks = torch.zeros(counter.replicas * counter.ranks, dtype=torch.int64)
-        job_ranks[unit.replica_of[members] * counter.ranks + unit.rank_of[members]] = members
-        job_rank_of = job_ranks.tolist()
+        job_rank_of = counter.unit.job_rank_of.flatten().tolist()
         team_of = {
             i: bucket.team
             for bucket in counter.plan.buckets
@@ -122,7 +115,8 @@ def _alone(counter: MatrixCounter, layout: Layout, traffic: BucketTraffic) -> di
             seconds["gram"] = in_slabs + 2 * shards
     size = _host_team(counter, traffic)
     spec = counter.rule.polar(counter.options, layout.matrix.read_shape)
-    if size > 1 and polynomials(spec) is not None and (is_cut or layout.stacked()):
+    able = is_cut if counter.ranks > 1 else layout.stacked()
+    if size > 1 and able and polynomials(spec) is not None:
         team = Team.of(Bucket({}, True, team=size), layout, 0, counter.ranks, counter.replicas)
         near = (machine.bandwidth, machine.latency)
         split = _in_slabs(counter, layout, team, machine, near)

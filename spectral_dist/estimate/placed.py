@@ -40,6 +40,15 @@ class PlacedUnit:
         """Return the elements that each rank of the job stores."""
         return self.spread(self.stored)
 
+    @property
+    def job_rank_of(self) -> Tensor:
+        """Return the rank of the job by (replica, rank of the group); of several sets the first."""
+        located = self.located
+        numbers = torch.zeros(size(located.replicas), size(located.group), dtype=torch.int64)
+        members = (self.rank_of >= 0).nonzero().flatten().flip(0)
+        numbers[self.replica_of[members], self.rank_of[members]] = members
+        return numbers
+
     def spread(self, values: Tensor) -> Tensor:
         """Return for each rank of the job what it has of values, 0 if it is not in the unit.
 

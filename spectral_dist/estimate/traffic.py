@@ -78,14 +78,9 @@ class BucketTraffic:
     def __init__(self, counter: MatrixCounter, machine: Machine) -> None:
         self.counter, self.machine = counter, machine
         self.shape = (counter.replicas, counter.ranks)
-        self.hosts = torch.zeros(self.shape, dtype=torch.int64)
-        unit = counter.unit
-        # of sets of ranks that lie alike the first counts
-        members = (unit.rank_of >= 0).nonzero().flatten().flip(0)
-        self.hosts[unit.replica_of[members], unit.rank_of[members]] = members // machine.host_size
-        by_number = torch.zeros(self.shape, dtype=torch.int64)
-        by_number[unit.replica_of[members], unit.rank_of[members]] = members
-        self.grid = grid_of(by_number[0].tolist(), machine.host_size)
+        numbers = counter.unit.job_rank_of
+        self.hosts = numbers // machine.host_size
+        self.grid = grid_of(numbers[0].tolist(), machine.host_size)
         self.num_hosts = int(self.hosts.max()) + 1
         self._traffic_of: dict[Any, Traffic] = {}
         self._members_of: dict[tuple[int, int, int], Tensor] = {}

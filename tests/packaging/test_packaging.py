@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PARTS = ("integrations", "launch", "configs")
 DATA = (
     "configs/deepspeed/*.json",
+    "configs/machines/*.json",
     "configs/megatron/*.yaml",
     "configs/models/*.json",
     "configs/torch/*.yaml",
