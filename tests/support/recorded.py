@@ -191,7 +191,7 @@ def by_loop(
             ours.step()
         schedule.step()
         ours.zero_grad()
-        found.append(float(sum(losses_of_step)))
+        found.append(sum(float(loss.detach()) for loss in losses_of_step))
     return found
 
 
