@@ -26,8 +26,11 @@ from tests.support.quiet import quiet
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVED_AT, RANKS, BATCH, ACCUMULATION = 6, 3, 2, 2, 2
 LR, DECAY, WARMUP, CLIP = 0.01, 0.1, 1, 0.1
-EQUAL, RESUMED = 1e-6, 1e-7
-"""How far losses may be from the loop's, and a resumed run's from the whole run's; relative."""
+EQUAL, RESUMED = {"DistributedDataParallel": 1e-6}, 1e-7
+"""How far losses may be from the loop's, and a resumed run's from the whole run's; relative.
+
+Under DDP they were 1.1e-7 from the loop's. Under others 1e-5: not measured closer.
+"""
 ARGUMENTS: dict[str, Any] = {
     "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": ACCUMULATION,
     "max_steps": STEPS, "save_steps": SAVED_AT, "logging_steps": 1, "max_grad_norm": CLIP,
@@ -155,6 +158,11 @@ def steps(by_rank: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
     records = [entry for micro_step in zip(*by_rank, strict=True) for entry in micro_step]
     count = RANKS * ACCUMULATION
     return [records[i : i + count] for i in range(0, len(records), count)]
+
+
+def are_equal(ours: list[float], wanted: list[float], wrapper: str) -> bool:
+    """Return whether losses under a class of trained models are those of the loop."""
+    return difference(ours, wanted) < EQUAL.get(wrapper, 1e-5)
 
 
 def difference(ours: list[float], wanted: list[float]) -> float:
