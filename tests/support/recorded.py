@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,12 @@ def write_inputs(folder: Path) -> None:
     LlamaForCausalLM(config).float().save_pretrained(folder / "model")
     rows = [{"instruction": f"say {i}", "input": "", "output": f"{i} {i + 1}"} for i in range(64)]
     (folder / "rows.json").write_text(json.dumps(rows))
+
+
+def cases(layouts: Iterable[str]) -> list[tuple[str, str]]:
+    """Return layouts and optimizers to test: POET under DDP alone."""
+    each = [(layout, name) for layout in layouts for name in OPTIONS if name != "poet"]
+    return [*each, ("ddp", "poet")]
 
 
 def record(path: Path) -> None:

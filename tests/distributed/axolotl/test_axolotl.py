@@ -71,11 +71,7 @@ def run(folder: Path, name: str, optimizer: str, **changes: Any) -> list[list[di
     return recorded.records_of(folder, name, launch(folder, name, optimizer, **changes))
 
 
-@pytest.mark.parametrize(
-    ("layout", "optimizer"),
-    [(layout, name) for layout in LAYOUTS for name in recorded.OPTIONS if name != "poet"]
-    + [("ddp", "poet")],
-)
+@pytest.mark.parametrize(("layout", "optimizer"), recorded.cases(LAYOUTS))
 @pytest.mark.fast_cases("ddp-muon", "fsdp2-sumo", "ddp-poet")
 def test_ranks_train_as_a_loop_does_and_resume(layout: str, optimizer: str, folder: Path) -> None:
     wrapper, changes = LAYOUTS[layout]

@@ -60,9 +60,8 @@ def run(
     return recorded.records_of(folder, name, done)
 
 
-@pytest.mark.parametrize("optimizer", recorded.OPTIONS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.fast_cases("ddp-muon", "zero2-sumo")
+@pytest.mark.parametrize(("layout", "optimizer"), recorded.cases(LAYOUTS))
+@pytest.mark.fast_cases("ddp-muon", "ddp-poet", "zero2-sumo")
 def test_ranks_train_as_a_loop_does_and_resume(layout: str, optimizer: str, folder: Path) -> None:
     wrapper, changes = LAYOUTS[layout]
     name = f"{layout}_{optimizer}"

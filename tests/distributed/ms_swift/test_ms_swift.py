@@ -57,9 +57,8 @@ def run(folder: Path, name: str, optimizer: str, **changes: Any) -> list[list[di
     return recorded.records_of(folder, name, done)
 
 
-@pytest.mark.parametrize("optimizer", recorded.OPTIONS)
-@pytest.mark.parametrize("layout", ["ddp", *recorded.ENGINES])
-@pytest.mark.fast_cases("ddp-muon", "zero2-sumo")
+@pytest.mark.parametrize(("layout", "optimizer"), recorded.cases(["ddp", *recorded.ENGINES]))
+@pytest.mark.fast_cases("ddp-muon", "ddp-poet", "zero2-sumo")
 def test_ranks_train_as_a_loop_does_and_resume(layout: str, optimizer: str, folder: Path) -> None:
     changes = {"deepspeed": folder / f"{layout}.json"} if layout in recorded.ENGINES else {}
     name = f"{layout}_{optimizer}"
