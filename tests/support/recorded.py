@@ -30,7 +30,7 @@ LR, DECAY, WARMUP, CLIP = 0.01, 0.1, 1, 0.1
 EQUAL, RESUMED = {"DistributedDataParallel": 1e-6}, 1e-7
 """How far losses may be from the loop's, and a resumed run's from the whole run's; relative.
 
-Under DDP they were 1.1e-7 from the loop's. Under others 1e-5: not measured closer.
+Under DDP they were 1.1e-7 from the loop's. Under others 1e-5: few were measured closer.
 """
 ARGUMENTS: dict[str, Any] = {
     "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": ACCUMULATION,
