@@ -20,9 +20,9 @@ from llamafactory.train import tuner
 
 from spectral_dist._error_help import explained
 from spectral_dist.core.sharded import ShardedOptimizer
-from spectral_dist.integrations.huggingface.callback import SpectralCallback
+from spectral_dist.integrations.huggingface.converting import ConvertingCallback
 from spectral_dist.integrations.huggingface.factory import SpectralFactory
-from spectral_dist.integrations.huggingface.section import check_deepspeed, read
+from spectral_dist.integrations.huggingface.section import read
 from spectral_dist.integrations.versions import require
 
 KNOWN = "0.9.5"
@@ -38,23 +38,14 @@ VARIABLES = ("USE_V1", "USE_RAY", "USE_MCA", "USE_KT")
 """Environment variables that ask for another trainer."""
 
 
-class _Callback(SpectralCallback):
-    """Check, too, that the Trainer will ask for our optimizer."""
-
-    @explained
-    def on_init_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """Check where the optimizer will be from."""
-        check_deepspeed(args, "spectral")
-
-
 @explained
 def run_exp(args: Mapping[str, Any] | None = None, callbacks: list[Any] | None = None) -> None:
     """Train as LLaMA-Factory's ``run_exp`` does, with the optimizer that ``spectral`` names.
 
     Args:
         args: LLaMA-Factory's arguments and ``spectral``: the optimizer's name, its options, and
-            those of ``spectral_dist.param_groups``. None: those of the YAML (or JSON) and the
-            ``key=value`` on the command line.
+            those of ``spectral_dist.param_groups``, and POET's of ``spectral_dist.poet.convert``.
+            None: those of the YAML (or JSON) and the ``key=value`` on the command line.
         callbacks: as LLaMA-Factory takes them.
 
     Raises:
@@ -67,18 +58,16 @@ def run_exp(args: Mapping[str, Any] | None = None, callbacks: list[Any] | None =
         )
     theirs = dict(arguments)
     section = read(theirs.pop("spectral", None))
-    if section.rotation is not None:
-        raise ValueError(
-            "spectral: POET does not run under LLaMA-Factory, which has no place for"
-            " spectral_dist.poet.convert between its model and its trainer"
-        )
     _check_others(theirs)
+    if section.rotation is not None:
+        _check_poet(theirs)
 
     def create(model: Any, training_args: Any, finetuning_args: Any) -> ShardedOptimizer:
         return SpectralFactory()(model, training_args, **section.keywords)
 
     with _in_place_of_theirs(create):
-        tuner.run_exp(theirs, [*(callbacks or ()), _Callback()])
+        converting = ConvertingCallback("spectral", section.rotation)
+        tuner.run_exp(theirs, [*(callbacks or ()), converting])
 
 
 def _check_others(args: Mapping[str, Any]) -> None:
@@ -95,6 +84,21 @@ def _check_others(args: Mapping[str, Any]) -> None:
     stage = args.get("stage", "sft")
     if stage not in STAGES:
         raise ValueError(f"stage is {stage!r}; spectral runs in {', '.join(STAGES)}")
+
+
+def _check_poet(args: Mapping[str, Any]) -> None:
+    """Raise a ValueError if what is trained is not a model's own weights, or not saved by it."""
+    kind = args.get("finetuning_type", "lora")
+    if kind != "full":
+        raise ValueError(
+            f"finetuning_type is {kind!r}, but POET rotates the weights themselves: write"
+            " finetuning_type: full, or take another optimizer"
+        )
+    if args.get("stage") == "rm":
+        raise ValueError(
+            "stage is 'rm'; with POET spectral runs in pt, sft, dpo, kto: LLaMA-Factory saves a"
+            " reward model as its state dict, whose weights lack the rotations"
+        )
 
 
 @contextmanager

@@ -105,15 +105,26 @@ def _of_arguments(entry: registry.Entry, args: Any) -> dict[str, Any]:
     if args.adam_epsilon != usual["adam_epsilon"]:
         options["eps"] = args.adam_epsilon
     known = specs_of(entry.options)
-    for text in filter(None, (args.optim_args or "").replace(" ", "").split(",")):
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f'optim_args: {text!r}; write "name=value", as in "momentum=0.9"')
+    for name, value in texts_of(args.optim_args).items():
         if name not in known:
             near = suggest(name, known)
             raise ValueError(f"optim_args: {entry.title} has no option {name!r}{near}")
         options[name] = known[name].parse(value)
     return options
+
+
+def texts_of(optim_args: str | None) -> dict[str, str]:
+    """Return the text of each option of "momentum=0.9,polar=jordan".
+
+    Raises:
+        ValueError: it is not of that form.
+    """
+    texts = {}
+    for text in filter(None, (optim_args or "").replace(" ", "").split(",")):
+        name, equals, texts[name] = text.partition("=")
+        if not equals:
+            raise ValueError(f'optim_args: {text!r}; write "name=value", as in "momentum=0.9"')
+    return texts
 
 
 def _distributed_type() -> DistributedType:

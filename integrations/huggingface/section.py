@@ -43,17 +43,34 @@ def read(section: Any) -> Section:
             raise ValueError(f"{SECTION} has {name}; write {key} beside {SECTION}")
     name = keywords.pop("optimizer")
     entry = registry.find(name)
-    options_type = class_of(entry).options_type if entry.rule is not None else POET.options_type
-    routing = {key: keywords.pop(key) for key in ROUTING if key in keywords}
-    if entry.rule is not None:
-        options_type.from_user(keywords, SECTION)
-        return Section({"optimizer": name, **routing, **keywords}, None)
-    for key in routing.keys() - {"matrices", "scalars"}:
-        raise ValueError(f"{SECTION}: {key} has no effect: {entry.title} orthogonalizes no matrix")
-    rotation = {key: keywords.pop(key) for key in SETTINGS if key in keywords}
-    settings_of(rotation)
-    options_type.from_user(keywords, SECTION)
-    return Section({"optimizer": name, **keywords}, {**routing, **rotation})
+    if entry.rule is None:
+        keywords, rotation = split_rotation(keywords, SECTION)
+        POET.options_type.from_user(keywords, SECTION)
+        return Section({"optimizer": name, **keywords}, rotation)
+    options = {key: value for key, value in keywords.items() if key not in ROUTING}
+    class_of(entry).options_type.from_user(options, SECTION)
+    return Section({"optimizer": name, **keywords}, None)
+
+
+def split_rotation(
+    keywords: Mapping[str, Any], where: str
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return POET's own options, and keywords of ``spectral_dist.poet.convert``.
+
+    Args:
+        keywords: both of them.
+        where: they are from, for errors.
+
+    Raises:
+        ValueError: a bad setting of ``convert``, or an option of ``param_groups`` that it has not.
+    """
+    converts = (*SETTINGS, "matrices", "scalars")
+    for key in ROUTING:
+        if key in keywords and key not in converts:
+            raise ValueError(f"{where}: {key} has no effect: POET orthogonalizes no matrix")
+    rotation = {key: value for key, value in keywords.items() if key in converts}
+    settings_of({key: value for key, value in rotation.items() if key in SETTINGS})
+    return {key: value for key, value in keywords.items() if key not in converts}, rotation
 
 
 def check_deepspeed(args: Any, where: str) -> None:
