@@ -24,7 +24,7 @@ class SpectralConfig(OptimizerConfig):  # type: ignore[misc]
     first group of matrices; the multiples are those of ``scalar_lr`` and ``scalar_weight_decay``.
 
     Attributes:
-        name: of the optimizer: "muon", "polargrad", "root", or a registered rule.
+        name: of the optimizer: "muon", "polargrad", "root", "sumo", "normuon", or a registered rule.
         lr: learning rate.
         weight_decay: decoupled weight decay, times lr.
         options: the optimizer's other options, and those of ``spectral_dist.param_groups``.
@@ -49,7 +49,7 @@ class SpectralConfig(OptimizerConfig):  # type: ignore[misc]
             is_peft: whether adapters are trained, which makes no difference.
 
         Raises:
-            ValueError: an unknown optimizer or option, or what Automodel cannot save or schedule.
+            ValueError: an unknown optimizer or option, or what Automodel cannot schedule.
         """
         where = f"{type(self).__name__}(name={self.name!r})"
         if self.param_group_overrides:
@@ -77,7 +77,6 @@ class SpectralConfig(OptimizerConfig):  # type: ignore[misc]
         made_of = class_of(entry)
         made_of.options_type.from_user(options, where)
         optimizer = made_of(param_groups(model, **routing), **options)
-        _check_saving(optimizer, where)
         self._keep_multiples(optimizer, where)
         return [optimizer]
 
@@ -97,13 +96,3 @@ class SpectralConfig(OptimizerConfig):  # type: ignore[misc]
                         f" scalar_{name} out"
                     )
                 group[multiple] = group[name] / base if base else 1.0
-
-
-def _check_saving(optimizer: SpectralOptimizer, where: str) -> None:
-    """Raise a ValueError if Automodel's checkpoints would lack state."""
-    if optimizer.keeps_matrix_state:
-        raise ValueError(
-            f"{where}: it keeps state of whole matrices, which Automodel's checkpoints leave out"
-            " (it loads them with flatten_optimizer_state_dict); take muon, polargrad or root,"
-            " or another trainer"
-        )

@@ -49,8 +49,8 @@ def lines(world: int, folder: Path, start: str, wanted: dict[str, Any]) -> list[
     return json.loads(path.read_text())
 
 
-@pytest.mark.parametrize("name", ["muon", "root"])
-@pytest.mark.fast_cases("muon")
+@pytest.mark.parametrize("name", ["muon", "root", "sumo", "normuon"])
+@pytest.mark.fast_cases("sumo")
 def test_two_ranks_train_as_one_and_resume(name: str, tmp_path: Path) -> None:
     wanted = sections(name)
     whole = lines(2, tmp_path / "two", "fresh", wanted)
@@ -72,8 +72,6 @@ def test_two_ranks_train_as_one_and_resume(name: str, tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "sumo": (sections("sumo"), "which Automodel's checkpoints leave out"),
-    "normuon": (sections("normuon"), "take muon, polargrad or root"),
     "poet": (sections("poet"), "no place for spectral_dist.poet.convert"),
     "moun": (sections("moun"), "did you mean 'muon'"),
     "option": (sections(options={"momentun": 0.9}), "did you mean 'momentum'"),
@@ -96,8 +94,8 @@ def test_a_pipeline_is_refused() -> None:
 
 
 @pytest.mark.parametrize("case", REFUSED)
-@pytest.mark.fast_cases("sumo")
-def test_what_automodel_could_not_save_or_schedule_is_refused(case: str, tmp_path: Path) -> None:
+@pytest.mark.fast_cases("moun")
+def test_what_automodel_could_not_schedule_is_refused(case: str, tmp_path: Path) -> None:
     wanted, message = REFUSED[case]
     done = launch(1, tmp_path, "fresh", wanted)
     assert done.returncode
