@@ -10,8 +10,10 @@ from torch import nn
 
 from spectral_dist._error_help import explained
 from spectral_dist.core.named import class_of
-from spectral_dist.core.optimizer import SpectralOptimizer
+from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.params.param_groups import param_groups
+from spectral_dist.poet.convert import convert
+from spectral_dist.poet.optimizer import POET
 from spectral_dist.rules import registry
 from spectral_dist.rules.options import ROUTING
 
@@ -24,7 +26,8 @@ class SpectralConfig(OptimizerConfig):  # type: ignore[misc]
     first group of matrices; the multiples are those of ``scalar_lr`` and ``scalar_weight_decay``.
 
     Attributes:
-        name: of the optimizer: "muon", "polargrad", "root", "sumo", "normuon", or a registered rule.
+        name: of the optimizer: "muon", "polargrad", "root", "sumo", "normuon", "poet", or a
+            registered rule.
         lr: learning rate.
         weight_decay: decoupled weight decay, times lr.
         options: the optimizer's other options, and those of ``spectral_dist.param_groups``.
@@ -40,7 +43,7 @@ class SpectralConfig(OptimizerConfig):  # type: ignore[misc]
     @explained
     def build(
         self, model: nn.Module, *, device_mesh: Any = None, is_peft: bool = False
-    ) -> list[SpectralOptimizer]:
+    ) -> list[ShardedOptimizer]:
         """Return the model's optimizer, in a list as Automodel wants it.
 
         Args:
@@ -61,11 +64,6 @@ class SpectralConfig(OptimizerConfig):  # type: ignore[misc]
             if name in self.options:
                 raise ValueError(f"{where}: options has {name}; write it beside options")
         entry = registry.find(self.name)
-        if entry.rule is None:
-            raise ValueError(
-                f"{where}: {entry.title} does not run under Automodel, which builds and shards the"
-                " model in one call: there is no place for spectral_dist.poet.convert"
-            )
         if hasattr(model, "parts"):
             raise ValueError(
                 f"{where}: pipeline parallelism is not supported under Automodel: a stage does not"
@@ -74,13 +72,13 @@ class SpectralConfig(OptimizerConfig):  # type: ignore[misc]
             )
         options = {"lr": self.lr, "weight_decay": self.weight_decay, **self.options}
         routing = {name: options.pop(name) for name in ROUTING if name in options}
-        made_of = class_of(entry)
+        made_of: Any = POET if entry.rule is None else class_of(entry)
         made_of.options_type.from_user(options, where)
         optimizer = made_of(param_groups(model, **routing), **options)
         self._keep_multiples(optimizer, where)
         return [optimizer]
 
-    def _keep_multiples(self, optimizer: SpectralOptimizer, where: str) -> None:
+    def _keep_multiples(self, optimizer: ShardedOptimizer, where: str) -> None:
         """Write into groups by what Automodel's scheduler is to multiply lr and weight decay.
 
         Raises:
@@ -96,3 +94,20 @@ class SpectralConfig(OptimizerConfig):  # type: ignore[misc]
                         f" scalar_{name} out"
                     )
                 group[multiple] = group[name] / base if base else 1.0
+
+
+def rotated(model: nn.Module, **settings: Any) -> nn.Module:
+    """Convert a model for ``poet``: what the section ``model`` of a recipe's YAML names.
+
+    Automodel's own targets build and shard a model in one call. What another target returns it
+    shards afterwards, as it is.
+
+    Args:
+        model: of the section's own section ``model``, such as what transformers'
+            ``AutoModelForCausalLM.from_pretrained`` returns.
+        settings: as ``spectral_dist.poet.convert`` has them.
+
+    Raises:
+        ValueError: as ``convert`` does.
+    """
+    return convert(model, **settings)

@@ -68,7 +68,6 @@ WRONG = {
         "unknown option 'momentun'; did you mean 'momentum'",
     ),
     "lr": ({"options": {"lr": 0.1}}, "options has lr"),
-    "poet": ({"name": "poet"}, "no place for spectral_dist.poet.convert"),
     "fused": ({"implementation": "foreach"}, "implementation is of torchtitan's own optimizers"),
     "pattern": ({"options": {"scalars": ["no_such"]}}, "no_such"),
 }
