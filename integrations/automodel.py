@@ -23,7 +23,7 @@ class SpectralConfig(OptimizerConfig):  # type: ignore[misc]
     """What the section ``optimizer`` of a recipe's YAML builds.
 
     Automodel's scheduler writes lr and weight decay of every group, as multiples of those of the
-    first group of matrices; the multiples are those of ``scalar_lr`` and ``scalar_weight_decay``.
+    first group; the multiples are those of ``scalar_lr`` and ``scalar_weight_decay``.
 
     Attributes:
         name: of the optimizer: "muon", "polargrad", "root", "sumo", "normuon", "poet", or a
@@ -85,13 +85,15 @@ class SpectralConfig(OptimizerConfig):  # type: ignore[misc]
             ValueError: the scheduler would write other values than those that are asked for.
         """
         for name, multiple in (("lr", "lr_mult"), ("weight_decay", "wd_mult")):
-            base = getattr(self, name)
+            first = optimizer.param_groups[0]
+            base = first[name]
             for group in optimizer.param_groups:
                 if group[name] and not base:
                     raise ValueError(
-                        f"{where}: scalar_{name} is {group[name]}, but Automodel's scheduler keeps"
-                        f" it as a multiple of {name}, which is {base}; set {name}, or leave"
-                        f" scalar_{name} out"
+                        f"{where}: {name} of kind {group['kind']!r} is {group[name]}, but"
+                        f" Automodel's scheduler keeps it as a multiple of that of kind"
+                        f" {first['kind']!r}, which is {base}; set {name} and scalar_{name} to"
+                        " numbers above 0, or leave both at 0"
                     )
                 group[multiple] = group[name] / base if base else 1.0
 

@@ -146,10 +146,25 @@ class RotatedLinear(PoetLinear, Linear):  # type: ignore[misc]
         """Initialize W as torchtitan does, and the rotations as none."""
         if self._param_init is not None:
             self._param_init = {**self._param_init, **dict.fromkeys(self.skews, nn.init.zeros_)}
-        super()._init_self_parameters()
+        super()._init_self_parameters()  # by name, or all of W alone
         for skew in self.skews.values():
             nn.init.zeros_(skew)
         self.drop_indices()
+
+    @explained
+    def parallelize(self, parallel_dims: Any) -> None:
+        """Do nothing where a layer has no sharding config.
+
+        Raises:
+            ValueError: it has one, and the rotations are not in it.
+        """
+        if self._sharding_config is not None:
+            raise ValueError(
+                f"{self.key}: POET does not run under torchtitan's tensor parallelism, nor with"
+                " spmd_backend='spmd_types', which shard each parameter as its layer declares:"
+                " write ParallelismConfig(spmd_backend='partial_dtensor', tensor_parallel_degree=1)"
+            )
+        super().parallelize(parallel_dims)
 
 
 class PoetConverter(ModelConfigConverter):  # type: ignore[misc]

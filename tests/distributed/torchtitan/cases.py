@@ -10,7 +10,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "muon": {"polar_dtype": "float32"},
     "sumo": {"rank": 8, "period": 3},
     "normuon": {"polar_dtype": "float32"},
-    "poet": {"merge_every": 2},
+    "poet": {"merge_every": 2, "eps": 1e-4},
 }
 LAYOUTS: dict[str, dict[str, int]] = {
     "one": {},

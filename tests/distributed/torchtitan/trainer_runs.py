@@ -123,12 +123,14 @@ def fill(parts: list[nn.Module]) -> None:
 
 
 def config_of(
-    folder: str, layout: str, optimizer: SpectralOptimizers.Config, steps: int = STEPS
+    folder: str,
+    layout: str,
+    optimizer: SpectralOptimizers.Config,
+    steps: int = STEPS,
+    rotated: bool = False,
 ) -> Trainer.Config:
-    converters = [PoetConverter.Config(settings={"block": BLOCK})]
-    spec = llama3.model_registry(
-        "debugmodel", attn_backend="flex", converters=converters if optimizer.name == "poet" else []
-    )
+    converters = [PoetConverter.Config(settings={"block": BLOCK})] if rotated else []
+    spec = llama3.model_registry("debugmodel", attn_backend="flex", converters=converters)
     spec.model.layers = spec.model.layers[:2]
     spec.post_optimizer_build_fn = lambda optimizers, parts, dims: fill(parts)
     degrees = LAYOUTS[layout]
@@ -160,7 +162,7 @@ def by_trainer(
     options = {"scalar_lr": SCALAR_LR, **OPTIONS[optimizer], **changes}
     config = SpectralOptimizers.Config(name=optimizer, lr=LR, options=options)
     with quiet():
-        trainer = config_of(folder, layout, config, steps).build()
+        trainer = config_of(folder, layout, config, steps, optimizer == "poet").build()
         losses: dict[int, float] = {}
         processor = trainer.metrics_processor
         processor.log = lambda step, loss, *others, **more: losses.update({step: float(loss)})
@@ -221,9 +223,10 @@ def whole_and_resumed(folder: str, layout: str, optimizer: str) -> list[dict[int
     return [whole, by_trainer(folder, layout, optimizer)]
 
 
-def refused(folder: str, layout: str, **keywords: Any) -> None:
+def refused(folder: str, layout: str, rotated: bool = False, **keywords: Any) -> None:
+    config = SpectralOptimizers.Config(**keywords)
     with quiet():
-        config_of(folder, layout, SpectralOptimizers.Config(**keywords)).build()
+        config_of(folder, layout, config, rotated=rotated).build()
 
 
 def by_example(flags: list[str]) -> tuple[list[float], list[str]]:
