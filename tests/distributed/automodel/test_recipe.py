@@ -35,6 +35,7 @@ def sections(name: str = "muon", **changes: Any) -> dict[str, Any]:
     both: dict[str, Any] = yaml.safe_load((ROOT / "examples" / file).read_text())
     if name == "poet":
         both["model"] = {**both["model"], "block": 4, "model": TRANSFORMERS}
+        del both["checkpoint"]
     options = {**both["optimizer"]["options"], "eps": 1e-4, **OPTIONS.get(name, {})}
     both["optimizer"] = {**both["optimizer"], "name": name, "options": options, **changes}
     return both
