@@ -13,6 +13,7 @@ from spectral_dist.core.named import class_of
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.params.param_groups import param_groups
 from spectral_dist.poet.convert import convert
+from spectral_dist.poet.layer import PoetLayer
 from spectral_dist.poet.optimizer import POET
 from spectral_dist.rules import registry
 from spectral_dist.rules.options import ROUTING
@@ -69,6 +70,13 @@ class SpectralConfig(OptimizerConfig):  # type: ignore[misc]
                 f"{where}: pipeline parallelism is not supported under Automodel: a stage does not"
                 " tell its output head from a matrix; set pp_size to 1, or train with torchtitan or"
                 " Megatron-Bridge"
+            )
+        is_rotated = any(isinstance(module, PoetLayer) for module in model.modules())
+        if entry.rule is None and not is_rotated:
+            raise ValueError(
+                f"{where}: {entry.title} trains the rotations of a converted model; write"
+                " _target_: spectral_dist.integrations.automodel.rotated in the section model, as"
+                " examples/automodel_poet.yaml does"
             )
         options = {"lr": self.lr, "weight_decay": self.weight_decay, **self.options}
         routing = {name: options.pop(name) for name in ROUTING if name in options}

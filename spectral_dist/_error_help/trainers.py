@@ -24,7 +24,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
         r"spectral runs (under the trainers of transformers alone|in )",
     ),
     "a-trainers-config-of-an-optimizer": (
-        r"trains the rotations of a model that is built with converters",
+        r"trains the rotations of a (model that is built with converters|converted model; write)",
         r"POET does not run under torchtitan's tensor parallelism",
         r"PoetConverter.Config: settings has init",
         r"does not run under (ms-swift|LLaMA-Factory), which has no place",

@@ -89,19 +89,9 @@ def test_two_ranks_train_as_one_and_resume(name: str, tmp_path: Path) -> None:
     assert losses_of(rest) == pytest.approx(losses[SAVED_AT:], rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sumo", "poet"])
-@pytest.mark.fast_cases("sumo")
-def test_other_numbers_of_ranks_resume(name: str, tmp_path: Path) -> None:
-    wanted = sections(name)
-    losses = losses_of(lines(2, tmp_path / "two", "fresh", wanted))
-    shutil.rmtree(tmp_path / "two/run" / LAST)
-    rest = lines(1, tmp_path / "two", SAVED, wanted)
-    assert losses_of(rest) == pytest.approx(losses[SAVED_AT:], rel=1e-6)
-
-
 REFUSED = {
     "unrotated": ({**sections("muon"), "optimizer": sections("poet")["optimizer"]},
-                  "this one has none"),
+                  "spectral_dist.integrations.automodel.rotated in the section model"),
     "moun": (sections("moun"), "did you mean 'muon'"),
     "option": (sections(options={"momentun": 0.9}), "did you mean 'momentum'"),
     "decay": (
