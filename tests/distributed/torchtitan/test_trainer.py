@@ -51,7 +51,7 @@ def test_the_trainer_does_what_a_loop_does(layout: str, optimizer: str, tmp_path
     assert resumed == pytest.approx(rest(whole), rel=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["muon", "sumo", "poet"])
+@pytest.mark.parametrize("optimizer", ["muon", "sumo"])
 @pytest.mark.parametrize(("saved", "loaded"), [("fsdp", "one"), ("one", "fsdp"), ("pp", "fsdp")])
 @pytest.mark.fast_cases("fsdp-one-sumo")
 def test_another_layout_resumes(saved: str, loaded: str, optimizer: str, tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_another_layout_resumes(saved: str, loaded: str, optimizer: str, tmp_pat
     folder = str(tmp_path)
     run(saving, "by_trainer", folder, saved, optimizer, SAVED_AT)
     resumed = run(loading, "by_trainer", folder, loaded, optimizer)[0]
-    assert resumed == pytest.approx(rest(of_loop(optimizer)), rel=1e-6)
+    assert resumed == pytest.approx(rest(of_loop(optimizer)), abs=1e-5)
 
 
 WRONG = {
