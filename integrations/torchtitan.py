@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import nn
 from torchtitan.components.checkpointer.utils import canonical_fqn
 from torchtitan.components.optimizer import OptimizersContainer
 from torchtitan.components.optimizer.utils import get_flat_optim_state_dict
+from torchtitan.models.common.linear import Linear
+from torchtitan.protocols.model import ModelConfigConverter
 
 from spectral_dist._error_help import explained
 from spectral_dist.core.named import class_of
@@ -19,6 +21,9 @@ from spectral_dist.params.modules import torch_inspector
 from spectral_dist.params.param_groups import split_by_kind
 from spectral_dist.params.spec import Inspector, ParamInfo, ParamSpec
 from spectral_dist.params.table import show
+from spectral_dist.poet.convert import rotate
+from spectral_dist.poet.layer import PoetLayer, PoetLinear
+from spectral_dist.poet.optimizer import POET
 from spectral_dist.rules import registry
 from spectral_dist.rules.options import ROUTING
 from spectral_dist.sharding import collectives
@@ -38,7 +43,8 @@ class SpectralOptimizers(OptimizersContainer):  # type: ignore[misc]
         model_parts: of this rank, sharded; several under interleaved pipeline parallelism.
 
     Raises:
-        ValueError: an unknown optimizer or option, POET, or a field of torchtitan's own optimizers.
+        ValueError: an unknown optimizer or option, a field of torchtitan's own optimizers, or
+            POET for a model without rotations.
 
     Example:
         >>> optimizer = SpectralOptimizers.Config(name="muon", lr=1e-3, options={"momentum": 0.9})
@@ -50,8 +56,8 @@ class SpectralOptimizers(OptimizersContainer):  # type: ignore[misc]
         """What torchtitan's ``Trainer.Config`` takes as its optimizer."""
 
         name: str = "muon"
-        """Name of the optimizer: "muon", "polargrad", "root", "sumo", "normuon", or that of a
-        registered rule."""
+        """Name of the optimizer: "muon", "polargrad", "root", "sumo", "normuon", "poet", or that
+        of a registered rule."""
 
         lr: float = 1e-3
         """Learning rate of matrices, and of all else unless options has a scalar_lr."""
@@ -72,14 +78,14 @@ class SpectralOptimizers(OptimizersContainer):  # type: ignore[misc]
             )
         routing = {name: options.pop(name) for name in ROUTING if name in options}
         entry = registry.find(config.name)
-        if entry.rule is None:
+        is_rotated = any(isinstance(m, PoetLayer) for part in model_parts for m in part.modules())
+        if entry.rule is None and not is_rotated:
             raise ValueError(
-                f"{_where(config)}: {entry.title} does not run under torchtitan, which builds"
-                " layers of a class of its own, and initializes them after it has sharded them:"
-                " there is no place for spectral_dist.poet.convert. Take another optimizer, or a"
-                " trainer that takes a converted model"
+                f"{_where(config)}: {entry.title} trains the rotations of a model that is built"
+                " with converters=[PoetConverter.Config()], of"
+                " spectral_dist.integrations.torchtitan; this one has none"
             )
-        made_of = class_of(entry)
+        made_of: Any = POET if entry.rule is None else class_of(entry)
         made_of.options_type.from_user({"lr": config.lr, **options}, _where(config))
         self.model_parts = model_parts
         self.optimizers = []
@@ -129,6 +135,73 @@ class SpectralOptimizers(OptimizersContainer):  # type: ignore[misc]
         for optimizer in self.optimizers:
             optimizer.initialize_state()
             optimizer.load_state_dict(_numbered(optimizer, states, state_dict))
+
+
+class RotatedLinear(PoetLinear, Linear):  # type: ignore[misc]
+    """torchtitan's Linear as R_o W R_i; torchtitan initializes it once it has memory."""
+
+    _param_init: dict[str, Callable[..., Any]] | None
+
+    def _init_self_parameters(self) -> None:
+        """Initialize W as torchtitan does, and the rotations as none."""
+        if self._param_init is not None:
+            self._param_init = {**self._param_init, **dict.fromkeys(self.skews, nn.init.zeros_)}
+        super()._init_self_parameters()  # by name, or all of W alone
+        for skew in self.skews.values():
+            nn.init.zeros_(skew)
+        self.drop_indices()
+
+    @explained
+    def parallelize(self, parallel_dims: Any) -> None:
+        """Do nothing where a layer has no sharding config.
+
+        Raises:
+            ValueError: it has one, and the rotations are not in it.
+        """
+        if self._sharding_config is not None:
+            raise ValueError(
+                f"{self.key}: POET does not run under torchtitan's tensor parallelism, nor with"
+                " spmd_backend='spmd_types', which shard each parameter as its layer declares:"
+                " write ParallelismConfig(spmd_backend='partial_dtensor', tensor_parallel_degree=1)"
+            )
+        super().parallelize(parallel_dims)
+
+
+class PoetConverter(ModelConfigConverter):  # type: ignore[misc]
+    """What has torchtitan build a model whose Linears are rotated, for ``poet``.
+
+    Example:
+        >>> llama3.model_registry("8B", converters=[PoetConverter.Config(settings={"block": 256})])
+    """
+
+    @dataclass(kw_only=True, slots=True)
+    class Config(ModelConfigConverter.Config):  # type: ignore[misc]
+        """What ``model_registry`` takes in its list of converters."""
+
+        settings: dict[str, Any] = field(default_factory=dict)
+        """Keywords of ``spectral_dist.poet.convert``, but ``init``: torchtitan initializes W."""
+
+    def __init__(self, config: PoetConverter.Config) -> None:
+        self.settings = dict(config.settings)
+        if "init" in self.settings:
+            raise ValueError(
+                "PoetConverter.Config: settings has init, but torchtitan itself initializes W, when"
+                " the model is sharded; leave it out"
+            )
+
+    def convert(self, model_config: Any) -> Any:
+        """Return a config that builds what ``model_config`` does, with rotated layers."""
+        config_type: Any = type(model_config)
+        settings = dict(self.settings)
+        matrices, scalars = (settings.pop(name, ()) for name in ("matrices", "scalars"))
+
+        class Rotated(config_type):  # type: ignore[misc]
+            def build(self, **kwargs: Any) -> nn.Module:
+                model = config_type.build(self, **kwargs)
+                return rotate(model, {Linear: RotatedLinear}, matrices, scalars, settings)
+
+        Rotated.__name__ = Rotated.__qualname__ = f"Rotated{config_type.__name__}"
+        return Rotated(**{f.name: getattr(model_config, f.name) for f in fields(model_config)})
 
 
 def _where(config: SpectralOptimizers.Config) -> str:

@@ -31,6 +31,7 @@ from spectral_dist.core.matrix_state import MatrixStatePart, check_saved
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.core.units import MatrixUnit
+from spectral_dist.core.whole_state import without_matrices
 from spectral_dist.params.classify import unwrap
 from spectral_dist.params.spec import plain_name
 from spectral_dist.poet.layer import PoetLayer
@@ -65,7 +66,7 @@ def _state_dict(optimizer: ShardedOptimizer, names: Names, saving: bool) -> dict
         routes = optimizer.routes[group["id"]]
         for unit in optimizer.units(group):
             for index, i in enumerate(unit.tensors):
-                entry = dict(optimizer.state[group["params"][i]])
+                entry = without_matrices(optimizer.state[group["params"][i]])
                 if isinstance(unit, MatrixUnit) and unit.momentum_at_owner:
                     entry["exp_avg"] = momentum_runs(unit, index, routes[i], entry["exp_avg"])
                 state[names.of_parameters[routes[i].name]] = entry

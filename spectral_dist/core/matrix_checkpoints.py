@@ -15,11 +15,13 @@ from spectral_dist.core.first_step import matrix_of
 from spectral_dist.core.matrix_state import MatrixStatePart
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.core.units import ROWS, MatrixUnit
+from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement import whole_tensors
 from spectral_dist.placement.base import ParamGroup
 from spectral_dist.rules.base import Rule, StateSpec
 from spectral_dist.rules.fields import specs_of
 from spectral_dist.rules.options import BaseOptions, MatrixOptions
+from spectral_dist.sharding.layout import Located
 
 
 class MatrixCheckpoints(ShardedOptimizer):
@@ -256,6 +258,31 @@ class MatrixCheckpoints(ShardedOptimizer):
                 for name, (matrix, quantity, spec) in specs.items():
                     self._check_quantity(matrix, quantity, spec, state.get(name))
 
+    def _state_names(self, group: ParamGroup, located: Located) -> tuple[tuple[str, ...], ...]:
+        """Return the names of matrix state that state dicts have of each of a unit's parameters.
+
+        Args:
+            group: of matrices.
+            located: the unit's parameters.
+        """
+        if self.placement.saves_matrix_state:
+            return ((),) * len(located.tensors)
+        options, routes = self.rule_options(group), self.routes[group["id"]]
+        return tuple(tuple(self._specs_of(routes[i], options)) for i in located.tensors)
+
+    def _specs_of(self, route: ParamSpec, options: Any) -> dict[str, tuple[str, str, StateSpec]]:
+        """Return {name among a parameter's states: (matrix, quantity, spec)} of its matrices.
+
+        Args:
+            route: the parameter's spec.
+            options: of its group, as the rule has them.
+        """
+        return {
+            whole_state.state_name(route, place, quantity): (matrix.name, quantity, spec)
+            for place, matrix in enumerate(route.matrices)
+            for quantity, spec in self.rule.state(options, matrix.read_shape).items()
+        }
+
     def _saved_matrix_states(
         self, state_dict: Mapping[str, Any]
     ) -> Iterator[tuple[Mapping[str, Any], dict[str, tuple[str, str, StateSpec]]]]:
@@ -274,11 +301,7 @@ class MatrixCheckpoints(ShardedOptimizer):
                 state = state_dict["state"].get(i, {})
                 if any(name in state for name in former):
                     continue
-                specs = {
-                    whole_state.state_name(route, place, quantity): (matrix.name, quantity, spec)
-                    for place, matrix in enumerate(route.matrices)
-                    for quantity, spec in self.rule.state(options, matrix.read_shape).items()
-                }
+                specs = self._specs_of(route, options)
                 if float(state.get("step", 0.0)) or any(name in state for name in specs):
                     yield state, specs
 
@@ -287,8 +310,8 @@ class MatrixCheckpoints(ShardedOptimizer):
         if value is None:
             raise ValueError(
                 f"this state dict lacks matrix state: it has no {quantity} of {matrix}. It was"
-                " saved with another optimizer, or loaded with flatten_optimizer_state_dict, by"
-                " which torch leaves that out; load it without, or use spectral_dist.checkpoint"
+                " saved with another optimizer, or by a release that saved it without; resume with"
+                " that optimizer, or leave its state out"
             )
         if not isinstance(value, Tensor):
             raise ValueError(f"{matrix}: its {quantity} is {value!r:.60}, and no tensor")

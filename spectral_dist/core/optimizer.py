@@ -277,13 +277,16 @@ class SpectralOptimizer(MatrixCheckpoints):
         shapes = {layout.matrix.shape for layout in located.layouts}
         keeps_state = any(self.rule.state(options, shape) for shape in shapes)
         state = MatrixState(self.rule, options, located.layouts, exchange) if keeps_state else None
-        unit = MatrixUnit(located, plan, exchange, self.rule.has_momentum(options), state)
+        has_momentum = self.rule.has_momentum(options)
+        names = self._state_names(group, located)
+        unit = MatrixUnit(located, plan, exchange, has_momentum, state, state_names=names)
         return strategy.add_blocks(unit, self.rule, options)
 
     def ensure_state(self, group: ParamGroup, unit: Unit, index: int, p: Tensor) -> None:
         """Create a parameter's state, before the first step, so that all ranks have equal keys.
 
-        Momentum that was loaded whole is cut to what this rank stores of it.
+        Momentum that was loaded whole is cut to what this rank stores of it. Matrix state has its
+        names there, with empty tensors: torch looks for the names when it loads flattened states.
 
         Args:
             group: the parameter group.
@@ -295,6 +298,8 @@ class SpectralOptimizer(MatrixCheckpoints):
         if not isinstance(unit, MatrixUnit):
             super().ensure_state(group, unit, index, p)
             return
+        for name in unit.state_names[index]:
+            state.setdefault(name, torch.empty(0))
         if "exp_avg" in state:
             if unit.momentum_at_owner:
                 numel = unit.momentum_runs.numel.get(index, 0)

@@ -46,6 +46,7 @@ class MatrixUnit(Unit):
         blocks: under strategy 'block', a unit of the same parameters in which each block is a
             matrix. It is used in all steps but every ``period``-th, and shares the momentum.
         period: the steps from one step on whole matrices to the next.
+        state_names: of matrix state among the states of each parameter, as state dicts have it.
     """
 
     plan: Plan
@@ -54,6 +55,7 @@ class MatrixUnit(Unit):
     state: MatrixState | None = None
     blocks: MatrixUnit | None = None
     period: int = 1
+    state_names: tuple[tuple[str, ...], ...] = ()
 
     def at(self, step: int) -> MatrixUnit:
         """Return the unit to use in a step, this one or its blocks; steps are counted from 1."""

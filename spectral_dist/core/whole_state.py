@@ -36,6 +36,11 @@ def state_name(route: ParamSpec, place: int, quantity: str) -> str:
     return f"{PREFIX}{quantity}" + (f"_{place}" if len(route.matrices) > 1 else "")
 
 
+def without_matrices(states: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a parameter's states without what belongs to its matrices."""
+    return {name: value for name, value in states.items() if not name.startswith(PREFIX)}
+
+
 def matrix_state(
     unit: MatrixUnit, specs: Sequence[Mapping[str, StateSpec]], meter: Meter
 ) -> Iterator[tuple[int, str, Tensor]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -57,8 +57,28 @@ def convert(
         ValueError: unknown or bad settings; blocks that do not fit (all layers where they do not
             are named); tied weights; a model that is sharded or converted already.
     """
+    return rotate(model, {nn.Linear: PoetLinear}, matrices, scalars, settings)
+
+
+def rotate(
+    model: nn.Module,
+    classes: Mapping[type[nn.Module], type[PoetLayer]],
+    matrices: Iterable[str],
+    scalars: Iterable[str],
+    settings: Mapping[str, Any],
+) -> nn.Module:
+    """Convert a model as ``convert`` does, and return it.
+
+    Args:
+        model: unsharded and not wrapped.
+        classes: {class of layers to rotate: its class when they are}.
+        matrices, scalars, settings: as ``convert`` has them.
+
+    Raises:
+        ValueError: as ``convert`` does.
+    """
     poet_settings = settings_of(settings)
-    routes = _linears(model, matrices, scalars)
+    routes = _linears(model, classes, matrices, scalars)
     shapes = {route.name.removesuffix(".weight"): route.shape for route in routes}
     sides = {
         key: (("in", ((0, n),), 0, 1), ("out", ((0, m),), 0, 1)) for key, (m, n) in shapes.items()
@@ -67,7 +87,7 @@ def convert(
     for key, (inner, *outer) in rotations_by_layer.items():
         layer: Any = model.get_submodule(key)
         initialize(layer.weight, key, poet_settings, shapes[key])
-        layer.__class__ = PoetLinear
+        layer.__class__ = classes[type(layer)]
         layer.rotate_by(key, [inner], outer, poet_settings)
     if hasattr(model, "save_pretrained") and collectives.is_first():
         logger.info(PRETRAINED)
@@ -168,8 +188,13 @@ def _block(settings: Settings, patterns: Patterns, key: str, side: str) -> Block
     return size[side != "in"]
 
 
-def _linears(model: nn.Module, matrices: Iterable[str], scalars: Iterable[str]) -> list[ParamSpec]:
-    """Return the weights to rotate: those matrices that are a plain nn.Linear's.
+def _linears(
+    model: nn.Module,
+    classes: Collection[type[nn.Module]],
+    matrices: Iterable[str],
+    scalars: Iterable[str],
+) -> list[ParamSpec]:
+    """Return the weights to rotate: those matrices that are of a layer of one of the classes.
 
     Raises:
         ValueError: the model is not as ``convert`` needs it.
@@ -188,7 +213,7 @@ def _linears(model: nn.Module, matrices: Iterable[str], scalars: Iterable[str]) 
             continue
         key, _, leaf = route.name.rpartition(".")
         # a subclass may never call forward: that of nn.MultiheadAttention does not
-        is_plain = leaf == "weight" and type(model.get_submodule(key)) is nn.Linear
+        is_plain = leaf == "weight" and type(model.get_submodule(key)) in classes
         if not is_plain and route.reason.startswith("matrices:"):
             raise ValueError(f"poet.convert: {route.reason} matches {route.name}, no nn.Linear")
         if not is_plain:

@@ -1,13 +1,8 @@
-"""Automodel's fine-tuning recipe on CPUs, a tiny random Qwen2: torchrun starts it.
-
-Args: the folder, "fresh" or the checkpoint to resume from, and the YAML of the optimizer.
-"""
+"""Automodel's fine-tuning recipe, a tiny random Qwen2; for ranks alone, as it changes torch."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
 import zlib
 from pathlib import Path
 from typing import Any
@@ -121,32 +116,36 @@ def fill(model: nn.Module) -> None:
             p.copy_(distribute_tensor(whole, p.device_mesh, p.placements) if is_cut else whole)
 
 
-def main(folder: str, start: str, optimizer: str) -> None:
-    on_cpu()
+def lines(folder: str, start: str, wanted: dict[str, Any]) -> list[dict[str, Any]]:
+    """Losses and rates of each step of a run, which "fresh" or a checkpoint of it begins.
+
+    Args:
+        folder: where its checkpoints are.
+        start: "fresh", or the name of the checkpoint to resume from.
+        wanted: sections of the YAML.
+    """
     from nemo_automodel.components.config.loader import load_yaml_config
     from nemo_automodel.recipes.llm import train_ft
 
-    rank = os.environ["RANK"]
-    path = Path(folder, f"recipe{rank}.yaml")
-    path.write_text(yaml.safe_dump(configuration(folder + "/run", start, json.loads(optimizer))))
+    path = Path(folder, f"recipe{os.environ['RANK']}.yaml")
+    path.write_text(yaml.safe_dump(configuration(folder + "/run", start, wanted)))
     recipe = train_ft.TrainFinetuneRecipeForNextTokenPrediction(load_yaml_config(str(path)))
     recipe.setup()
     if start == "fresh":
         for part in recipe.model_parts:
             fill(part)
     step = recipe._run_train_optim_step
-    lines = []
+    steps = []
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         sample = step(*args, **kwargs)
-        rates = [[g["lr"], g["weight_decay"]] for g in recipe.optimizer[0].param_groups]
-        lines.append({"loss": float(sample.metrics["loss"]), "rates": rates})
+        rates = {g["kind"]: [g["lr"], g["weight_decay"]] for g in recipe.optimizer[0].param_groups}
+        steps.append({"loss": float(sample.metrics["loss"]), "rates": rates})
         return sample
 
     recipe._run_train_optim_step = watched
     recipe.run_train_validation_loop()
-    Path(folder, f"{start}{rank}.json").write_text(json.dumps(lines))
+    return steps
 
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+on_cpu()

@@ -10,6 +10,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "muon": {"polar_dtype": "float32"},
     "sumo": {"rank": 8, "period": 3},
     "normuon": {"polar_dtype": "float32"},
+    "poet": {"merge_every": 2, "eps": 1e-4},
 }
 LAYOUTS: dict[str, dict[str, int]] = {
     "one": {},
@@ -18,4 +19,6 @@ LAYOUTS: dict[str, dict[str, int]] = {
     "tp": {"tensor_parallel_degree": 2, "data_parallel_shard_degree": 1},
     "pp": {"pipeline_parallel_degree": 2, "data_parallel_shard_degree": 1},
 }
-TITLES = {"muon": "Muon", "sumo": "SUMO", "normuon": "NorMuon"}
+TITLES = {"muon": "Muon", "sumo": "SUMO", "normuon": "NorMuon", "poet": "POET"}
+BLOCK = 16
+"""Of POET's rotations."""

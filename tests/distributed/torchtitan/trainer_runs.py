@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tests.distributed.torchtitan.cases import (
+    BLOCK,
     CLIP,
     LAYOUTS,
     LENGTH,
@@ -46,10 +47,11 @@ from torchtitan.config import (  # noqa: E402
 )
 from torchtitan.models import llama3  # noqa: E402
 from torchtitan.models.common.config_utils import decoder_vocab_size  # noqa: E402
+from torchtitan.models.common.linear import Linear  # noqa: E402
 from torchtitan.trainer import Trainer  # noqa: E402
 
 import spectral_dist  # noqa: E402
-from spectral_dist.integrations.torchtitan import SpectralOptimizers  # noqa: E402
+from spectral_dist.integrations.torchtitan import PoetConverter, SpectralOptimizers  # noqa: E402
 from tests.support.quiet import quiet  # noqa: E402
 
 ROOT = Path(__file__).parents[3]
@@ -121,9 +123,14 @@ def fill(parts: list[nn.Module]) -> None:
 
 
 def config_of(
-    folder: str, layout: str, optimizer: SpectralOptimizers.Config, steps: int = STEPS
+    folder: str,
+    layout: str,
+    optimizer: SpectralOptimizers.Config,
+    steps: int = STEPS,
+    rotated: bool = False,
 ) -> Trainer.Config:
-    spec = llama3.model_registry("debugmodel", attn_backend="flex")
+    converters = [PoetConverter.Config(settings={"block": BLOCK})] if rotated else []
+    spec = llama3.model_registry("debugmodel", attn_backend="flex", converters=converters)
     spec.model.layers = spec.model.layers[:2]
     spec.post_optimizer_build_fn = lambda optimizers, parts, dims: fill(parts)
     degrees = LAYOUTS[layout]
@@ -155,7 +162,7 @@ def by_trainer(
     options = {"scalar_lr": SCALAR_LR, **OPTIONS[optimizer], **changes}
     config = SpectralOptimizers.Config(name=optimizer, lr=LR, options=options)
     with quiet():
-        trainer = config_of(folder, layout, config, steps).build()
+        trainer = config_of(folder, layout, config, steps, optimizer == "poet").build()
         losses: dict[int, float] = {}
         processor = trainer.metrics_processor
         processor.log = lambda step, loss, *others, **more: losses.update({step: float(loss)})
@@ -171,6 +178,11 @@ def by_loop(optimizer: str) -> dict[int, float]:
     model: Any = spec.model.build()
     model.init_weights(buffer_device=torch.device("cpu"))
     fill([model])
+    if optimizer == "poet":
+        for module in model.modules():
+            if type(module) is Linear:
+                module.__class__ = nn.Linear
+        spectral_dist.poet.convert(model, block=BLOCK)
     with quiet():
         ours = getattr(spectral_dist, TITLES[optimizer])(
             spectral_dist.param_groups(model), lr=LR, scalar_lr=SCALAR_LR, **OPTIONS[optimizer]
@@ -187,7 +199,7 @@ def by_loop(optimizer: str) -> dict[int, float]:
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         for group in ours.param_groups:
-            group["lr"] = factors[step] * (LR if group["kind"] == "matrix" else SCALAR_LR)
+            group["lr"] = factors[step] * (SCALAR_LR if group["kind"] == "scalar" else LR)
         with quiet():
             ours.step()
         ours.zero_grad()
@@ -211,9 +223,10 @@ def whole_and_resumed(folder: str, layout: str, optimizer: str) -> list[dict[int
     return [whole, by_trainer(folder, layout, optimizer)]
 
 
-def refused(folder: str, layout: str, **keywords: Any) -> None:
+def refused(folder: str, layout: str, rotated: bool = False, **keywords: Any) -> None:
+    config = SpectralOptimizers.Config(**keywords)
     with quiet():
-        config_of(folder, layout, SpectralOptimizers.Config(**keywords)).build()
+        config_of(folder, layout, config, rotated=rotated).build()
 
 
 def by_example(flags: list[str]) -> tuple[list[float], list[str]]:
