@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from spectral_dist.launch import checkpoints, files
-from tests.faults.forked import Forked, preload
+from tests.faults.forked import Forked, launcher, preload
 from tests.launch.jobs import ROOT, STEPS, LaunchedJob
 from tests.launch.torch_runs import write
 
@@ -69,7 +69,7 @@ class StruckJob(LaunchedJob):
         process: subprocess.Popen[bytes] | Forked
         if forked:
             preload("megatron" if "megatron" in options else "others")
-            process = Forked(command, env, self.folder, printed)
+            process = launcher(command, env, self.folder, printed)
         else:
             torchrun = ["-m", "torch.distributed.run"] if ranks > 1 else []
             with printed.open("w") as file:
