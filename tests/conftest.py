@@ -72,6 +72,8 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.hookimpl(trylast=True)  # after -m and -k
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # files of Megatron's tests one after the other, last of all: their ranks are started once
+    items.sort(key=lambda item: "megatron" in item.nodeid.partition("::")[0])
     if PART not in config.stash:
         return
     selected = slow_parts.select([item.nodeid for item in items], *config.stash[PART])

@@ -17,7 +17,6 @@ from tests.distributed import old_checkpoints as old
 from tests.support import harness
 
 BOUND = 1e-6
-SLOW = "muon_tp2_dp2_distributed"  # four ranks more; all others together take a minute
 
 
 def check(weights: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -75,6 +74,7 @@ def test_dcp_in_one_process(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", old.DCP)
+@pytest.mark.fast_cases("muon_ddp", "sumo_fsdp")
 def test_dcp_on_two_ranks_of_fsdp(name: str, tmp_path: Path) -> None:
     path, wanted = old.unpack("dcp", name, tmp_path)
     for weights in harness.run(2, old.resume_dcp, path, "fsdp", *old.DCP[name][1:]):
@@ -82,6 +82,7 @@ def test_dcp_on_two_ranks_of_fsdp(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", old.DEEPSPEED)
+@pytest.mark.fast_cases("muon_stage1", "muon_stage3", "sumo_stage2")
 def test_deepspeed_at_the_same_stage(name: str, tmp_path: Path) -> None:
     """SUMO's folder is found beside DeepSpeed's files, and not where it was saved."""
     path, wanted = old.unpack("deepspeed", name, tmp_path)
@@ -95,24 +96,3 @@ def test_a_universal_checkpoint(tmp_path: Path) -> None:
     case = old.DEEPSPEED[source]
     for weights in harness.run(2, old.resume_deepspeed, path, *case, universal=True):
         check(weights, wanted)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n == SLOW)) for n in old.MEGATRON_CASES],
-)
-def test_megatron_in_the_same_layout(name: str, tmp_path: Path) -> None:
-    path, wanted = old.unpack("megatron", name, tmp_path)
-    ranks, *case = old.MEGATRON_CASES[name]
-    args = (path, 2, *case)
-    for weights in harness.run(ranks, old.resume_megatron, *args, pool=old.MEGATRON):
-        check(weights, wanted)
-
-
-@pytest.mark.parametrize("name", ["muon_tp2", "sumo_tp2"])
-def test_megatron_without_tensor_parallelism(name: str, tmp_path: Path) -> None:
-    path, wanted = old.unpack("megatron", name, tmp_path)
-    _, *case = old.MEGATRON_CASES[name]
-    args = (path, 1, *case)
-    (weights,) = harness.run(1, old.resume_megatron, *args, pool=old.MEGATRON)
-    check(weights, wanted)

@@ -16,9 +16,10 @@ from typing import Any
 import psutil
 
 from spectral_dist.launch import checkpoints, files
-from tests.faults.forked import Forked, preload
+from tests.faults.forked import Forked, launcher, preload
 from tests.launch.jobs import ROOT, STEPS, LaunchedJob
 from tests.launch.torch_runs import write
+from tests.support import harness
 
 DRIVER = str(ROOT / "tests/faults/driver.py")
 ENGINES = ("ddp", "fsdp", "ds1", "ds2", "ds3", "megatron")
@@ -69,7 +70,7 @@ class StruckJob(LaunchedJob):
         process: subprocess.Popen[bytes] | Forked
         if forked:
             preload("megatron" if "megatron" in options else "others")
-            process = Forked(command, env, self.folder, printed)
+            process = launcher(command, env, self.folder, printed)
         else:
             torchrun = ["-m", "torch.distributed.run"] if ranks > 1 else []
             with printed.open("w") as file:
@@ -135,7 +136,7 @@ class LaunchedRun:
     def finish(self, timeout: float = 240) -> tuple[int, str]:
         """Wait for its end: exit status, and what it printed."""
         try:
-            status = self.process.wait(timeout)
+            status = self.process.wait(timeout * harness.busy())
         except subprocess.TimeoutExpired:
             print(self.text())
             raise
@@ -191,7 +192,7 @@ class LaunchedRun:
 
     def until(self, met: Callable[[], bool], timeout: float = 240) -> bool:
         """Wait until something is so; False: the run ended before."""
-        end = time.monotonic() + timeout
+        end = time.monotonic() + timeout * harness.busy()
         while not met():
             if self.process.poll() is not None:
                 return False

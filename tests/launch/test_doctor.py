@@ -102,6 +102,7 @@ def failed(configuration: dict[str, Any], fault: str = "") -> list[str]:
         "SUMO",
     ],
 )
+@pytest.mark.fast_cases("stage 1 bf16", "stage 3 fp16", "SUMO")
 def test_good_configs_pass(configuration: dict[str, Any]) -> None:
     assert failed(configuration) == []
 
@@ -130,6 +131,7 @@ def command(folder: Path, configuration: dict[str, Any]) -> list[str]:
     return ["doctor", "--config", str(folder / "ds.json"), "--model", str(folder / "model.json")]
 
 
+@pytest.mark.slow
 def test_command_prints_a_table_and_its_exit_status_says_it(tmp_path: Path) -> None:
     good = subprocess.run(
         [sys.executable, "-m", "spectral_dist.launch.cli", *command(tmp_path, config(2))],

@@ -93,13 +93,28 @@ def test_errors_on_every_rank_are_returned_and_the_ranks_stay():
         ("is late", r"not every rank raised.*rank 0:\nno answer.*rank 1:.*only here"),
     ],
 )
-def test_an_error_on_one_rank_alone_fails_in_time(other, said):
+def test_an_error_on_one_rank_alone_fails_in_time(other, said, monkeypatch):
     before = processes()
+    monkeypatch.setattr(harness, "busy", lambda: 1.0)
     start = time.monotonic()
     with pytest.raises(harness.RankError, match=f"(?s){said}"):
         harness.run_expecting_errors(2, one_raises, other, within=2.0, pool=POOL)
     assert time.monotonic() - start < 15  # of a busy machine; gloo itself would wait 30 minutes
     assert not any(map(alive, before))
+
+
+@pytest.mark.parametrize(("load", "answers"), [(0.0, False), (1e6, True)])
+def test_a_busy_machine_gets_longer(
+    load: float, answers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes()
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+    monkeypatch.setattr(harness, "TIMEOUT", 1.0)
+    if answers:
+        assert harness.run(2, time.sleep, 3, pool=POOL) == [None, None]
+    else:
+        with pytest.raises(harness.RankError, match="no answer before the timeout"):
+            harness.run(2, time.sleep, 3, pool=POOL)
 
 
 @pytest.mark.slow

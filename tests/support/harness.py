@@ -25,6 +25,15 @@ GRACE = 20.0
 """Seconds that the others get once a rank has raised: they may wait for it."""
 
 
+def busy() -> float:
+    """Return how many times as long all takes as on an idle machine, 1 to 10.
+
+    Timeouts are to end what hangs, and not what waits for a core: where sixty processes share two
+    of them, the imports of ranks alone have taken longer than ``TIMEOUT``.
+    """
+    return min(max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)), 10.0)
+
+
 class RankError(AssertionError):
     """Ranks did not do what they should; the message holds each rank's traceback."""
 
@@ -110,8 +119,10 @@ class Pool:
     ) -> tuple[dict[int, Any], dict[int, Failure], set[int]]:
         """Run a function and return results by rank, failures by rank, and ranks still in it.
 
-        It waits ``limit`` seconds, but no more than ``grace`` once a rank has failed.
+        It waits ``limit`` seconds, but no more than ``grace`` once a rank has failed; longer on a
+        machine that is ``busy``.
         """
+        limit, grace = limit * busy(), grace * busy()
         for todo in self.todo:
             todo.put((*function, args, kwargs))
         results: dict[int, Any] = {}

@@ -159,9 +159,9 @@ def crossed(folder: str, stage: int, ours: str, suffix: str = "") -> dict[str, s
 
 
 @pytest.mark.parametrize(("stage", "ours"), [
-    (1, "Muon"), (1, "ROOT"), (3, "SUMO"),
+    (1, "Muon"), (3, "SUMO"),
     *(pytest.param(s, r, marks=pytest.mark.slow) for s in (0, 1, 2, 3) for r in TITLES
-      if (s, r) not in ((1, "Muon"), (1, "ROOT"), (3, "SUMO"))),
+      if (s, r) not in ((1, "Muon"), (3, "SUMO"))),
 ])  # fmt: skip
 def test_another_rules_checkpoint(stage: int, ours: str, tmp_path: Path) -> None:
     harness.run(2, saved, str(tmp_path), stage, TITLES)

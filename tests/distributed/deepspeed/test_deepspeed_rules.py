@@ -93,7 +93,7 @@ def test_sharded_equals_one_process(world: int, stage: int, case: str, reference
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.fast_cases("polargrad", "root")
+@pytest.mark.fast_cases("polargrad")
 def test_bitwise_with_equal_gradients(case: str) -> None:
     """Also the number that polar-first PolarGrad sends beside each direction."""
     wanted: dict[str, torch.Tensor] = {}

@@ -286,6 +286,7 @@ def test_a_refused_autocast_leaves_nothing_behind() -> None:
     assert harness.run(2, after_autocast, "float16") == ["no error"] * 2
 
 
+@pytest.mark.slow  # on ranks of its own
 def test_an_engine_after_autocast_is_refused() -> None:
     """0.19.0 would then step on some ranks only; with 0.19.8 POET has been 0.25 off."""
     for said in harness.run(2, after_autocast, "bfloat16", pool="autocast"):
@@ -349,6 +350,7 @@ def die(stage: int) -> None:
     engine.steps(built, 1, 4)
 
 
+@pytest.mark.slow  # the next test of two ranks starts others; see tests/packaging/test_harness.py
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_dying_rank_ends_the_others(stage: int) -> None:
     with pytest.raises(harness.RankError) as caught:

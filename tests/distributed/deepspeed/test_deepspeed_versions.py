@@ -73,6 +73,7 @@ def bounds() -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("version", ["0.18.9", "0.20.0", "0.19.8"])
+@pytest.mark.fast_cases("0.20.0")
 def test_import_refuses_other_releases(version: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM.format(version)],

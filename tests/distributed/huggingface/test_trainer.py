@@ -32,8 +32,8 @@ def test_the_trainer_does_what_a_loop_does(layout: str, optimizer: str, tmp_path
     world, folder = LAYOUTS[layout], str(tmp_path)
     whole = run(world, trainer_runs.by_trainer, folder, layout, optimizer)
     wanted = trainer_runs.by_loop(world, optimizer)
-    close(whole, wanted, 2e-6)
-    torch.testing.assert_close(whole["losses"], wanted["losses"], rtol=0, atol=2e-4)  # as logged
+    close(whole, wanted, 1e-6)
+    torch.testing.assert_close(whole["losses"], wanted["losses"], rtol=0, atol=2e-6)
     rest = run(world, trainer_runs.resumed, folder, layout, optimizer)
     assert rest["losses"][-3:] == whole["losses"][-3:]
     close(rest, whole, 0.0)

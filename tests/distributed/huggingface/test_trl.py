@@ -41,8 +41,8 @@ def close(got: dict[str, Any], wanted: dict[str, Any], bound: float) -> None:
 def test_sft_does_what_a_loop_does(layout: str, optimizer: str, tmp_path: Path) -> None:
     whole = run(tmp_path, layout, "sft", optimizer)
     wanted = trainer_runs.by_loop(LAYOUTS[layout], optimizer)
-    torch.testing.assert_close(whole["losses"], wanted["losses"], rtol=0, atol=1e-5)
-    close(whole["weights"], wanted["weights"], 1e-5)
+    torch.testing.assert_close(whole["losses"], wanted["losses"], rtol=0, atol=2e-6)
+    close(whole["weights"], wanted["weights"], 1e-6)
     rest = run(tmp_path, layout, "sft", optimizer, resume=True)
     assert rest["losses"][-3:] == whole["losses"][-3:]
     close(rest["weights"], whole["weights"], 0.0)
@@ -60,8 +60,9 @@ def test_two_ranks_do_what_one_does(which: str, optimizer: str, tmp_path: Path) 
         per_device_train_batch_size=2 * trainer_runs.BATCH,
     )  # fmt: skip
     assert min(whole["norms"]) > 1e-4
-    torch.testing.assert_close(whole["losses"], one["losses"], rtol=0, atol=1e-5)
-    close(whole["weights"], one["weights"], 1e-5)
+    torch.testing.assert_close(whole["losses"], one["losses"], rtol=0, atol=2e-6)
+    # a reward's gradients are close to singular: Muon's steps raise float32's rounding in them
+    close(whole["weights"], one["weights"], 4e-6 if which == "reward" else 1e-6)
     rest = run(tmp_path, "ddp", which, optimizer, resume=True)
     assert rest["losses"][-3:] == whole["losses"][-3:]
     close(rest["weights"], whole["weights"], 0.0)

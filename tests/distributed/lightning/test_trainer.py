@@ -30,7 +30,7 @@ def close(got: dict[str, Any], wanted: dict[str, Any], bound: float) -> None:
         torch.testing.assert_close(got["weights"][name], value, rtol=0, atol=bound)
 
 
-BOUNDS = {"Muon": 2e-6, "SUMO": 1e-11, "POET": 2e-6}
+BOUNDS = {"Muon": 1e-6, "SUMO": 1e-11, "POET": 1e-11}
 
 
 @pytest.mark.parametrize("name", trainer_runs.OPTIONS)

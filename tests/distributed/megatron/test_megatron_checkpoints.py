@@ -60,6 +60,7 @@ def test_a_checkpoint_may_change_between_momentum_at_owners_and_on_shards(tmp_pa
 
 
 @pytest.mark.parametrize("sharding", ["dp_reshardable", "fully_reshardable"])
+@pytest.mark.fast_cases("fully_reshardable")
 def test_formats_of_the_distributed_optimizer(tmp_path, sharding):
     wanted, found = resume(
         tmp_path, NEW, "spectral_muon", DISTRIBUTED, ["TP 2 x DP 2"], sharding=sharding
@@ -82,6 +83,7 @@ def test_coefficients_that_root_has_adapted_are_saved(tmp_path, wrapping):
     assert list(table["64x64"]) != [3.4445, -4.7750, 2.0315]
 
 
+@pytest.mark.slow
 def test_bf16_resumes_from_its_float32_masters(tmp_path):
     for number, wrapping in enumerate((DISTRIBUTED, {})):
         folder = tmp_path / str(number)

@@ -78,11 +78,9 @@ def test_five_steps_of_the_other_rules(name, layout):
     assert sum(one["polar_calls"] for one in found) == 5 * MATRICES
 
 
+@pytest.mark.slow  # four ranks for this version alone
 @pytest.mark.parametrize("layout", ["TP 2 x DP 2", "TP 2 x DP 2, distributed optimizer"])
-@pytest.mark.parametrize(
-    "name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])]
-)
-@pytest.mark.fast_cases("spectral_muon-TP 2 x DP 2, distributed optimizer")
+@pytest.mark.parametrize("name", NAMES)
 def test_five_steps_are_those_of_one_process_in_the_older_megatron(name, layout):
     found = check(OLD, name, layout)
     assert sum(one["polar_calls"] for one in found) == 5 * MATRICES
@@ -94,8 +92,8 @@ GRAM = {"strategy": "gram"}
 @pytest.mark.parametrize(
     ("name", "layout"),
     [
-        ("spectral_muon", "TP 2 x DP 2"),
         ("spectral_muon", "TP 2 x DP 2, distributed optimizer"),
+        pytest.param("spectral_muon", "TP 2 x DP 2", marks=pytest.mark.slow),
         pytest.param("spectral_muon", "TP 4", marks=pytest.mark.slow),
         pytest.param(
             "spectral_polargrad", "TP 2 x DP 2, distributed optimizer", marks=pytest.mark.slow
@@ -150,6 +148,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     ("kind", "wrapping"), list(zip(KINDS, [{}, DISTRIBUTED] * 3, strict=False))
 )
+@pytest.mark.fast_cases("gate beside q, k, v-wrapping0", "one query group-wrapping3")
 def test_every_kind_of_layer(kind, wrapping):
     check(NEW, "spectral_muon", (4, {"tp": 2}, wrapping), KINDS[kind])
 
@@ -172,6 +171,9 @@ EXPERTS: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("layout", EXPERTS)
+@pytest.mark.fast_cases(
+    "EP 2 x DP 2, distributed optimizer", "TP 2, EP 2, each expert whole, replicas"
+)
 def test_experts_on_their_own_ranks(layout):
     cut = {"sequence_parallel": "tp" in EXPERTS[layout][1]}
     found = check(NEW, "spectral_muon", EXPERTS[layout], {"moe_experts": 4}, cut=cut)
@@ -215,11 +217,11 @@ def parts(key: str, value: Tensor) -> list[Tensor]:
     return [value[:96], value[96:]] if "linear_fc1" in key else [value]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_one_process_takes_the_step_of_the_reference(name):
+@pytest.mark.parametrize(("version", "name"), [*((NEW, name) for name in NAMES), (OLD, NAMES[0])])
+def test_one_process_takes_the_step_of_the_reference(version, name):
     """Of gradients as Megatron gives them, which is what all the other tests rest on."""
     config = {"clip_grad": 0.0}
-    found = harness.run(1, runs.gradients, NEW, name, config=config, pool=NEW)[0]
+    found = harness.run(1, runs.gradients, version, name, config=config, pool=version)[0]
     settings = {"lr": 0.01, "weight_decay": 0.1}
     for key, after in found["after"].items():
         before, gradient = found["before"][key], found["gradients"][key]
@@ -244,7 +246,7 @@ def blocks(key: str, value: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("layout", ["TP 2 x DP 2", "TP 2 x DP 2, distributed optimizer"])
-@pytest.mark.fast_cases("TP 2 x DP 2, distributed optimizer")
+@pytest.mark.slow
 def test_blocks_are_orthogonalized_alone(layout):
     """In the first steps of five, each with its own scale; then whole matrices again."""
     ranks, groups, wrapping = LAYOUTS[layout]

@@ -67,6 +67,7 @@ def agree(version: str, layout: Layout, model: dict[str, Any], bound: float = BO
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("version", megatron_cpu.VERSIONS)
+@pytest.mark.fast_cases(*(f"0.19.2-{layout}" for layout in LAYOUTS))
 def test_a_cut_model_trains_like_a_whole_one(version, layout):
     agree(version, LAYOUTS[layout], {})
 
@@ -88,6 +89,7 @@ def layout_of_qkv(version: str) -> tuple[list[int], bool]:
 
 
 @pytest.mark.parametrize("version", megatron_cpu.VERSIONS)
+@pytest.mark.fast_cases("0.19.2")
 def test_fewer_query_groups_than_ranks_cut_a_group(version):
     """Rank 0 has a group's q, rank 1 its k and v: rows as they come, at no boundary of a group."""
     assert harness.run(4, layout_of_qkv, version, pool=version) == [([32, 64], True)] * 4

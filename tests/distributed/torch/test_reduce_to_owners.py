@@ -37,20 +37,25 @@ from tests.support.quiet import quiet
 @pytest.mark.parametrize(
     ("world", "changes"),
     [
-        (2, {}),
         (2, {"split": HEADS}),
-        (2, {"accumulation": 3}),
         (2, {"accumulation": 2, "zeros": True, "ddp": {"gradient_as_bucket_view": True}}),
-        (2, {"ddp": {"gradient_as_bucket_view": True}}),
         (2, {"ddp": {"static_graph": True}}),
         (2, {"ddp": {"dtype": torch.bfloat16}}),
-        (2, {"ddp": {"dtype": torch.float64}}),
         (2, {"title": "SUMO"}),
-        (2, {"title": "NorMuon"}),
-        (2, {"check_finite": False, "zeros": True}),
-        pytest.param(3, {}, marks=pytest.mark.slow),
-        pytest.param(4, {}, marks=pytest.mark.slow),
         (4, {"split": HEADS, "ddp": {"gradient_as_bucket_view": True}}),
+        *(
+            pytest.param(world, changes, marks=pytest.mark.slow)
+            for world, changes in (
+                (2, {}),
+                (2, {"accumulation": 3}),
+                (2, {"ddp": {"gradient_as_bucket_view": True}}),
+                (2, {"ddp": {"dtype": torch.float64}}),
+                (2, {"title": "NorMuon"}),
+                (2, {"check_finite": False, "zeros": True}),
+                (3, {}),
+                (4, {}),
+            )
+        ),
     ],
 )
 def test_equals_plain_ddp(world: int, changes: dict[str, Any]) -> None:

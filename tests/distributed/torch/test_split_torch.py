@@ -90,6 +90,7 @@ def run(kind: str, title: str) -> tuple[dict[str, Tensor], int, list[int], int]:
 
 @pytest.mark.parametrize("title", RULES)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp", "hsdp"])
+@pytest.mark.fast_cases("ddp-Muon", "ddp-ROOT", "fsdp-NorMuon", "hsdp-PolarGrad")
 def test_all_ranks_work_and_the_numbers_are_those_of_one_process(kind: str, title: str) -> None:
     model = build("")
     train(model, optimizer_of(model, "", title, "owner"), 0, STEPS)
@@ -126,6 +127,7 @@ def resume(kind: str, title: str, folder: str) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("title", ["Muon", "NorMuon"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.fast_cases("ddp-NorMuon", "fsdp-Muon")
 def test_checkpoints_of_teams(kind: str, title: str, tmp_path: Path) -> None:
     model = build("")
     train(model, optimizer_of(model, "", title, "owner"), 0, STEPS)

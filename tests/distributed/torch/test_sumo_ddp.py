@@ -72,6 +72,7 @@ def same(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
         (2, {"split": HEADS}), (2, {"rank": 1.0}),
     ],
 )  # fmt: skip
+@pytest.mark.fast_cases("4-changes1", "3-changes2")
 def test_equals_projecting_after_the_reduction(world: int, changes: dict[str, Any]) -> None:
     same(
         harness.run(world, run, True, **copy.deepcopy(changes)),

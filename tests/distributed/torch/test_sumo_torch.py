@@ -37,9 +37,7 @@ CASES = [
 @pytest.mark.parametrize(("layout", "world", "setting"), CASES)
 @pytest.mark.fast_cases(
     "ddp-3-full",
-    "fsdp-4-criterion",
     "fsdp-2-gram",
-    "hsdp-4-gram",
     "tp-2-gram, criterion",
     "tp_fsdp-4-paper",
 )
@@ -114,6 +112,7 @@ def given(layout: str, options: dict[str, Any]) -> list[str]:
         ("tp_fsdp", 4, "criterion"), ("tp", 2, "full"),
     ],
 )  # fmt: skip
+@pytest.mark.fast_cases("fsdp-4-small buckets", "tp_fsdp-4-criterion")
 def test_bitwise_with_equal_gradients(layout: str, world: int, setting: str) -> None:
     """Owners compute what one process does, bit by bit; a parameter without gradient is in it."""
     for different in harness.run(world, given, layout, SETTINGS[setting]):

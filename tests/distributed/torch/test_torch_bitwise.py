@@ -129,6 +129,12 @@ def test_adapted_coefficients_are_those_of_one_process(layout: str, world: int) 
     ("layout", "world"), [("ddp", 4), ("fsdp", 3), ("fsdp", 4), ("hsdp", 4), ("replicate", 2)]
 )
 @pytest.mark.parametrize("model", ["one matrix", "more ranks than rows"])
+@pytest.mark.fast_cases(
+    "one matrix-ddp-4",
+    "one matrix-fsdp-3",
+    "more ranks than rows-fsdp-4",
+    "more ranks than rows-hsdp-4",
+)
 def test_little_to_share(layout: str, world: int, model: str) -> None:
     """Ranks without a row, or without a matrix to orthogonalize."""
     results = check_bitwise(world, layout, list(EVERYWHERE), model)

@@ -176,6 +176,7 @@ def test_settings_equal_the_reference(layout: str, world: int, setting: str) -> 
 
 
 @pytest.mark.parametrize("setting", EVERYWHERE)
+@pytest.mark.fast_cases("muon", "polargrad, polar first")
 def test_bfloat16_compute_stays_near_the_float32_run(setting: str) -> None:
     """FSDP2's mixed precision: float32 shards, whose gradients come from bfloat16."""
     wanted, start = reference(setting, True), layouts.conditioned().state_dict()
