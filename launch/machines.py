@@ -34,11 +34,11 @@ def load(name: str) -> Machine:
         known = suggest(name, names())
         raise ValueError(f"machine is {name!r}, no JSON that can be read{known}") from None
     except ValueError as error:
-        raise ValueError(f"machine {path}: {error}") from None
+        raise ValueError(f"in machine {path}: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"machine {path} is no object; write an object of numbers by name")
     values.pop("about", None)
     try:
         return Machine.from_user(values)
     except ValueError as error:
-        raise ValueError(f"machine {path}: {error}") from None
+        raise ValueError(f"in machine {path}: {error}") from None

@@ -79,7 +79,7 @@ def test_shipped_machines_are_whole(name: str) -> None:
         (("--machine", "h100-nvlink"), "did you mean 'h100-nvlink-ib'"),
         (("--machine", "none.json"), "no JSON that can be read. Known: a100"),
         (("--machine", "LIST"), "write an object of numbers by name"),
-        (("--machine", "TEXT"), "machine "),
+        (("--machine", "TEXT"), "in machine "),
         (("--machine", "WRONG"), "unknown number 'flop'"),
         (("--optimizer", "poet"), "there is nothing to plan"),
         (
