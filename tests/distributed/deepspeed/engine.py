@@ -58,8 +58,6 @@ def engine_for(
         _compat.without_compiling()
         _compat.allow_fp16_on_cpu()
         deepspeed.init_distributed("gloo", verbose=False)
-        # zero.Init leaves another one behind, which rounds otherwise, for all later engines
-        torch.nn.functional.linear = torch._C._nn.linear  # type: ignore[assignment]
         if model is None and zero_init:
             with deepspeed.zero.Init(config_dict_or_path=configuration):
                 model = models.build(**model_options)

@@ -60,7 +60,13 @@ def train(
         (p.matrix, p.name, p.shape, p.values.numel(), p.is_primary)
         for p in optimizer.matrix_parts()
     ]
-    kept = {key for state in optimizer.state.values() for key in state if "exp_avg_sq" not in state}
+    # matrix state has its names there, with empty tensors
+    kept = {
+        key
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if "exp_avg_sq" not in state and value.numel()
+    }
     return {
         "parameters": placed.full(), "parts": parts, "refreshed": refreshed, "shard state": kept,
         "polar_calls": optimizer.polar_calls,
