@@ -299,7 +299,7 @@ class SpectralOptimizer(MatrixCheckpoints):
             super().ensure_state(group, unit, index, p)
             return
         for name in unit.state_names[index]:
-            state.setdefault(name, torch.empty(0))
+            state.setdefault(name, torch.empty(0, dtype=torch.float32, device="cpu"))
         if "exp_avg" in state:
             if unit.momentum_at_owner:
                 numel = unit.momentum_runs.numel.get(index, 0)
