@@ -25,9 +25,9 @@ from torch import Tensor
 
 TRIES = 7
 SIDE = {"cpu": 1024, "cuda": 8192}
-"""Of the matrices that are multiplied."""
+"""The side of the matrices that are multiplied, by device."""
 BLOCK = 1 << 23
-"""Elements that are copied and sent."""
+"""The number of elements that are copied and sent."""
 TRAINING_SHARE = 0.6
 
 

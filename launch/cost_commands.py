@@ -99,7 +99,8 @@ def plan(
         list[str] | None, typer.Option(help="One of the optimizers', as momentum=0.9.")
     ] = None,
     tokens: Annotated[
-        int | None, typer.Option(help="Of a training step, of all ranks: adds the share of it.")
+        int | None,
+        typer.Option(min=1, help="Of a training step, of all ranks: adds the share of it."),
     ] = None,
     dp: Data = None,
     tp: Tensors = 1,
@@ -123,6 +124,7 @@ def plan(
     Nothing is run. Optimizers and strategies are compared; matrices are those of the first.
     """
     from spectral_dist.estimate import Job
+    from spectral_dist.estimate.prediction import training_seconds
     from spectral_dist.launch import llama, machines, plans
 
     try:
@@ -134,7 +136,7 @@ def plan(
             moe_grouped_gemm=moe_grouped_gemm, etp=etp,
         )  # fmt: skip
         empty = llama.build_empty(model)
-        training = plans.seconds_of_training(empty, job, speeds, tokens)
+        training = None if tokens is None else training_seconds(empty, job, speeds, tokens)
         chosen = strategy or ["owner", "auto", "split"]
         results = plans.compare(empty, job, speeds, optimizer or ["muon"], chosen, option or [])
         if picture is not None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from spectral_dist.estimate import Job
 from spectral_dist.estimate.alternatives import PlannedMatrix, planned
-from spectral_dist.estimate.prediction import ADAMW, Prediction, predict, training_seconds
+from spectral_dist.estimate.prediction import ADAMW, Prediction, predict
 from spectral_dist.launch import files
 from spectral_dist.launch.estimates import option_of
 from spectral_dist.machine import Machine
@@ -61,11 +61,9 @@ def compare(
     """
     values = dict(map(option_of, options))
     routing = {name: values.pop(name) for name in ROUTING if name in values}
-    if "poet" in optimizers:
-        raise ValueError(
-            "optimizer is 'poet', whose rotations are stepped where they lie, so that there is"
-            " nothing to plan; `spectral-dist estimate` has what it keeps"
-        )
+    for name in ("strategy", "machine"):
+        if name in values:
+            raise ValueError(f"--option {name}: write --{name}, which is compared")
     results: list[Compared] = []
     known = {name: specs_of(registry.find(name).options) for name in optimizers}
     for optimizer in optimizers:
@@ -243,10 +241,3 @@ def refusals(results: Sequence[Compared]) -> Iterator[str]:
     for result in results:
         if result.refusal:
             yield f"{result.optimizer}, {result.strategy}: {result.refusal}"
-
-
-def seconds_of_training(
-    model: nn.Module, job: Job, machine: Machine, tokens: int | None
-) -> float | None:
-    """Return the seconds of forward and backward of so many tokens; None without a number."""
-    return None if tokens is None else training_seconds(model, job, machine, tokens)

@@ -98,6 +98,8 @@ TEXTS: dict[str, tuple[str, ...]] = {
         r"; write an object of numbers by name",
         r"in machine .*: ",
         r"whose rotations are stepped where they lie",
+        r"under which steps on blocks and on whole matrices take turns",
+        r"--option .*: write --\w+, which is compared",
         r"has experts, but its config says no num_experts_per_tok",
     ),
     "write-a-name-and-a-number-as-qkv_proj3": (r"write a name and a number, as qkv_proj=3",),

@@ -12,7 +12,6 @@ from spectral_dist.estimate.slabs import Team
 from spectral_dist.estimate.traffic import BucketTraffic
 from spectral_dist.machine import Machine
 from spectral_dist.rules.base import Shape
-from spectral_dist.sharding.hosts import largest_team
 from spectral_dist.sharding.layout import Layout, holders_of
 from spectral_dist.sharding.plan import Bucket, first_of
 
@@ -24,7 +23,7 @@ class PlannedMatrix:
     Attributes:
         name, shape: of the matrix as it is stored.
         strategy: "local", "owner", "gram" or "split".
-        owner: the rank of the job that orthogonalizes it, or keeps what state belongs to an owner.
+        owner: the rank of the job that orthogonalizes it; under "split" the first of those that do.
         team: how many ranks work on it.
         holders: how many ranks store a part of it.
         reason: why it is there.
@@ -79,11 +78,13 @@ def _planned(
     reasons = {
         "local": "one rank stores all of it"
         if counter.replicas == 1
-        else f"each of {counter.replicas} replicas has all of it; this one is least loaded",
+        else f"all of {counter.replicas} replicas have it; the least loaded one takes it",
         "owner": f"least loaded of the {holders} ranks that hold a part"
         if holders <= max(2, counter.ranks // 2)
         else f"least loaded of all {counter.ranks * counter.replicas} ranks",
-        "gram": "asked for, or faster in slabs",
+        "gram": "the strategy is 'gram'"
+        if counter.options.strategy == "gram"
+        else "predicted to be faster in slabs",
         "split": f"more than a rank's share of the work: {team} ranks share it",
     }
     size = team if strategy == "split" else counter.ranks if strategy == "gram" else 1
@@ -113,7 +114,7 @@ def _alone(counter: MatrixCounter, layout: Layout, traffic: BucketTraffic) -> di
         if in_slabs is not None:
             shards = 0.0 if team.cut.in_place else moved / counter.ranks / link[0] + link[1]
             seconds["gram"] = in_slabs + 2 * shards
-    size = _host_team(counter, traffic)
+    size = counter.unit.host_team(machine.host_size)
     spec = counter.rule.polar(counter.options, layout.matrix.read_shape)
     able = is_cut if counter.ranks > 1 else layout.stacked()
     if size > 1 and able and polynomials(spec) is not None:
@@ -123,12 +124,6 @@ def _alone(counter: MatrixCounter, layout: Layout, traffic: BucketTraffic) -> di
         if split is not None:
             seconds["split"] = split + 2 * (moved / size / link[0] + link[1] * is_cut)
     return seconds
-
-
-def _host_team(counter: MatrixCounter, traffic: BucketTraffic) -> int:
-    """Return the size of the largest team within a host."""
-    hosts = traffic.hosts[0] if counter.ranks > 1 else traffic.hosts[:, 0]
-    return largest_team((hosts * traffic.machine.host_size).tolist(), traffic.machine.host_size)
 
 
 def _in_slabs(

@@ -27,7 +27,6 @@ from spectral_dist.estimate.slabs import (
 from spectral_dist.rules.base import Rule, Shape
 from spectral_dist.rules.options import MatrixOptions
 from spectral_dist.sharding import collectives
-from spectral_dist.sharding.hosts import largest_team
 from spectral_dist.sharding.layout import Layout
 from spectral_dist.sharding.plan import Bucket, Plan
 
@@ -90,7 +89,8 @@ class MatrixCounter:
     @classmethod
     def of_unit(cls, rule: Rule[Any], options: MatrixOptions, unit: PlacedUnit) -> MatrixCounter:
         """Return what counts for a unit, with the plan that training makes."""
-        host_team = None if options.machine is None else _host_team(unit, options)
+        given = options.machine is not None
+        host_team = unit.host_team(machine_of(options).host_size) if given else None
         plan, wire = plan_of(rule, options, unit.located, unit.dtype, host_team=host_team)
         blocks, counter = blocks_of(rule, options, unit.located, plan, wire), None
         if blocks is not None:
@@ -312,11 +312,3 @@ class MatrixCounter:
             of_ranks = work.view(-1)[ranks.start : ranks.stop]
             of_ranks.copy_(of_ranks.maximum(of_batch))
         return taken, work
-
-
-def _host_team(unit: PlacedUnit, options: MatrixOptions) -> int:
-    """Return the size of the largest teams within a host in every replica of a unit."""
-    numbers = unit.job_rank_of
-    rows = numbers if numbers.shape[1] > 1 else numbers.T
-    host_size = machine_of(options).host_size
-    return min(largest_team(row, host_size) for row in rows.tolist())

@@ -22,7 +22,7 @@ PARAMETER, BUCKET = 64, 128
 
 
 @dataclass(frozen=True)
-class Grid:
+class RankSets:
     """The ranks that hold the same parameters, or several such sets of ranks.
 
     Attributes:
@@ -89,7 +89,7 @@ class MegatronPlan:
         self.flat |= {id(spec.parameter): one for spec, one in zip(members, flat, strict=True)}
         return numel
 
-    def _grid(self, sets: Sequence[tuple[int, int | None]]) -> Grid:
+    def _grid(self, sets: Sequence[tuple[int, int | None]]) -> RankSets:
         """Return the ranks of some stages, or of some of their experts.
 
         Megatron counts ranks along tensor, expert, data and pipeline parallelism, in this order.
@@ -98,12 +98,12 @@ class MegatronPlan:
         counted = torch.arange(job.ranks)
         if sets[0][1] is None:
             ranks = counted.view(job.pipeline, job.data, job.tensor)
-            return Grid(job.tensor, job.data, ranks[[stage for stage, _ in sets]])
+            return RankSets(job.tensor, job.data, ranks[[stage for stage, _ in sets]])
         tensor = job.expert_tensor or job.tensor
         data = job.data * job.tensor // (job.expert * tensor)
         ranks = counted.view(job.pipeline, data, job.expert, tensor).transpose(1, 2)
         stages, experts = zip(*sets, strict=True)
-        return Grid(tensor, data, ranks[list(stages), list(experts)])
+        return RankSets(tensor, data, ranks[list(stages), list(experts)])
 
     @cached_property
     def buffer_numel(self) -> Tensor:
@@ -154,7 +154,7 @@ class MegatronPlan:
         return route.shape, weight.cut, weight.stride, matrices, flat
 
     def _unit(
-        self, routes: Sequence[ParamSpec], grid: Grid, tiled: bool, replicate_momentum: bool
+        self, routes: Sequence[ParamSpec], grid: RankSets, tiled: bool, replicate_momentum: bool
     ) -> PlacedUnit:
         """Return the unit of parameters of a grid's sets of ranks."""
         is_flat = self.job.distributed_optimizer

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from spectral_dist.estimate.job import Job
 from spectral_dist.sharding.collectives import Group, SimulatedGroup, size
+from spectral_dist.sharding.hosts import largest_team
 from spectral_dist.sharding.layout import Located
 
 
@@ -48,6 +49,16 @@ class PlacedUnit:
         members = (self.rank_of >= 0).nonzero().flatten().flip(0)
         numbers[self.replica_of[members], self.rank_of[members]] = members
         return numbers
+
+    def host_team(self, host_size: int) -> int:
+        """Return the size of the largest teams that lie within a host in every replica.
+
+        Args:
+            host_size: the number of the job's ranks of a host.
+        """
+        numbers = self.job_rank_of
+        rows = numbers if numbers.shape[1] > 1 else numbers.T
+        return min(largest_team(row, host_size) for row in rows.tolist())
 
     def spread(self, values: Tensor) -> Tensor:
         """Return for each rank of the job what it has of values, 0 if it is not in the unit.

@@ -1,6 +1,7 @@
 """How long an optimizer's step takes on a machine, and what each rank and link has to do in it.
 
-An upper bound for GPUs whose kernels and links reach the machine's speeds: see docs/plan.md.
+It is what a machine takes whose kernels and links reach the speeds of its description; docs/plan.md
+says what is left out.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from spectral_dist.estimate.slabs import MemberCounts
 from spectral_dist.estimate.timeline import BucketSeconds, finish
 from spectral_dist.estimate.traffic import BucketTraffic
 from spectral_dist.machine import Machine
+from spectral_dist.rules import registry
 from spectral_dist.rules.base import Shape
 from spectral_dist.sharding.plan import Bucket
 
@@ -77,9 +79,19 @@ def predict(
         machine: the speeds; its hosts have ranks in their order.
 
     Raises:
-        ValueError: as in ``estimate``.
+        ValueError: as in ``estimate``; the strategy is 'block'; the optimizer has no matrices.
     """
+    if registry.find(optimizer).rule is None:
+        raise ValueError(
+            f"optimizer is {optimizer!r}, whose rotations are stepped where they lie, so that there"
+            " is nothing to plan; `spectral-dist estimate` has what it keeps"
+        )
     estimate, counters = count(model, job, optimizer, options, routing)
+    if any(counter.blocks is not None for counter in counters):
+        raise ValueError(
+            "strategy is 'block', under which steps on blocks and on whole matrices take turns; no"
+            " one step is predicted, so write 'owner', 'gram', 'split' or 'auto'"
+        )
     total = _Seconds(job.ranks, machine)
     for counter in counters:
         total.add(counter)

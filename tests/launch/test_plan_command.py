@@ -87,6 +87,9 @@ def test_shipped_machines_are_whole(name: str) -> None:
             "strategy is 'split'",
         ),
         (("--option", "momentums=0.9"), "unknown option 'momentums'"),
+        (("--option", "strategy=gram"), "write --strategy"),
+        (("--option", "machine={}"), "write --machine"),
+        (("--strategy", "block"), "take turns"),
         (("--engine", "zero5"), "unknown engine"),
     ],
 )

@@ -37,7 +37,7 @@ ARGUMENTS: dict[str, Any] = {
     "max_steps": STEPS, "save_steps": SAVED_AT, "logging_steps": 1, "max_grad_norm": CLIP,
     "lr_scheduler_type": "cosine", "warmup_steps": WARMUP,
 }  # fmt: skip
-"""Of the Trainer, by its own names."""
+"""The Trainer's arguments, by its own names."""
 ENGINES: dict[str, dict[str, Any]] = {
     f"zero{stage}": {
         "zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": "auto",

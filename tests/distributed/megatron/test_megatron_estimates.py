@@ -33,7 +33,7 @@ TILED = [
     ("sumo", {"strategy": "gram", "rank": 5, "period": 1000}),
 ]
 SPLIT = [("muon", {**WIDE, "strategy": "split", "scalars": ["linear_fc", "linear_proj"]})]
-"""Of the matrices of two layers, those of linear_qkv alone are orthogonalized."""
+"""Only the matrices of linear_qkv are orthogonalized, those of two layers."""
 DISTRIBUTED = {"use_distributed_optimizer": True}
 OVERLAP = {**DISTRIBUTED, "overlap_grad_reduce": True, "bucket_size": 4000}
 

@@ -92,11 +92,11 @@ ONE = [(16, 24)]
 def test_teams_are_within_a_host_where_links_between_hosts_are_slow(
     kind: str, strategy: str
 ) -> None:
-    """Of HSDP each replica is a host."""
+    """A team stays within a host; under HSDP each replica is one."""
     alone, _, _, _ = trained("", ONE)
     for machine, size in ((APART, 2), (SLOW, 2 if kind == "hsdp" else 4)):
-        for found in harness.run(4, trained, kind, ONE, strategy=strategy, machine=machine):
-            weights, teams, _, said = found
+        results = harness.run(4, trained, kind, ONE, strategy=strategy, machine=machine)
+        for weights, teams, _, said in results:
             assert (teams, said) == ([size], [])
             for name, wanted in alone.items():
                 torch.testing.assert_close(weights[name], wanted, rtol=1e-6, atol=1e-6)

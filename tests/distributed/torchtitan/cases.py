@@ -21,4 +21,4 @@ LAYOUTS: dict[str, dict[str, int]] = {
 }
 TITLES = {"muon": "Muon", "sumo": "SUMO", "normuon": "NorMuon", "poet": "POET"}
 BLOCK = 16
-"""Of POET's rotations."""
+"""The size of the blocks of POET's rotations."""

@@ -249,7 +249,7 @@ def test_bad_matrix_state(title: str, name: str) -> None:
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("title", TITLES)
 def test_torchs_own_functions(title: str, flat: bool) -> None:
-    """They keep moments, groups and matrix state."""
+    """torch's functions keep moments, groups and matrix state."""
     options = StateDictOptions(flatten_optimizer_state_dict=flat)
     model, optimizer = trained(title, 4)
     saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))

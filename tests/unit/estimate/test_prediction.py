@@ -56,6 +56,34 @@ def test_each_pair_of_ranks_is_within_a_host_or_between_two() -> None:
         assert prediction.by_rank[place].tolist() == expected
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_bytes_of_teams_of_replicas_are_those_of_the_estimate(ranks: int) -> None:
+    with torch.device("meta"):
+        one = nn.Sequential(nn.Linear(32, 48, bias=False))
+    job = Job.from_user("ddp", dp=ranks, dtype="float32")
+    options = {"strategy": "split", "check_finite": False}
+    prediction = predict(one, job, MACHINE, "muon", options)
+    assert [matrix.team for matrix in planned(prediction)] == [ranks]
+    moved = prediction.by_rank["within"] + prediction.by_rank["between"]
+    assert torch.allclose(moved, prediction.estimate.by_rank["moved"].double())
+    # a team of one host sends its products within it, and of two hosts half or more between them
+    assert bool(prediction.by_rank["between"].any()) == (ranks > MACHINE.host_size)
+
+
+def test_an_exchange_takes_two_steps_where_messages_cost_and_a_machine_is_given() -> None:
+    """Each of 4 ranks sends 3 messages at once, of which 2 come after the first; in two steps 1."""
+    job = Job.from_user("fsdp", dp=4)
+    machine = Machine(**{**vars(MACHINE), "message": 1.0})
+    options = {"strategy": "owner"}
+    at_once, in_two = (
+        predict(model(), job, machine, "muon", {**options, **more}).by_rank["exchange"]
+        for more in ({}, {"machine": vars(machine)})
+    )
+    buckets = 1
+    assert float(at_once.max()) == pytest.approx(2 * buckets * 2.0, rel=1e-2)
+    assert float(in_two.max()) < 0.1
+
+
 def seconds(values: tuple[float, float, float, float, float | None]) -> BucketSeconds:
     gather, collect, compute, apply = (ZERO + v for v in values[:4] if v is not None)
     spread = None if values[4] is None else ZERO + values[4]

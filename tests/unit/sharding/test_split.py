@@ -129,7 +129,7 @@ def seated(load, sizes, ranks):
 
 @pytest.mark.parametrize("ranks", [1024, 4096, 16384])
 def test_a_team_is_a_host_at_most_where_more_does_not_pay(ranks):
-    """Of H100 nodes of 8; links between them as fast as within would let teams grow."""
+    """H100 nodes have 8 ranks; links between them as fast as within would let teams grow."""
     load, able = seconds_of(Machine(), 8), [True] * len(LLAMA_405B)
     sizes = team_sizes(able, load, ranks, 1)
     by_work = sizes_of([cost(shape) for shape in LLAMA_405B], ranks)
