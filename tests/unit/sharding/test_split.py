@@ -75,7 +75,7 @@ def test_sizes_are_powers_of_two_and_help(costs, ranks):
     sizes = sizes_of(costs, ranks)
     assert all(size in (1, 2, 4, 8, 16, 32) and size <= ranks for size in sizes)
     alone, together = largest(costs, [1] * len(costs), ranks), largest(costs, sizes, ranks)
-    assert set(sizes) == {1} or together < 0.95 * alone
+    assert set(sizes) == {1} or together <= 0.95 * alone
     assert team_sizes([False] * len(costs), lambda i, size: costs[i], ranks, 1) == [1] * len(costs)
 
 
@@ -111,6 +111,14 @@ def test_large_models_are_balanced(ranks):
     """Llama 405B has 882 matrices."""
     costs = [cost(shape) for shape in LLAMA_405B]
     assert largest(costs, sizes_of(costs, ranks), ranks) * ranks / sum(costs) <= 1.15
+
+
+def test_sharing_more_than_a_rank_has_room_for_may_balance_best():
+    """Llama 70B's matrices fit no rank's mean load beside each other unless all are shared."""
+    costs = [cost(shape) for shape in [(8192, 8192)] * 2 + [(1024, 8192)] * 2 + [(28672, 8192)] * 3]
+    for shares in (costs * 80, [358.0, 92.0]):
+        ranks = 512 if len(shares) > 2 else 4
+        assert largest(shares, sizes_of(shares, ranks), ranks) * ranks / sum(shares) <= 1.02
 
 
 # -- teams by seconds
