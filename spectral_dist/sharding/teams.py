@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 SLACK = (2.0, 1.7, 1.5, 1.35, 1.2, 1.1, 1.05, 1.0, 0.85, 0.7, 0.5, 0.35, 0.25)
 """Loads that a matrix may give to each rank of its team, over what is possible, which are tried."""
 GAIN = 0.95
-"""Larger teams are taken if no smaller ones bring the largest load near theirs, to this fraction."""
+"""Larger teams are taken where this times the largest load of any smaller ones is above theirs."""
 
 
 def team_sizes(

@@ -59,6 +59,41 @@ class Tiny(nn.Module):
         return nn.functional.cross_entropy(logits.to(wide), tokens[:, 1:].flatten())
 
 
+class Dot(nn.Linear):
+    """A weight whose gradient is the tensor that its forward is given."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__(weight.shape[-1], weight.shape[0], bias=False)
+        self.weight = nn.Parameter(weight.detach().clone(), weight.requires_grad)
+        self.shape = weight.shape  # under ZeRO-3 the weight is empty outside of forward
+
+    def forward(self, gradient: Tensor) -> Tensor:
+        return (self.weight * gradient.to(self.weight.dtype)).sum()
+
+
+class GivenGradients(nn.Module):
+    """The parameters of ``Tiny``, each with a gradient drawn from the tokens.
+
+    No product is rounded on the way to them: what CPUs add in an order that hangs on their kind,
+    and on where an engine put the operands, is not in the gradients.
+    """
+
+    def __init__(self, like: Tiny) -> None:
+        super().__init__()
+        self.dots = nn.ModuleDict(
+            {name.replace(".", "-"): Dot(p) for name, p in like.named_parameters()}
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed(int(tokens.sum()))
+        loss = torch.zeros(())
+        for name, dot in self.dots.items():
+            gradient = torch.randn(dot.shape, generator=generator) / 64
+            if dot.weight.requires_grad and not name.startswith("unused"):
+                loss = loss + dot(gradient).float()
+        return loss
+
+
 def build(seed: int = 0, **kwargs: object) -> Tiny:
     torch.manual_seed(seed)
     return Tiny(**kwargs)  # type: ignore[arg-type]

@@ -109,17 +109,24 @@ def train(
     same: bool = False,
     zero_init: bool = False,
     client: bool = False,
+    given_gradients: bool = False,
     **model_options: Any,
 ) -> dict[str, Any]:
-    """Train and return what a test looks at."""
+    """Train and return what a test looks at.
+
+    Args:
+        given_gradients: of models.GivenGradients, the same bits in any engine and on any CPU.
+    """
     import spectral_dist
 
     def make(model: torch.nn.Module) -> Any:
         return spectral_dist.Muon(spectral_dist.param_groups(model), **OPTIONS)
 
+    model = models.GivenGradients(models.build()) if given_gradients else None
     engine = engine_for(
-        configuration, zero_init=zero_init, optimizer=make if client else None, **model_options
-    )
+        configuration, model=model, zero_init=zero_init, optimizer=make if client else None,
+        **model_options,
+    )  # fmt: skip
     losses = steps(engine, 0, count, same)
     base = engine.basic_optimizer
     result = {

@@ -124,11 +124,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.fast_cases("fp32", "bf16")
 def test_bitwise_with_equal_gradients(precision: str) -> None:
-    """The owner strategy moves numbers and changes none: any layout has one rank's bits.
-
-    On ranks of its own: engines of other tests leave things behind that round otherwise, as
-    ``zero.Init`` another ``functional.linear``.
-    """
+    """The owner strategy moves numbers and changes none: any layout has one rank's bits."""
     wanted = None
     for world in (1, 2, 4):  # sums of 2 and 4 equal gradients, divided again, are exact
         for stage in (0, 1, 2, 3):
@@ -137,9 +133,11 @@ def test_bitwise_with_equal_gradients(precision: str) -> None:
             changes = copy.deepcopy(PRECISIONS[precision])
             configuration = engine.config(stage, world, **changes)
             configuration.update(train_batch_size=12 * world, train_micro_batch_size_per_gpu=12)
-            for result in harness.run(
-                world, engine.train, configuration, count=3, same=True, pool="bits"
-            ):
+            ranks = harness.run(
+                world, engine.train, configuration, count=3, same=True, given_gradients=True
+            )
+            for result in ranks:
+                assert set(result["kinds"].values()) == {"matrix", "scalar"}
                 wanted = wanted or result["parameters"]
                 for name, value in wanted.items():
                     assert torch.equal(result["parameters"][name], value), (world, stage, name)
