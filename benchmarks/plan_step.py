@@ -40,7 +40,7 @@ MODELS = {
 
 def build(shapes: list[tuple[int, int]]) -> nn.Module:
     """Return linear layers of some shapes."""
-    return nn.ModuleList([nn.Linear(n, m, bias=False) for m, n in shapes])
+    return nn.Sequential(*[nn.Linear(n, m, bias=False) for m, n in shapes])
 
 
 def measured_seconds(model: nn.Module) -> float:
@@ -49,7 +49,7 @@ def measured_seconds(model: nn.Module) -> float:
     fully_shard(model, mesh=mesh)
     optimizer = spectral_dist.Muon(spectral_dist.param_groups(model), lr=1e-3, **OPTIONS)
     for p in model.parameters():
-        p.grad = torch.randn_like(p)
+        p.grad = p.detach().clone()
     times = []
     for _ in range(STEPS):
         dist.barrier()

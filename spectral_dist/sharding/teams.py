@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections.abc import Callable, Sequence
 
-SLACK = (2.0, 1.7, 1.5, 1.35, 1.2, 1.1, 1.05, 1.0, 0.85, 0.7, 0.5, 0.35, 0.25)
+SLACK = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5, 1.7, 2.0)
 """Loads that a matrix may give to each rank of its team, over what is possible, which are tried."""
-GAIN = 0.95
-"""Larger teams are taken where this times the largest load of any smaller ones is above theirs."""
+ROOM = (0.85, 0.7, 0.5, 0.35, 0.25)
+"""Smaller ones, tried after them: they leave room for a second matrix, and ask for larger teams."""
+GAIN, ROOM_GAIN = 0.95, 0.9
+"""Teams are taken if they bring the largest load below this fraction of what it is without them."""
 
 
 def team_sizes(
@@ -29,18 +32,19 @@ def team_sizes(
         [load(i, size) for size in (powers if fine else powers[:1])] for i, fine in enumerate(able)
     ]
     mean = sum(each[0] for each in loads) / (length * rows)
-    tried = [(max(seat([x[0] for x in loads], alone, length, rows)[1], default=0.0), alone)]
+    best, best_load = alone, max(seat([x[0] for x in loads], alone, length, rows)[1], default=0.0)
+    limit = GAIN * best_load
     # where sending takes time, the largest matrix may be out of reach of the mean
     least = max((min(each) for each in loads), default=0.0)
     bases = [x for x in (mean, least) if x >= mean > 0]
-    for wanted in sorted((slack * x for x in bases for slack in SLACK), reverse=True):
-        places = [_place(each, wanted) for each in loads]
+    for slack, base in itertools.product(SLACK + ROOM, bases):
+        places = [_place(each, slack * base) for each in loads]
         sizes = [powers[k] for k in places]
-        if sizes != tried[-1][1]:
-            each = [x[k] for x, k in zip(loads, places, strict=True)]
-            tried.append((max(seat(each, sizes, length, rows)[1]), sizes))
-    best = min(largest for largest, _ in tried)
-    return next(sizes for largest, sizes in tried if GAIN * largest <= best)
+        each = [x[k] for x, k in zip(loads, places, strict=True)]
+        largest = max(seat(each, sizes, length, rows)[1])
+        if largest < min(limit, best_load if slack >= 1 else ROOM_GAIN * best_load):
+            best, best_load = sizes, largest
+    return best
 
 
 def seat(
