@@ -12,10 +12,9 @@ from axolotl.core.trainers.mixins import OptimizerMixin
 from axolotl.integrations.base import BasePlugin
 from pydantic import BaseModel, model_validator
 
-from spectral_dist import poet
-from spectral_dist.integrations.huggingface.callback import SpectralCallback
+from spectral_dist.integrations.huggingface.converting import ConvertingCallback
 from spectral_dist.integrations.huggingface.factory import SpectralFactory
-from spectral_dist.integrations.huggingface.section import check_deepspeed, read
+from spectral_dist.integrations.huggingface.section import read
 
 DEFAULT = "adamw_torch_fused"
 """What Axolotl fills in as ``optimizer`` where the YAML has none."""
@@ -80,21 +79,13 @@ class Plugin(BasePlugin):  # type: ignore[misc]
         """Return the path of what the plugin adds to Axolotl's keys."""
         return f"{SpectralArguments.__module__}.{SpectralArguments.__qualname__}"
 
-    def post_model_build(self, cfg: Any, model: Any) -> None:
-        """Convert the model if the optimizer is POET."""
-        rotation = read(cfg.spectral.to_dict()).rotation
-        if rotation is not None:
-            poet.convert(model, **rotation)
+    def add_callbacks_pre_trainer(self, cfg: Any, model: Any) -> list[ConvertingCallback]:
+        """Return what converts the model for POET, and gathers state before it is saved."""
+        return [ConvertingCallback("spectral", read(cfg.spectral.to_dict()).rotation)]
 
     def post_trainer_create(self, cfg: Any, trainer: Any) -> None:
-        """Set how the trainer makes its optimizer.
-
-        Raises:
-            ValueError: DeepSpeed's JSON has an optimizer, too.
-        """
-        check_deepspeed(trainer.args, "spectral")
+        """Set how the trainer makes its optimizer."""
         keywords = read(cfg.spectral.to_dict()).keywords
         if not isinstance(trainer, OptimizerMixin):  # which passes args by their place
             keywords["args"] = trainer.args
         trainer.optimizer_cls_and_kwargs = (SpectralFactory, keywords)
-        trainer.add_callback(SpectralCallback())

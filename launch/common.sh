@@ -17,6 +17,9 @@ DEEPSPEED_TESTS="tests/distributed/deepspeed/test_deepspeed_versions.py
   tests/distributed/deepspeed/test_deepspeed_checkpoints.py tests/distributed/deepspeed/test_sumo_deepspeed.py
   tests/distributed/deepspeed/test_poet_deepspeed.py"
 
+# Else torchrun shares its store with the ranks, and torch 2.13 tells where that is in the first round
+# alone: a node that takes the place of a lost one would wait for it until it fails.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 export PATH # in an empty environment bash has one, but does not hand it on
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PYTHON=${PYTHON:-$ROOT/.venv/bin/python}

@@ -1,27 +1,28 @@
 #!/usr/bin/env bash
 # Template: pretraining with torchrun. As it stands it runs 2 ranks on this host.
-# On several nodes, run it on each:
-#   NODES=2 NODE_RANK=0 MASTER_ADDR=node0 RANKS_PER_NODE=8 launch/torchrun.sh    (on node0)
-#   NODES=2 NODE_RANK=1 MASTER_ADDR=node0 RANKS_PER_NODE=8 launch/torchrun.sh    (on node1)
+# On several nodes, run the same line on each:
+#   NODES=2 MASTER_ADDR=node0 RANKS_PER_NODE=8 launch/torchrun.sh
 # Arguments go to launch/pretrain.py (--help lists them), e.g. --out runs/a --save-every 500. With
-# MAX_RESTARTS=3 and --resume auto a run whose rank has failed comes back by itself. SIGTERM, SIGINT
-# and SIGUSR1 to it go to all ranks, which save and end; its own exit status is 1 then.
+# MAX_RESTARTS=3 and --resume auto a run whose rank has failed comes back by itself; after the loss of
+# another node than node0, as soon as the line is run on one in its place. SIGTERM, SIGINT and SIGUSR1
+# to it go to all ranks, which save and end; its own exit status is 1 then.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 NODES=${NODES:-1}                   # how many hosts
-NODE_RANK=${NODE_RANK:-0}           # this host's number, 0 to NODES - 1
 RANKS_PER_NODE=${RANKS_PER_NODE:-2} # one per GPU; too few GPUs: on the CPU
 MAX_RESTARTS=${MAX_RESTARTS:-0}     # of all ranks when one has failed
 MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} # node 0, as the others see it
 MASTER_PORT=${MASTER_PORT:-29500}   # free there, and open to the others
+RUN_ID=${RUN_ID:-here}              # another one for another job with the same MASTER_PORT
 MODEL=${MODEL:-$ROOT/configs/models/quickstart.json}
 ENGINE=${ENGINE:-deepspeed}         # or ddp, fsdp, megatron
 CONFIG=${CONFIG:-$(shipped_config "$ENGINE")}
 
 fit "$RANKS_PER_NODE"
+# c10d numbers the nodes itself, and lets one take the place of another that was lost.
 exec "$PYTHON" -m torch.distributed.run \
-  --nnodes "$NODES" --node_rank "$NODE_RANK" --nproc_per_node "$RANKS_PER_NODE" \
+  --nnodes "$NODES" --nproc_per_node "$RANKS_PER_NODE" \
   --max_restarts "$MAX_RESTARTS" --signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
-  --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
+  --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv_id "$RUN_ID" \
   "$ROOT/launch/pretrain.py" --engine "$ENGINE" --model "$MODEL" --config "$CONFIG" "$@"

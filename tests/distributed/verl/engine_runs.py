@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ import spectral_dist
 from tests.support import verl_cpu
 from tests.support.quiet import quiet
 
-STEPS, SAVED_AT, RANKS = 4, 2, 2
-LR, DECAY, BETAS = 0.01, 0.1, (0.9, 0.95)
+STEPS, SAVED_AT, RANKS, MICRO = 6, 3, 2, 2
+"""Steps, the step of the checkpoint, ranks, and micro-batches of a step."""
+WARMUP = 2
+LR, DECAY, BETAS, CLIP = 0.01, 0.1, (0.9, 0.95), 0.5
 OPTIONS: dict[str, dict[str, Any]] = {
     "Muon": {"momentum": 0.9, "polar_dtype": "float32", "scalars": ["down_proj"], "eps": 1e-4},
     "SUMO": {"rank": 4, "period": 2, "eps": 1e-4},
@@ -56,7 +60,8 @@ def engine_of(
         mixed_precision=precision, optimizer_offload=offload,
     )  # fmt: skip
     optim = FSDPOptimizerConfig(
-        lr=LR, weight_decay=DECAY, betas=BETAS, total_training_steps=10, lr_warmup_steps=0,
+        lr=LR, weight_decay=DECAY, betas=BETAS, total_training_steps=STEPS, lr_warmup_steps=WARMUP,
+        lr_scheduler_type="cosine", clip_grad=CLIP,
         optimizer=optimizer, optimizer_impl=impl, override_optimizer_config=options,
     )  # fmt: skip
     contents = ["model", "optimizer", "extra"]
@@ -68,8 +73,8 @@ def engine_of(
     return engine
 
 
-def batch(step: int, rank: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(10 * step + rank)
+def batch(step: int, rank: int, micro: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 * step + 10 * micro + rank)
     tokens = torch.randint(0, 64, (4, 17), generator=generator)
     return tokens[:, :-1], tokens[:, 1:]
 
@@ -85,12 +90,13 @@ def train(engine: Any, steps: range) -> list[float]:
     for step in steps:
         with engine.train_mode():  # brings what is offloaded, and takes it away again
             engine.optimizer_zero_grad()
-            loss = loss_of(engine.module, *batch(step, dist.get_rank()))
-            loss.backward()
+            for micro in range(MICRO):
+                loss = loss_of(engine.module, *batch(step, dist.get_rank(), micro))
+                (loss / MICRO).backward()
+                losses.append(float(loss.detach()))
             with quiet():
                 engine.optimizer_step()
             engine.lr_scheduler_step()
-        losses.append(float(loss.detach()))
     return losses
 
 
@@ -110,6 +116,13 @@ def resumed(folder: str, optimizer: str, offload: bool = False) -> list[float]:
     return train(engine, range(SAVED_AT, STEPS))
 
 
+def factor(step: int) -> float:
+    """What the schedule multiplies rates with: up in a line, then down in half a cosine."""
+    if step < WARMUP:
+        return step / WARMUP
+    return 0.5 + 0.5 * math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP))
+
+
 def by_loop(folder: str, optimizer: str) -> list[list[float]]:
     """What the engine of ``RANKS`` ranks does, in one process without verl: each rank's losses."""
     from transformers import Qwen2ForCausalLM
@@ -123,12 +136,15 @@ def by_loop(folder: str, optimizer: str) -> list[list[float]]:
             **options,
         )  # fmt: skip
     losses: list[list[float]] = [[] for _ in range(RANKS)]
+    rates = [group["lr"] for group in ours.param_groups]
     for step in range(STEPS):
-        for rank in range(RANKS):
-            loss = loss_of(model, *batch(step, rank))
-            (loss / RANKS).backward()
+        for rank, micro in itertools.product(range(RANKS), range(MICRO)):
+            loss = loss_of(model, *batch(step, rank, micro))
+            (loss / RANKS / MICRO).backward()
             losses[rank].append(float(loss.detach()))
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        for group, rate in zip(ours.param_groups, rates, strict=True):
+            group["lr"] = rate * factor(step)
         with quiet():
             ours.step()
         ours.zero_grad()
