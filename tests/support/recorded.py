@@ -27,11 +27,8 @@ from tests.support.quiet import quiet
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVED_AT, RANKS, BATCH, ACCUMULATION = 6, 3, 2, 2, 2
 LR, DECAY, WARMUP, CLIP = 0.01, 0.1, 1, 0.1
-EQUAL, RESUMED = {"DistributedDataParallel": 1e-6}, 1e-7
-"""How far losses may be from the loop's, and a resumed run's from the whole run's; relative.
-
-Under DDP they were 1.1e-7 from the loop's. Under others 1e-5: few were measured closer.
-"""
+EQUAL, RESUMED = 1e-6, 1e-7
+"""How far losses may be from the loop's, and a resumed run's from the whole run's; relative."""
 ARGUMENTS: dict[str, Any] = {
     "per_device_train_batch_size": BATCH, "gradient_accumulation_steps": ACCUMULATION,
     "max_steps": STEPS, "save_steps": SAVED_AT, "logging_steps": 1, "max_grad_norm": CLIP,
@@ -41,12 +38,15 @@ ARGUMENTS: dict[str, Any] = {
 ENGINES: dict[str, dict[str, Any]] = {
     f"zero{stage}": {
         "zero_optimization": {"stage": stage}, "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto", "train_batch_size": "auto",
-        "gradient_clipping": "auto",
+        "gradient_accumulation_steps": "auto", "gradient_clipping": "auto",
     }
     for stage in (2, 3)
 }  # fmt: skip
-"""DeepSpeed's JSON; "auto" is what the Trainer fills in."""
+"""DeepSpeed's JSON; "auto" is what the Trainer fills in.
+
+Without train_batch_size: swift makes a model for ZeRO-3 before there are ranks, when it would be
+compared with that of one.
+"""
 OPTIONS: dict[str, dict[str, Any]] = {
     "muon": {"polar_dtype": "float32", "scalar_lr": 0.003},
     "sumo": {"rank": 4, "period": 2, "scalar_lr": 0.003},
@@ -167,9 +167,9 @@ def steps(by_rank: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
     return [records[i : i + count] for i in range(0, len(records), count)]
 
 
-def are_equal(ours: list[float], wanted: list[float], wrapper: str) -> bool:
-    """Return whether losses under a class of trained models are those of the loop."""
-    return difference(ours, wanted) < EQUAL.get(wrapper, 1e-5)
+def are_equal(ours: list[float], wanted: list[float]) -> bool:
+    """Return whether losses are those of the loop."""
+    return difference(ours, wanted) < EQUAL
 
 
 def difference(ours: list[float], wanted: list[float]) -> float:

@@ -83,11 +83,11 @@ def test_ranks_train_as_a_loop_does_and_resume(layout: str, optimizer: str, fold
     losses = recorded.losses(whole)
     assert len(losses) == recorded.STEPS
     wanted = recorded.by_loop(folder, optimizer, whole)
-    assert recorded.are_equal(losses, wanted, wrapper)
+    assert recorded.are_equal(losses, wanted)
     saved = str(folder / name / f"checkpoint-{recorded.SAVED_AT}")
     if layout == "ddp":
         next_loss = recorded.of_checkpoint(Path(saved), whole)
-        assert recorded.are_equal([next_loss], [losses[recorded.SAVED_AT]], wrapper)
+        assert recorded.are_equal([next_loss], [losses[recorded.SAVED_AT]])
     rest = run(folder, f"{name}_rest", optimizer, resume_from_checkpoint=saved, **changes)
     resumed = recorded.difference(recorded.losses(rest), losses[recorded.SAVED_AT :])
     assert resumed < recorded.RESUMED
