@@ -11,9 +11,11 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
+import typing
 from collections.abc import Sequence
 from typing import Any
 
+import typing_extensions
 from torch import nn
 
 from tests.support import megatron_cpu
@@ -65,6 +67,8 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 def install() -> None:
     """Make ``import megatron.bridge.training.optim`` work in this process; again: nothing."""
     megatron_cpu.install(VERSION)
+    if not hasattr(typing, "override"):  # Python 3.11 has none
+        typing.override = typing_extensions.override  # type: ignore[attr-defined]
     if not any(isinstance(finder, Finder) for finder in sys.meta_path):
         for name in BEFORE:
             importlib.import_module(f"megatron.core.{name}")

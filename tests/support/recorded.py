@@ -26,7 +26,7 @@ from tests.support.quiet import quiet
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, SAVED_AT, RANKS, BATCH, ACCUMULATION = 6, 3, 2, 2, 2
-LR, DECAY, WARMUP, CLIP = 0.01, 0.1, 1, 0.1
+LR, DECAY, WARMUP, CLIP = 0.01, 0.1, 2, 0.1  # Axolotl makes a warm-up of 1 one of 2
 EQUAL, RESUMED = 1e-6, 1e-7
 """How far losses may be from the loop's, and a resumed run's from the whole run's; relative."""
 ARGUMENTS: dict[str, Any] = {
