@@ -12,17 +12,23 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 NODES=${NODES:-1}                   # how many hosts
 RANKS_PER_NODE=${RANKS_PER_NODE:-2} # one per GPU; too few GPUs: on the CPU
 MAX_RESTARTS=${MAX_RESTARTS:-0}     # of all ranks when one has failed
-MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} # node 0, as the others see it
+MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} # of several nodes the first, as the others see it
 MASTER_PORT=${MASTER_PORT:-29500}   # free there, and open to the others
-RUN_ID=${RUN_ID:-here}              # another one for another job with the same MASTER_PORT
+RUN_ID=${RUN_ID:-here}              # the same on all nodes of a job, another one for another job
 MODEL=${MODEL:-$ROOT/configs/models/quickstart.json}
 ENGINE=${ENGINE:-deepspeed}         # or ddp, fsdp, megatron
 CONFIG=${CONFIG:-$(shipped_config "$ENGINE")}
 
+if [ "$NODES" = 1 ]; then
+  rendezvous=(--standalone) # on any free port
+else
+  # c10d numbers the nodes itself, and lets one take the place of another that was lost
+  rendezvous=(--rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv_id "$RUN_ID")
+fi
+
 fit "$RANKS_PER_NODE"
-# c10d numbers the nodes itself, and lets one take the place of another that was lost.
 exec "$PYTHON" -m torch.distributed.run \
   --nnodes "$NODES" --nproc_per_node "$RANKS_PER_NODE" \
   --max_restarts "$MAX_RESTARTS" --signals_to_handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
-  --rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv_id "$RUN_ID" \
+  "${rendezvous[@]}" \
   "$ROOT/launch/pretrain.py" --engine "$ENGINE" --model "$MODEL" --config "$CONFIG" "$@"

@@ -10,8 +10,10 @@ SLACK = (1.0, 1.05, 1.1, 1.2, 1.35, 1.5, 1.7, 2.0)
 """Loads that a matrix may give to each rank of its team, over what is possible, which are tried."""
 ROOM = (0.85, 0.7, 0.5, 0.35, 0.25)
 """Smaller ones, tried after them: they leave room for a second matrix, and ask for larger teams."""
-GAIN, ROOM_GAIN = 0.95, 0.9
+GAIN = 0.95
 """Teams are taken if they bring the largest load below this fraction of what it is without them."""
+ROOM_GAIN = 0.9
+"""And those of ``ROOM``, which send more, if they bring it below this fraction of what it is else."""
 
 
 def team_sizes(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 STEPS, SAVED_AT, ROWS, LENGTH, WARMUP, CLIP = 4, 2, 4, 16, 2, 1.0
+MICRO = 2
+"""Batches whose gradients are accumulated in a step."""
 LR, SCALAR_LR = 0.02, 0.005
 OPTIONS: dict[str, dict[str, Any]] = {
     "muon": {"polar_dtype": "float32"},

@@ -20,6 +20,7 @@ from tests.distributed.torchtitan.cases import (
     LAYOUTS,
     LENGTH,
     LR,
+    MICRO,
     OPTIONS,
     ROWS,
     SAVED_AT,
@@ -135,14 +136,16 @@ def config_of(
     spec.post_optimizer_build_fn = lambda optimizers, parts, dims: fill(parts)
     degrees = LAYOUTS[layout]
     data_parallel = dist.get_world_size() if layout in ("fsdp", "replicate") else 1
+    micro = 1 if layout == "pp" else MICRO  # a pipeline cuts a batch itself
     return Trainer.Config(
         model_spec=spec, dump_folder=folder, tokenizer=Tokenizer.Config(),
         dataloader=Data.Config(), optimizer=optimizer, activation_checkpoint=None,
         loss=CrossEntropyLoss.Config(global_vocab_size=decoder_vocab_size(spec)),
         lr_scheduler=LRSchedulersContainer.Config(warmup_steps=WARMUP, total_steps=STEPS),
         training=TrainingConfig(
-            local_batch_size=ROWS // data_parallel, seq_len=LENGTH, steps=steps, max_norm=CLIP,
-            disable_cuda_graphs=True, mixed_precision_param="float32",
+            local_batch_size=ROWS // data_parallel // micro, global_batch_size=ROWS,
+            seq_len=LENGTH, steps=steps, max_norm=CLIP, disable_cuda_graphs=True,
+            mixed_precision_param="float32",
         ),
         metrics=MetricsProcessor.Config(log_freq=1), debug=DebugConfig(seed=0),
         compile=CompileConfig(enable=False),
