@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$PWD/.venv/bin/python}
-export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore HOSTS_PREFIX=sdrate TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+export OMP_NUM_THREADS=1 PYTHONWARNINGS=ignore HOSTS_PREFIX=sdrate
 [ $# -gt 0 ] || set -- 100mbit 300mbit 1gbit 10gbit
 trap 'bash launch/hosts.sh down' EXIT
 bash launch/hosts.sh up 2 "$1"

@@ -12,15 +12,18 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 NODES=${NODES:-1}                   # how many hosts
 RANKS_PER_NODE=${RANKS_PER_NODE:-2} # one per GPU; too few GPUs: on the CPU
 MAX_RESTARTS=${MAX_RESTARTS:-0}     # of all ranks when one has failed
-MASTER_ADDR=${MASTER_ADDR:-127.0.0.1} # of several nodes the first, as the others see it
-MASTER_PORT=${MASTER_PORT:-29500}   # free there, and open to the others
-RUN_ID=${RUN_ID:-here}              # the same on all nodes of a job, another one for another job
+MASTER_ADDR=${MASTER_ADDR:-}        # of several nodes the first, as the others see it
+MASTER_PORT=${MASTER_PORT:-29500}   # of several nodes: free there, and open to the others
+RUN_ID=${RUN_ID:-here}              # of several nodes: the same on all, another one for another job
 MODEL=${MODEL:-$ROOT/configs/models/quickstart.json}
 ENGINE=${ENGINE:-deepspeed}         # or ddp, fsdp, megatron
 CONFIG=${CONFIG:-$(shipped_config "$ENGINE")}
 
 if [ "$NODES" = 1 ]; then
   rendezvous=(--standalone) # on any free port
+elif [ -z "$MASTER_ADDR" ]; then
+  echo "error: NODES is $NODES, and MASTER_ADDR is not set; write MASTER_ADDR=node0, the first node" >&2
+  exit 2
 else
   # c10d numbers the nodes itself, and lets one take the place of another that was lost
   rendezvous=(--rdzv_backend c10d --rdzv_endpoint "$MASTER_ADDR:$MASTER_PORT" --rdzv_id "$RUN_ID")

@@ -194,7 +194,7 @@ class Reduction:
             target = target - (cumulative.gather(1, value_of_digit[:, None])[:, 0] - ties)
             prefix = (prefix << digit) + value_of_digit.to(bits.dtype)
             width -= digit
-            del counts, cumulative  # the next digit's come before these names are free again
+            del counts, cumulative  # else they are held while the next digit is counted
         value = prefix.view(x.dtype)
         if position == low:
             return value

@@ -13,7 +13,7 @@ ROOM = (0.85, 0.7, 0.5, 0.35, 0.25)
 GAIN = 0.95
 """Teams are taken if they bring the largest load below this fraction of what it is without them."""
 ROOM_GAIN = 0.9
-"""And those of ``ROOM``, which send more, if they bring it below this fraction of what it is else."""
+"""The same for teams of ``ROOM``, which send more, over the best of the others."""
 
 
 def team_sizes(

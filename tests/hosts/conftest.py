@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,13 +22,15 @@ def hosts() -> Iterator[dict[str, str]]:
     """Make two hosts; what their commands find in the environment."""
     named = {"HOSTS_PREFIX": f"sdtest{os.getpid()}x", "HOSTS_SCRIPT": str(SCRIPT)}
     env = {**os.environ, **named}
-    made = subprocess.run(
-        ["bash", str(SCRIPT), "up", "2", RATE], env=env, capture_output=True, text=True, check=False
-    )
-    if made.returncode:
-        pytest.skip(f"no network namespaces here: {made.stderr.strip().splitlines()[-1]}")
-    yield named
-    subprocess.run(["bash", str(SCRIPT), "down"], env=env, check=True)
+    if not (shutil.which("ip") and shutil.which("tc")):
+        pytest.skip("ip or tc is not installed")
+    if subprocess.run(["unshare", "--net", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this user may not make network namespaces")
+    try:
+        subprocess.run(["bash", str(SCRIPT), "up", "2", RATE], env=env, check=True)
+        yield named
+    finally:
+        subprocess.run(["bash", str(SCRIPT), "down"], env=env, check=True)
 
 
 @pytest.fixture

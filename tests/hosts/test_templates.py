@@ -63,6 +63,16 @@ def test_a_template_over_two_hosts(job: LaunchedJob, name: str) -> None:
     assert job.losses("two") == on_one_host(job, engine, "--stop-at", "4")
 
 
+def test_links_have_the_rate_and_go_nowhere_else(job: LaunchedJob) -> None:
+    seen = {}
+    for name, command in {"links": "tc qdisc show dev eth0", "routes": "ip route"}.items():
+        line = ["bash", str(SCRIPT), "on", "1", "bash", "-c", command]
+        seen[name] = subprocess.check_output(line, env=job.env, text=True)
+    assert " rate 1Gbit " in seen["links"]
+    assert seen["routes"].split()[0] == "10.77.0.0/24"
+    assert len(seen["routes"].splitlines()) == 1
+
+
 def start(job: LaunchedJob, host: int, *options: str) -> subprocess.Popen[str]:
     """Start torchrun's template on a host."""
     command = [*template("torchrun.sh", ("on", str(host))), *job.arguments("two"), *options]

@@ -122,6 +122,7 @@ def train(
     def make(model: torch.nn.Module) -> Any:
         return spectral_dist.Muon(spectral_dist.param_groups(model), **OPTIONS)
 
+    assert not (given_gradients and (zero_init or model_options))  # they build another model
     model = models.GivenGradients(models.build()) if given_gradients else None
     engine = engine_for(
         configuration, model=model, zero_init=zero_init, optimizer=make if client else None,

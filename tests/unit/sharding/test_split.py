@@ -114,7 +114,7 @@ def test_large_models_are_balanced(ranks):
 
 
 def test_sharing_more_than_a_rank_has_room_for_may_balance_best():
-    """Llama 70B's matrices fit no rank's mean load beside each other unless all are shared."""
+    """Teams as small as the mean load allows leave no room for a second matrix beside the first."""
     costs = [cost(shape) for shape in [(8192, 8192)] * 2 + [(1024, 8192)] * 2 + [(28672, 8192)] * 3]
     for shares in (costs * 80, [358.0, 92.0]):
         ranks = 512 if len(shares) > 2 else 4
