@@ -7,11 +7,18 @@ import io
 import warnings
 
 import pytest
+import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from spectral_dist.polar import polar, rows_of
+from spectral_dist.sharding.boxes import even_slabs
+from spectral_dist.sharding.collectives import Meter
+from spectral_dist.sharding.slabs import SlabBatch
+from spectral_dist.sharding.split import SplitReduction
 from tests.gpu import support
 from tests.support import models
 
@@ -105,3 +112,20 @@ def test_deepspeed_zero(name, stage, one_rank):
         engine.destroy()
     before, wanted = plainly(name, one_rank)
     assert support.worst(found, wanted, before) <= BOUND
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [("bfloat16", 0.05), ("float16", 0.01), ("float32", 1e-5)]
+)
+@pytest.mark.parametrize("shape", [(64, 200), (200, 64), (96, 96)])
+def test_a_team_of_one_rank_computes_the_polar_factor(shape, dtype, bound, one_rank):
+    """Strategy split's products and collectives on this device: its Grams come out in float32."""
+    cut = even_slabs(shape, 1, range(1))
+    batch = SlabBatch((0, 1), (0, 0), shape, cut, cut.box(0, shape), range(1))
+    reduction = SplitReduction(batch, dist.group.WORLD, Meter())
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(5)).to(one_rank)
+    steps, safety = rows_of("jordan")
+    found = reduction.newton_schulz(x, steps, safety, getattr(torch, dtype))
+    wanted = polar(x.double().cpu(), method="jordan", compute_dtype="float64").to(one_rank)
+    assert found.dtype == x.dtype
+    assert float((found - wanted).norm() / wanted.norm()) <= bound
