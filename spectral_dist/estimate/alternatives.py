@@ -114,7 +114,7 @@ def _alone(counter: MatrixCounter, layout: Layout, traffic: BucketTraffic) -> di
         if in_slabs is not None:
             shards = 0.0 if team.cut.in_place else moved / counter.ranks / link[0] + link[1]
             seconds["gram"] = in_slabs + 2 * shards
-    size = counter.unit.host_team(machine.host_size)
+    size = traffic.host_team
     spec = counter.rule.polar(counter.options, layout.matrix.read_shape)
     able = is_cut if counter.ranks > 1 else layout.stacked()
     if size > 1 and able and polynomials(spec) is not None:

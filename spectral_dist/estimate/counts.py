@@ -24,6 +24,7 @@ from spectral_dist.estimate.slabs import (
     shares,
     slab_lengths,
 )
+from spectral_dist.estimate.traffic import BucketTraffic
 from spectral_dist.rules.base import Rule, Shape
 from spectral_dist.rules.options import MatrixOptions
 from spectral_dist.sharding import collectives
@@ -155,7 +156,7 @@ class MatrixCounter:
         temporary = self.zeros()
         for bucket in self.plan.buckets:
             if bucket.moves:
-                moved += self.wire.itemsize * self._exchanged(bucket)
+                moved += self.wire.itemsize * self._sent(bucket)
         buffers, padded = self._buffers()
         if self.replicas > 1:
             moved += (self.replicas - 1) * self.wire.itemsize * padded
@@ -229,8 +230,25 @@ class MatrixCounter:
         team.of_ranks(moved).add_(counts.sent_bytes)
         team.of_ranks(calls).add_(counts.polar_calls)
 
-    def _exchanged(self, bucket: Bucket) -> Tensor:
+    @cached_property
+    def _traffic(self) -> BucketTraffic | None:
+        """Return what counts exchanges that may go in two steps; None: all go at once."""
+        if self.options.machine is None or self.ranks == 1:
+            return None
+        return BucketTraffic(self, machine_of(self.options))
+
+    def in_two_steps(self, bucket: Bucket) -> bool:
+        """Return whether a bucket is exchanged within hosts first, as ``machine`` lets it."""
+        if self._traffic is None or not bucket.moves:
+            return False
+        traffic = self._traffic.collected(bucket)
+        return traffic.is_faster_in_two(self.wire.itemsize, self._traffic.machine)
+
+    def _sent(self, bucket: Bucket) -> Tensor:
         """Return the elements that each rank sends to others for a bucket: shards, and back."""
+        if self._traffic is not None and self.in_two_steps(bucket):
+            within, between = self._traffic.collected(bucket).sent(in_two=True)
+            return (within + between).round().long()
         sent = self.zeros()
         for owner, matrices in bucket.matrices.items():
             replica, rank = divmod(owner, self.ranks)
@@ -251,9 +269,11 @@ class MatrixCounter:
         """Return temporary bytes of exchange and rule, and elements gathered from replicas.
 
         A bucket is exchanged while the one before is computed and the one before that returns, so
-        three are there at once, and a fourth where shards have replicas.
+        three are there at once, a fourth where shards have replicas, and two more where exchanges
+        go in two steps.
         """
         sends, takes, returns, work, moving, padded = (self.zeros() for _ in range(6))
+        there, back = self.zeros(), self.zeros()  # through this rank, in the first of two steps
         for bucket in self.plan.buckets:
             matrices = [i for indices in bucket.matrices.values() for i in indices]
             runs = self.runs(matrices)
@@ -265,19 +285,26 @@ class MatrixCounter:
             returns = torch.maximum(returns, arrived.expand_as(runs))
             moving = torch.maximum(moving, owned * bucket.moves)
             padded += runs if bucket.in_turn else runs.amax(0)
+            if self._traffic is not None and self.in_two_steps(bucket):
+                through = self._traffic.collected(bucket).through.round().long()
+                there, back = torch.maximum(there, through[0]), torch.maximum(back, through[1])
         wire, wide = self.wire.itemsize, self.state_dtype.itemsize
         widened = wide * (wire != wide)  # directions are also there in the state's dtype
         # gradients and weights are widened as well, if the parameters are narrower than state
         narrow = wide * (self.unit.dtype != self.state_dtype)
         is_tiled = not all(layout.stacked() for layout in self.layouts)
-        youngest = (sends + moving) * wire + sends * narrow
+        youngest = [(sends + moving) * wire + sends * narrow]
         in_hand = (2 + is_tiled) * takes * wire + work
-        oldest = (takes + moving) * wire + sends * (wire + widened + narrow)
-        stages = [[youngest, in_hand, oldest]]
+        oldest = [(takes + moving) * wire + sends * (wire + widened + narrow)]
+        if bool(there.any()):
+            youngest = [(2 * sends + there) * wire + sends * narrow, (2 * there + takes) * wire]
+            in_hand = in_hand.maximum((2 * takes + back) * wire)
+            oldest = [(2 * back + sends) * wire, back * wire + sends * (wire + widened + narrow)]
+        stages = [[*youngest, in_hand, *oldest]]
         if self.replicas > 1:
             spreading = (takes + 2 * sends + returns) * wire
             changing = (takes + sends + 2 * returns) * wire + returns * (wide + widened + narrow)
-            stages = [[*stages[0], spreading], [youngest, oldest, spreading, changing]]
+            stages = [[*stages[0], spreading], [*youngest, *oldest, spreading, changing]]
         total = self.zeros()
         for together in stages:  # a bucket begins its next one before the last has ended
             most = min(len(together), len(self.plan.buckets) + 1)

@@ -229,13 +229,14 @@ class _Stages:
         gather = runs * (accumulated / memory)
         apply = (arrived * ((4 * wide + 3 * wire) / memory)).expand_as(runs)
         moved = self.traffic.collected(self.bucket)
-        self.within += wire * moved.within.sum(0)
-        self.between += wire * moved.between.sum(0)
+        in_two = moved.grid is not None and counter.in_two_steps(self.bucket)
+        within, between = moved.sent(in_two)
+        self.within += wire * within
+        self.between += wire * between
         spread = None
         if counter.replicas > 1:
             spread = self._spread(runs, wire)
-        grid = self.traffic.grid if counter.options.machine is not None else None
-        collect = moved.seconds(wire, self.machine, grid)
+        collect = moved.seconds(wire, self.machine, in_two)
         return BucketSeconds(gather, collect, self.computed + self.reduced, spread, apply)
 
     def _spread(self, runs: Tensor, wire: int) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -146,15 +146,43 @@ def kept_in_slabs(storage: tuple[Tile, ...], cut: Slabs, members: range | None =
         members: the ranks; None: all.
     """
     ranks = range(cut.ranges.ranks) if members is None else members
-    ranges = torch.tensor([cut.ranges[rank] for rank in ranks])
-    kept = torch.zeros(len(ranges), dtype=torch.int64)
+    return _in_ranges(storage, cut.along, ranks, [cut.ranges[rank] for rank in ranks])
+
+
+@lru_cache(maxsize=4096)
+def stored_in_slab(storage: tuple[Tile, ...], cut: Slabs, rank: int, ranks: int) -> Tensor:
+    """Return the elements of one rank's slab that each rank stores, float64 (ranks,).
+
+    Args:
+        storage: ``Layout.storage()``.
+        cut: the slabs.
+        rank: whose slab.
+        ranks: their number.
+    """
+    slab = cut.ranges[rank]
+    return _in_ranges(storage, cut.along, range(ranks), [slab] * ranks).double()
+
+
+def _in_ranges(
+    storage: tuple[Tile, ...], along: int, ranks: range, ranges: Sequence[tuple[int, int]]
+) -> Tensor:
+    """Return, by rank, the elements that it stores of a matrix within its range.
+
+    Args:
+        storage: ``Layout.storage()``.
+        along: 0 for ranges of rows, 1 for columns.
+        ranks: the ranks.
+        ranges: [begin, end) of each.
+    """
+    edges = torch.tensor(ranges)
+    found = torch.zeros(len(ranks), dtype=torch.int64)
     for tile in storage:
-        edges = torch.tensor([tile.part(rank) for rank in ranks])
-        first, size = (tile.col, tile.cols) if cut.along else (tile.row, tile.rows)
-        low, high = (ranges - first).clamp(0, size).unbind(1)
-        counted = _below(edges, tile, low, high, cut.along)
-        kept += counted[:, 1] - counted[:, 0]
-    return kept
+        parts = torch.tensor([tile.part(rank) for rank in ranks])
+        first, size = (tile.col, tile.cols) if along else (tile.row, tile.rows)
+        low, high = (edges - first).clamp(0, size).unbind(1)
+        below = _below(parts, tile, low, high, along)
+        found += below[:, 1] - below[:, 0]
+    return found
 
 
 def _below(edges: Tensor, tile: Tile, low: Tensor, high: Tensor, along: int) -> Tensor:

@@ -9,62 +9,84 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from spectral_dist.estimate.counts import MatrixCounter
-from spectral_dist.estimate.slabs import shares
+from spectral_dist.estimate.slabs import shares, stored_in_slab
 from spectral_dist.machine import Machine
+from spectral_dist.sharding.boxes import Slabs
+from spectral_dist.sharding.cost import ExchangeLoad, exchange_seconds
 from spectral_dist.sharding.hosts import Grid, grid_of
 from spectral_dist.sharding.layout import Tile
 from spectral_dist.sharding.plan import Bucket, first_of
 
+if TYPE_CHECKING:
+    from spectral_dist.estimate.counts import MatrixCounter
+
 Storage = tuple[Tile, ...]
 """What ranks store of a matrix, ``Layout.storage()``."""
-Jobs = dict[tuple[int, int, int], Counter[Storage]]
-"""Matrices by the ranks that work on them: (replica, the first of its ranks, their number)."""
+Sent = tuple[Storage, Slabs | None]
+"""What is sent of a matrix to a rank: all of it, or of so cut a matrix the rank's slab."""
+Jobs = dict[tuple[int, int, int], Counter[Sent]]
+"""Matrices by the ranks that get them: (replica, the first of its ranks, their number)."""
+EXACT = 256
+"""In groups of more ranks a matrix in slabs is taken to be sent evenly to its team."""
 
 
 @dataclass
 class Traffic:
-    """Elements that travel in one all-to-all, by rank.
+    """Elements that travel in an all-to-all before a bucket's computation, and in that after it.
 
     Attributes:
-        within: sent and received within the rank's host, (2, replicas, ranks).
-        between: sent to and received from other hosts, (2, replicas, ranks).
-        messages: the ranks that it sends to, and those that it receives from.
+        load: what each rank sends, (2, replicas, ranks): before, and after.
+        through: what it gets in the first of two steps, for the ranks of its number, likewise.
+        grid: of hosts; None: an exchange cannot go in two steps, and of ``load.of_number`` and
+            ``through`` nothing is known.
     """
 
-    within: Tensor
-    between: Tensor
-    messages: Tensor
+    load: ExchangeLoad
+    through: Tensor
+    grid: Grid | None
 
-    def seconds(self, itemsize: int, machine: Machine, grid: Grid | None = None) -> Tensor:
-        """Return the seconds of each rank: of the slower link in the busier direction.
+    def is_faster_in_two(self, itemsize: int, machine: Machine) -> bool:
+        """Return whether training makes the exchange in two steps; see ``faster_in_two``."""
+        if self.grid is None:
+            return False
+        at_once, in_two = exchange_seconds(self.load, self.grid, itemsize, machine)
+        return float(in_two.sum(0).max()) < float(at_once.sum(0).max())
+
+    def sent(self, in_two: bool) -> tuple[Tensor, Tensor]:
+        """Return the elements that each rank sends before and after, within hosts and between.
+
+        Args:
+            in_two: whether they go in two steps.
+        """
+        load = self.load
+        if in_two:  # the second step leaves a host but for what a rank gets from its own host
+            return (load.total - load.of_number).sum(0), (self.through - load.of_host).sum(0)
+        return (load.of_host - load.own).sum(0), (load.total - load.of_host).sum(0)
+
+    def seconds(self, itemsize: int, machine: Machine, in_two: bool) -> Tensor:
+        """Return each rank's seconds of one of the two: of the slower link, the busier way.
 
         Args:
             itemsize: bytes of an element.
             machine: the speeds.
-            grid: of hosts, if the exchange may be made in two steps, where that is faster.
+            in_two: whether they go in two steps.
         """
-        within = self.within.amax(0) * (itemsize / machine.bandwidth)
-        between = self.between.amax(0) * (itemsize / machine.host_bandwidth)
-        crosses = bool(self.between.any())
-        latency = machine.host_latency if crosses else machine.latency
-        further = (self.messages.amax(0) - 1).clamp(min=0)
+        load = self.load
+        if in_two:
+            assert self.grid is not None
+            return exchange_seconds(load, self.grid, itemsize, machine)[1].amax(0)
+        sent_between = (load.total - load.of_host).amax(0)
+        within = (load.of_host - load.own).amax(0) * (itemsize / machine.bandwidth)
+        between = sent_between * (itemsize / machine.host_bandwidth)
+        latency = machine.host_latency if bool(sent_between.any()) else machine.latency
+        further = (load.messages.amax(0) - 1).clamp(min=0)
         at_once = torch.maximum(within, between) + further * machine.message
-        at_once += latency * bool(self.messages.any())
-        if grid is None or not crosses:
-            return at_once
-        # as cost.exchange_seconds, whose counts of single ranks are not there
-        sent = (self.within + self.between).amax(0) * itemsize
-        passed = sent * (1 - 1 / grid.size) / machine.bandwidth
-        copied = 4 * sent / machine.memory_bandwidth
-        most = (grid.size + grid.hosts - 4) * machine.message
-        in_two = latency + between + machine.latency + passed + copied + most
-        return in_two if float(in_two.max()) < float(at_once.max()) else at_once
+        return at_once + latency * bool(load.messages.any())
 
 
 class BucketTraffic:
@@ -80,10 +102,16 @@ class BucketTraffic:
         self.shape = (counter.replicas, counter.ranks)
         numbers = counter.unit.job_rank_of
         self.hosts = numbers // machine.host_size
-        self.grid = grid_of(numbers[0].tolist(), machine.host_size)
+        grids = {grid_of(replica, machine.host_size) for replica in numbers.tolist()}
+        self.grid = grids.pop() if len(grids) == 1 else None
         self.num_hosts = int(self.hosts.max()) + 1
         self._traffic_of: dict[Any, Traffic] = {}
-        self._members_of: dict[tuple[int, int, int], Tensor] = {}
+        self._of_bucket: dict[int, Traffic] = {}  # by identity: storages take long to hash
+
+    @cached_property
+    def host_team(self) -> int:
+        """Return the size of the largest teams that lie within a host."""
+        return self.counter.unit.host_team(self.machine.host_size)
 
     def near(self, team: int) -> Tensor:
         """Return the share of the other ranks of its team that are in a rank's host.
@@ -120,72 +148,78 @@ class BucketTraffic:
         return replica, rank, 1
 
     def collected(self, bucket: Bucket) -> Traffic:
-        """Return what the all-to-all before a bucket's computation moves; that after it is equal.
-
-        Where several ranks work on a matrix, each sender's elements are spread evenly over them.
-        """
-        jobs = self._jobs(bucket)
-        key = tuple((job, tuple(storages.items())) for job, storages in jobs.items())
-        if key not in self._traffic_of:
-            self._traffic_of[key] = self._count(jobs)
-        return self._traffic_of[key]
+        """Return what the all-to-alls before and after a bucket's computation move."""
+        if id(bucket) not in self._of_bucket:
+            jobs = self._jobs(bucket)
+            key = tuple((job, tuple(sent.items())) for job, sent in jobs.items())
+            if key not in self._traffic_of:
+                self._traffic_of[key] = self._count(jobs)
+            self._of_bucket[id(bucket)] = self._traffic_of[key]
+        return self._of_bucket[id(bucket)]
 
     def _count(self, jobs: Jobs) -> Traffic:
-        """Return what travels to ranks that work together."""
-        # a rank's all, and what of that stays in its host or with itself, both ways
-        total, near, messages = (torch.zeros(2, *self.shape, dtype=torch.float64) for _ in range(3))
-        stored: Counter[tuple[int, Storage]] = Counter()
-        senders: Counter[tuple[int, int, frozenset[Storage]]] = Counter()
-        for job, storages in jobs.items():
-            replica, first, count = job
-            stored.update({(replica, storage): n for storage, n in storages.items()})
-            senders[replica, count, frozenset(storages)] += 1
-            members = self._members(job)
-            hosts = self.hosts[replica, members]
-            numels = self._stored(storages)[members] / count
-            receives = (members >= first) & (members < first + count)
-            receivers, own = members[receives], numels[receives]
-            sent_by_host = numels.new_zeros(self.num_hosts).index_add_(0, hosts, numels)
-            receivers_by_host = torch.bincount(hosts[receives], minlength=self.num_hosts)
-            near[0, replica, members] += numels * receivers_by_host[hosts]
-            near[1, replica, receivers] += sent_by_host[hosts[receives]]
-            total[1, replica, receivers] += self._stored(storages).sum() / count
-            messages[1, replica, receivers] += (self._stored(storages) > 0).sum()
-            for counts, kept in ((near, own), (total, own), (messages, (own > 0).double())):
-                counts[:, replica, receivers] -= kept
-        for (replica, storage), n in stored.items():
-            total[0, replica] += n * dense(storage, self.shape[1])
-        for (replica, count, kinds), n in senders.items():
-            messages[0, replica] += n * count * (self._stored(dict.fromkeys(kinds, 1)) > 0)
-        return Traffic(near, total - near, messages)
+        """Return what travels to ranks that work together, and back."""
+        total, of_host, of_number, own, messages, through = (
+            torch.zeros(2, *self.shape, dtype=torch.float64) for _ in range(6)
+        )
+        ranks = self.shape[1]
+        numbers = torch.arange(ranks) % (self.grid.size if self.grid else ranks)
+        for replica in sorted({job[0] for job in jobs}):
+            hosts = self.hosts[replica]
+            stored, share = self._stored_and_share(
+                {job[1:]: sent for job, sent in jobs.items() if job[0] == replica}
+            )
+            kept = (stored > 0) & (share > 0)
+            own[:, replica] = (stored * share).sum(0)
+            for way, (mine, theirs) in enumerate(((stored, share), (share, stored))):
+                total[way, replica] = theirs.sum(1) @ mine
+                of_host[way, replica] = (mine * sums(theirs, hosts)).sum(0)
+                messages[way, replica] = (theirs > 0).sum(1).double() @ (mine > 0).double()
+                messages[way, replica] -= kept.sum(0)
+                if self.grid:
+                    of_this_number = sums(theirs, numbers)
+                    of_number[way, replica] = (mine * of_this_number).sum(0)
+                    through[way, replica] = (sums(mine, hosts) * of_this_number).sum(0)
+        load = ExchangeLoad(total, of_host, of_number, own, messages)
+        return Traffic(load, through, self.grid)
 
-    def _stored(self, storages: Mapping[Storage, int]) -> Tensor:
-        """Return the elements that each rank stores of so many matrices of each storage."""
-        stored = torch.zeros(self.shape[1], dtype=torch.float64)
-        for storage, n in storages.items():
-            stored += n * dense(storage, self.shape[1])
-        return stored
+    def _stored_and_share(
+        self, jobs: Mapping[tuple[int, int], Mapping[Sent, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Return what each rank has of what is sent, and the share of that that each rank gets.
+
+        Args:
+            jobs: of one replica, {(the first of the receivers, their number): what is sent}.
+
+        Returns:
+            Two tensors (jobs, ranks).
+        """
+        ranks = self.shape[1]
+        stored, share = torch.zeros(2, len(jobs), ranks, dtype=torch.float64)
+        for row, ((first, count), matrices) in enumerate(jobs.items()):
+            share[row, first : first + count] = 1 / count
+            for (storage, cut), n in matrices.items():
+                if cut is None:
+                    stored[row] += n * dense(storage, ranks)
+                else:
+                    stored[row] += n * stored_in_slab(storage, cut, first, ranks)
+        return stored, share
 
     def _jobs(self, bucket: Bucket) -> Jobs:
-        """Return {(replica, first of the ranks that work together, their number): storages}.
+        """Return what each rank gets, or what those that work together get.
 
         Empty if nothing of the bucket is sent.
         """
         jobs: Jobs = {}
         for owner, matrices in bucket.matrices.items() if bucket.moves else ():
-            storages = jobs.setdefault(self.receivers(bucket, owner), Counter())
-            storages.update(self.counter.layouts[i].storage() for i in matrices)
+            replica, first, count = self.receivers(bucket, owner)
+            is_exact = count > 1 and self.shape[1] <= EXACT
+            for rank in range(first, first + count) if is_exact else (first,):
+                sent = jobs.setdefault((replica, rank, 1 if is_exact else count), Counter())
+                for i in matrices:
+                    cut = self.counter.teams[i].cut if is_exact else None
+                    sent[self.counter.layouts[i].storage(), cut] += 1
         return jobs
-
-    def _members(self, job: tuple[int, int, int]) -> Tensor:
-        """Return the ranks of a replica whose host has one of those that work together."""
-        if job not in self._members_of:
-            replica, first, count = job
-            hosts = self.hosts[replica]
-            touched = torch.zeros(self.num_hosts, dtype=torch.bool)
-            touched[hosts[first : first + count]] = True
-            self._members_of[job] = touched[hosts].nonzero().flatten()
-        return self._members_of[job]
 
     @cached_property
     def _hosts_of_replicas(self) -> tuple[Tensor, Tensor]:
@@ -215,6 +249,12 @@ class BucketTraffic:
         crosses = bool((hosts > 1).any())
         latency = machine.host_latency if crosses else machine.latency
         return torch.maximum(between, within) + calls * latency
+
+
+def sums(values: Tensor, labels: Tensor) -> Tensor:
+    """Return for each value of a row, (rows, n), the sum of those that have its label, (n,)."""
+    size = int(labels.max()) + 1
+    return values.new_zeros(len(values), size).index_add_(1, labels, values)[:, labels]
 
 
 @lru_cache(maxsize=1024)

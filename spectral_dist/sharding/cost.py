@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
 from spectral_dist.machine import Machine
 from spectral_dist.sharding.boxes import slabs
 from spectral_dist.sharding.hosts import Grid
@@ -136,30 +139,62 @@ def subspace_seconds(
     return whole + 2 * machine.latency, projected + 2 * machine.latency
 
 
+@dataclass(frozen=True)
+class ExchangeLoad:
+    """What a rank sends in an all-to-all of a group that is a grid of hosts: elements.
+
+    Fields are tensors of one rank, (), or of any ranks.
+
+    Attributes:
+        total: all, with what it keeps.
+        of_host: for the ranks of its host.
+        of_number: for the ranks of its number in each host.
+        own: what it keeps.
+        messages: the number of other ranks that it sends to.
+    """
+
+    total: Tensor
+    of_host: Tensor
+    of_number: Tensor
+    own: Tensor
+    messages: Tensor
+
+    @classmethod
+    def of(cls, counts: Sequence[int], rank: int, grid: Grid) -> ExchangeLoad:
+        """Return the load of one rank.
+
+        Args:
+            counts: the elements that it sends to each rank of the group.
+            rank: this rank in the group.
+            grid: the group's hosts.
+        """
+        sent = torch.tensor(counts, dtype=torch.float64).view(grid.hosts, grid.size)
+        host, number = divmod(rank, grid.size)
+        own = sent[host, number]
+        messages = (sent > 0).sum() - (own > 0).long()
+        return cls(sent.sum(), sent[host].sum(), sent[:, number].sum(), own, messages)
+
+
 def exchange_seconds(
-    counts: Sequence[int], rank: int, grid: Grid, itemsize: int, machine: Machine
-) -> tuple[float, float]:
+    load: ExchangeLoad, grid: Grid, itemsize: int, machine: Machine
+) -> tuple[Tensor, Tensor]:
     """Estimate the seconds of an all-to-all at once, and in two steps (``two_steps.TwoSteps``).
 
     In two steps all bytes but those for ranks of this one's number travel within the host first,
     and are put in order twice.
 
     Args:
-        counts: the elements that this rank sends to each rank of the group.
-        rank: this rank in the group.
+        load: of a rank, or of many.
         grid: the group's hosts.
         itemsize: bytes of an element.
         machine: the speeds.
     """
-    host, index = divmod(rank, grid.size)
-    begin, total = host * grid.size, sum(counts)
-    of_host = sum(counts[begin : begin + grid.size])
-    messages = sum(map(bool, counts)) - bool(counts[rank])
-    between = machine.host_latency + (total - of_host) * itemsize / machine.host_bandwidth
-    within = (of_host - counts[rank]) * itemsize / machine.bandwidth
-    at_once = between + within + max(0, messages - 1) * machine.message
-    first = (total - sum(counts[index :: grid.size])) * itemsize / machine.bandwidth
-    copied = 4 * total * itemsize / machine.memory_bandwidth  # each time read and written
+    sent_between = (load.total - load.of_host) * (itemsize / machine.host_bandwidth)
+    between = machine.host_latency + sent_between
+    within = (load.of_host - load.own) * (itemsize / machine.bandwidth)
+    at_once = between + within + (load.messages - 1).clamp(min=0) * machine.message
+    first = (load.total - load.of_number) * (itemsize / machine.bandwidth)
+    copied = load.total * (4 * itemsize / machine.memory_bandwidth)  # each time read and written
     most = grid.size + grid.hosts - 4  # ranks beyond the first of each step
     in_two = between + machine.latency + first + copied + most * machine.message
     return at_once, in_two

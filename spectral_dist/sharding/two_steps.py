@@ -16,7 +16,7 @@ from torch import Tensor
 from spectral_dist.machine import Machine
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group, Meter, Pending
-from spectral_dist.sharding.cost import exchange_seconds
+from spectral_dist.sharding.cost import ExchangeLoad, exchange_seconds
 from spectral_dist.sharding.groups import HostGroups
 from spectral_dist.sharding.hosts import Grid, grid_of
 
@@ -51,7 +51,8 @@ def faster_in_two(
     for k, ways in enumerate(counts if grid else ()):
         for way in ways:
             assert grid is not None
-            seconds[k] += torch.tensor(exchange_seconds(way, rank, grid, itemsize, machine))
+            load = ExchangeLoad.of(way, rank, grid)
+            seconds[k] += torch.stack(exchange_seconds(load, grid, itemsize, machine))
     seconds = seconds.to(device)
     for each in groups:
         collectives.max_ranks(seconds, each, Meter())

@@ -47,6 +47,17 @@ PAIR: list[Case] = [("muon", {**LARGEST, **SMALL, "scalars": ["mlp", "[kv]_proj"
 POET: list[Case] = [("poet", {})]
 
 
+HOSTS = {"machine": {"ranks_per_host": 2, "message": 1.0}}
+"""Two, on 4 ranks; messages take so long that exchanges go within hosts first."""
+WITHIN_HOSTS: list[Case] = [
+    ("muon", {**WIDE, **SMALL, **HOSTS, "strategy": "owner"}),
+    ("muon", {**WIDE, **SMALL, **HOSTS, "strategy": "gram", "polar": "gram_jordan"}),
+    ("muon", {**LARGEST, **HOSTS}),
+    ("root", {**WIDE, **HOSTS}),
+    ("sumo", {**SMALL, **HOSTS, "rank": 5, "period": 1000}),
+]
+
+
 def check(
     folder: Path,
     world: int,
@@ -131,6 +142,11 @@ def test_teams_of_three_and_four_ranks(engine: str, tmp_path: Path) -> None:
 
 def test_teams_within_nodes(tmp_path: Path) -> None:
     assert check(tmp_path, 4, "hsdp", SPLIT, "shallow", nodes=2) == {2}
+
+
+@pytest.mark.parametrize("engine", ["fsdp", "zero1", *SLOW[1:3]])
+def test_within_hosts_first(engine: str, tmp_path: Path) -> None:
+    check(tmp_path, 4, engine, WITHIN_HOSTS)
 
 
 def test_blocks(tmp_path: Path) -> None:

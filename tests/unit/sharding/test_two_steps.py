@@ -12,7 +12,7 @@ from spectral_dist.machine import Machine
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.bucket_routes import route_to_owners
 from spectral_dist.sharding.collectives import Meter
-from spectral_dist.sharding.cost import exchange_seconds
+from spectral_dist.sharding.cost import ExchangeLoad, exchange_seconds
 from spectral_dist.sharding.exchange import Exchange
 from spectral_dist.sharding.groups import host_groups
 from spectral_dist.sharding.hosts import Grid
@@ -143,7 +143,8 @@ def test_seconds_by_hand():
     at_once = 3 + 4 * 2 / 10 + (1 + 2 + 6) * 2 / 5 + 3 * 0.5
     first = (1 + 4 + 0) * 2 / 10  # to the first rank of each host
     in_two = 1 + 3 + first + 9 * 2 / 5 + 4 * 18 * 2 / 8 + 0.5
-    found = exchange_seconds([1, 2, 4, 5, 0, 6], 3, Grid(3, 2), 2, machine)
+    load = ExchangeLoad.of([1, 2, 4, 5, 0, 6], 3, Grid(3, 2))
+    found = [float(seconds) for seconds in exchange_seconds(load, Grid(3, 2), 2, machine)]
     assert found == pytest.approx((at_once, in_two))
 
 
@@ -160,5 +161,6 @@ def test_a_plan_for_1024_ranks(message, is_faster):
         route = route_to_owners(bucket, layouts, rank, ranks, 0, 1)
         for counts in (route.send_counts, route.recv_counts):
             assert sum(counts) == shape[0] * shape[1]
-            at_once, in_two = exchange_seconds(counts, rank, grid, 2, machine)
+            load = ExchangeLoad.of(counts, rank, grid)
+            at_once, in_two = exchange_seconds(load, grid, 2, machine)
             assert (in_two < at_once) == is_faster
