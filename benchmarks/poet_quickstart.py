@@ -1,6 +1,6 @@
 """The quickstart's job with POET beside Muon and AdamW, at equal tokens: loss, memory, traffic.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.poet_quickstart
+    OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.poet_quickstart [--data code]
 
 Model, corpus, tokenizer, batches, schedule and evaluation are launch/'s own, as in
 benchmarks.sumo_quickstart, in one process with seed 0; clipping is the job's (1.0) for all.
@@ -155,13 +155,16 @@ def main(
     shown: Annotated[bool, typer.Option("--show", help="all that is in the file, and no run")] = (
         False
     ),
+    data: Annotated[
+        list[str] | None, typer.Option(help="as pretrain.py's; default: its default corpus")
+    ] = None,
 ) -> None:
     """Search, run, measure, and print the table."""
     if shown:
         print(*(sumo_quickstart.line(r) for r in read(path)), sep="\n")
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    bench = PoetRuns(path, ROOT / "configs/models/quickstart.json", "")
+    bench = PoetRuns(path, ROOT / "configs/models/quickstart.json", "", data)
     records = []
     for contender in CONTENDERS:
         if not only or contender.name in only.split(","):

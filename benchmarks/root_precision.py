@@ -1,6 +1,6 @@
 """Relative error to the exact polar factor: Newton-Schulz schedules, shape by shape. CPU, float64.
 
-    OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.root_precision [--steps 60] [--corpus FILE]
+    OMP_NUM_THREADS=1 .venv/bin/python -m benchmarks.root_precision [--steps 60] [--data FILE]
 
 Prints three markdown tables of ||U - U_svd|| / ||U_svd|| after 5 steps:
 - random Gaussian matrices, by torch's SVD where that is affordable, and by the singular values'
@@ -98,12 +98,12 @@ def gaussian(shape: tuple[int, int], seed: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=generator)
 
 
-def train(steps: int, layers: int, text: list[Path]) -> list[tuple[str, Tensor]]:
+def train(steps: int, layers: int, data: list[str]) -> list[tuple[str, Tensor]]:
     """(name, matrix) of what Muon orthogonalizes in every fifth step of a run."""
     config = llama.load_config(ROOT / "configs/models/quickstart.json")
     config.num_hidden_layers = layers
     model = llama.build(config, seed=0)
-    windows = Windows(corpus.load(text, config.vocab_size).train, SEQ_LEN, "training")
+    windows = Windows(corpus.load(data, config.vocab_size).train, SEQ_LEN, "training")
     optimizer = spectral_dist.Muon(spectral_dist.param_groups(model), lr=LR, momentum=MOMENTUM)
     found: list[tuple[str, Tensor]] = []
     for step in range(steps):
@@ -164,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--corpus", type=Path, action="append", default=[])
+    parser.add_argument("--data", action="append", default=[], help="as pretrain.py's")
     options = parser.parse_args()
     lines = []
     for shape in MEASURED:
@@ -174,7 +174,7 @@ def main() -> None:
         found = scalar_errors(random_spectrum(shape, 4096), candidates(shape))
         lines.append((f"{shape[0]} x {shape[1]} (spectrum)", found))
     show("Random Gaussian matrices", lines)
-    captured = train(options.steps, options.layers, options.corpus)
+    captured = train(options.steps, options.layers, options.data)
     with tempfile.TemporaryDirectory() as folder:
         momentum_table("Momentum of a training run (Muon)", captured, Path(folder))
         kept = [(name, clamped(x)) for name, x in captured]

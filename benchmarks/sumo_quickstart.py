@@ -5,9 +5,9 @@
 
 Model, corpus, tokenizer, batches, schedule, clipping and evaluation are launch/'s own: what
 `pretrain.py --engine ddp --config configs/torch/adamw.yaml --eval-every 40` does on one rank, with
-another optimizer in the engine. betas, eps and weight decay are that file's for all; embeddings,
-head and norms are on AdamW with the same lr as the matrices for all. r is a part of a matrix's
-short side.
+another optimizer in the engine (--data code: on the installed Python source). betas, eps and weight
+decay are that file's for all; embeddings, head and norms are on AdamW with the same lr as the
+matrices for all. r is a part of a matrix's short side.
 
 Every run is a whole one with seed 0. Each optimizer gets three lrs a factor of 2 apart, around the
 shipped one (GaLore: around the .01 of its paper), and more beyond while the best is the last, with
@@ -180,12 +180,14 @@ class QuickstartRuns:
 
     engine = QuickstartEngine
 
-    def __init__(self, path: Path, model: Path, peers: str) -> None:
+    def __init__(
+        self, path: Path, model: Path, peers: str, data: Sequence[str] | None = None
+    ) -> None:
         self.path, self.peers = path, peers
         self.model = llama.load_config(model)
         self.config = torch_config.read(ROOT / "configs/torch/adamw.yaml")
         self.here = ranks.start()
-        self.text = corpus.load([], self.model.vocab_size)
+        self.text = corpus.load(data or [], self.model.vocab_size)
         self.done = {self._key(found): found for found in read(path)}
 
     @staticmethod
@@ -207,7 +209,7 @@ class QuickstartRuns:
         settings = trainer.RunSettings(
             out=self.path.with_suffix("") / contender.kind, steps=config.steps, stop_at=0,
             seq_len=256, seed=seed, eval_every=40, eval_batches=8, save_every=0,
-            prompt="def ",
+            prompt="To create",
         )  # fmt: skip
         try:
             summary = trainer.Trainer(settings, engine, self.text, self.here).run()
@@ -289,6 +291,9 @@ def main(
     shown: Annotated[bool, typer.Option("--show", help="all that is in the file, and no run")] = (
         False
     ),
+    data: Annotated[
+        list[str] | None, typer.Option(help="as pretrain.py's; default: its default corpus")
+    ] = None,
 ) -> None:
     """Search, run, and print the table."""
     if shown:
@@ -296,7 +301,7 @@ def main(
         print(table(sorted(read(path), key=lambda r: (order[r["name"]], r["bits_per_byte"]))))
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    bench = QuickstartRuns(path, ROOT / "configs/models/quickstart.json", peers)
+    bench = QuickstartRuns(path, ROOT / "configs/models/quickstart.json", peers, data)
     records = []
     for contender in CONTENDERS:
         if contender.kind in only.split(","):

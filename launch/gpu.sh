@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Tests and measures on one GPU, in about eight minutes: tests/gpu, then benchmarks.gpu.
 # `gpu.sh FOLDER [ARGUMENT OF benchmarks.gpu...]` writes tests.log, gpu.log, gpu.json, gpu.png and
-# corpus.log into the folder. It installs and downloads nothing: PYTHON has torch and pytest. It
+# corpus.log into the folder. It installs and downloads nothing: PYTHON has torch and pytest, and
+# for the training botocore 1.43.11 or, in SPECTRAL_DIST_CACHE, the tokens of the default corpus. It
 # fails if a test did or nothing was measured; what fails in a part of the benchmark is in its table.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

@@ -84,8 +84,11 @@ def main(
     ] = None,
     engine: Annotated[EngineName, Option()] = EngineName.deepspeed,
     data: Annotated[
-        list[Path] | None,
-        Option(help=".txt or .jsonl file or a folder of them; default: Python source found here"),
+        list[str] | None,
+        Option(
+            help=".txt or .jsonl file or a folder of them; code: the Python source found here (a"
+            " folder of that name: ./code); default: botocore's documentation, in English"
+        ),
     ] = None,
     steps: Annotated[
         int | None,
@@ -121,7 +124,7 @@ def main(
             help="go on from the newest whole checkpoint in --out; auto: or begin, if there is none"
         ),
     ] = Resume.never,
-    prompt: Annotated[str, Option(help="what the sample at the end continues")] = "def ",
+    prompt: Annotated[str, Option(help="what the sample at the end continues")] = "To create",
     zero_init: Annotated[
         bool, Option("--zero-init", help="ZeRO-3: build the model in shards")
     ] = False,
@@ -227,15 +230,15 @@ def _prepare(options: dict[str, Any], folder: RunFolder) -> trainer.Trainer:
     return run
 
 
-def _corpus(data: list[Path], vocab_size: int, all_ranks: ranks.Ranks) -> Any:
+def _corpus(data: list[str], vocab_size: int, all_ranks: ranks.Ranks) -> Any:
     """Load the text, which one rank of each node tokenizes; all nodes must have the same."""
     from spectral_dist.launch import corpus
 
     keys = all_ranks.once_per_node(lambda: corpus.prepare(data, vocab_size))
     if len(set(keys)) > 1:
         raise ValueError(
-            "the nodes do not have the same text: give all of them the same --data, and without"
-            " --data the same releases of Python and torch"
+            "the nodes do not have the same text: give all of them the same --data, and for --data"
+            " code the same releases of Python and torch"
         )
     corpora: list[Any] = []
     all_ranks.together(lambda: corpora.append(corpus.read(keys[0])))

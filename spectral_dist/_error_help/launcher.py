@@ -120,8 +120,13 @@ TEXTS: dict[str, tuple[str, ...]] = {
         r"too little text: ",
         r"too few for a sequence of",
     ),
-    "the-default-corpus-needs-an-installed-torch": (
-        r"the default corpus needs an installed torch",
+    "the-default-corpus-is-the-text-of-botocore": (
+        r"the default corpus is the text of botocore",
+        r"the text in .* has the SHA-256",
+        r"cannot read the text of botocore",
+    ),
+    "-data-code-needs-an-installed-torch": (
+        r"--data code needs an installed torch",
         r"no Python source under",
     ),
     "the-nodes-do-not-have-the-same-text": (

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from spectral_dist.launch import corpus
+from spectral_dist.launch import corpus, python_text, text_files
 
 
 def _texts(folder: Path, count: int = 40) -> Path:
@@ -110,7 +110,7 @@ def test_a_long_text_is_cut_at_line_ends(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     lines = [f"line {i} {'x' * 90}\r\n" for i in range(2000)]
     file.write_bytes("".join(lines).encode())
-    pieces = [text for _, text in corpus.documents(corpus.text_sources([file])[0])]
+    pieces = [text for _, text in text_files.documents(text_files.sources(file)[0])]
     assert len(pieces) == 4
     assert "".join(pieces) == "".join(lines)
     assert all(piece.endswith("\n") for piece in pieces)
@@ -149,10 +149,31 @@ def test_nothing_to_read_is_an_error(tmp_path: Path) -> None:
         corpus.load([tmp_path / "one.txt"], 256)
 
 
-def test_the_default_corpus_is_a_bounded_sample_of_both_trees() -> None:
-    sources = corpus.python_sources()  # lists, reads nothing
-    assert sum(source.size for source in sources) <= corpus.PYTHON_BYTES
+def test_python_source_is_a_bounded_sample_of_both_trees() -> None:
+    sources = python_text.sources()  # lists, reads nothing
+    assert sum(source.size for source in sources) <= python_text.PYTHON_BYTES
     assert {source.name.split("/")[0] for source in sources} == {"python", "torch"}
-    assert [s.name for s in corpus.python_sources()] == [s.name for s in sources]
+    assert [s.name for s in python_text.sources()] == [s.name for s in sources]
     skipped = ("site-packages", "encodings")
     assert not any(name in source.name.split("/") for source in sources for name in skipped)
+
+
+def test_code_is_python_source_and_a_folder_of_that_name_is_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [f"value_{i} = {i}\n" for i in range(50)]
+    for i, line in enumerate(lines):
+        (tmp_path / f"{i:02}.py").write_text(line)
+    found = [text_files.Source(p.name, p, p.stat().st_size) for p in sorted(tmp_path.glob("*.py"))]
+    monkeypatch.setattr(python_text, "sources", lambda: found)
+    monkeypatch.chdir(tmp_path)
+    _texts(tmp_path / "code")
+    python = corpus.load(["code"], 300, tmp_path / "cache")
+    assert sorted(_decode(python.train, python) + _decode(python.validation, python)) == sorted(
+        lines
+    )
+    folder = corpus.load(["./code"], 300, tmp_path / "cache")
+    assert folder.key == corpus.prepare([Path("code")], 300, tmp_path / "cache") != python.key
+    both = corpus.load(["code", "./code"], 300, tmp_path / "cache")
+    parts = [both.manifest[part]["documents"] for part in ("train", "validation")]
+    assert sum(parts) == 50 + 40
