@@ -24,7 +24,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "Muon": {"momentum": 0.9, "polar_dtype": "float32", "scalars": ["down_proj"], "eps": 1e-4},
     "SUMO": {"rank": 4, "period": 2, "eps": 1e-4},
     "NorMuon": {"polar_dtype": "float32", "eps": 1e-4},
+    "POET": {"block": 8, "blocks": {"k_proj": [4, 8]}, "merge_every": 2, "eps": 1e-4},
 }
+CONVERTED = ("block", "blocks")
+"""Options of POET that are the model's."""
 
 
 def write_model(folder: Path) -> None:
@@ -129,6 +132,8 @@ def by_loop(folder: str, optimizer: str) -> list[list[float]]:
 
     model = Qwen2ForCausalLM.from_pretrained(folder, attn_implementation="eager")
     options = dict(OPTIONS[optimizer])
+    if optimizer == "POET":
+        spectral_dist.poet.convert(model, **{name: options.pop(name) for name in CONVERTED})
     routing = {"scalars": options.pop("scalars", ())}
     with quiet():
         ours = getattr(spectral_dist, optimizer)(
