@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import importlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from spectral_dist.integrations.after_import import after_import
 from spectral_dist.integrations.huggingface.section import split_rotation
 from spectral_dist.integrations.versions import require
 from spectral_dist.params.param_groups import param_groups
+from spectral_dist.params.spec import TAGS
 from spectral_dist.poet.convert import convert
 from spectral_dist.poet.layer import PoetLayer
 from spectral_dist.poet.optimizer import POET
@@ -115,7 +117,21 @@ def build(module: nn.Module, config: Any, strategy: str) -> ShardedOptimizer:
     optimizer: ShardedOptimizer = asked.made_of(
         param_groups(module, **asked.routing), **asked.options
     )
+    _drop_references(module, optimizer)
     return optimizer
+
+
+def _drop_references(module: nn.Module, optimizer: ShardedOptimizer) -> None:
+    """Drop the weak references to parameters, which nothing needs any more.
+
+    With ``param_offload`` verl moves the model to the CPU and back, for which torch swaps the
+    contents of DTensors, and refuses to if there is a weak reference to one.
+    """
+    for parameter in module.parameters():
+        TAGS.pop(parameter, None)  # type: ignore[no-untyped-call]
+    optimizer.routes = [
+        [replace(route, reference=None) for route in routes] for routes in optimizer.routes
+    ]
 
 
 def _with_model(original: Callable[..., Any]) -> Callable[..., Any]:
