@@ -42,6 +42,7 @@ KNOWN = "0.9.1"
 """The version that the tests run."""
 ENGINE = "verl.workers.engine.fsdp.transformer_impl"
 CHECKPOINTS = "verl.utils.checkpoint.fsdp_checkpoint_manager"
+MERGER = "verl.model_merger.fsdp_model_merger"
 IMPLEMENTATION = "spectral_dist"
 """``optimizer_impl`` of our optimizers."""
 OPTIONS = "override_optimizer_config"
@@ -156,26 +157,38 @@ def _converting(original: Callable[..., Any]) -> Callable[..., Any]:
         config = self.optimizer_config  # None of a reference model
         is_ours = getattr(config, "optimizer_impl", None) == IMPLEMENTATION
         if is_ours and not self.engine_config.forward_only:
-            rotation = read(config, self.engine_config.strategy).rotation
-            if rotation is not None:
-                _check(self, rotation)
-                convert(module, **rotation)
+            asked = read(config, self.engine_config.strategy)
+            if asked.rotation is not None:
+                _check(self, module, asked)
+                convert(module, **asked.rotation)
         return original(self, module)
 
     return _build_fsdp_module
 
 
-def _check(engine: Any, rotation: Mapping[str, Any]) -> None:
+def _check(engine: Any, module: nn.Module, asked: Asked) -> None:
     """Raise a ValueError if an engine's config has what POET does not do.
 
     Args:
         engine: verl's FSDPEngine.
-        rotation: keywords of ``convert``.
+        module: its model, not sharded yet.
+        asked: by its config.
     """
-    if "init" in rotation:
+    if any(p.dtype != torch.float32 for p in module.parameters()):
         raise ValueError(
-            f"{OPTIONS} has init, but W is what verl has loaded: leave it out, or start from a"
-            " model that has been written with it"
+            f"model_dtype is {engine.engine_config.model_dtype!r}, but FSDP2 takes one dtype of all"
+            " that trains in a module, and POET's skew parameters are float32: write"
+            " model_dtype=fp32, and param_dtype=bf16 in mixed_precision to compute in bfloat16"
+        )
+    if "init" in (asked.rotation or ()):
+        raise ValueError(
+            f"{OPTIONS} has init, but W is what verl has loaded, by its first rank alone: leave it"
+            " out"
+        )
+    if asked.options.get("clip_ramp"):
+        raise ValueError(
+            f"clip_ramp is {asked.options['clip_ramp']}, but nobody asks for clip_factor(): verl's"
+            " engine clips to clip_grad in every step; leave clip_ramp out"
         )
     rank = engine.model_config.lora_rank
     if rank > 0:
@@ -185,8 +198,8 @@ def _check(engine: Any, rotation: Mapping[str, Any]) -> None:
         )
     if engine._qat_enabled:
         raise ValueError(
-            "qat.enable is True, but POET rotates weights that are not quantized: leave qat out, or"
-            " take another optimizer"
+            "qat.enable is True, but POET rotates the weights themselves: leave qat out, or take"
+            " another optimizer"
         )
 
 
@@ -294,6 +307,25 @@ def _exporting_files(original: Callable[..., Any]) -> Callable[..., Any]:
     return get_fsdp_full_state_dict
 
 
+def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap FSDPModelMerger's ``_load_and_merge_state_dicts``: it refuses what POET has saved."""
+
+    @functools.wraps(original)
+    @explained
+    def _load_and_merge_state_dicts(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = original(self, *args, **kwargs)
+        skews = [name for name in state if name.rpartition(".")[2].startswith("skew_")]
+        if skews:
+            raise ValueError(
+                f"{self.config.local_dir} has {skews[0]}: POET has saved it, and verl.model_merger"
+                " would write weights without their rotations; add hf_model to the trainer's"
+                " checkpoint.save_contents, which writes the rotated weights to huggingface/"
+            )
+        return state
+
+    return _load_and_merge_state_dicts
+
+
 def _wrap(engine: Any) -> None:
     """Wrap the methods in the engine's module, once it is imported."""
     wrapped = engine.FSDPEngine
@@ -308,6 +340,13 @@ def _wrap_checkpoints(manager: Any) -> None:
     manager.get_fsdp_full_state_dict = _exporting_files(manager.get_fsdp_full_state_dict)
 
 
+def _wrap_merger(merger: Any) -> None:
+    """Wrap the method in the merger's module, once it is imported."""
+    wrapped = merger.FSDPModelMerger
+    wrapped._load_and_merge_state_dicts = _refusing(wrapped._load_and_merge_state_dicts)
+
+
 require("verl", "verl", verl.__version__, KNOWN)
 after_import(ENGINE, _wrap)
 after_import(CHECKPOINTS, _wrap_checkpoints)
+after_import(MERGER, _wrap_merger)

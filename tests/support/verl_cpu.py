@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +42,12 @@ def install() -> None:
     engine: Any = importlib.import_module("verl.workers.engine.fsdp.transformer_impl")
     engine.load_fsdp_model_to_gpu = engine.offload_fsdp_model_to_cpu = _move
     engine.load_fsdp_optimizer = engine.offload_fsdp_optimizer = _move_state
+    engine.CPUOffloadPolicy = partial(_without_pinning, engine.CPUOffloadPolicy)
+
+
+def _without_pinning(policy: Any, pin_memory: bool) -> Any:
+    """Build FSDP2's policy of parameters on the CPU; there is no device to pin memory for."""
+    return policy(pin_memory=False)
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ CONVERTED = ("block", "blocks")
 """Options of POET that are the model's."""
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, tied: bool = False) -> None:
     """The model, as from_pretrained reads it."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -41,7 +41,7 @@ def write_model(folder: Path) -> None:
     config = Qwen2Config(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(folder)
 
@@ -60,11 +60,11 @@ def engine_of(
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 
-    of_model = HFModelConfig(
-        path=folder, load_tokenizer=False, use_remove_padding=False,
-        override_config={"attn_implementation": "eager"}, enable_gradient_checkpointing=False,
-        **(model or {}),
-    )  # fmt: skip
+    of_model = HFModelConfig(**{
+        "path": folder, "load_tokenizer": False, "use_remove_padding": False,
+        "override_config": {"attn_implementation": "eager"},
+        "enable_gradient_checkpointing": False, **(model or {}),
+    })  # fmt: skip
     precision = dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), "fp32")
     of_engine = FSDPEngineConfig(**{
         "strategy": strategy, "use_torch_compile": False, "fsdp_size": -1, "model_dtype": "fp32",
