@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from spectral_dist._error_help import explained
+from spectral_dist._errors import suggest
 from spectral_dist.core.named import class_of
 from spectral_dist.poet.convert import SETTINGS, settings_of
 from spectral_dist.poet.optimizer import POET
 from spectral_dist.rules import registry
+from spectral_dist.rules.fields import specs_of
 from spectral_dist.rules.options import ROUTING
 
 SECTION = "spectral"
@@ -62,12 +64,16 @@ def split_rotation(
         where: they are from, for errors.
 
     Raises:
-        ValueError: a bad setting of ``convert``, or an option of ``param_groups`` that it has not.
+        ValueError: an unknown name, a bad setting of ``convert``, or an option of ``param_groups``
+            that it has not.
     """
     converts = (*SETTINGS, "matrices", "scalars")
-    for key in ROUTING:
-        if key in keywords and key not in converts:
+    known = {*specs_of(POET.options_type), *converts}
+    for key in keywords:
+        if key in ROUTING and key not in converts:
             raise ValueError(f"{where}: {key} has no effect: POET orthogonalizes no matrix")
+        if key not in known:
+            raise ValueError(f"{where}: unknown option {key!r}{suggest(key, known)}")
     rotation = {key: value for key, value in keywords.items() if key in converts}
     settings_of({key: value for key, value in rotation.items() if key in SETTINGS})
     return {key: value for key, value in keywords.items() if key not in converts}, rotation

@@ -19,7 +19,8 @@ TEXTS: dict[str, tuple[str, ...]] = {
         r"optimizer is .*, and spectral names another",
         r"has no effect on (spectral's optimizer|--optimizer )",
         r"relora resets AdamW's state",
-        r"(adapter|finetuning_type|--tuner_type) is .*, but POET rotates the weights",
+        r"(adapter|finetuning_type|--tuner_type|lora_rank) is .*, but POET rotates the weights",
+        r"qat\.enable is True, but POET rotates the weights",
         r" is .* beside spectral: leave one of them out",
         r"spectral runs (under the trainers of transformers alone|in )",
     ),
@@ -27,6 +28,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
         r"trains the rotations of a (model that is built with converters|converted model; write)",
         r"POET does not run under torchtitan's tensor parallelism",
         r"PoetConverter.Config: settings has init",
+        r"has init, but W is what verl has loaded",
         r"is of torchtitan's own optimizers; leave it out",
         r"param_group_overrides is of Automodel's own optimizers",
         r"options has .*; write it beside",
@@ -38,5 +40,8 @@ TEXTS: dict[str, tuple[str, ...]] = {
         r"this optimizer's param_groups, .*, are not the",
     ),
     "came-in-place-of-the-layers-extra-state": (r"came in place of the layer's extra state",),
+    "and-verlmodel_merger-would-write-weights-without-their-rotations": (
+        r"and verl\.model_merger would write weights without their rotations",
+    ),
     "export_on_save": (r"export_on_save: ",),
 }

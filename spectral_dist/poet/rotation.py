@@ -82,10 +82,13 @@ class Rotation:
             nearest = max(
                 (b for b in divisors if b <= self.block), default=min(divisors, default=0)
             )
+            advice = f"{nearest} does: blocks={{'a pattern of its name': (b_in, b_out)}}"
+            if not divisors:
+                advice = "no block does: leave the layer out, scalars=['a pattern of its name']"
             raise ValueError(
                 f"{self.key}: block {self.block} does not divide its dimension, {size}"
                 + f" in segments of {length}" * (self.segments > 1)
-                + f"; {nearest} does: blocks={{'a pattern of its name': (b_in, b_out)}}"
+                + f"; {advice}"
             )
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,21 @@ from tests.support.quiet import quiet
 
 STEPS, SAVED_AT, RANKS, MICRO = 6, 3, 2, 2
 """Steps, the step of the checkpoint, ranks, and micro-batches of a step."""
+CONTENTS = ("model", "optimizer", "extra")
+"""Of checkpoints."""
 WARMUP = 2
 LR, DECAY, BETAS, CLIP = 0.01, 0.1, (0.9, 0.95), 0.5
 OPTIONS: dict[str, dict[str, Any]] = {
     "Muon": {"momentum": 0.9, "polar_dtype": "float32", "scalars": ["down_proj"], "eps": 1e-4},
     "SUMO": {"rank": 4, "period": 2, "eps": 1e-4},
     "NorMuon": {"polar_dtype": "float32", "eps": 1e-4},
+    "POET": {"block": 8, "blocks": {"k_proj": [4, 8]}, "merge_every": 2, "eps": 1e-4},
 }
+CONVERTED = ("block", "blocks")
+"""Options of POET that are the model's."""
 
 
-def write_model(folder: Path) -> None:
+def write_model(folder: Path, tied: bool = False) -> None:
     """The model, as from_pretrained reads it."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -35,40 +41,44 @@ def write_model(folder: Path) -> None:
     config = Qwen2Config(
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        tie_word_embeddings=False,
+        tie_word_embeddings=tied,
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(folder)
 
 
 def engine_of(
     folder: str, optimizer: str, options: dict[str, Any], strategy: str = "fsdp2",
-    impl: str = "spectral_dist", offload: bool = False,
+    impl: str = "spectral_dist", offload: bool = False, contents: Sequence[str] = CONTENTS,
+    model: Mapping[str, Any] | None = None, settings: Mapping[str, Any] | None = None,
 ) -> Any:  # fmt: skip
-    """The engine, initialized, with the optimizer that its config names."""
+    """The engine, initialized, with the optimizer that its config names.
+
+    ``model`` and ``settings`` are fields of verl's configs of the model and the engine.
+    """
     verl_cpu.install()
     from verl.trainer.config import CheckpointConfig
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
 
-    model = HFModelConfig(
-        path=folder, load_tokenizer=False, use_remove_padding=False,
-        override_config={"attn_implementation": "eager"}, enable_gradient_checkpointing=False,
-    )  # fmt: skip
+    of_model = HFModelConfig(**{
+        "path": folder, "load_tokenizer": False, "use_remove_padding": False,
+        "override_config": {"attn_implementation": "eager"},
+        "enable_gradient_checkpointing": False, **(model or {}),
+    })  # fmt: skip
     precision = dict.fromkeys(("param_dtype", "reduce_dtype", "buffer_dtype"), "fp32")
-    settings = FSDPEngineConfig(
-        strategy=strategy, use_torch_compile=False, fsdp_size=-1, model_dtype="fp32",
-        mixed_precision=precision, optimizer_offload=offload,
-    )  # fmt: skip
+    of_engine = FSDPEngineConfig(**{
+        "strategy": strategy, "use_torch_compile": False, "fsdp_size": -1, "model_dtype": "fp32",
+        "mixed_precision": precision, "optimizer_offload": offload, "param_offload": offload,
+        **(settings or {}),
+    })  # fmt: skip
     optim = FSDPOptimizerConfig(
         lr=LR, weight_decay=DECAY, betas=BETAS, total_training_steps=STEPS, lr_warmup_steps=WARMUP,
         lr_scheduler_type="cosine", clip_grad=CLIP,
         optimizer=optimizer, optimizer_impl=impl, override_optimizer_config=options,
     )  # fmt: skip
-    contents = ["model", "optimizer", "extra"]
+    files = CheckpointConfig(save_contents=list(contents), load_contents=list(CONTENTS))
     with quiet():
-        engine = FSDPEngine(
-            model, settings, optim, CheckpointConfig(save_contents=contents, load_contents=contents)
-        )
+        engine = FSDPEngine(of_model, of_engine, optim, files)
         engine.initialize()
     return engine
 
@@ -123,12 +133,17 @@ def factor(step: int) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP))
 
 
-def by_loop(folder: str, optimizer: str) -> list[list[float]]:
-    """What the engine of ``RANKS`` ranks does, in one process without verl: each rank's losses."""
+def by_loop(folder: str, optimizer: str, steps: int = STEPS) -> tuple[Any, list[list[float]]]:
+    """The model that the engine of ``RANKS`` ranks trains, in one process without verl.
+
+    Beside it each rank's losses.
+    """
     from transformers import Qwen2ForCausalLM
 
     model = Qwen2ForCausalLM.from_pretrained(folder, attn_implementation="eager")
     options = dict(OPTIONS[optimizer])
+    if optimizer == "POET":
+        spectral_dist.poet.convert(model, **{name: options.pop(name) for name in CONVERTED})
     routing = {"scalars": options.pop("scalars", ())}
     with quiet():
         ours = getattr(spectral_dist, optimizer)(
@@ -137,7 +152,7 @@ def by_loop(folder: str, optimizer: str) -> list[list[float]]:
         )  # fmt: skip
     losses: list[list[float]] = [[] for _ in range(RANKS)]
     rates = [group["lr"] for group in ours.param_groups]
-    for step in range(STEPS):
+    for step in range(steps):
         for rank, micro in itertools.product(range(RANKS), range(MICRO)):
             loss = loss_of(model, *batch(step, rank, micro))
             (loss / RANKS / MICRO).backward()
@@ -148,13 +163,12 @@ def by_loop(folder: str, optimizer: str) -> list[list[float]]:
         with quiet():
             ours.step()
         ours.zero_grad()
-    return losses
+    return model, losses
 
 
 WRONG: dict[str, dict[str, Any]] = {
     "name": {"optimizer": "Moun", "options": {}},
     "option": {"optimizer": "Muon", "options": {"momentun": 0.9}},
-    "poet": {"optimizer": "POET", "options": {}},
 }
 
 

@@ -124,6 +124,7 @@ def test_fully_stochastic_takes_a_subset():
     [
         ({"block": 5}, ["layers.0.up/in", "block 5", "24", "4 does"]),
         ({"block": 1}, ["block 1", "2 does"]),
+        ({"block": 8, "segments": 24}, ["segments of 1", "scalars=['a pattern of its name']"]),
         ({"block": 8, "segments": 4}, ["block 8", "segments of 6", "6 does"]),
         ({"block": 2, "segments": 5}, ["24", "5 equal segments"]),
         ({"segments": 2, "ranks": 4}, ["segments is 2", "4 ranks", "segments=4"]),
