@@ -3,7 +3,7 @@
     .venv/bin/python -m benchmarks.pictures
 
 loss.png: training loss against tokens of every optimizer (results/h100/training.json, which
-`python -m benchmarks.gpu --parts g --minutes 3.9 --json ...` writes on a GPU). sent.png: bytes that
+`python -m benchmarks.gpu --parts g --minutes 2.1 --json ...` writes on a GPU). sent.png: bytes that
 a rank sends in a step under FSDP2 (results/fsdp_step.json: what is exact of that which
 `python -m benchmarks.fsdp_step --peers DIR --json FILE` writes, its counts).
 """

@@ -88,9 +88,8 @@ def write_inputs(folder: Path) -> None:
 
 
 def cases(layouts: Iterable[str]) -> list[tuple[str, str]]:
-    """Return layouts and optimizers to test: POET under DDP alone."""
-    each = [(layout, name) for layout in layouts for name in OPTIONS if name != "poet"]
-    return [*each, ("ddp", "poet")]
+    """Return layouts and optimizers to test."""
+    return [(layout, name) for layout in layouts for name in OPTIONS]
 
 
 def record(path: Path) -> None:
