@@ -74,6 +74,14 @@ def machine() -> str:
     return f"commit {commit}, torch {torch.__version__}, {len(names)} x {names[0]}"
 
 
+def write(rows: list[dict[str, Any]], json_path: Path | None, markdown: Path | None) -> None:
+    """Write what has been measured so far."""
+    if json_path is not None:
+        json_path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
+    if markdown is not None:
+        markdown.write_text(f"`{machine()}`\n\n{document(rows)}")
+
+
 def main(
     peer_dir: Annotated[Path | None, typer.Option(help="folder of the other packages")] = None,
     cases: Annotated[str, typer.Option(help="layout/model, comma-separated")] = ",".join(CASES),
@@ -99,6 +107,7 @@ def main(
             rows.extend({**row, "link": link} for row in found)
             elapsed = f"{time.monotonic() - begin:5.0f} s"
             print(f"{elapsed}  {link}, {job.ranks} ranks, scale {job.scale}", flush=True)
+            write(rows, json_path, markdown)
 
         for chosen in kits(cases.split(",")).values():
             for count in counts:
@@ -116,12 +125,7 @@ def main(
                         f"two hosts, {rate}",
                         replace(common, ranks=2, cases=chosen, seconds=seconds),
                     )
-    text = f"`{machine()}`\n\n{document(rows)}"
-    print(text)
-    if json_path is not None:
-        json_path.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1))
-    if markdown is not None:
-        markdown.write_text(text)
+    print(document(rows))
 
 
 if __name__ == "__main__":

@@ -15,61 +15,14 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 import spectral_dist
-from benchmarks.peers.models import Form, build, matrix_names
+from benchmarks.peers import dedicated
+from benchmarks.peers.layouts import LR, Wrapped
 from spectral_dist.integrations.torch.reduce_to_owners import reduce_to_owners
 
-LR = 1e-2
 OURS = "ours"
 HALF = {"polar_dtype": "bfloat16", "wire_dtype": "bfloat16"}
-
-
-class Wrapped:
-    """A model in its layout.
-
-    Attributes:
-        mesh: of all ranks.
-    """
-
-    def __init__(self, form: Form, layout: str) -> None:
-        model = build(form)
-        self.layout, self.names = layout, matrix_names(model)
-        self.mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        self.model = self.wrap(model)
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """Return the model, sharded or replicated."""
-        if self.layout == "ddp":
-            return DistributedDataParallel(model)
-        for layer in model.layers:
-            fully_shard(layer, mesh=self.mesh)
-        return fully_shard(model, mesh=self.mesh)
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Return all parameters by their names in the unwrapped model."""
-        return {n.removeprefix("module."): p for n, p in self.model.named_parameters()}
-
-    @property
-    def matrices(self) -> list[nn.Parameter]:
-        """Return what is orthogonalized."""
-        return [p for name, p in self.parameters().items() if name in self.names]
-
-    @property
-    def rest(self) -> list[nn.Parameter]:
-        """Return all else."""
-        return [p for name, p in self.parameters().items() if name not in self.names]
-
-    def whole(self) -> dict[str, torch.Tensor]:
-        """Return copies of all matrices, unsharded."""
-        found = {name: p for name, p in self.parameters().items() if name in self.names}
-        return {n: p.full_tensor().detach().clone() if hasattr(p, "full_tensor")
-                else p.detach().clone() for n, p in found.items()}  # fmt: skip
 
 
 class Both:
@@ -188,6 +141,12 @@ CONTENDERS = {
         polar="dtensor_muon.orthogonalize.orthogonalize:ns_loop",
     ),
     "dion": Contender(dion, BOTH, "dion", "dion.megabatch_base:muon_update_newton_schulz"),
+    "DMuon": Contender(
+        dedicated.build,
+        package="dmuon",
+        polar="dmuon.optim.newton_schulz:NewtonSchulz.local",
+        wrapped=dedicated.Dedicated,
+    ),
     "heavyball": Contender(
         heavyball, BOTH, "heavyball", "heavyball.utils:zeropower_via_newtonschulz5"
     ),

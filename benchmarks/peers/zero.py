@@ -13,7 +13,8 @@ from torch import Tensor
 from typing_extensions import override
 
 import spectral_dist.integrations.deepspeed  # noqa: F401
-from benchmarks.peers.contenders import HALF, LR
+from benchmarks.peers.contenders import HALF
+from benchmarks.peers.layouts import LR
 from benchmarks.peers.models import Form, build, matrix_names
 from benchmarks.peers.runners import Runner
 
