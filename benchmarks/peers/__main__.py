@@ -32,6 +32,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.peers.contenders import OURS
 from benchmarks.peers.job import Job
 from benchmarks.peers.models import FORMS
 from benchmarks.peers.start import ROOT, run, two_hosts, why_no_hosts
@@ -43,6 +44,8 @@ CASES = [
     *(f"{layout}/{model}" for layout in ("ddp", "zero1", "zero2", "zero3") for model in PLAIN),
 ]
 """layout/model."""
+BASES = ("AdamW", OURS)
+"""Contenders that all others are compared with."""
 WEAK = ("fsdp/homogeneous",)
 
 
@@ -98,9 +101,8 @@ def main(
     counts = sorted({1, *map(int, ranks.split(","))})  # one process is the reference
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
-        common = Job(
-            1, [], folder, paths(peer_dir), tiny=tiny, names=list(filter(None, names.split(";")))
-        )
+        chosen_names = [*BASES, *names.split(";")] if names else []
+        common = Job(1, [], folder, paths(peer_dir), tiny=tiny, names=chosen_names)
 
         def add(link: str, job: Job) -> None:
             found = run(job, link != "one host")
