@@ -42,6 +42,7 @@ PLAIN = ("homogeneous", "gqa")
 CASES = [
     *(f"fsdp/{model}" for model in FORMS),
     *(f"{layout}/{model}" for layout in ("ddp", "zero1", "zero2", "zero3") for model in PLAIN),
+    "megatron/tensor parallel",
 ]
 """layout/model."""
 BASES = ("AdamW", OURS)
@@ -59,11 +60,11 @@ def paths(folder: Path | None) -> list[str]:
 
 
 def kits(cases: list[str]) -> dict[str, list[tuple[str, str]]]:
-    """Return layouts and models by what must be in the processes: torch alone, or DeepSpeed."""
+    """Return layouts and models by what the processes must have."""
     found: dict[str, list[tuple[str, str]]] = {}
     for case in cases:
         layout, model = case.split("/")
-        needs = "DeepSpeed" if layout.startswith("zero") else "torch"
+        needs = {"zero": "DeepSpeed", "mega": "Megatron"}.get(layout[:4], "torch")
         found.setdefault(needs, []).append((layout, model))
     return found
 

@@ -158,6 +158,10 @@ def kit(layout: str) -> tuple[Any, dict[str, Any]]:
 
 def run_case(job: Job, layout: str, model: str) -> list[dict[str, Any]]:
     """Return the rows of a layout and a model, of this rank."""
+    if layout == "megatron":
+        from benchmarks.peers import tensor_parallel
+
+        return tensor_parallel.run(job)
     runner_class, contenders = kit(layout)
     torch.manual_seed(1)
     tokens = torch.randint(VOCABULARY, (LONG,))

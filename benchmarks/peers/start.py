@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.peers import tables
 from benchmarks.peers.job import Job
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,7 +83,10 @@ def gathered(rows: tuple[dict[str, Any], ...], ranks: int) -> dict[str, Any]:
     row = {**rows[0], "ranks": ranks}
     if row["failed"]:
         return row
-    for key in ("sent", "polar", "state", "peak", "peak step"):
-        row[key] = [each[key] for each in rows]
+    if row["error"] is not None:
+        row["error"] = max(each["error"] for each in rows)
+    for key in tables.OF_RANKS:
+        if key in row:
+            row[key] = [each[key] for each in rows]
     row["mean sent"] = statistics.mean(row["sent"])
     return row

@@ -9,6 +9,8 @@ from typing import Any
 from benchmarks.peers.contenders import OURS
 
 Row = dict[str, Any]
+OF_RANKS = ("sent", "polar", "state", "peak", "peak step", "macs")
+"""What a row has of each rank."""
 EXACT = 0.25
 """The largest difference of an update, in its RMS, that rounding to bfloat16 makes."""
 
@@ -42,7 +44,7 @@ def table(titles: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 def over_adamw(row: Row, rows: Sequence[Row], key: str = "mean sent") -> float:
     """Return what a row's ranks send more than AdamW's of the same case, the mean of ranks."""
-    return row[key] - next(r for r in rows if r["name"] == "AdamW")[key]
+    return row[key] - next((r[key] for r in rows if r["name"] == "AdamW"), 0)
 
 
 def whole_table(rows: Sequence[Row]) -> str:
@@ -60,8 +62,10 @@ def whole_table(rows: Sequence[Row]) -> str:
             continue
         peak = "peak" if row["layout"].startswith("zero") else "peak step"
         cells = [row["name"], f"{over_adamw(row, rows) / 1e6:.3f}"]
-        cells += map(str, (over_adamw(row, rows, "calls"), max(row["polar"]), sum(row["polar"])))
-        cells += [f"{max(row[key]) / 1e6:.2f}" for key in ("state", peak)] + [exact(row)]
+        cells.append(f"{over_adamw(row, rows, 'calls'):g}")
+        cells += [str(f(row["polar"])) if "polar" in row else "" for f in (max, sum)]
+        cells += [f"{max(row[key]) / 1e6:.2f}" if key in row else "" for key in ("state", peak)]
+        cells.append(exact(row))
         for which in (0, 1) if row.get("times") else ():
             cells.append(f"{1e3 * statistics.median(t[which] for t in row['times']):.0f}")
             cells.append(f"{ratio(row, ours, which):.2f}" if ours else "")
