@@ -1,7 +1,9 @@
 """Muons of other packages and ours on the same ranks, in turns: bytes, calls, memory and time.
 
-    pip install --no-deps --target DIR muon-fsdp2 muonium dtensor-muon heavyball
+    pip install --no-deps --ignore-requires-python --target DIR muon-fsdp2==0.3.0 \\
+        muonium==0.2.0 dtensor-muon==0.1.0 heavyball==3.2.1 emerging-optimizers==0.3.0
     git clone https://github.com/microsoft/dion DIR/dion
+    git clone https://github.com/X-Square-Robot/dmuon DIR/dmuon
     .venv/bin/python -m benchmarks.peers --peer-dir DIR --json peers.json --markdown peers.md
 
 A case is a layout and a model (models.py). All contenders of a case (contenders.py) live on the
