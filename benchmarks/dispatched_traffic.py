@@ -16,6 +16,7 @@ RULES = {  # argument, a, b: a (P - 1) / P^b of its bytes
     "reduce_scatter_tensor": (0, 1, 1),
     **dict.fromkeys(("_allgather_base_", "allgather_"), (1, 1, 0)),
     "all_gather_into_tensor": (0, 1, 0),
+    **dict.fromkeys(("broadcast_", "reduce_"), (0, 1, 1)),
 }
 
 
@@ -48,6 +49,8 @@ class DispatchedTraffic(TorchDispatchMode):
             given, splits = (args[1], args[4]) if name == "alltoall_base_" else (args[0], args[2])
             share = 1 - splits[rank] / max(1, sum(splits)) if splits else (ranks - 1) / ranks
             return share * given.nbytes
+        if name == "alltoall_":  # outputs, inputs
+            return sum(t.nbytes for r, t in enumerate(args[1]) if r != rank)
         if name == "gather_":  # outputs, inputs, group, root
             return 0 if rank == args[3] else args[1][0].nbytes
         if name == "scatter_":

@@ -353,6 +353,11 @@ def missed(rows: dict[str, dict[str, Any]], s: MegatronSettings) -> list[str]:
     return found
 
 
+def has_peer() -> bool:
+    """Whether the package is there that the built-in takes."""
+    return importlib.util.find_spec("emerging_optimizers") is not None
+
+
 def contenders(peers: bool) -> list[str]:
     """Those that are here; the others are named."""
     names = []
@@ -381,7 +386,7 @@ def main(
     """Measure and print a table per dtype."""
     os.environ.update(TORCHDYNAMO_DISABLE="1", OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
     sys.path.append(peers)
-    names = contenders(importlib.util.find_spec("emerging_optimizers") is not None)
+    names = contenders(has_peer())
     results = {}
     for dtype in dtypes.split(","):
         s = MegatronSettings(ranks, layers, hidden, ffn, dtype, seconds)
