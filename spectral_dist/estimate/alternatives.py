@@ -44,7 +44,7 @@ class PlannedMatrix:
 def planned(prediction: Prediction) -> Iterator[PlannedMatrix]:
     """Yield all matrices of a prediction, unit by unit."""
     for counter in prediction.counters:
-        traffic = BucketTraffic(counter, prediction.machine)
+        traffic = BucketTraffic(counter.unit, counter.teams, prediction.machine)
         job_rank_of = counter.unit.job_rank_of.flatten().tolist()
         team_of = {
             i: bucket.team

@@ -235,7 +235,7 @@ class MatrixCounter:
         """Return what counts exchanges that may go in two steps; None: all go at once."""
         if self.options.machine is None or self.ranks == 1:
             return None
-        return BucketTraffic(self, machine_of(self.options))
+        return BucketTraffic(self.unit, self.teams, machine_of(self.options))
 
     def in_two_steps(self, bucket: Bucket) -> bool:
         """Return whether a bucket is exchanged within hosts first, as ``machine`` lets it."""

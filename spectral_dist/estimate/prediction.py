@@ -167,7 +167,7 @@ class _Seconds:
 
     def add(self, counter: MatrixCounter) -> None:
         """Add the step of a unit of matrices."""
-        traffic = BucketTraffic(counter, self.machine)
+        traffic = BucketTraffic(counter.unit, counter.teams, self.machine)
         stages = [_Stages(counter, bucket, traffic) for bucket in counter.plan.buckets]
         unit = counter.unit
         parts: dict[str, Tensor | float] = dict.fromkeys(self.by_rank, 0.0)

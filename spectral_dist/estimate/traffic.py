@@ -9,21 +9,20 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from spectral_dist.estimate.slabs import shares, stored_in_slab
+from spectral_dist.estimate.placed import PlacedUnit
+from spectral_dist.estimate.slabs import Team, shares, stored_in_slab
 from spectral_dist.machine import Machine
+from spectral_dist.sharding import collectives
 from spectral_dist.sharding.boxes import Slabs
 from spectral_dist.sharding.cost import ExchangeLoad, exchange_seconds
 from spectral_dist.sharding.hosts import Grid, grid_of
 from spectral_dist.sharding.layout import Tile
 from spectral_dist.sharding.plan import Bucket, first_of
-
-if TYPE_CHECKING:
-    from spectral_dist.estimate.counts import MatrixCounter
 
 Storage = tuple[Tile, ...]
 """What ranks store of a matrix, ``Layout.storage()``."""
@@ -93,14 +92,16 @@ class BucketTraffic:
     """Counts what travels for the buckets of one unit.
 
     Args:
-        counter: of the unit.
+        unit: its matrices.
+        teams: of the matrices that stay in slabs.
         machine: which says what ranks share a host.
     """
 
-    def __init__(self, counter: MatrixCounter, machine: Machine) -> None:
-        self.counter, self.machine = counter, machine
-        self.shape = (counter.replicas, counter.ranks)
-        numbers = counter.unit.job_rank_of
+    def __init__(self, unit: PlacedUnit, teams: Mapping[int, Team], machine: Machine) -> None:
+        self.unit, self.teams, self.machine = unit, teams, machine
+        located = unit.located
+        self.shape = (collectives.size(located.replicas), collectives.size(located.group))
+        numbers = unit.job_rank_of
         self.hosts = numbers // machine.host_size
         grids = {grid_of(replica, machine.host_size) for replica in numbers.tolist()}
         self.grid = grids.pop() if len(grids) == 1 else None
@@ -111,7 +112,7 @@ class BucketTraffic:
     @cached_property
     def host_team(self) -> int:
         """Return the size of the largest teams that lie within a host."""
-        return self.counter.unit.host_team(self.machine.host_size)
+        return self.unit.host_team(self.machine.host_size)
 
     def near(self, team: int) -> Tensor:
         """Return the share of the other ranks of its team that are in a rank's host.
@@ -139,12 +140,12 @@ class BucketTraffic:
         Returns:
             The replica, the first of its ranks that work on them, and their number.
         """
-        replica, rank = divmod(owner, self.counter.ranks)
+        replica, rank = divmod(owner, self.shape[1])
         if bucket.gram:
-            return replica, 0, self.counter.ranks
-        if bucket.team > 1 and self.counter.ranks > 1:
-            first = first_of(owner, self.counter.ranks, bucket.team)
-            return replica, first % self.counter.ranks, bucket.team
+            return replica, 0, self.shape[1]
+        if bucket.team > 1 and self.shape[1] > 1:
+            first = first_of(owner, self.shape[1], bucket.team)
+            return replica, first % self.shape[1], bucket.team
         return replica, rank, 1
 
     def collected(self, bucket: Bucket) -> Traffic:
@@ -217,8 +218,8 @@ class BucketTraffic:
             for rank in range(first, first + count) if is_exact else (first,):
                 sent = jobs.setdefault((replica, rank, 1 if is_exact else count), Counter())
                 for i in matrices:
-                    cut = self.counter.teams[i].cut if is_exact else None
-                    sent[self.counter.layouts[i].storage(), cut] += 1
+                    cut = self.teams[i].cut if is_exact else None
+                    sent[self.unit.located.layouts[i].storage(), cut] += 1
         return jobs
 
     @cached_property

@@ -65,7 +65,7 @@ def test_what_each_rank_sends(engine: str, strategy: str, ranks: int) -> None:
     )
     machine = Machine(ranks_per_host=2)
     for counter in prediction.counters:
-        traffic = BucketTraffic(counter, machine)
+        traffic = BucketTraffic(counter.unit, counter.teams, machine)
         assert (traffic.grid is None) == (counter.ranks == 2)
         for bucket in (bucket for bucket in counter.plan.buckets if bucket.moves):
             collected = traffic.collected(bucket)
