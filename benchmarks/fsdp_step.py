@@ -122,7 +122,7 @@ class Both:
         self.parts = parts
 
     def step(self) -> None:
-        """Of both."""
+        """Step both."""
         for part in self.parts:
             part.step()
 

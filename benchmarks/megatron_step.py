@@ -353,11 +353,6 @@ def missed(rows: dict[str, dict[str, Any]], s: MegatronSettings) -> list[str]:
     return found
 
 
-def has_peer() -> bool:
-    """Whether the package is there that the built-in takes."""
-    return importlib.util.find_spec("emerging_optimizers") is not None
-
-
 def contenders(peers: bool) -> list[str]:
     """Those that are here; the others are named."""
     names = []
@@ -386,7 +381,7 @@ def main(
     """Measure and print a table per dtype."""
     os.environ.update(TORCHDYNAMO_DISABLE="1", OMP_NUM_THREADS="1", PYTHONWARNINGS="ignore")
     sys.path.append(peers)
-    names = contenders(has_peer())
+    names = contenders(importlib.util.find_spec("emerging_optimizers") is not None)
     results = {}
     for dtype in dtypes.split(","):
         s = MegatronSettings(ranks, layers, hidden, ffn, dtype, seconds)

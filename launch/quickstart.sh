@@ -2,7 +2,7 @@
 # Trains a small Llama on botocore's documentation, on 2 ranks with ZeRO-2: first with SpectralMuon,
 # then with AdamW on the same data and schedule. Prints both results side by side.
 # `quickstart.sh polargrad`, or any other optimizer's name, takes that one in place of Muon.
-# It installs what it needs into .venv, the text among it. About 5 minutes on 2 cores.
+# It installs what it needs into .venv, the text among it. Five to seven minutes on 2 cores.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 

@@ -17,26 +17,13 @@ from typing import Any
 import torch
 
 import spectral_dist
+from benchmarks.fsdp_step import Both
 from benchmarks.peers import dedicated
 from benchmarks.peers.layouts import LR, Wrapped
 from spectral_dist.integrations.torch.reduce_to_owners import reduce_to_owners
 
 OURS = "ours"
 HALF = {"polar_dtype": "bfloat16", "wire_dtype": "bfloat16"}
-
-
-class Both:
-    """Two optimizers that step one after the other; each parameter is in one of them."""
-
-    def __init__(self, *parts: torch.optim.Optimizer) -> None:
-        self.parts = parts
-
-    def step(self) -> None:
-        """Of both."""
-        for part in self.parts:
-            part.step()
-
-    state = property(lambda self: {k: v for part in self.parts for k, v in part.state.items()})
 
 
 def adamw(wrapped: Wrapped) -> Any:

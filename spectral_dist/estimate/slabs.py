@@ -89,11 +89,7 @@ def member_counts(
         shape: of the matrix.
         probe: from the place of a member that has the key of a kind, and whether it is the owner.
     """
-    lengths, side = team.lengths, min(shape)
-    kinds = lengths * (side + 1) + row_counts(side, len(lengths)) * team.is_split
-    values, kind_of = torch.unique(kinds, return_inverse=True)
-    last = torch.full_like(values, len(kinds))
-    places = last.scatter_reduce(0, kind_of, torch.arange(len(kinds)), "amin").tolist()
+    places, kind_of = _kinds(team.cut, team.members, team.is_split, min(shape))
     probes = [probe(place, False) for place in places]
     at_owner = probe(places[int(kind_of[team.owner])], True)
     counted = []
@@ -102,6 +98,22 @@ def member_counts(
         values[team.owner] = getattr(at_owner, name)
         counted.append(values)
     return MemberCounts(*counted)
+
+
+@lru_cache(maxsize=1024)
+def _kinds(cut: Slabs, members: range, is_split: bool, side: int) -> tuple[list[int], Tensor]:
+    """Return the first member of each kind of members that take the same, and the kind of each.
+
+    Args:
+        cut, members, is_split: of the team.
+        side: the short one of the matrix.
+    """
+    lengths = slab_lengths(cut, members)
+    kinds = lengths * (side + 1) + row_counts(side, len(lengths)) * is_split
+    values, kind_of = torch.unique(kinds, return_inverse=True)
+    last = torch.full_like(values, len(kinds))
+    places = last.scatter_reduce(0, kind_of, torch.arange(len(kinds)), "amin")
+    return places.tolist(), kind_of
 
 
 @lru_cache(maxsize=1024)

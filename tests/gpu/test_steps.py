@@ -66,7 +66,7 @@ def test_three_steps_of_bfloat16_weights(name, device):
 def test_a_bad_gradient_raises_and_changes_nothing_where_the_host_looks(
     name, bad, device, monkeypatch
 ):
-    """As it does on CPUs; on a GPU the next step tells (test_waits_and_memory.py)."""
+    """The host looks first on CPUs; on a GPU the next step tells (test_waits_and_memory.py)."""
     monkeypatch.setattr(finite, "LATER_ON", ())
     model, optimizer = support.build(name, device)
     support.take_steps(model, optimizer, 0, 1)

@@ -20,7 +20,7 @@ from tests.support.quiet import quiet
 STEPS, SAVED_AT, RANKS, MICRO = 6, 3, 2, 2
 """Steps, the step of the checkpoint, ranks, and micro-batches of a step."""
 CONTENTS = ("model", "optimizer", "extra")
-"""Of checkpoints."""
+"""The contents that checkpoints have."""
 WARMUP = 2
 LR, DECAY, BETAS, CLIP = 0.01, 0.1, (0.9, 0.95), 0.5
 OPTIONS: dict[str, dict[str, Any]] = {

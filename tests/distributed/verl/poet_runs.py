@@ -36,9 +36,7 @@ def whole(engine: Any) -> dict[str, Tensor]:
 DEFAULTS = {"enable_gradient_checkpointing": True, "use_remove_padding": True}
 CASES: dict[str, dict[str, Any]] = {
     "fsdp": {},
-    "verl's defaults": {
-        "model": {"enable_gradient_checkpointing": True, "use_remove_padding": True}
-    },
+    "verl's defaults": {"model": DEFAULTS},
     "whole after forward": {"settings": {"reshard_after_forward": False}},
     "hsdp": {"settings": {"fsdp_size": 1}},
     "params on the cpu": {"settings": {"offload_policy": True}},

@@ -80,6 +80,20 @@ def test_what_each_rank_sends(engine: str, strategy: str, ranks: int) -> None:
                     check_seconds(collected.load, sent, replica, traffic)
 
 
+def test_exchanges_go_at_once_where_messages_cost_little() -> None:
+    """A machine alone changes no byte; messages that take long make some travel twice."""
+    job = Job.from_user("fsdp", dp=4)
+    moved = [
+        int(predict(model(), job, Machine(), "muon", {"strategy": "owner", **more})
+            .estimate.by_rank["moved"].sum())
+        for more in (
+            {}, {"machine": {"ranks_per_host": 2, "message": 1e-12}},
+            {"machine": {"ranks_per_host": 2, "message": 1.0}},
+        )
+    ]  # fmt: skip
+    assert moved[0] == moved[1] < moved[2]
+
+
 def check_seconds(load: ExchangeLoad, sent: Tensor, replica: int, traffic: BucketTraffic) -> None:
     """Against the loads that training makes of each rank's own counts."""
     assert traffic.grid is not None
