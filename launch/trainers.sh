@@ -25,7 +25,7 @@ packages() {
       need transformers==5.24.0 accelerate==1.15.0 peft==0.21.2 trl==1.16.0 datasets deepspeed==0.19.8
       ;;
     lightning)
-      need lightning==2.6.6 transformers==5.24.0
+      need lightning==2.6.6 transformers==5.24.0 deepspeed==0.19.8
       ;;
     llama_factory)
       # it asks for torchaudio and torchvision, of which it imports the first by name only

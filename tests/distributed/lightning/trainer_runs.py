@@ -21,7 +21,7 @@ from tests.support.quiet import quiet
 
 EPOCHS, STEPS, ACCUMULATION, BATCH, LENGTH, WIDTH, WORDS = 2, 3, 2, 4, 8, 16, 48
 """STEPS are those of an epoch, BATCH is that of all ranks."""
-LR, CLIP = 0.02, 0.5
+LR, CLIP, BLOCK = 0.02, 0.5, 4
 OPTIONS: dict[str, dict[str, Any]] = {
     "Muon": {"polar": "jordan", "polar_dtype": "float32"},
     "SUMO": {"rank": 4, "period": 2},
@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 class Net(nn.Module):
-    def __init__(self, name: str) -> None:
+    def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embed = nn.Embedding(WORDS, WIDTH)
@@ -38,14 +38,19 @@ class Net(nn.Module):
         self.down = nn.Linear(24, WIDTH, bias=False)
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, WORDS, bias=False)
-        if name != "Muon":
-            self.double()  # AdamW of skews, and bases of SUMO, amplify float32's rounding
-        if name == "POET":
-            spectral_dist.poet.convert(self, block=4)
 
     def forward(self, tokens: Tensor) -> Tensor:
         h = self.embed(tokens)
         return self.head(self.norm(h + self.down(torch.relu(self.up(h)))))
+
+
+def net_of(name: str) -> Net:
+    net = Net()
+    if name != "Muon":
+        net.double()  # AdamW of skews, and bases of SUMO, amplify float32's rounding
+    if name == "POET":
+        spectral_dist.poet.convert(net, block=BLOCK)
+    return net
 
 
 def loss_of(net: nn.Module, tokens: Tensor) -> Tensor:
@@ -63,9 +68,9 @@ def schedule_of(optimizer: Any) -> CosineAnnealingLR:
 
 
 class Lit(lightning.LightningModule):
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, net: nn.Module) -> None:
         super().__init__()
-        self.name, self.net, self.losses = name, Net(name), list[float]()
+        self.name, self.net, self.losses = name, net, list[float]()
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -121,16 +126,27 @@ def fit(
     callbacks: tuple[Callback, ...] = (),
     **changes: Any,
 ) -> lightning.Trainer:
-    """A run that saves after each epoch, or the rest of one, which saves nothing."""
+    """A run that saves after each epoch, or the rest of one, which saves nothing.
+
+    Args:
+        folder: of checkpoints.
+        layout: see ``strategy_of``.
+        name: of the optimizer.
+        resume: the checkpoint that the rest goes on from.
+        callbacks: beside the one that saves.
+        changes: of the Trainer's arguments; ``net`` is the model.
+    """
+    net = changes.pop("net", None) or net_of(name)
+    changes = {"strategy": strategy_of(layout), "max_epochs": EPOCHS, **changes}
+    changes = {"gradient_clip_val": CLIP, **changes}
     world = dist.get_world_size()
     if resume is None:
         saving = ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1)
         callbacks = (*callbacks, saving)
     trainer = lightning.Trainer(
-        accelerator="cpu", devices=world, strategy=strategy_of(layout),
-        max_epochs=changes.pop("max_epochs", EPOCHS),
+        accelerator="cpu", devices=world,
         # Lightning looks for MPI by itself, and fails where mpi4py has no library
-        plugins=[LightningEnvironment()], gradient_clip_val=CLIP,
+        plugins=[LightningEnvironment()],
         accumulate_grad_batches=ACCUMULATION, callbacks=list(callbacks), logger=False,
         enable_checkpointing=resume is None, enable_progress_bar=False,
         enable_model_summary=False, use_distributed_sampler=False,
@@ -141,7 +157,7 @@ def fit(
     sampler = DistributedSampler(data, world, dist.get_rank(), shuffle=False)
     loader = DataLoader(data, BATCH // world, sampler=sampler)
     with quiet():
-        trainer.fit(Lit(name), loader, ckpt_path=resume)
+        trainer.fit(Lit(name, net), loader, ckpt_path=resume)
     return trainer
 
 
@@ -165,9 +181,24 @@ def thawed(folder: str, layout: str, name: str) -> dict[str, Any]:
     return result(fit(folder, layout, name, callbacks=(Thaw(),)))
 
 
-def by_loop(name: str, thaw: bool = False) -> dict[str, Any]:
-    """What the Trainer does, in one process and without it."""
-    net = Net(name)
+def by_loop(
+    name: str,
+    thaw: bool = False,
+    net: nn.Module | None = None,
+    scheduled: bool = True,
+    divided: int = 1,
+) -> dict[str, Any]:
+    """What the Trainer does, in one process and without it.
+
+    Args:
+        name: of the optimizer.
+        thaw: as the callback does.
+        net: the model; None: as the Trainer's.
+        scheduled: whether the learning rate follows ``schedule_of``; not with ``thaw``.
+        divided: what gradients, and the norm that they are clipped to, are divided by.
+    """
+    net = net or net_of(name)
+    scheduled = scheduled and not thaw
     net.down.requires_grad_(not thaw)
     with quiet():  # named as in Lit: SUMO's sketches and refreshes follow from matrices' names
         optimizer = optimizer_of(nn.ModuleDict({"net": net}), name)
@@ -179,12 +210,12 @@ def by_loop(name: str, thaw: bool = False) -> dict[str, Any]:
             optimizer.add_param_group({"params": list(net.down.parameters()), "lr": LR / 2})
         for batch in rows().chunk(STEPS):
             loss = loss_of(net, batch)
-            loss.backward()
+            (loss / divided).backward()
             trained = [p for group in optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(trained, CLIP)
+            nn.utils.clip_grad_norm_(trained, CLIP / divided)
             with quiet():
                 optimizer.step()
-            if not thaw:
+            if scheduled:
                 schedule.step()
             optimizer.zero_grad()
             losses.append(float(loss.detach()))
