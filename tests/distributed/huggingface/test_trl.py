@@ -61,8 +61,7 @@ def test_two_ranks_do_what_one_does(which: str, optimizer: str, tmp_path: Path) 
     )  # fmt: skip
     assert min(whole["norms"]) > 1e-4
     torch.testing.assert_close(whole["losses"], one["losses"], rtol=0, atol=2e-6)
-    # a reward's gradients are close to singular: Muon's steps raise float32's rounding in them
-    close(whole["weights"], one["weights"], 4e-6 if which == "reward" else 1e-6)
+    close(whole["weights"], one["weights"], 1e-11 if which == "reward" else 1e-6)
     rest = run(tmp_path, "ddp", which, optimizer, resume=True)
     assert rest["losses"][-3:] == whole["losses"][-3:]
     close(rest["weights"], whole["weights"], 0.0)

@@ -84,8 +84,10 @@ def reward(args: dict[str, Any], hook: Any, ranks_of_data: int) -> Trainer:
     shape = trainer_runs.model_of("muon").config
     shape.num_labels, shape.pad_token_id = 1, 0
     torch.manual_seed(0)
+    # in float64: gradients of a reward are close to singular, and Muon's steps raise what rounding
+    # leaves in them, in float32 to 1.6e-6 of difference between layouts
     return RewardTrainer(
-        LlamaForSequenceClassification(shape), args=config, train_dataset=pairs(ranks_of_data),
+        LlamaForSequenceClassification(shape).double(), args=config, train_dataset=pairs(ranks_of_data),
         processing_class=tokenizer(), optimizer_cls_and_kwargs=hook(config),
         callbacks=[SpectralCallback()],
     )  # fmt: skip
