@@ -117,17 +117,20 @@ MESHES = [
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero1", *SLOW])
+@pytest.mark.fast_cases("zero1")
 def test_two_ranks(engine: str, tmp_path: Path) -> None:
     check(tmp_path, 2, engine, OWNER)
     check(tmp_path, 2, engine, POET, "even")
 
 
 @pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero1", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_slabs(engine: str, tmp_path: Path) -> None:
     check(tmp_path, 2, engine, GRAM)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero1", *SLOW])
+@pytest.mark.fast_cases("ddp")
 def test_teams_of_two_ranks(engine: str, tmp_path: Path) -> None:
     assert check(tmp_path, 2, engine, SPLIT, "shallow") == {2}
 
@@ -140,11 +143,13 @@ def test_teams_of_three_and_four_ranks(engine: str, tmp_path: Path) -> None:
     assert check(tmp_path, 4, engine, PAIR, "shallow") == {2}
 
 
+@pytest.mark.slow
 def test_teams_within_nodes(tmp_path: Path) -> None:
     assert check(tmp_path, 4, "hsdp", SPLIT, "shallow", nodes=2) == {2}
 
 
 @pytest.mark.parametrize("engine", ["fsdp", "zero1", *SLOW[1:3]])
+@pytest.mark.fast_cases("zero1")
 def test_within_hosts_first(engine: str, tmp_path: Path) -> None:
     check(tmp_path, 4, engine, WITHIN_HOSTS)
 

@@ -164,6 +164,7 @@ def flags() -> tuple[Any, Any, str, float]:
 
 
 @pytest.mark.usefixtures("ranks")
+@pytest.mark.slow
 def test_megatron() -> None:
     """TP 2; and the flags, by Megatron's own parser."""
     wanted = ("adam", ("spectral_steady", {"decay": 0.9}), "SpectralSteady", 0.9)

@@ -42,6 +42,7 @@ def part(
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: " ".join(layout for layout, *_ in way))
+@pytest.mark.fast_cases("ddp fsdp one")
 def test_saved_and_loaded_under_another_layout(way: list[Any], tmp_path: Path) -> None:
     """In the middle of a period, on other ranks, at owners or in slabs: one process's numbers."""
     steps, load = (0, 7, 13, STEPS), ""
@@ -58,6 +59,7 @@ def test_saved_and_loaded_under_another_layout(way: list[Any], tmp_path: Path) -
 
 
 @pytest.mark.parametrize("layout", ["ddp", "fsdp"])
+@pytest.mark.fast_cases("fsdp")
 def test_bit_by_bit_on_the_same_ranks(layout: str, tmp_path: Path) -> None:
     folder = str(tmp_path / "a")
     whole = harness.run(2, part, layout, {}, 0, 14, "", "")

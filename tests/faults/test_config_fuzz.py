@@ -84,6 +84,7 @@ def judge_all(runs: Runs, cases: list[ChangedRun]) -> None:
     assert not wrong, "\n" + "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_a_few_in_one_process(runs: Runs) -> None:
     judge_all(runs, [case_of(number, megatron=False, ranks=1) for number in range(FAST)])
 

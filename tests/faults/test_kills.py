@@ -28,6 +28,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return losses
 
 
+@pytest.mark.slow
 def test_one_rank_is_told_to_end_and_all_come_back(trial: StruckJob) -> None:
     """Both ranks save after the same step; torchrun restarts them, and they go on."""
     options = (*trial.options("ddp"), "--resume", "auto")

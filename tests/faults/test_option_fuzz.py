@@ -123,6 +123,7 @@ def test_mistakes(title: str) -> None:
 
 @settings(max_examples=400)
 @given(case=st.sampled_from(CASES), value=VALUES)
+@pytest.mark.slow
 def test_anything(case: tuple[str, str], value: object) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -103,6 +103,7 @@ def test_unpacked_files_are_the_same_text(install: Install) -> None:
     assert list(botocore_text.documents(folder)) == packed
 
 
+@pytest.mark.slow
 def test_the_default_corpus_is_split_by_service_and_needs_no_import(
     install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,6 +87,7 @@ def test_outputs_are_those_of_transformers(folder: Path) -> None:
             assert max(found) < 1e-5
 
 
+@pytest.mark.slow
 def test_the_shipped_configuration_resumes_on_any_ranks(tmp_path: Path) -> None:
     shipped = ROOT / "configs/megatron/tiny_muon.yaml"
     said = {**yaml.safe_load(shipped.read_text()), "steps": 8, "batch": 8, "warmup": 2}

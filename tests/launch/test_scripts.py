@@ -35,7 +35,7 @@ SLURM = pytest.param("slurm.sbatch", marks=pytest.mark.slow)  # its command line
 
 
 @pytest.mark.parametrize("name", ["torchrun.sh", "deepspeed.sh", "mpirun.sh", SLURM])
-@pytest.mark.fast_cases("torchrun.sh", "deepspeed.sh")
+@pytest.mark.fast_cases("torchrun.sh")
 def test_templates_run_two_ranks_here(job: LaunchedJob, name: str) -> None:
     if name == "mpirun.sh":
         mpi_or_skip()

@@ -67,6 +67,7 @@ def test_however_many_ranks_share_it(folder: Path, kind: str, layout: str) -> No
 
 
 @pytest.mark.parametrize("kind", [k for k in OPTIMIZERS if k not in ("PolarGrad", "ROOT")])
+@pytest.mark.fast_cases("Muon")
 def test_goes_on_elsewhere_as_if_it_had_not_stopped(folder: Path, kind: str) -> None:
     places = [(4, True, TP), (1, False, {}), (2, True, {}), (2, False, {})]
     found: list[float] = []

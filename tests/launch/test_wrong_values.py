@@ -306,6 +306,7 @@ def test_an_empty_path_is_not_this_folder(job: LaunchedJob, option: str) -> None
         assert f"{option} is empty" in result.output
 
 
+@pytest.mark.slow
 def test_what_deepspeed_says_of_settings(job: LaunchedJob) -> None:
     """A slip of one that it has is an error, another is told; its errors name what they can."""
     path = job.config("muon", 1, MUON)

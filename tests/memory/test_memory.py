@@ -58,6 +58,7 @@ def run(world: int, case: MemoryCase) -> Found:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.fast_cases("muon", "poet", "root")
 def test_one_rank_alone(optimizer):
     case = MemoryCase("fsdp", optimizer)
     ranks = run(1, case)
@@ -75,6 +76,7 @@ def test_one_rank_alone(optimizer):
     *(MemoryCase(layout, "sumo") for layout in ("ddp", "zero1")),
     *(MemoryCase(layout, "poet") for layout in ("ddp", "fsdp")),
 ], ids=lambda case: f"{case.layout}-{case.optimizer}")  # fmt: skip
+@pytest.mark.fast_cases("ddp-sumo", "zero3-muon")
 def test_two_ranks(case):
     check(case, run(2, case))
 
@@ -91,6 +93,7 @@ def test_temporaries_do_not_grow_with_the_model(case):
     check_growth(small, large)
 
 
+@pytest.mark.slow
 def test_it_is_the_bucket_that_bounds_them():
     """In a bucket that holds every model they do grow: the other tests can fail."""
     case = MemoryCase("fsdp", "muon", bucket=2**24)

@@ -194,6 +194,7 @@ def megatron_owners(names: list[str], settings: megatron_step.MegatronSettings) 
     return megatron_step.measure(names, settings)
 
 
+@pytest.mark.slow
 def test_megatron_steps_are_what_the_formula_and_the_reference_say():
     names = ["ours owner", "ours owner, gate|up"]
     settings = megatron_step.MegatronSettings(2, 1, 256, 384, "float32", 0)

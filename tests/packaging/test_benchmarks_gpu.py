@@ -19,6 +19,7 @@ from tests.gpu import support
 ROOT = Path(__file__).resolve().parents[2]
 
 
+@pytest.mark.slow
 def test_every_part_fills_its_rows_and_the_files_are_whole(tmp_path):
     output, png = tmp_path / "gpu.json", tmp_path / "gpu.png"
     tiny = ["--device", "cpu", "--tiny", "--json", str(output), "--png", str(png)]
@@ -119,6 +120,7 @@ def test_the_script_says_with_its_status_what_failed_and_measures_all_the_same(t
         assert (out / "gpu.log").read_text().rstrip().endswith("--tiny")
 
 
+@pytest.mark.slow
 def test_without_a_gpu_its_tests_are_skipped_and_say_why():
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     environment.pop("SPECTRAL_DIST_GPU_TESTS", None)

@@ -69,6 +69,7 @@ def test_ranks_stay_from_call_to_call_and_leave_no_file():
     assert not Path(pool.folder.name).exists()
 
 
+@pytest.mark.slow
 def test_any_error_ends_the_ranks():
     before = processes()
     with pytest.raises(harness.RankError, match=r"(?s)rank 0.*ValueError: no 0.*rank 1.*no 1"):

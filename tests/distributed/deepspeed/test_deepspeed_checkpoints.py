@@ -20,6 +20,7 @@ def configuration(stage: int, world: int, universal: bool = False) -> dict[str, 
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.fast_cases("3")
 def test_same_world(stage: int, tmp_path: Path) -> None:
     wanted = training.train(engine.OPTIONS, 7)
     config = configuration(stage, 2)

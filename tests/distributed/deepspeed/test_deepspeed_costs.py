@@ -40,6 +40,7 @@ def sent_by_flat(owners: dict[str, int], world: int) -> list[int]:
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.fast_cases("1-3")
 def test_only_straddling_matrices_move(stage: int, world: int) -> None:
     ranks = harness.run(world, engine.train, engine.config(stage, world), count=STEPS, **MODEL)
     owners = ranks[0]["owners"]

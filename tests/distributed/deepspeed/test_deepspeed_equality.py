@@ -122,7 +122,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.fast_cases("fp32", "bf16")
+@pytest.mark.fast_cases("bf16")
 def test_bitwise_with_equal_gradients(precision: str) -> None:
     """The owner strategy moves numbers and changes none: any layout has one rank's bits."""
     wanted = None

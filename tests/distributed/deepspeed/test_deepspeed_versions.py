@@ -187,6 +187,7 @@ def unread(times: int) -> int:
     return sum(not p.isfinite().all() for read in reads for p in read.values())
 
 
+@pytest.mark.slow
 def test_gathered_parameters_are_there() -> None:
     """Up to 0.19.7, and without our repair, it is some of a hundred reads."""
     assert harness.run(3, unread, 100) == [0, 0, 0]

@@ -25,7 +25,7 @@ def run(*args: Any, **kwargs: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("optimizer", ["muon", "sumo"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("by", ["json", "factory", "zero_init"])
-@pytest.mark.fast_cases("json-1-muon", "factory-2-sumo", "zero_init-3-muon")
+@pytest.mark.fast_cases("json-1-muon")
 def test_the_trainer_does_what_a_loop_does(
     by: str, stage: int, optimizer: str, tmp_path: Path
 ) -> None:

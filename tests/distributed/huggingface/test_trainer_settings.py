@@ -31,7 +31,7 @@ def close(got: dict[str, Any], wanted: dict[str, Any], bound: float) -> None:
 
 @pytest.mark.parametrize("optimizer", ["muon", "sumo"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.fast_cases("ddp-sumo")
+@pytest.mark.slow
 def test_a_batch_size_that_is_found(layout: str, optimizer: str, tmp_path: Path) -> None:
     """The Trainer begins anew with a smaller batch, and keeps the optimizer: as if begun there."""
     found = run(trainer_settings.smaller, tmp_path, layout, optimizer)

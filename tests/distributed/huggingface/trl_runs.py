@@ -87,8 +87,9 @@ def reward(args: dict[str, Any], hook: Any, ranks_of_data: int) -> Trainer:
     # in float64: gradients of a reward are close to singular, and Muon's steps raise what rounding
     # leaves in them, in float32 to 1.6e-6 of difference between layouts
     return RewardTrainer(
-        LlamaForSequenceClassification(shape).double(), args=config, train_dataset=pairs(ranks_of_data),
-        processing_class=tokenizer(), optimizer_cls_and_kwargs=hook(config),
+        LlamaForSequenceClassification(shape).double(), args=config,
+        train_dataset=pairs(ranks_of_data), processing_class=tokenizer(),
+        optimizer_cls_and_kwargs=hook(config),
         callbacks=[SpectralCallback()],
     )  # fmt: skip
 

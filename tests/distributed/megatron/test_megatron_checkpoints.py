@@ -37,7 +37,7 @@ def resume(folder, version, name, wrapping, targets, sharding=None, **kwargs):
         pytest.param(OLD, "", marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.fast_cases("0.19.2-distributed optimizer")
+@pytest.mark.slow
 def test_losses_are_those_of_the_run_that_never_stopped(tmp_path, version, wrapping):
     targets = TARGETS if version == NEW else ["TP 2 x DP 2", "DP 4"]
     wanted, found = resume(tmp_path, version, "spectral_muon", WRAPPINGS[wrapping], targets)
@@ -49,7 +49,7 @@ def test_losses_are_those_of_the_run_that_never_stopped(tmp_path, version, wrapp
 
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)
-@pytest.mark.fast_cases("distributed optimizer")
+@pytest.mark.slow
 def test_a_checkpoint_may_change_between_momentum_at_owners_and_on_shards(tmp_path, wrapping):
     """Back again: DP 4 to TP 2 x DP 2, with the other kind of optimizer state on the way."""
     args = (NEW, "spectral_polargrad", {}, WRAPPINGS[wrapping])
@@ -104,6 +104,7 @@ def legacy(options):
         return str(error)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_by_one_rank_says_that_momentum_is_elsewhere():
     found = harness.run(2, legacy, {}, pool=NEW)
     assert all("--ckpt-format torch_dist" in text for text in found)

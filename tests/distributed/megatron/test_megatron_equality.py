@@ -193,6 +193,7 @@ def test_replicas_keep_one_momentum_between_them():
     assert max(one["momentum"] for one in found) < whole / 2  # of TP 2, with room for owners
 
 
+@pytest.mark.slow
 def test_bf16_has_float32_masters():
     model = {"bf16": True}
     wanted = alone(NEW, "spectral_muon", (("bf16", True),))

@@ -120,7 +120,7 @@ LAYOUTS: dict[str, tuple[int, str, dict[str, int], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.fast_cases("TP 2 x DP 2, distributed optimizer")
+@pytest.mark.slow
 def test_ranks_have_what_is_estimated(layout: str) -> None:
     ranks, model, sizes, wrapping = LAYOUTS[layout]
     check(ranks, model, CASES, sizes, wrapping)

@@ -103,7 +103,7 @@ def real_parser(order, arguments, providers):
 
 
 @pytest.mark.parametrize("order", ["first", "last"])
-@pytest.mark.fast_cases("first")
+@pytest.mark.slow
 def test_the_import_is_enough_for_every_parse_of_megatrons(order):
     arguments = ["--optimizer", "spectral_muon", "--use-distributed-optimizer",
                  "--spectral-scale", "spectral", "--spectral-momentum", ".9",

@@ -216,6 +216,7 @@ def registered_late():
             for name, entry in _EMERGING_OPTIMIZERS.items() if name not in before}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_rule_registered_later_is_in_megatrons_registry():
     added = harness.run(1, registered_late, pool="a rule registered later")[0]
     assert added

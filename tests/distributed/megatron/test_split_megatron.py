@@ -49,6 +49,7 @@ def test_five_steps_are_those_of_one_process(layout: str, monkeypatch: pytest.Mo
 TWO_HOSTS = {"ranks_per_host": 2, "message": 1.0}
 
 
+@pytest.mark.slow
 def test_two_steps_are_bitwise_one() -> None:
     """On two hosts of two ranks, where messages take so long that they go within hosts first."""
     ranks, groups, wrapping = LAYOUTS["TP 4"]

@@ -50,6 +50,7 @@ def alone(
         ),
     ],
 )
+@pytest.mark.fast_cases("0.19.2-layout0-wrapping0-options0")
 def test_twenty_steps_are_those_of_one_process(version, layout, wrapping, options):
     """Sketches and phases go by names in the whole model, so pipeline stages agree, too."""
     ranks, groups = layout
@@ -66,6 +67,7 @@ def test_twenty_steps_are_those_of_one_process(version, layout, wrapping, option
     assert sum(one["polar_calls"] for one in found) == wanted["polar_calls"]
 
 
+@pytest.mark.slow
 def test_experts_of_several_ranks() -> None:
     """Ten steps: tokens are added up in another order, and in 20 that has grown to 4e-6."""
     wanted = alone(experts=4, steps=10)

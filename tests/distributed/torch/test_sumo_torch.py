@@ -35,12 +35,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("layout", "world", "setting"), CASES)
-@pytest.mark.fast_cases(
-    "ddp-3-full",
-    "fsdp-2-gram",
-    "tp-2-gram, criterion",
-    "tp_fsdp-4-paper",
-)
+@pytest.mark.fast_cases("tp-2-gram, criterion", "ddp-3-full")
 def test_equals_one_process(layout: str, world: int, setting: str) -> None:
     odd = layouts.options_for(layout).get("odd", True)
     wanted = alone(setting, odd)

@@ -116,7 +116,7 @@ def test_bitwise_equal_to_one_process(layout: str, world: int) -> None:
 
 
 @pytest.mark.parametrize(("layout", "world"), [("ddp", 2), ("fsdp", 3), ("hsdp", 4)])
-@pytest.mark.fast_cases("fsdp-3")
+@pytest.mark.slow
 def test_adapted_coefficients_are_those_of_one_process(layout: str, world: int) -> None:
     """Counts of singular values add up to the same whoever counts them."""
     results = check_bitwise(world, layout, ["root", ADAPTING], "language model")

@@ -171,6 +171,12 @@ def some_layouts() -> list[tuple[str, int, str]]:
 
 
 @pytest.mark.parametrize(("layout", "world", "setting"), some_layouts())
+@pytest.mark.fast_cases(
+    "tp_fsdp-4-root, quantile .7, plain momentum, accumulated",
+    "fsdp-3-muon, split, clipped, accumulated, small buckets",
+    "one-1-polargrad, jordan",
+    "fsdp-3-root, quantile .7, plain momentum, accumulated",
+)
 def test_settings_equal_the_reference(layout: str, world: int, setting: str) -> None:
     check_against_reference(layout, world, setting)
 

@@ -173,6 +173,7 @@ def test_in_one_process(kind: str, name: str, tmp_path: Path) -> None:
         for name in TOGETHER
     ],
 )
+@pytest.mark.fast_cases("Muon-ddp activation")
 def test_on_two_ranks_and_in_one_process(kind: str, name: str, tmp_path: Path) -> None:
     source = tmp_path / "source"
     harness.run(2, saved_together, str(tmp_path), kind, name, str(source))

@@ -107,6 +107,7 @@ def resume_fsdp(folder: str, first: int, last: int) -> list[float]:
 
 
 @pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.fast_cases("1")
 def test_deepspeed_goes_on_in_torch(stage: int, tmp_path: Path) -> None:
     config = engine.config(stage, 2, zero={"sub_group_size": 3000})
     harness.run(2, engine.interrupted, config, str(tmp_path), first=0, last=3, save="a")
@@ -123,6 +124,7 @@ def test_deepspeed_goes_on_in_torch(stage: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.fast_cases("2")
 def test_one_process_goes_on_under_deepspeed(stage: int, tmp_path: Path) -> None:
     """At any stage of the same files, with the schedule of the JSON where it would be."""
     model, optimizer = saved(tmp_path / "a")

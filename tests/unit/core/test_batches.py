@@ -67,6 +67,7 @@ def test_operators_of_many_small_matrices(kind: str) -> None:
 
 @pytest.mark.parametrize("shape", [(16, 16), (24, 16), (16, 40), (32, 32)])
 @pytest.mark.parametrize("kind", [*BEFORE, "NorMuon"])
+@pytest.mark.fast_cases("Muon-shape1", "SUMO-shape2", "ROOT-shape3", "NorMuon-shape0")
 def test_bits_do_not_depend_on_the_batch(
     kind: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -129,6 +129,7 @@ def report_under(layout: str, rule: str) -> tuple[Any, int, int]:
 
 
 @pytest.mark.parametrize("rule", ["Muon", "ROOT"])
+@pytest.mark.fast_cases("Muon")
 def test_sharded_reports_are_those_of_one_process(rule: str) -> None:
     wanted = harness.run(1, report_under, "one", rule)[0][0]
     for world, layout in ((2, "ddp"), (3, "fsdp"), (4, "hsdp"), (4, "tp_fsdp")):

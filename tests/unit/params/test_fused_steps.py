@@ -298,6 +298,7 @@ def check(after: Tensor, expected: Tensor, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["Llama", "GPT-NeoX", "Falcon, of a group", "Phi-3", "DeepSeek-V3", "GPT-OSS"]
 )
+@pytest.mark.fast_cases("GPT-OSS-auto", "DeepSeek-V3-auto", "Phi-3-auto")
 def test_a_step_is_that_of_the_plain_matrices(name: str, heads: str | None) -> None:
     class_name, changes = MODELS[name]
     model = build(class_name, **changes).double().eval()

@@ -286,6 +286,7 @@ def of_title(title: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("split", [None, SPLIT], ids=["whole", "columns"])
 @pytest.mark.parametrize("title", RULES)
+@pytest.mark.fast_cases("Muon-whole", "SUMO-columns", "ROOT-whole")
 def test_a_rule_reads_them_out_by_in(title: str, split: Any, tmp_path: Path) -> None:
     """The numbers of an nn.Linear, bit by bit; its state and options are those of out x in."""
     for scale in ("original", "spectral") if title not in ("PolarGrad",) else ("",):

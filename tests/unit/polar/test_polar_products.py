@@ -218,6 +218,7 @@ def run(*arguments, **variables):
 
 @needs_triton
 @pytest.mark.parametrize("which", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_triton_by_its_interpreter(which):
     checks = str(ROOT / "tests/unit/polar/triton_checks.py")
     assert " passed" in run("-m", "pytest", checks, "-x", "-m", which, TRITON_INTERPRET="1")

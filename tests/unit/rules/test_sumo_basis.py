@@ -24,6 +24,7 @@ from tests.unit.rules.sumo_steps import (
 # -- when bases are taken
 
 
+@pytest.mark.slow
 def test_refreshes_are_spread_and_once_in_a_period():
     period, count = 10, 200
     model = Weights(**{f"layer{i}": (4, 3) for i in range(count)})

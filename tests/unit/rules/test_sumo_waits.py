@@ -64,6 +64,7 @@ def seen(options, shape, step):
 
 @pytest.mark.parametrize("rank", [0.25, 3, 1.0])
 @pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.fast_cases("shape0-0.25", "shape1-3")
 def test_no_step_waits(shape, rank):
     """Neither a step in between nor one with new bases, of some matrices or of all."""
     options = SUMOOptions(lr=0.02, rank=rank, period=8)

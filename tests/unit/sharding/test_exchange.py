@@ -166,18 +166,21 @@ def rounds(ranks: int, replicas: int, wire_name: str, seed: int) -> int:
 
 @pytest.mark.parametrize("wire", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.fast_cases("3-float32", "3-bfloat16")
 def test_shards_reach_their_owner_and_return(ranks, wire):
     assert sum(harness.run(ranks, rounds, ranks, 1, wire, 100 * ranks)) > 0
 
 
 @pytest.mark.parametrize("wire", ["float32", "bfloat16"])
 @pytest.mark.parametrize("replicas", [2, 3, 4])
+@pytest.mark.fast_cases("3-float32", "3-bfloat16")
 def test_whole_matrices_reach_their_replicas(replicas, wire):
     """DDP: each matrix at one owner."""
     assert sum(harness.run(replicas, rounds, 1, replicas, wire, 100 * replicas)) > 0
 
 
 @pytest.mark.parametrize("wire", ["float32", "bfloat16"])
+@pytest.mark.fast_cases("bfloat16")
 def test_shards_reach_their_replicas(wire):
     """HSDP: shards to an owner in one replica and back, then to the other replica."""
     assert sum(harness.run(4, rounds, 2, 2, wire, 900)) > 0
