@@ -26,6 +26,8 @@ from torch import Tensor
 TRIES = 7
 SIDE = {"cpu": 1024, "cuda": 8192}
 """The side of the matrices that are multiplied, by device."""
+SMALLER = 8
+"""How many times smaller the matrices are that show how products of small ones slow down."""
 BLOCK = 1 << 23
 """The number of elements that are copied and sent."""
 TRAINING_SHARE = 0.6
@@ -44,11 +46,19 @@ def median_seconds(work: Callable[[], object], device: str) -> float:
     return statistics.median(seconds[1:])
 
 
-def products(dtype: torch.dtype, device: str) -> float:
-    """Return the multiply-adds/s of a batched product."""
-    side = SIDE[device]
-    x = torch.randn(1, side, side, device=device).to(dtype)
-    return side**3 / median_seconds(lambda: torch.bmm(x, x), device)
+def products(dtype: torch.dtype, device: str, parts: int = 1) -> float:
+    """Return the multiply-adds/s of products of square matrices.
+
+    Args:
+        dtype: of the matrices.
+        device: where they are multiplied.
+        parts: how many times smaller the side is than the device's; there are as many matrices.
+    """
+    side = SIDE[device] // parts
+    x = torch.randn(parts, side, side, device=device).to(dtype)
+    one_by_one = [x[i : i + 1] for i in range(parts)] if device == "cpu" else [x]
+    seconds = median_seconds(lambda: [torch.bmm(y, y) for y in one_by_one], device)
+    return parts * side**3 / seconds
 
 
 def exchange(group: dist.ProcessGroup | None, numel: int, device: str) -> float:
@@ -79,10 +89,12 @@ def measure(device: str) -> dict[str, Any]:
 
     ranks, here = dist.get_world_size(), int(os.environ.get("LOCAL_WORLD_SIZE", 0))
     per_host = here or ranks
-    half = products(torch.bfloat16, device)
+    half, wide = products(torch.bfloat16, device), products(torch.float32, device)
+    slower = wide / products(torch.float32, device, SMALLER)
     numbers = {
         "flops": half,
-        "flops_wide": products(torch.float32, device),
+        "flops_wide": wide,
+        "half_speed_side": max(0.0, slower - 1) * SIDE[device] / SMALLER,
         "memory_bandwidth": 3 * 4 * BLOCK / median_seconds(lambda: block.add_(block), device),
         "launch": median_seconds(start_operators, device) / len(small),
         "ranks_per_host": per_host,

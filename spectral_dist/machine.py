@@ -21,6 +21,8 @@ class Machine:
             sheet, what batched GEMMs of some thousand rows reach).
         flops_wide: multiply-adds/s in the Gram's dtype, float32 or float64 (both 33e12 on the data
             sheet).
+        half_speed_side: shorter side of a matrix whose products reach half of those speeds, as
+            predictions count them: others reach side / (side + half_speed_side). 0: all reach them.
         ranks_per_host: ranks that the faster links join.
         host_bandwidth: bytes/s that a rank sends to ranks of other hosts.
         host_latency: seconds of one collective between hosts.
@@ -34,6 +36,7 @@ class Machine:
     latency: float = 2e-5
     flops: float = 2e14
     flops_wide: float = 2.5e13
+    half_speed_side: float = 0.0
     ranks_per_host: float = 8
     host_bandwidth: float = 4.5e10
     host_latency: float = 4e-5
@@ -47,15 +50,17 @@ class Machine:
         """Build a machine from the defaults, changed by these numbers by name.
 
         Raises:
-            ValueError: an unknown name, or a value that is no number above 0.
+            ValueError: an unknown name, or a value that is no number in its range.
         """
         defaults = asdict(cls())
         for name, value in values.items():
             if name not in defaults:
                 raise ValueError(f"unknown number {name!r}. Known: {', '.join(defaults)}.")
             is_number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not is_number or not 0 < value < float("inf"):
-                raise ValueError(f"{name} is {value!r}; it must be a number above 0")
+            may_be_0 = name == "half_speed_side"
+            if not is_number or not 0 <= value < float("inf") or (value == 0 and not may_be_0):
+                least = "at least" if may_be_0 else "above"
+                raise ValueError(f"{name} is {value!r}; it must be a number {least} 0")
             if name == "ranks_per_host" and value != int(value):
                 raise ValueError(f"{name} is {value!r}; it must be a whole number")
         return cls(**{**defaults, **values})

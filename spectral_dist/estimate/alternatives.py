@@ -104,9 +104,10 @@ def _alone(counter: MatrixCounter, layout: Layout, traffic: BucketTraffic) -> di
     link = (machine.host_bandwidth, machine.host_latency)
     if traffic.num_hosts == 1:
         link = (machine.bandwidth, machine.latency)
+    shape = layout.matrix.read_shape
     is_cut = counter.ranks > 1 and len(holders_of(layout.storage())) > 1
     moved = layout.matrix.numel * counter.wire.itemsize * is_cut
-    seconds = {"owner": device_seconds(counter.whole(layout), machine)}
+    seconds = {"owner": device_seconds(counter.whole(layout), machine, shape)}
     seconds["owner"] += 2 * (moved / link[0] + link[1] * is_cut)
     if is_cut:
         team = Team.of(Bucket({}, True, gram=True), layout, 0, counter.ranks, counter.replicas)
@@ -115,7 +116,7 @@ def _alone(counter: MatrixCounter, layout: Layout, traffic: BucketTraffic) -> di
             shards = 0.0 if team.cut.in_place else moved / counter.ranks / link[0] + link[1]
             seconds["gram"] = in_slabs + 2 * shards
     size = traffic.host_team
-    spec = counter.rule.polar(counter.options, layout.matrix.read_shape)
+    spec = counter.rule.polar(counter.options, shape)
     able = is_cut if counter.ranks > 1 else layout.stacked()
     if size > 1 and able and polynomials(spec) is not None:
         team = Team.of(Bucket({}, True, team=size), layout, 0, counter.ranks, counter.replicas)
@@ -147,4 +148,4 @@ def _in_slabs(
     except ValueError:
         return None
     sent = counts.sent_bytes / link[0] + counts.collectives * link[1]
-    return float((device_seconds(counts, machine) + sent).max())
+    return float((device_seconds(counts, machine, layout.matrix.shape) + sent).max())

@@ -6,6 +6,7 @@ says what is left out.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from spectral_dist.estimate.slabs import MemberCounts
 from spectral_dist.estimate.timeline import BucketSeconds, finish
 from spectral_dist.estimate.traffic import BucketTraffic
 from spectral_dist.machine import Machine
+from spectral_dist.polar.batching import SMALL
 from spectral_dist.rules import registry
 from spectral_dist.rules.base import Shape
 from spectral_dist.sharding.plan import Bucket
@@ -92,12 +94,16 @@ def predict(
             "strategy is 'block', under which steps on blocks and on whole matrices take turns; no"
             " one step is predicted, so write 'owner', 'gram', 'split' or 'auto'"
         )
-    total = _Seconds(job.ranks, machine)
+    on_cpu = job.device.type == "cpu"
+    total = _Seconds(job.ranks, machine, on_cpu)
     for counter in counters:
         total.add(counter)
     total.add_elementwise(ADAMW * estimate.others.double())
-    device = float(total.device.max())
-    seconds = max(device, float(total.by_rank["launch"].max()))
+    launch = total.by_rank["launch"]
+    if on_cpu:  # the same cores start operators and run them
+        seconds = float((total.device + launch).max())
+    else:
+        seconds = max(float(total.device.max()), float(launch.max()))
     return Prediction(estimate, machine, seconds, total.by_rank, tuple(counters))
 
 
@@ -151,10 +157,11 @@ class _Seconds:
     Args:
         ranks: of the job.
         machine: the speeds.
+        on_cpu: whether ranks compute on CPUs.
     """
 
-    def __init__(self, ranks: int, machine: Machine) -> None:
-        self.ranks, self.machine = ranks, machine
+    def __init__(self, ranks: int, machine: Machine, on_cpu: bool) -> None:
+        self.ranks, self.machine, self.on_cpu = ranks, machine, on_cpu
         parts = ("compute", "exchange", "memory", "launch", "within", "between")
         self.by_rank = {part: torch.zeros(ranks, dtype=torch.float64) for part in parts}
         self.device = torch.zeros(ranks, dtype=torch.float64)
@@ -168,7 +175,7 @@ class _Seconds:
     def add(self, counter: MatrixCounter) -> None:
         """Add the step of a unit of matrices."""
         traffic = BucketTraffic(counter.unit, counter.teams, self.machine)
-        stages = [_Stages(counter, bucket, traffic) for bucket in counter.plan.buckets]
+        stages = [_Stages(counter, b, traffic, self.on_cpu) for b in counter.plan.buckets]
         unit = counter.unit
         parts: dict[str, Tensor | float] = dict.fromkeys(self.by_rank, 0.0)
         for stage in stages:
@@ -194,6 +201,7 @@ class _Stages:
         counter: of the bucket's unit.
         bucket: the bucket.
         traffic: of the unit.
+        on_cpu: whether ranks compute on CPUs.
 
     Attributes:
         seconds: of the stages.
@@ -203,8 +211,11 @@ class _Stages:
         within, between: bytes sent.
     """
 
-    def __init__(self, counter: MatrixCounter, bucket: Bucket, traffic: BucketTraffic) -> None:
+    def __init__(
+        self, counter: MatrixCounter, bucket: Bucket, traffic: BucketTraffic, on_cpu: bool
+    ) -> None:
         self.counter, self.bucket, self.traffic = counter, bucket, traffic
+        self.on_cpu = on_cpu
         self.machine = traffic.machine
         shape = (counter.replicas, counter.ranks)
         self.computed, self.reduced, self.launched, self.within, self.between = (
@@ -259,8 +270,10 @@ class _Stages:
                 shape = self.counter.layouts[i].matrix.read_shape
                 counts[shape] = counts.get(shape, 0) + 1
                 probe = self.counter.whole(self.counter.layouts[i])
-                self.computed[replica, rank] += device_seconds(probe, self.machine)
-                if counts[shape] == 1:
+                self.computed[replica, rank] += device_seconds(probe, self.machine, shape)
+                # a CPU computes larger matrices one by one
+                is_alone = self.on_cpu and math.prod(shape) > SMALL
+                if counts[shape] == 1 or is_alone:
                     self.launched[replica, rank] += probe.operators * self.machine.launch
 
     def _add_slabs(self) -> None:
@@ -271,7 +284,8 @@ class _Stages:
         for i in (i for matrices in self.bucket.matrices.values() for i in matrices):
             layout, team = counter.layouts[i], counter.teams[i]
             counts = counter.members(layout, team)
-            team.of_ranks(self.computed).add_(device_seconds(counts, machine))
+            seconds = device_seconds(counts, machine, layout.matrix.shape)
+            team.of_ranks(self.computed).add_(seconds)
             team.of_ranks(sent).add_(counts.sent_bytes)
             if (team.ranks, layout.matrix.read_shape) not in batches:
                 batches.add((team.ranks, layout.matrix.read_shape))
@@ -286,13 +300,15 @@ class _Stages:
         self.between += between
 
 
-def device_seconds(probe: Probe | MemberCounts, machine: Machine) -> Any:
+def device_seconds(probe: Probe | MemberCounts, machine: Machine, shape: Shape) -> Any:
     """Return the seconds of a matrix's direction: products, and what else passes memory.
 
     Args:
         probe: of one rank, or of all ranks of a team.
         machine: the speeds.
+        shape: of the matrix.
     """
     half = (probe.flops - probe.wide_flops) / (2 * machine.flops)
     wide = probe.wide_flops / (2 * machine.flops_wide)
-    return half + wide + probe.touched_bytes / machine.memory_bandwidth
+    products = (half + wide) * (1 + machine.half_speed_side / min(shape))
+    return products + probe.touched_bytes / machine.memory_bandwidth

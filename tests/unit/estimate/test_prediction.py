@@ -11,7 +11,12 @@ from torch import nn
 from spectral_dist.estimate import Job
 from spectral_dist.estimate.alternatives import planned
 from spectral_dist.estimate.estimate import AGREEMENT
-from spectral_dist.estimate.prediction import active_numbers, predict, training_seconds
+from spectral_dist.estimate.prediction import (
+    PER_BUCKET,
+    active_numbers,
+    predict,
+    training_seconds,
+)
 from spectral_dist.estimate.timeline import BucketSeconds, finish
 from spectral_dist.machine import Machine
 from tests.support import models
@@ -173,3 +178,37 @@ def test_the_agreement_of_ranks_is_left_out_of_links() -> None:
     prediction = predict(model(), job, MACHINE, "muon")
     moved = prediction.by_rank["within"] + prediction.by_rank["between"]
     assert (prediction.estimate.by_rank["moved"] - moved).tolist() == [AGREEMENT] * 2
+
+
+@pytest.mark.parametrize("side", [16, 64])
+def test_products_of_small_matrices_are_slower(side: int) -> None:
+    """At the side of half the speed they take twice as long, at four times it 5 / 4."""
+    net = nn.Linear(side, 256, bias=False, device="meta")
+    job = Job.from_user("fsdp", dp=2)
+    # no memory worth the name: what is left of a direction is products
+    fast = {"memory_bandwidth": 1e30}
+    large, small = (
+        float(
+            predict(net, job, Machine(**fast, half_speed_side=half), "muon")
+            .by_rank["compute"]
+            .max()
+        )
+        for half in (0.0, 16.0)
+    )
+    assert small == pytest.approx(large * (1 + 16 / side))
+
+
+@pytest.mark.parametrize(("side", "batches"), [(32, 1), (128, 6)])
+def test_a_cpu_starts_operators_and_runs_them(side: int, batches: int) -> None:
+    """In one queue, and of matrices above 64 x 64 those of each."""
+    net = nn.Sequential(*[nn.Linear(side, side, bias=False, device="meta") for _ in range(6)])
+    job = Job.from_user("fsdp", dp=1, dtype="float32", device="cpu")
+    seconds, launch = [], []
+    for machine in (Machine(launch=1e-9), Machine(launch=1.0)):
+        prediction = predict(net, job, machine, "muon", {"polar_dtype": "float32"})
+        seconds.append(prediction.seconds)
+        launch.append(float(prediction.by_rank["launch"].max()))
+    assert seconds[1] - seconds[0] == pytest.approx(launch[1] - launch[0])
+    (counter,) = prediction.counters
+    (of_one,) = {counter.whole(layout).operators for layout in counter.layouts}
+    assert launch[1] == PER_BUCKET * len(counter.plan.buckets) + batches * of_one
