@@ -125,12 +125,16 @@ def collectives() -> dict[str, int]:
         dist.all_to_all_single(got, x, [sizes[0][rank], sizes[1][rank]], sizes[rank])
         dist.gather(x, [torch.zeros(12) for _ in range(ranks)] if rank == 0 else None)
         dist.scatter(torch.zeros(6), list(x.chunk(2)) if rank == 0 else None)
+        dist.broadcast(x, 0)
+        dist.reduce(torch.zeros(6), 0)
     return dict(traffic.bytes)
 
 
 def test_bytes_are_counted_at_the_dispatcher():
     first, second = harness.run(2, collectives)
     common = {"allreduce_": 48, "_allgather_base_": 48, "_reduce_scatter_base_": 24}
+    # 48 and 24 bytes once over the link of two ranks: of each rank half, as of a chain of ranks
+    common |= {"broadcast_": 24, "reduce_": 12}
     assert first == {**common, "alltoall_base_": 40, "gather_": 0, "scatter_": 24}
     assert second == {**common, "alltoall_base_": 12, "gather_": 48, "scatter_": 0}
 
