@@ -180,6 +180,20 @@ def data_group(engine: Any) -> dist.ProcessGroup:
     return group
 
 
+def pipe_group(engine: Any) -> dist.ProcessGroup | None:
+    """Return the ranks that have the stages of one copy of a PipelineModule; None without one."""
+    if not engine.pipeline_parallelism:
+        return None
+    group: dist.ProcessGroup = _attribute(engine, "mpu").get_pipe_parallel_group()
+    return group
+
+
+def tied_layers(pipeline_module: nn.Module) -> dict[str, str]:
+    """Return {prefix of parameters' names: key} of this stage's layers that other stages have."""
+    tied = _attribute(pipeline_module, "tied_comms")
+    return {f"tied_modules.{k}.": k for k, entry in tied.items() if len(entry["ranks"]) > 1}
+
+
 def sub_groups(engine: Any) -> list[tuple[Tensor, int]] | None:
     """Return (flat tensor, index of its parameter group) of each stage-3 sub-group, or None.
 

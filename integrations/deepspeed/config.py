@@ -49,6 +49,11 @@ def refuse_for_poet(engine: Any) -> None:
             "zero_quantized_nontrainable_weights" + rounded,
         ),
         (device == "nvme", 'offload_param.device "nvme" is not supported: use "cpu"'),
+        (
+            engine.pipeline_parallelism,
+            "a PipelineModule keeps its layers in a list of its own, in which a conversion would"
+            " not replace them: use ZeRO without pipeline stages",
+        ),
     ]
     for applies, problem in cases:
         if applies:
@@ -66,7 +71,12 @@ def refuse(engine: Any) -> None:
     device = None if offload is None else str(getattr(offload.device, "value", offload.device))
     cases: list[tuple[bool, str, str]] = [
         (engine.has_moe_layers, "deepspeed.moe layers", "use dense layers or stacked experts"),
-        (engine.pipeline_parallelism, "a PipelineModule", "use ZeRO without pipeline stages"),
+        (
+            engine.pipeline_parallelism and not zero.stage and bool(engine.gradient_clipping()),
+            "gradient_clipping of a PipelineModule at stage 0, where DeepSpeed takes the first"
+            " pipeline stage's norm for that of the model",
+            'use stage 1, or write "gradient_clipping": 0.0',
+        ),
         (engine.autotp_size() > 1, "tensor_parallel.autotp_size above 1", "set it to 1"),
         (zero.zero_hpz_partition_size > 1, "zero_hpz_partition_size above 1", "set it to 1"),
         (zero.elastic_checkpoint, "elastic_checkpoint", "use the universal checkpoint"),

@@ -44,6 +44,7 @@ class ZeroPlacement(ReplicatedPlacement):
         # at stage 0 rank 0 alone saves, without a collective: it must have all momentum
         super().__init__(_compat.data_group(engine), replicate_momentum=True)
         self.engine = engine
+        self.has_all_matrices = not engine.pipeline_parallelism
         self._started = False
         self._options: list[dict[str, Any]] = []
 
