@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -76,6 +76,8 @@ from deepspeed.checkpoint.constants import (  # noqa: E402
     MODEL_FILE_SUFFIX,
     ZERO_FILE_PREFIX,
 )
+from deepspeed.moe.layer import MoE  # noqa: E402
+from deepspeed.moe.utils import is_moe_param_group  # noqa: E402
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS  # noqa: E402
 from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer  # noqa: E402
@@ -85,6 +87,9 @@ from deepspeed.runtime.torch_autocast import (  # noqa: E402
 from deepspeed.runtime.zero import stage_1_and_2  # noqa: E402
 from deepspeed.runtime.zero.partition_parameters import Init  # noqa: E402
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS  # noqa: E402
+from deepspeed.utils.groups import (  # noqa: E402
+    _get_expert_parallel_rank as expert_rank,
+)
 
 Configure = Callable[[Callable[..., None], DeepSpeedEngine, Any, Any], None]
 """A function of (DeepSpeed's own method, the engine, client_optimizer, model_parameters)."""
@@ -178,6 +183,39 @@ def data_group(engine: Any) -> dist.ProcessGroup:
     """Return the process group over which ZeRO partitions the tensors that are stepped."""
     group: dist.ProcessGroup = _attribute(engine, "seq_data_parallel_group")
     return group
+
+
+def shard_group(engine: Any, group: Mapping[str, Any]) -> dist.ProcessGroup:
+    """Return the ranks over which ZeRO partitions, or which have copies of, a parameter group."""
+    if not is_moe_param_group(group):
+        return data_group(engine)
+    groups: dict[str, dist.ProcessGroup] = _attribute(engine, "expert_data_parallel_group")
+    return groups[group["name"]]
+
+
+def expert_offsets(model: nn.Module) -> dict[str, int]:
+    """Return {prefix of names of a layer's experts: in the whole layer, number of the first here}.
+
+    Args:
+        model: with layers of deepspeed.moe, whose process groups exist already.
+    """
+    offsets = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MoE):
+            rank = expert_rank(module.expert_group_name)
+            prefix = f"{name}.deepspeed_moe.experts.deepspeed_experts."
+            offsets[prefix.lstrip(".")] = rank * module.num_local_experts
+    return offsets
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Return whether a model has layers of deepspeed.moe."""
+    return any(isinstance(module, MoE) for module in model.modules())
+
+
+def has_auto_experts(engine: Any) -> bool:
+    """Return whether AutoEP has replaced layers of the model by experts of its own kind."""
+    return bool(engine.has_moe_layers) and not has_experts(engine.module)
 
 
 def pipe_group(engine: Any) -> dist.ProcessGroup | None:

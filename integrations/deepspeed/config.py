@@ -12,6 +12,8 @@ from spectral_dist._errors import suggest
 from spectral_dist.integrations.deepspeed._compat import (
     DEEPSPEED_OPTIMIZERS,
     autocast_is_on,
+    has_auto_experts,
+    has_experts,
     zero_config,
 )
 
@@ -54,6 +56,11 @@ def refuse_for_poet(engine: Any) -> None:
             "a PipelineModule keeps its layers in a list of its own, in which a conversion would"
             " not replace them: use ZeRO without pipeline stages",
         ),
+        (
+            has_experts(engine.module),
+            "rotations of experts in layers of deepspeed.moe would lack the marks by which"
+            " DeepSpeed keeps gradients of different experts apart: use dense layers",
+        ),
     ]
     for applies, problem in cases:
         if applies:
@@ -70,7 +77,13 @@ def refuse(engine: Any) -> None:
     offload = zero.offload_optimizer
     device = None if offload is None else str(getattr(offload.device, "value", offload.device))
     cases: list[tuple[bool, str, str]] = [
-        (engine.has_moe_layers, "deepspeed.moe layers", "use dense layers or stacked experts"),
+        (
+            engine.has_moe_layers and engine.client_optimizer is not None,
+            "layers of deepspeed.moe with an optimizer built in code, in which experts have neither"
+            " groups nor names of their own",
+            "name the optimizer in the JSON",
+        ),
+        (has_auto_experts(engine), "expert_parallel (AutoEP)", "use layers of deepspeed.moe"),
         (
             engine.pipeline_parallelism and not zero.stage and bool(engine.gradient_clipping()),
             "gradient_clipping of a PipelineModule at stage 0, where DeepSpeed takes the first"

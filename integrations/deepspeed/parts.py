@@ -1,8 +1,9 @@
-"""Models of which each rank has a part: the stages of DeepSpeed's PipelineModule.
+"""Models of which each rank has a part: pipeline stages, or some experts of each layer.
 
-Parameters have the names that they have in the whole model: PipelineModule numbers its layers over
-all stages. But a stage alone does not show which of its weights is the output head, nor whether a
-pattern matches anything.
+PipelineModule numbers its layers over all stages, so parameters have the names that they have in
+the whole model. But a stage alone does not show which of its weights is the output head, nor
+whether a pattern matches anything. Layers of deepspeed.moe number the experts of each rank from 0
+on: their matrices are called after their numbers in the whole layer.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -20,7 +22,7 @@ from spectral_dist.integrations.deepspeed import _compat
 from spectral_dist.params.classify import classify
 from spectral_dist.params.heads import BY_SIZE, full_shape, vocabulary_head
 from spectral_dist.params.modules import torch_inspector
-from spectral_dist.params.spec import ParamSpec
+from spectral_dist.params.spec import Inspector, ParamInfo, ParamSpec
 from spectral_dist.sharding import collectives
 from spectral_dist.sharding.collectives import Group
 
@@ -39,7 +41,7 @@ def classify_part(engine: Any, routing: Mapping[str, Any]) -> list[ParamSpec]:
     """
     stages = _compat.pipe_group(engine)
     if stages is None:
-        return classify(engine.module, **routing)
+        return classify(engine.module, make_inspector=expert_inspector, **routing)
     outputs = _stage_outputs(engine.module, stages)
     has_asked = False
 
@@ -51,13 +53,29 @@ def classify_part(engine: Any, routing: Mapping[str, Any]) -> list[ParamSpec]:
         texts = collectives.gather_texts("".join(str(int(flag)) for flag in flags), stages)
         return [any(text[i] == "1" for text in texts) for i in range(len(flags))]
 
-    inspector = functools.partial(torch_inspector, outputs=outputs)
+    inspector = functools.partial(expert_inspector, outputs=outputs)
     try:
         return classify(engine.module, make_inspector=inspector, any_stage=any_stage, **routing)
     except ValueError as error:
         if not has_asked:
             collectives.raise_together(error, [stages])
         raise
+
+
+def expert_inspector(model: nn.Module, outputs: Mapping[int, str] | None = None) -> Inspector:
+    """Return ``torch_inspector``, with experts called after their numbers in the whole layer."""
+    inspect = torch_inspector(model, outputs)
+    offsets = _compat.expert_offsets(model)
+
+    def inspect_expert(name: str, parameter: nn.Parameter, module: nn.Module) -> ParamInfo:
+        info = inspect(name, parameter, module)
+        for prefix, offset in offsets.items():
+            if name.startswith(prefix):
+                index, _, leaf = name.removeprefix(prefix).partition(".")
+                return replace(info, name=f"{prefix}{int(index) + offset}.{leaf}")
+        return info
+
+    return inspect_expert
 
 
 def _stage_outputs(model: nn.Module, stages: Group) -> dict[int, str]:
