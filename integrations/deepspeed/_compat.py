@@ -185,6 +185,18 @@ def data_group(engine: Any) -> dist.ProcessGroup:
     return group
 
 
+def splits_sequences_apart(engine: Any) -> bool:
+    """Return whether ranks that share sequences are not among those that reduce gradients.
+
+    False while the engine has no groups yet.
+    """
+    group = getattr(engine, "seq_parallel_group", None)
+    if group is None:
+        return False
+    ranks, data_ranks = map(dist.get_process_group_ranks, (group, data_group(engine)))
+    return not set(ranks) <= set(data_ranks)
+
+
 def shard_group(engine: Any, group: Mapping[str, Any]) -> dist.ProcessGroup:
     """Return the ranks over which ZeRO partitions, or which have copies of, a parameter group."""
     if not is_moe_param_group(group):

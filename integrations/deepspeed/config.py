@@ -14,6 +14,7 @@ from spectral_dist.integrations.deepspeed._compat import (
     autocast_is_on,
     has_auto_experts,
     has_experts,
+    splits_sequences_apart,
     zero_config,
 )
 
@@ -91,7 +92,18 @@ def refuse(engine: Any) -> None:
             'use stage 1, or write "gradient_clipping": 0.0',
         ),
         (engine.autotp_size() > 1, "tensor_parallel.autotp_size above 1", "set it to 1"),
-        (zero.zero_hpz_partition_size > 1, "zero_hpz_partition_size above 1", "set it to 1"),
+        (
+            splits_sequences_apart(engine),
+            "sequence_parallel_size beside data_parallel_size, or mesh_param, with which DeepSpeed"
+            " does not add up gradients over the ranks of a sequence",
+            "pass mpu=deepspeed.runtime.sequence_parallel.parallel_state_sp to"
+            " deepspeed.initialize, after its initialize_sequence_parallel(size)",
+        ),
+        (
+            getattr(zero, "mics_shard_size", 0) > 0,  # DeepSpeed 0.19.8 refuses it by itself
+            "mics_shard_size, which later releases of DeepSpeed have no longer",
+            "write zero_hpz_partition_size in its place",
+        ),
         (zero.elastic_checkpoint, "elastic_checkpoint", "use the universal checkpoint"),
         (zero.zenflow is not None, "zenflow", "remove it"),
         (device == "nvme", 'offload_optimizer.device "nvme"', 'use "cpu"'),

@@ -24,6 +24,8 @@ RULES: dict[str, dict[str, Any]] = {
 }
 MATRICES = 3 * 4
 """Three blocks of four matrices each."""
+# DeepSpeed keeps the stages' groups in a global, for later engines too
+run = functools.partial(harness.run, 4, pool="pipeline")
 
 
 @functools.cache
@@ -65,7 +67,7 @@ CASES = [
 @pytest.mark.fast_cases("SpectralMuon-1-True-0.3")
 def test_stages_equal_one_process(kind: str, stage: int, tied: bool, clip: float) -> None:
     configuration = runs.config(stage, kind, {**SCALARS, **RULES[kind]}, gradient_clipping=clip)
-    ranks = harness.run(4, runs.train, configuration, tied)
+    ranks = run(runs.train, configuration, tied)
     check(ranks, alone(kind, tied, clip))
     assert sum(result["polar_calls"] for result in ranks) == STEPS * MATRICES
 
@@ -75,7 +77,7 @@ def test_stages_equal_one_process(kind: str, stage: int, tied: bool, clip: float
 @pytest.mark.parametrize("stage", [0, 1])
 def test_resumed_is_uninterrupted(kind: str, stage: int, tmp_path: Path) -> None:
     options = {**SCALARS, **RULES[kind]}
-    train = functools.partial(harness.run, 4, runs.train)
+    train = functools.partial(run, runs.train)
     whole = train(runs.config(stage, kind, options), folder=str(tmp_path))
     train(runs.config(stage, kind, options), last=2, folder=str(tmp_path), save="two")
     rest = train(runs.config(stage, kind, options), first=2, folder=str(tmp_path), load="two")
@@ -88,7 +90,9 @@ def test_resumed_is_uninterrupted(kind: str, stage: int, tmp_path: Path) -> None
 def test_a_bad_gradient_is_told_to_every_stage() -> None:
     """Only the last stage's is bad, and the first would wait for the next batch's gradients."""
     configuration = runs.config(0, "SpectralMuon", {**SCALARS, "lr": 0.02})
-    for text in harness.run_expecting_errors(4, runs.poisoned, configuration, within=20):
+    for text in harness.run_expecting_errors(
+        4, runs.poisoned, configuration, within=20, pool="pipeline"
+    ):
         assert "the gradient of 3.down.weight is NaN or infinite" in text
 
 
@@ -112,11 +116,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
 def test_refused_on_every_stage(case: str) -> None:
     changes, model, words = REFUSED[case]
     configuration = runs.engines.config(0, 2, accumulation=runs.MICRO, **changes)
-    harness.run_refused(4, words, runs.build, configuration, model, within=20)
+    harness.run_refused(4, words, runs.build, configuration, model, within=20, pool="pipeline")
 
 
 @pytest.mark.slow
 def test_a_pattern_may_match_on_one_stage_only() -> None:
     options = {**SCALARS, "lr": 0.02, "scalars": ["^3.qkv"], "split": {"1.qkv": 3}}
-    ranks = harness.run(4, runs.train, runs.config(1, "SpectralMuon", options), last=1)
+    ranks = run(runs.train, runs.config(1, "SpectralMuon", options), last=1)
     assert sum(result["polar_calls"] for result in ranks) == MATRICES - 1 + 2
