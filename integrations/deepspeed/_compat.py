@@ -267,6 +267,11 @@ def sub_group_ends(engine: Any, flat: Tensor) -> tuple[int, int] | None:
     return int(first), int(last)
 
 
+def is_first_micro_batch(engine: Any) -> bool:
+    """Return whether stage 3 overwrites, and does not add to, gradients in this backward pass."""
+    return bool(_attribute(engine, "optimizer.micro_step_id") == 0)
+
+
 def is_partitioned(parameter: Tensor) -> bool:
     """Return whether stage 3 or ``zero.Init`` has partitioned this parameter and emptied it."""
     return hasattr(parameter, "ds_id")

@@ -106,7 +106,12 @@ def refuse(engine: Any) -> None:
         ),
         (zero.elastic_checkpoint, "elastic_checkpoint", "use the universal checkpoint"),
         (zero.zenflow is not None, "zenflow", "remove it"),
-        (device == "nvme", 'offload_optimizer.device "nvme"', 'use "cpu"'),
+        (
+            device == "nvme",
+            'offload_optimizer.device "nvme", whose swapper empties the optimizer\'s state between'
+            " steps, which was never tried",
+            'use "cpu"',
+        ),
         (
             device == "cpu" and (offload.ratio < 1 or offload.super_offload),
             "offload_optimizer.ratio below 1 or super_offload, which use DeepSpeed's own Adam",

@@ -23,6 +23,7 @@ from spectral_dist.integrations.deepspeed.optimizers import BUILDING, TYPES
 from spectral_dist.integrations.deepspeed.parts import check_parts, fail_with_other_stages
 from spectral_dist.integrations.deepspeed.placement import ZeroPlacement
 from spectral_dist.integrations.deepspeed.poet_checkpoint import checkpoint_poet, refuse_poet
+from spectral_dist.integrations.deepspeed.stale import warn_of_stale_gradients
 from spectral_dist.poet.optimizer import POET
 from spectral_dist.rules.group_options import RULE
 
@@ -144,6 +145,7 @@ def configure(
         checkpoint_matrix_state(engine, optimizer)
     scale_loss_at_stage0(engine)
     fail_with_other_stages(engine)
+    warn_of_stale_gradients(engine, optimizer)
     if isinstance(optimizer, POET):
         poet.merge_after_steps(engine, optimizer)
         checkpoint_poet(engine, optimizer)
