@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -76,6 +76,8 @@ from deepspeed.checkpoint.constants import (  # noqa: E402
     MODEL_FILE_SUFFIX,
     ZERO_FILE_PREFIX,
 )
+from deepspeed.moe.layer import MoE  # noqa: E402
+from deepspeed.moe.utils import is_moe_param_group  # noqa: E402
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS  # noqa: E402
 from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer  # noqa: E402
@@ -85,6 +87,9 @@ from deepspeed.runtime.torch_autocast import (  # noqa: E402
 from deepspeed.runtime.zero import stage_1_and_2  # noqa: E402
 from deepspeed.runtime.zero.partition_parameters import Init  # noqa: E402
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS  # noqa: E402
+from deepspeed.utils.groups import (  # noqa: E402
+    _get_expert_parallel_rank as expert_rank,
+)
 
 Configure = Callable[[Callable[..., None], DeepSpeedEngine, Any, Any], None]
 """A function of (DeepSpeed's own method, the engine, client_optimizer, model_parameters)."""
@@ -180,6 +185,65 @@ def data_group(engine: Any) -> dist.ProcessGroup:
     return group
 
 
+def splits_sequences_apart(engine: Any) -> bool:
+    """Return whether ranks that share sequences are not among those that reduce gradients.
+
+    False while the engine has no groups yet.
+    """
+    group = getattr(engine, "seq_parallel_group", None)
+    if group is None:
+        return False
+    ranks, data_ranks = map(dist.get_process_group_ranks, (group, data_group(engine)))
+    return not set(ranks) <= set(data_ranks)
+
+
+def shard_group(engine: Any, group: Mapping[str, Any]) -> dist.ProcessGroup:
+    """Return the ranks over which ZeRO partitions, or which have copies of, a parameter group."""
+    if not is_moe_param_group(group):
+        return data_group(engine)
+    groups: dict[str, dist.ProcessGroup] = _attribute(engine, "expert_data_parallel_group")
+    return groups[group["name"]]
+
+
+def expert_offsets(model: nn.Module) -> dict[str, int]:
+    """Return {prefix of names of a layer's experts: in the whole layer, number of the first here}.
+
+    Args:
+        model: with layers of deepspeed.moe, whose process groups exist already.
+    """
+    offsets = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MoE):
+            rank = expert_rank(module.expert_group_name)
+            prefix = f"{name}.deepspeed_moe.experts.deepspeed_experts."
+            offsets[prefix.lstrip(".")] = rank * module.num_local_experts
+    return offsets
+
+
+def has_experts(model: nn.Module) -> bool:
+    """Return whether a model has layers of deepspeed.moe."""
+    return any(isinstance(module, MoE) for module in model.modules())
+
+
+def has_auto_experts(engine: Any) -> bool:
+    """Return whether AutoEP has replaced layers of the model by experts of its own kind."""
+    return bool(engine.has_moe_layers) and not has_experts(engine.module)
+
+
+def pipe_group(engine: Any) -> dist.ProcessGroup | None:
+    """Return the ranks that have the stages of one copy of a PipelineModule; None without one."""
+    if not engine.pipeline_parallelism:
+        return None
+    group: dist.ProcessGroup = _attribute(engine, "mpu").get_pipe_parallel_group()
+    return group
+
+
+def tied_layers(pipeline_module: nn.Module) -> dict[str, str]:
+    """Return {prefix of parameters' names: key} of this stage's layers that other stages have."""
+    tied = _attribute(pipeline_module, "tied_comms")
+    return {f"tied_modules.{k}.": k for k, entry in tied.items() if len(entry["ranks"]) > 1}
+
+
 def sub_groups(engine: Any) -> list[tuple[Tensor, int]] | None:
     """Return (flat tensor, index of its parameter group) of each stage-3 sub-group, or None.
 
@@ -201,6 +265,11 @@ def sub_group_ends(engine: Any, flat: Tensor) -> tuple[int, int] | None:
         return None
     first, last = _attribute(flat, "ds_id").split("_")
     return int(first), int(last)
+
+
+def is_first_micro_batch(engine: Any) -> bool:
+    """Return whether stage 3 overwrites, and does not add to, gradients in this backward pass."""
+    return bool(_attribute(engine, "optimizer.micro_step_id") == 0)
 
 
 def is_partitioned(parameter: Tensor) -> bool:

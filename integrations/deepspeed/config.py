@@ -12,6 +12,9 @@ from spectral_dist._errors import suggest
 from spectral_dist.integrations.deepspeed._compat import (
     DEEPSPEED_OPTIMIZERS,
     autocast_is_on,
+    has_auto_experts,
+    has_experts,
+    splits_sequences_apart,
     zero_config,
 )
 
@@ -49,6 +52,16 @@ def refuse_for_poet(engine: Any) -> None:
             "zero_quantized_nontrainable_weights" + rounded,
         ),
         (device == "nvme", 'offload_param.device "nvme" is not supported: use "cpu"'),
+        (
+            engine.pipeline_parallelism,
+            "a PipelineModule keeps its layers in a list of its own, in which a conversion would"
+            " not replace them: use ZeRO without pipeline stages",
+        ),
+        (
+            has_experts(engine.module),
+            "rotations of experts in layers of deepspeed.moe would lack the marks by which"
+            " DeepSpeed keeps gradients of different experts apart: use dense layers",
+        ),
     ]
     for applies, problem in cases:
         if applies:
@@ -65,13 +78,40 @@ def refuse(engine: Any) -> None:
     offload = zero.offload_optimizer
     device = None if offload is None else str(getattr(offload.device, "value", offload.device))
     cases: list[tuple[bool, str, str]] = [
-        (engine.has_moe_layers, "deepspeed.moe layers", "use dense layers or stacked experts"),
-        (engine.pipeline_parallelism, "a PipelineModule", "use ZeRO without pipeline stages"),
+        (
+            engine.has_moe_layers and engine.client_optimizer is not None,
+            "layers of deepspeed.moe with an optimizer built in code, in which experts have neither"
+            " groups nor names of their own",
+            "name the optimizer in the JSON",
+        ),
+        (has_auto_experts(engine), "expert_parallel (AutoEP)", "use layers of deepspeed.moe"),
+        (
+            engine.pipeline_parallelism and not zero.stage and bool(engine.gradient_clipping()),
+            "gradient_clipping of a PipelineModule at stage 0, where DeepSpeed takes the first"
+            " pipeline stage's norm for that of the model",
+            'use stage 1, or write "gradient_clipping": 0.0',
+        ),
         (engine.autotp_size() > 1, "tensor_parallel.autotp_size above 1", "set it to 1"),
-        (zero.zero_hpz_partition_size > 1, "zero_hpz_partition_size above 1", "set it to 1"),
+        (
+            splits_sequences_apart(engine),
+            "sequence_parallel_size beside data_parallel_size, or mesh_param, with which DeepSpeed"
+            " does not add up gradients over the ranks of a sequence",
+            "pass mpu=deepspeed.runtime.sequence_parallel.parallel_state_sp to"
+            " deepspeed.initialize, after its initialize_sequence_parallel(size)",
+        ),
+        (
+            getattr(zero, "mics_shard_size", 0) > 0,  # DeepSpeed 0.19.8 refuses it by itself
+            "mics_shard_size, which later releases of DeepSpeed have no longer",
+            "write zero_hpz_partition_size in its place",
+        ),
         (zero.elastic_checkpoint, "elastic_checkpoint", "use the universal checkpoint"),
         (zero.zenflow is not None, "zenflow", "remove it"),
-        (device == "nvme", 'offload_optimizer.device "nvme"', 'use "cpu"'),
+        (
+            device == "nvme",
+            'offload_optimizer.device "nvme", whose swapper empties the optimizer\'s state between'
+            " steps, which was never tried",
+            'use "cpu"',
+        ),
         (
             device == "cpu" and (offload.ratio < 1 or offload.super_offload),
             "offload_optimizer.ratio below 1 or super_offload, which use DeepSpeed's own Adam",

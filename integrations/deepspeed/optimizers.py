@@ -12,8 +12,8 @@ from spectral_dist.core.named import class_of
 from spectral_dist.core.sharded import ShardedOptimizer
 from spectral_dist.integrations.deepspeed import _compat, poet
 from spectral_dist.integrations.deepspeed._compat import DeepSpeedEngine
+from spectral_dist.integrations.deepspeed.parts import classify_part
 from spectral_dist.integrations.deepspeed.placement import ZeroPlacement
-from spectral_dist.params.classify import classify
 from spectral_dist.params.param_groups import split_by_kind
 from spectral_dist.params.table import show
 from spectral_dist.poet.optimizer import POET
@@ -42,7 +42,7 @@ class FromJSON(ShardedOptimizer):
         if engine is None:
             _refuse_in_code(type(self).__name__)
         self.options_type.from_user(options, type(self).__name__)  # before the table is shown
-        routes = classify(engine.module, **routing)
+        routes = classify_part(engine, routing)
         show(routes)
         groups = split_by_kind(_trainable(params), routes, self.options_type)
         super().__init__(groups, placement=ZeroPlacement(engine), **options)

@@ -20,8 +20,10 @@ from spectral_dist.integrations.deepspeed.fp16 import scale_loss_at_stage0
 from spectral_dist.integrations.deepspeed.latest import guard_latest
 from spectral_dist.integrations.deepspeed.matrix_state import checkpoint_matrix_state
 from spectral_dist.integrations.deepspeed.optimizers import BUILDING, TYPES
+from spectral_dist.integrations.deepspeed.parts import check_parts, fail_with_other_stages
 from spectral_dist.integrations.deepspeed.placement import ZeroPlacement
 from spectral_dist.integrations.deepspeed.poet_checkpoint import checkpoint_poet, refuse_poet
+from spectral_dist.integrations.deepspeed.stale import warn_of_stale_gradients
 from spectral_dist.poet.optimizer import POET
 from spectral_dist.rules.group_options import RULE
 
@@ -127,6 +129,7 @@ def configure(
     token = BUILDING.set(engine)
     try:
         original(engine, client, parameters)
+        check_parts(engine, engine.basic_optimizer)
     except BaseException:
         del _engines[engine.module]  # so that a second try with a corrected configuration works
         if client is not None and placement_before is not None:
@@ -141,6 +144,8 @@ def configure(
     if isinstance(optimizer, SpectralOptimizer):
         checkpoint_matrix_state(engine, optimizer)
     scale_loss_at_stage0(engine)
+    fail_with_other_stages(engine)
+    warn_of_stale_gradients(engine, optimizer)
     if isinstance(optimizer, POET):
         poet.merge_after_steps(engine, optimizer)
         checkpoint_poet(engine, optimizer)

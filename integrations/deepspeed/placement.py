@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ class ZeroPlacement(ReplicatedPlacement):
     - Stage 0: every rank has every parameter (float32 copies of it if the model is 16-bit).
     - Stages 1 and 2, and BF16_Optimizer: the parameters of a group lie in one flat tensor, each at
       the storage offset of the model's parameter; ranks store equal runs of that tensor.
+      Those of experts are the ranks that have the same experts.
     - Stage 3: each parameter is cut into equal runs, one a rank. A sub-group's flat tensor holds
       this rank's runs of the sub-group's parameters, one after the other.
 
@@ -44,6 +46,7 @@ class ZeroPlacement(ReplicatedPlacement):
         # at stage 0 rank 0 alone saves, without a collective: it must have all momentum
         super().__init__(_compat.data_group(engine), replicate_momentum=True)
         self.engine = engine
+        self.has_all_matrices = not (engine.pipeline_parallelism or engine.has_moe_layers)
         self._started = False
         self._options: list[dict[str, Any]] = []
 
@@ -113,10 +116,10 @@ class ZeroPlacement(ReplicatedPlacement):
         ends = _compat.sub_group_ends(self.engine, tensors[0])
         if ends is not None:
             return [_place_stage3(routes, tensors[0], ends, device)]
+        ranks = _compat.shard_group(self.engine, group)
         if self._are_whole(routes, tensors):
-            return super().locate(group, routes, tensors)
-        assert self.group is not None
-        return [_place_flat(routes, tensors[0], self.group, device)]
+            return [replace(p, replicas=ranks) for p in super().locate(group, routes, tensors)]
+        return [_place_flat(routes, tensors[0], ranks, device)]
 
     def _are_whole(self, routes: Sequence[ParamSpec], tensors: Sequence[Tensor]) -> bool:
         """Return whether the tensors are whole parameters, as at stage 0."""

@@ -17,6 +17,9 @@ TEXTS: dict[str, tuple[str, ...]] = {
     ),
     "model_parameters-leaves-out": (r"model_parameters leaves out ",),
     "has-no-matrix-state": (r"has no matrix state",),
+    "so-zero-3-applies-that-of-an-earlier-step-again": (
+        r"so ZeRO-3 applies that of an earlier step again",
+    ),
     "holds-no-checkpoint-of-deepspeed": (r"holds no checkpoint of DeepSpeed",),
     "which-is-no-checkpoint-in": (r", which is no checkpoint in ",),
     "exclude_frozen_parameters-leaves-out-w": (r"exclude_frozen_parameters leaves out W",),

@@ -151,7 +151,7 @@ def load_matrix_state(
 def check_matrix_state(
     optimizer: ShardedOptimizer, names: Names, saved: Mapping[str, Any], prefix: str
 ) -> None:
-    """Check that a checkpoint's metadata has this rank's matrix state, and no other.
+    """Check that a checkpoint's metadata has this rank's matrix state, and of these no other.
 
     Args:
         optimizer: that is to be loaded.
@@ -166,16 +166,16 @@ def check_matrix_state(
         entry = saved.get(f"{prefix}{names.of_matrices[part.matrix]}.{part.name}")
         shape = None if entry is None else tuple(entry.size)
         check_saved(part, () if shape == (1,) and not part.shape else shape)
-    quantities = optimizer.kept_names() if isinstance(optimizer, SpectralOptimizer) else {}
-    known = {names.of_matrices[matrix]: kept for matrix, kept in quantities.items()}
+    kept_names = optimizer.kept_names() if isinstance(optimizer, SpectralOptimizer) else {}
+    known = {names.of_matrices[matrix]: kept for matrix, kept in kept_names.items()}
     for key in saved:
         matrix, _, name = key.removeprefix(prefix).rpartition(".")
-        if not key.startswith(prefix) or name in known.get(matrix, ()):
+        is_elsewhere = matrix not in known and not optimizer.placement.has_all_matrices
+        if not key.startswith(prefix) or name in known.get(matrix, ()) or is_elsewhere:
             continue
         if matrix not in known:
-            raise ValueError(
-                f"the checkpoint has {name} of {matrix}, which is not here: it is of another model"
-            )
+            what = f"{name} of {matrix}, which is not here: it is of another model"
+            raise ValueError(f"the checkpoint has {what}")
         raise ValueError(
             f"the checkpoint has {name} of {matrix}, which {optimizer.rule_name} does not keep: it"
             " was saved with another optimizer, or with another rank of this one"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections.abc import Sequence
 
 import torch
 from torch import nn
+
+BY_SIZE = "output head (as many outputs as the embedding has entries)"
+"""How a head is recognized that is not tied and that the model does not name."""
 
 
 def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
@@ -32,22 +35,31 @@ def output_heads(model: nn.Module) -> dict[int, str]:
             heads[id(linear.weight)] = "output head tied to the embedding"
     if heads or not embeddings:
         return heads
-    # The vocabulary is that of the largest embedding, and a head has an output for each entry. A
-    # Linear inside of a numbered block may have as many outputs by chance, so such ones are passed
-    # over; of the others, the head is the last.
     vocabulary = max(m.num_embeddings for m in embeddings)
-    candidates = [
-        (name, m)
-        for name, m in model.named_modules()
-        if isinstance(m, nn.Linear) and full_shape(m.weight)[0] == vocabulary
-    ]
-    # a name that recurs with other numbers (layers.0.down, layers.1.down) belongs to a block
-    name_counts = Counter(
-        re.sub(r"\d+", "*", name) for name, m in model.named_modules() if isinstance(m, nn.Linear)
+    linears_by_name = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    name = vocabulary_head(
+        [(name, full_shape(m.weight)[0]) for name, m in linears_by_name.items()], vocabulary
     )
-    for name, m in candidates[::-1]:
-        is_unique_last = m is linears[-1] and name_counts[re.sub(r"\d+", "*", name)] == 1
-        if is_unique_last or not any(map(str.isdigit, name.split(".")[:-1])):
-            heads[id(m.weight)] = "output head (as many outputs as the embedding has entries)"
-            break
-    return heads
+    return heads if name is None else {id(linears_by_name[name].weight): BY_SIZE}
+
+
+def vocabulary_head(linears: Sequence[tuple[str, int]], vocabulary: int) -> str | None:
+    """Return the name of the Linear that maps to the vocabulary, or None.
+
+    A head has an output for each entry of the largest embedding. A Linear inside of a numbered
+    block may have as many outputs by chance, so such ones are passed over; of the others, the head
+    is the last.
+
+    Args:
+        linears: (name, number of outputs) of every Linear of the model, in its order.
+        vocabulary: the number of entries of the largest embedding.
+    """
+    # a name that recurs with other numbers (layers.0.down, layers.1.down) belongs to a block
+    patterns = [re.sub(r"\d+", "*", name) for name, _ in linears]
+    for index, (name, outputs) in reversed(list(enumerate(linears))):
+        is_last = index == len(linears) - 1
+        is_unique_last = is_last and patterns.count(patterns[index]) == 1
+        in_block = any(map(str.isdigit, name.split(".")[:-1]))
+        if outputs == vocabulary and (is_unique_last or not in_block):
+            return name
+    return None

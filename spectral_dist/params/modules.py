@@ -93,9 +93,15 @@ def _plain_class(module: nn.Module) -> str:
     return str(type_before_parametrizations(module).__name__)
 
 
-def torch_inspector(model: nn.Module) -> Inspector:
-    """Return an inspector of parameters of torch's own modules, and of modules made of them."""
-    outputs = output_heads(model)
+def torch_inspector(model: nn.Module, outputs: Mapping[int, str] | None = None) -> Inspector:
+    """Return an inspector of parameters of torch's own modules, and of modules made of them.
+
+    Args:
+        model: that has the parameters.
+        outputs: {id of a parameter that maps to the vocabulary: how it was recognized}; None: as
+            the model itself shows them.
+    """
+    outputs = output_heads(model) if outputs is None else outputs
     parametrized = {
         id(each): (module, leaf)
         for module in model.modules()

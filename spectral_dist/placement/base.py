@@ -38,12 +38,15 @@ class Placement(ABC):
             'auto' may leave matrices in slabs.
         has_master_weights: whether the stepped parameters are master weights, which the framework
             copies into the model's parameters after the step.
+        has_all_matrices: whether every rank knows of all matrices of the job, and not of those of
+            its pipeline stage or its experts only.
     """
 
     may_lack_params = False
     saves_matrix_state = False
     has_master_weights = False
     knows_blocks = False
+    has_all_matrices = True
 
     @property
     def is_ready(self) -> bool:

@@ -206,7 +206,6 @@ BAD: dict[str, tuple[dict[str, Any], str, str]] = {
     "replaced": ({}, "replaced", '"zero_force_ds_cpu_optimizer": false'),
     "engine in an engine": ({}, "engine in an engine", "already wrapped"),
     "optimizer twice": ({}, "second use of an optimizer", "already belongs"),
-    "hpZ": ({"zero": {"stage": 3, "zero_hpz_partition_size": 2}}, "", "zero_hpz_partition_size"),
     "offload ratio": (
         {"zero": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
         "", "offload_optimizer.ratio",
