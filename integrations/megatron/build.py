@@ -74,7 +74,11 @@ def build(
     refuse_adaptation(options, model_chunks)
     ranks = parallel_ranks(pg_collection)
     check_marks(
-        model_chunks, ranks[0].tensor_size, expert_parallel_size(pg_collection), on_any_stage
+        model_chunks,
+        ranks[0].tensor_size,
+        expert_parallel_size(pg_collection),
+        ranks[1].tensor_size,
+        on_any_stage,
     )
     reader = MegatronReader(*ranks, global_names(model_chunks))
     routes = _routes(model_chunks, reader, routing)

@@ -18,9 +18,12 @@ def part(text: Tensor) -> Tensor:
     from megatron.core import parallel_state
 
     size = parallel_state.get_context_parallel_world_size()
-    if size == 1:
-        return text
-    pieces, rank = text.chunk(2 * size, 1), parallel_state.get_context_parallel_rank()
+    return text if size == 1 else of_rank(text, parallel_state.get_context_parallel_rank(), size)
+
+
+def of_rank(text: Tensor, rank: int, size: int) -> Tensor:
+    """The columns that a rank of ``size`` has: an early piece and a late one."""
+    pieces = text.chunk(2 * size, 1)
     return torch.cat([pieces[rank], pieces[2 * size - 1 - rank]], 1)
 
 
@@ -55,18 +58,13 @@ class GatheringAttention(nn.Module):
             Gather.apply(x, self.group).repeat_interleave(groups, dim=2) for x in (key, value)
         )
         positions = torch.arange(len(key))[None]
+        size = self.group.size()
+        order = torch.cat([of_rank(positions, rank, size)[0] for rank in range(size)])
         at = part(positions)[0]
-        order = torch.cat([self.of(rank, positions) for rank in range(self.group.size())])
         scores = torch.einsum("qbhd,kbhd->bhqk", query, key) / query.shape[-1] ** 0.5
         scores = scores.masked_fill(at[:, None] < order[None, :], float("-inf"))
         out = torch.einsum("bhqk,kbhd->qbhd", scores.softmax(-1), value)
         return out.reshape(*out.shape[:2], -1)
-
-    def of(self, rank: int, positions: Tensor) -> Tensor:
-        """The positions that a rank has."""
-        size = self.group.size()
-        pieces = positions[0].chunk(2 * size)
-        return torch.cat([pieces[rank], pieces[2 * size - 1 - rank]])
 
 
 def attend_over_ranks(spec: Any) -> None:

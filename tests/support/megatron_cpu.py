@@ -67,7 +67,7 @@ class OnCPU(TorchFunctionMode):
             return function(args[0]).replace("torch.", "torch.cuda.")
         if "device" in kwargs:
             kwargs["device"] = on_cpu(kwargs["device"])
-        if function is torch.Tensor.to:
+        if function in (torch.Tensor.to, torch.device):
             args = tuple(on_cpu(arg) for arg in args)
         return function(*args, **kwargs)
 

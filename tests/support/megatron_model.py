@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tests.support import megatron_context
+from tests.support import megatron_context, megatron_grouped
 
 SEQUENCES = 8
 LENGTH = 16
@@ -103,6 +103,8 @@ def gpt(
     )
     if settings["context_parallel_size"] > 1:
         megatron_context.attend_over_ranks(spec)
+    if options.get("moe_grouped_gemm"):
+        megatron_grouped.group_experts(spec)
     model = GPTModel(
         TransformerConfig(**(settings | options)),
         spec,
@@ -241,9 +243,13 @@ def named_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
     first = model.decoder.layers[0].layer_number - 1
     for name, parameter in model.named_parameters():
         name = re.sub(r"layers\.(\d+)", lambda m: f"layers.{first + int(m[1])}", name)
-        if "local_experts" in name:
+        if ".experts." in name:
             local = model.config.num_moe_experts // model.config.expert_model_parallel_size
             start = parallel_state.get_expert_model_parallel_rank() * local
+            # TEGroupedMLP has linear_fc1.weight3 for local_experts.3.linear_fc1.weight
+            name = re.sub(
+                r"\.experts\.(linear_fc\d\.weight)(\d+)", r".experts.local_experts.\2.\1", name
+            )
             name = re.sub(r"local_experts\.(\d+)", lambda m: f"experts.{start + int(m[1])}", name)  # noqa: B023
         if model.share_embeddings_and_output_weights and name == "output_layer.weight":
             name = "embedding.word_embeddings.weight"  # the last stage's copy
@@ -260,7 +266,8 @@ def cut(parameter: Tensor) -> tuple[Any, int, int]:
         group = parallel_state.get_tensor_model_parallel_group()
     else:
         group = parallel_state.get_expert_tensor_parallel_group()
-    return group, parameter.partition_dim, parameter.partition_stride
+    blocks = 2 if hasattr(parameter, "gate_and_up") else parameter.partition_stride
+    return group, parameter.partition_dim, blocks
 
 
 def full_shape(parameter: Tensor) -> list[int]:

@@ -17,6 +17,7 @@ from tests.distributed.megatron.test_megatron_equality import (
     NEW,
     OLD,
     OVERLAP,
+    alone,
     check,
 )
 from tests.distributed.megatron.test_poet_megatron import compare
@@ -68,6 +69,17 @@ def test_sumo(wrapping: dict[str, Any]) -> None:
 def test_tied_embeddings_and_experts() -> None:
     check(NEW, "spectral_muon", (2, PP, DISTRIBUTED), {"layers": 4, "tied": True})
     check(NEW, "spectral_muon", (4, {"ep": 2, **PP}, {}), {"layers": 4, "moe_experts": 4})
+
+
+@pytest.mark.slow
+def test_gathers_during_the_step() -> None:
+    """Megatron then has an optimizer for the first part, and one for the rest."""
+    wanted = alone(NEW, "spectral_muon", tuple(FOUR.items()))
+    args = (NEW, "spectral_muon", PP, DISTRIBUTED | OVERLAP, FOUR, {})
+    config = {"overlap_param_gather_with_optimizer_step": True}
+    for one in harness.run(4, runs.train, *args, config, pool=NEW):
+        for key, value in wanted["parameters"].items():
+            assert float((one["parameters"][key] - value).abs().max()) < BOUND, key
 
 
 @pytest.mark.slow
