@@ -69,8 +69,9 @@ def refuse(config: Any, chunks: Sequence[nn.Module]) -> None:
     """
     if any(_compat.is_torch_fsdp(chunk) for chunk in chunks):
         raise ValueError(
-            "spectral optimizers do not support use_torch_fsdp2 (--use-torch-fsdp2) under Megatron:"
-            " write --use-distributed-optimizer in its place, or use plain torch's fully_shard with"
+            "spectral optimizers do not support use_torch_fsdp2 (--use-torch-fsdp2) under Megatron,"
+            " whose weights are DTensors, which this integration does not read: write"
+            " --use-distributed-optimizer in its place, or use plain torch's fully_shard with"
             " spectral_dist.Muon(spectral_dist.param_groups(model))"
         )
     ddp: Any = getattr(chunks[0], "ddp_config", None)
