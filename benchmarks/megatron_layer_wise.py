@@ -79,12 +79,12 @@ def layer_wise(settings: Any, model: Any) -> tuple[Any, Any]:
     entry = registry.EmergingOptimizerEntry(Inside, config_to_kwargs=lambda *_: {"lr": 0.01})
     registry._EMERGING_OPTIMIZERS["counted"] = entry
     optimizers.HAVE_EMERGING_OPTIMIZERS = True
+    wrapped = Float16Module(model.config, model)  # first, as norms are float32 before it
     layer.tag_params_for_buffer_routing([model])
     ranks = torch.distributed.get_world_size()
     layout = layer.LayerWiseDistributedOptimizer.compute_full_param_layout(
         list(model.parameters()), settings.bucket_size, ranks, settings
     )
-    wrapped = Float16Module(model.config, model)
     ddp = DistributedDataParallel(model.config, settings, wrapped, full_param_layout=layout)
     config = models.optimizer_config(
         ddp, optimizer="counted", use_layer_wise_distributed_optimizer=True
@@ -112,7 +112,7 @@ def counted(kind: str, bucket: int | None) -> dict[str, int]:
         config = models.optimizer_config(ddp, optimizer=kind)
         build = get_megatron_optimizer if kind == "adam" else get_spectral_megatron_optimizer
         optimizer = build(config, [ddp])
-    for step in range(STEPS):
+    for step in range(STEPS):  # a count of its own each
         with DispatchedTraffic() as traffic:
             models.train_step(ddp, optimizer, models.batch(step, *data))
     return dict(traffic.bytes)
