@@ -15,7 +15,9 @@ RULES = {  # argument, a, b: a (P - 1) / P^b of its bytes
     "_reduce_scatter_base_": (1, 1, 1),
     "reduce_scatter_tensor": (0, 1, 1),
     **dict.fromkeys(("_allgather_base_", "allgather_"), (1, 1, 0)),
+    "reduce_scatter_tensor_coalesced_": (1, 1, 1),
     "all_gather_into_tensor": (0, 1, 0),
+    "allgather_into_tensor_coalesced_": (1, 1, 0),
     **dict.fromkeys(("broadcast_", "reduce_"), (0, 1, 1)),
 }
 

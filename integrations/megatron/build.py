@@ -22,7 +22,7 @@ from spectral_dist.integrations.megatron.config import (
     refuse_overrides,
     spectral_options,
 )
-from spectral_dist.integrations.megatron.names import global_names, stage_copies, unwrap
+from spectral_dist.integrations.megatron.names import global_names, joined, stage_copies
 from spectral_dist.integrations.megatron.optimizer import (
     TYPES,
     MegatronInnerOptimizer,
@@ -74,7 +74,11 @@ def build(
     refuse_adaptation(options, model_chunks)
     ranks = parallel_ranks(pg_collection)
     check_marks(
-        model_chunks, ranks[0].tensor_size, expert_parallel_size(pg_collection), on_any_stage
+        model_chunks,
+        ranks[0].tensor_size,
+        expert_parallel_size(pg_collection),
+        ranks[1].tensor_size,
+        on_any_stage,
     )
     reader = MegatronReader(*ranks, global_names(model_chunks))
     routes = _routes(model_chunks, reader, routing)
@@ -137,8 +141,8 @@ def _check_poet(name: str, config: Any, options: Mapping[str, Any], has_skews: b
             f"{name} trains the rotations of a model that"
             " spectral_dist.integrations.megatron.poet.convert(model) has converted before it was"
             " wrapped; this one has none. In scripts that make a model_cfg (Megatron-LM's from 0.19"
-            " on, which then call no model_provider) write model_cfg.pre_wrap_hooks.append(lambda"
-            " models: [poet.convert(model) for model in models]); in others return"
+            " on, which then call no model_provider) write"
+            " model_cfg.pre_wrap_hooks.append(poet.convert); in others return"
             " poet.convert(model) from the model_provider"
         )
     if options.get("clip_ramp") and not config.clip_grad:
@@ -187,14 +191,7 @@ def _routes(
         reader: says what each parameter is.
         routing: options of ``param_groups``.
     """
-    model = nn.Module()
-    for index, chunk in enumerate(chunks):
-        inside = unwrap(chunk)
-        if len(chunks) == 1:
-            model = inside
-        else:
-            model.add_module(f"chunk{index}", inside)
-    routes = classify(model, make_inspector=reader, any_stage=on_any_stage, **routing)
+    routes = classify(joined(chunks), make_inspector=reader, any_stage=on_any_stage, **routing)
     show(routes)
     return {id(route.parameter): route for route in routes}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from spectral_dist._errors import suggest
@@ -68,8 +69,9 @@ def refuse(config: Any, chunks: Sequence[nn.Module]) -> None:
     """
     if any(_compat.is_torch_fsdp(chunk) for chunk in chunks):
         raise ValueError(
-            "spectral optimizers do not support use_torch_fsdp2 (--use-torch-fsdp2) under Megatron:"
-            " write --use-distributed-optimizer in its place, or use plain torch's fully_shard with"
+            "spectral optimizers do not support use_torch_fsdp2 (--use-torch-fsdp2) under Megatron,"
+            " whose weights are DTensors, which this integration does not read: write"
+            " --use-distributed-optimizer in its place, or use plain torch's fully_shard with"
             " spectral_dist.Muon(spectral_dist.param_groups(model))"
         )
     ddp: Any = getattr(chunks[0], "ddp_config", None)
@@ -82,26 +84,35 @@ def refuse(config: Any, chunks: Sequence[nn.Module]) -> None:
         return getattr(config, name, None)
 
     model: Any = getattr(chunks[0], "config", None)
-    expert_tensor = getattr(model, "expert_tensor_parallel_size", None)
-    tensor = getattr(model, "tensor_model_parallel_size", 1)
-    experts_cut_otherwise = (
-        getattr(model, "num_moe_experts", None)
-        and getattr(model, "expert_model_parallel_size", 1) == 1
-        and expert_tensor not in (None, tensor)
-    )
-
+    quantized = [
+        setting
+        for owner, setting in ((ddp, "fp8_param_gather"), (ddp, "fp4_param_gather"),
+                               (model, "fp8_param"), (model, "fp4_param"))
+        if getattr(owner, setting, False)
+    ]  # fmt: skip
+    other_dtypes = [
+        f"{setting}={getattr(config, setting)}"
+        for setting in ("main_params_dtype", "main_grads_dtype", "exp_avg_dtype",
+                        "exp_avg_sq_dtype")
+        if getattr(config, setting, torch.float32) != torch.float32
+    ]  # fmt: skip
     cases: list[tuple[Any, str, str]] = [
-        (has("optimizer_cpu_offload"), "optimizer_cpu_offload, which runs Megatron's own Adam",
-         "leave it off"),
-        (has("use_precision_aware_optimizer"), "use_precision_aware_optimizer, which leaves master"
-         " weights to TransformerEngine's Adam", "leave it off"),
+        (has("optimizer_cpu_offload"), "optimizer_cpu_offload (--optimizer-cpu-offload), which runs"
+         " Megatron's own HybridDeviceOptimizer, of Adam, where ours has to run", "leave it off"),
+        (has("use_precision_aware_optimizer"), "use_precision_aware_optimizer"
+         " (--use-precision-aware-optimizer), which leaves master weights to TransformerEngine's"
+         " Adam", "leave it off"),
+        (other_dtypes, f"{', '.join(other_dtypes)}, since momentum, masters and their gradients are"
+         " float32", "leave it at torch.float32"),
         (has("optimizer_cuda_graph"), "optimizer_cuda_graph", "leave it off"),
         (has("use_layer_wise_distributed_optimizer"), "use_layer_wise_distributed_optimizer",
          "use use_distributed_optimizer: ours takes whole matrices from its ranges"),
         (not getattr(config, "decoupled_weight_decay", True), "decoupled_weight_decay=False",
          "use decoupled decay"),
-        (getattr(ddp, "use_megatron_fsdp", False), "use_megatron_fsdp",
-         "use use_distributed_optimizer, or plain torch's fully_shard"),
+        (getattr(ddp, "use_megatron_fsdp", False), "use_megatron_fsdp (--use-megatron-fsdp), which"
+         " gives each rank rows of a weight that neither torch's DTensor nor Megatron's ranges"
+         " describe", "write --use-distributed-optimizer in its place, or use plain torch's"
+         " fully_shard with spectral_dist.Muon(spectral_dist.param_groups(model))"),
         (getattr(ddp, "num_distributed_optimizer_instances", 1) > 1,
          "num_distributed_optimizer_instances above 1", "set it to 1"),
         (getattr(model, "use_mup", False), "use_mup (--use-mup), which divides matrices' lr by the"
@@ -110,9 +121,10 @@ def refuse(config: Any, chunks: Sequence[nn.Module]) -> None:
          " of one size whatever the width"),
         (_compat.rematerializes(), "weights cut for rematerialization (generalized tensor"
          " parallelism)", "leave it off"),
-        (experts_cut_otherwise, f"expert_tensor_parallel_size {expert_tensor} beside"
-         f" tensor_model_parallel_size {tensor} without expert parallelism", "make them equal"),
-        (getattr(ddp, "fp8_param_gather", False), "fp8_param_gather", "leave it off"),
+        (getattr(model, "moe_single_grouped_weight", False), "moe_single_grouped_weight, which"
+         " packs all experts into one weight", "leave it off, and each expert has its own"),
+        (quantized, f"{', '.join(quantized)}, which leaves no weights but quantized ones on a"
+         " rank", "leave it off: products are in --fp8-format or --fp4-format without it, too"),
     ]  # fmt: skip
     for applies, setting, fix in cases:
         if applies:
@@ -158,6 +170,7 @@ def check_marks(
     chunks: Sequence[nn.Module],
     tensor_size: int,
     expert_size: int,
+    expert_tensor_size: int,
     on_any_stage: Callable[[list[bool]], list[bool]],
 ) -> None:
     """Raise if the model is cut, but no attribute says so: tiles would count as whole matrices.
@@ -168,6 +181,7 @@ def check_marks(
         chunks: this rank's parts of the model.
         tensor_size: the number of tensor-parallel ranks of dense parameters.
         expert_size: the number of ranks over which experts are distributed.
+        expert_tensor_size: the number of tensor-parallel ranks of an expert.
         on_any_stage: returns, for each flag, whether it is set on any pipeline stage.
 
     Raises:
@@ -193,7 +207,15 @@ def check_marks(
             " as cut (tensor_model_parallel, partition_dim): "
             + unknown.format("its tiles would be taken for whole matrices")
         )
-    if expert_size > 1 and getattr(config, "num_moe_experts", None) and not has_experts:
+    lacks_experts = getattr(config, "num_moe_experts", None) and not has_experts
+    if lacks_experts and expert_size == 1 and expert_tensor_size != tensor_size:
+        raise ValueError(
+            "spectral optimizers do not support expert_tensor_parallel_size"
+            f" {expert_tensor_size} beside tensor_model_parallel_size {tensor_size} without expert"
+            " parallelism under this Megatron, which marks no parameter as an expert's then: make"
+            " them equal, or install megatron-core 0.19.2"
+        )
+    if lacks_experts and expert_size > 1:
         raise ValueError(
             f"expert_model_parallel_size is {expert_size}, but no parameter of the model is marked"
             " as an expert's (allreduce=False): "

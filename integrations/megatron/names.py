@@ -77,6 +77,20 @@ def unwrap(chunk: nn.Module) -> nn.Module:
     return model
 
 
+def joined(chunks: Sequence[nn.Module]) -> nn.Module:
+    """Return one module that holds all parts of the model, unwrapped; the only part itself.
+
+    Args:
+        chunks: this rank's parts of the model, wrapped or not.
+    """
+    if len(chunks) == 1:
+        return unwrap(chunks[0])
+    whole = nn.Module()
+    for index, chunk in enumerate(chunks):
+        whole.add_module(f"chunk{index}", unwrap(chunk))
+    return whole
+
+
 def _named_parameters(
     module: nn.Module, path: tuple[str, ...] = (), experts: Experts = None
 ) -> Iterator[tuple[tuple[str, ...], nn.Parameter]]:

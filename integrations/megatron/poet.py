@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from megatron.core import parallel_state
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from spectral_dist._error_help import explained
 from spectral_dist.integrations.megatron import _compat
 from spectral_dist.integrations.megatron.build import on_any_stage, parallel_ranks
-from spectral_dist.integrations.megatron.names import global_names, unwrap
+from spectral_dist.integrations.megatron.names import global_names, joined, unwrap
 from spectral_dist.integrations.megatron.poet_layers import KINDS
 from spectral_dist.integrations.megatron.poet_merge import gather_parameters
 from spectral_dist.integrations.megatron.ranks import group_or_none
@@ -31,14 +31,17 @@ RowPart: TypeAlias = tuple[str, tuple[Span, ...]]
 """A matrix in the rows of a layer's tile: its name ('' if it is the only one), and its rows."""
 
 
+Model = TypeVar("Model", nn.Module, list[nn.Module])
+
+
 @explained
 def convert(
-    model: nn.Module,
+    model: Model,
     *,
     matrices: Iterable[str] = (),
     scalars: Iterable[str] = (),
     **settings: Any,
-) -> nn.Module:
+) -> Model:
     """Rotate every Column- and RowParallelLinear but the output layer, in place.
 
     Call it on the model as built, before it is wrapped, and on all ranks: Megatron's
@@ -52,32 +55,35 @@ def convert(
     multiple of several tensor-parallel sizes, runs with all of these sizes are the same.
 
     Args:
-        model: this rank's part of the model.
+        model: this rank's part of the model; the list of its parts with virtual pipeline stages.
         matrices, scalars: regular expressions of weights' names, as this rank has them: those to
             rotate although they would not be, and those not to rotate.
         settings: as of ``spectral_dist.poet.convert``.
 
     Returns:
-        The model.
+        The model, or the list.
 
     Raises:
         ValueError: as of ``spectral_dist.poet.convert``; or a layer that is not supported.
     """
     chosen = settings_of(settings)
-    _check_plain(model)
-    names = global_names([model])
+    chunks: list[nn.Module] = model if isinstance(model, list) else [model]
+    for chunk in chunks:
+        _check_plain(chunk)
+    names = global_names(chunks)
     reader = MegatronReader(*parallel_ranks(None), names)
+    whole = joined(chunks)
     routes = classify(
-        model, matrices=matrices, scalars=scalars, make_inspector=reader, any_stage=on_any_stage
+        whole, matrices=matrices, scalars=scalars, make_inspector=reader, any_stage=on_any_stage
     )
-    linears = _layers_to_rotate(model, routes)
+    linears = _layers_to_rotate(whole, routes)
     if not on_any_stage([bool(linears)])[0]:
         raise ValueError(
             "poet.convert: the model has no ColumnParallelLinear or RowParallelLinear to rotate."
             " Transformer Engine's layers are not supported: build it with"
             " get_gpt_layer_local_spec"
         )
-    splits = fused_splits(model)
+    splits = fused_splits(whole)
     layers = {names[id(m.weight)].removesuffix(".weight"): m for m in linears}
     parts = {key: _matrix_parts(m, splits.get(id(m.weight))) for key, m in layers.items()}
     sides = {key: _rotation_sides(m, parts[key]) for key, m in layers.items()}
@@ -87,9 +93,10 @@ def convert(
         layer.__class__ = KINDS[type(layer)]
         layer.rotate_by(key, rotations_of[key][:1], rotations_of[key][1:], chosen)
         _mark_skews(layer)
-    if _layers_differ(model, layers):
+    if _layers_differ(whole, layers):
         # or Megatron would stack, over layers, tensors of other shapes, or that some do not have
-        _compat.save_layers_separately(model)
+        for chunk in chunks:
+            _compat.save_layers_separately(chunk)
     return model
 
 

@@ -60,13 +60,14 @@ class OnCPU(TorchFunctionMode):
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
+        kwargs.pop("pin_memory", None)
         if function is torch.Tensor.cuda:
             return args[0]
         if function is torch.Tensor.type and len(args) == 1 and not kwargs:
             return function(args[0]).replace("torch.", "torch.cuda.")
         if "device" in kwargs:
             kwargs["device"] = on_cpu(kwargs["device"])
-        if function is torch.Tensor.to:
+        if function in (torch.Tensor.to, torch.device):
             args = tuple(on_cpu(arg) for arg in args)
         return function(*args, **kwargs)
 

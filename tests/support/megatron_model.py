@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from tests.support import megatron_context, megatron_grouped
+
 SEQUENCES = 8
 LENGTH = 16
 VOCABULARY = 128
@@ -77,6 +79,7 @@ def gpt(
         "pipeline_model_parallel_size": parallel_state.get_pipeline_model_parallel_world_size(),
         "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
         "expert_tensor_parallel_size": parallel_state.get_expert_tensor_parallel_world_size(),
+        "context_parallel_size": parallel_state.get_context_parallel_world_size(),
         "bf16": bf16, "params_dtype": dtype, "pipeline_dtype": dtype,
         "use_cpu_initialization": True, "add_bias_linear": False, "normalization": "RMSNorm",
         "gated_linear_unit": swiglu, "hidden_dropout": 0.0, "attention_dropout": 0.0,
@@ -93,13 +96,18 @@ def gpt(
             "num_moe_experts": moe_experts, "moe_ffn_hidden_size": ffn, "moe_router_topk": 2,
             "moe_router_load_balancing_type": "none", "moe_token_dispatcher_type": "alltoall",
         }  # fmt: skip
+    spec = get_gpt_layer_local_spec(
+        num_experts=moe_experts,
+        qk_layernorm=options.get("qk_layernorm", False),
+        normalization="RMSNorm",
+    )
+    if settings["context_parallel_size"] > 1:
+        megatron_context.attend_over_ranks(spec)
+    if options.get("moe_grouped_gemm"):
+        megatron_grouped.group_experts(spec)
     model = GPTModel(
         TransformerConfig(**(settings | options)),
-        get_gpt_layer_local_spec(
-            num_experts=moe_experts,
-            qk_layernorm=options.get("qk_layernorm", False),
-            normalization="RMSNorm",
-        ),
+        spec,
         vocab_size=vocab,
         max_sequence_length=LENGTH,
         pre_process=parallel_state.is_pipeline_first_stage(**stage),
@@ -146,6 +154,7 @@ def optimizer_config(ddp: Any, optimizer: str = "adam", **options: Any) -> Any:
     """An OptimizerConfig that agrees with the model and how it is wrapped."""
     from megatron.core.optimizer import OptimizerConfig
 
+    ddp = chunks_of(ddp)[0]
     settings: dict[str, Any] = {
         "optimizer": optimizer, "lr": 0.01, "weight_decay": 0.1, "bf16": ddp.config.bf16,
         "params_dtype": ddp.config.params_dtype, "clip_grad": 1.0,
@@ -164,30 +173,55 @@ def batch(step: int, dp_rank: int, dp_size: int) -> tuple[Tensor, Tensor]:
 
 
 def train_step(ddp: Any, optimizer: Any, data: tuple[Tensor, Tensor]) -> tuple[float, float]:
-    """One step as Megatron's own loop does it; (mean loss of the global batch, gradient norm)."""
+    """One step as Megatron's own loop does it; (mean loss of the global batch, gradient norm).
+
+    Several chunks (virtual stages) take as many micro-batches as there are pipeline stages, as
+    Megatron's interleaved schedule needs. Context-parallel ranks take their parts of sequences.
+    """
     from megatron.core import parallel_state
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    def forward(iterator: Iterator[tuple[Tensor, Tensor]], model: Any) -> Any:
-        tokens, labels = next(iterator)
-        positions = torch.arange(LENGTH).expand_as(tokens)
-        output = model(tokens, positions, None, labels=labels)
-        return output, lambda losses: (losses.mean(), {"loss": losses.mean().detach()})
+    parts = parallel_state.get_context_parallel_world_size()
 
-    ddp.config.finalize_model_grads_func = finalize_model_grads
-    ddp.zero_grad_buffer()
+    def forward(iterator: Iterator[tuple[Tensor, Tensor]], model: Any) -> Any:
+        tokens, labels = (megatron_context.part(text) for text in next(iterator))
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        output = model(tokens, positions, None, labels=labels)
+
+        def mean(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            """Over the whole sequences; Megatron multiplies it by the number of their parts."""
+            loss = losses.mean() / parts
+            return loss, {"loss": loss.detach().clone()}
+
+        return output, mean
+
+    models = chunks_of(ddp)
+    for chunk in models:
+        chunk.config.finalize_model_grads_func = finalize_model_grads
+        chunk.zero_grad_buffer()
     optimizer.zero_grad()
+    number = parallel_state.get_pipeline_model_parallel_world_size() if len(models) > 1 else 1
+    pieces = list(zip(*(text.chunk(number) for text in data), strict=True))
+    iterators = [iter(pieces) for _ in models]
     found = get_forward_backward_func()(
-        forward_step_func=forward, data_iterator=iter([data]), model=[ddp], num_microbatches=1,
-        seq_length=LENGTH, micro_batch_size=len(data[0]), forward_only=False,
+        forward_step_func=forward, data_iterator=iterators if len(models) > 1 else iterators[0],
+        model=models, num_microbatches=number, seq_length=LENGTH,
+        micro_batch_size=len(pieces[0][0]), forward_only=False,
     )  # fmt: skip
-    loss = found[0]["loss"].double() if found else torch.zeros((), dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64)
+    for one in found:
+        loss += one["loss"].double() / number
     data_size = parallel_state.get_data_parallel_world_size()
     tp_size = parallel_state.get_tensor_model_parallel_world_size()
     dist.all_reduce(loss)  # every rank of the last stage has its data rank's
     _, norm, _ = optimizer.step()
     return float(loss) / (data_size * tp_size), float(norm)
+
+
+def chunks_of(ddp: Any) -> list[Any]:
+    """This rank's parts of the model: several with virtual pipeline stages."""
+    return list(ddp) if isinstance(ddp, list) else [ddp]
 
 
 def gpt_of(model: Any) -> Any:
@@ -201,13 +235,21 @@ def named_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
     """(name in the whole model, this rank's part): layers, experts by their global numbers."""
     from megatron.core import parallel_state
 
+    if isinstance(model, list):
+        for chunk in model:
+            yield from named_parameters(chunk)
+        return
     model = gpt_of(model)
     first = model.decoder.layers[0].layer_number - 1
     for name, parameter in model.named_parameters():
         name = re.sub(r"layers\.(\d+)", lambda m: f"layers.{first + int(m[1])}", name)
-        if "local_experts" in name:
+        if ".experts." in name:
             local = model.config.num_moe_experts // model.config.expert_model_parallel_size
             start = parallel_state.get_expert_model_parallel_rank() * local
+            # TEGroupedMLP has linear_fc1.weight3 for local_experts.3.linear_fc1.weight
+            name = re.sub(
+                r"\.experts\.(linear_fc\d\.weight)(\d+)", r".experts.local_experts.\2.\1", name
+            )
             name = re.sub(r"local_experts\.(\d+)", lambda m: f"experts.{start + int(m[1])}", name)  # noqa: B023
         if model.share_embeddings_and_output_weights and name == "output_layer.weight":
             name = "embedding.word_embeddings.weight"  # the last stage's copy
@@ -224,7 +266,8 @@ def cut(parameter: Tensor) -> tuple[Any, int, int]:
         group = parallel_state.get_tensor_model_parallel_group()
     else:
         group = parallel_state.get_expert_tensor_parallel_group()
-    return group, parameter.partition_dim, parameter.partition_stride
+    blocks = 2 if hasattr(parameter, "gate_and_up") else parameter.partition_stride
+    return group, parameter.partition_dim, blocks
 
 
 def full_shape(parameter: Tensor) -> list[int]:
@@ -260,8 +303,9 @@ def full_parameters(model: Any) -> dict[str, Tensor]:
 
     Copies, over data ranks, of norms over tensor ranks, of tied embeddings, must be the same bits.
     """
-    if hasattr(model, "ddp_config") and model.ddp_config.overlap_param_gather:
-        model.start_param_sync(force_sync=True)  # else done by the next forward
+    for chunk in chunks_of(model):
+        if hasattr(chunk, "ddp_config") and chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)  # else done by the next forward
     mine = {name: gathered(p.data, p) for name, p in named_parameters(model)}
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)

@@ -84,7 +84,7 @@ def main() -> None:
     model = gpt_config_from_args(args)
     if args.rotate:
         settings = {"block": args.rotate, "segments": 2}
-        model.pre_wrap_hooks.append(lambda models: [poet.convert(m, **settings) for m in models])
+        model.pre_wrap_hooks.append(lambda models: poet.convert(models, **settings))
     config = pretrain_cfg_container_from_args(args, model)
     datasets.is_distributed = True  # type: ignore[attr-defined]
     wrapped(config, datasets, ModelType.encoder_or_decoder, forward_step, store=store)

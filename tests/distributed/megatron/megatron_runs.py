@@ -24,18 +24,27 @@ def build(
     options: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
 ) -> tuple[tuple[int, int], Any, Any]:
-    """(data rank, ranks), the wrapped model, Megatron's optimizer. ``options`` are ours."""
+    """(data rank, ranks), the wrapped model, Megatron's optimizer. ``options`` are ours.
+
+    With virtual pipeline stages the wrapped model is a list of this rank's parts.
+    """
     megatron_cpu.install(version)
     from spectral_dist.integrations.megatron import TYPES, get_spectral_megatron_optimizer
 
     data = models.parallel(**(groups or {}))
-    ddp = models.wrap(models.gpt(**(model or {})), **(wrapping or {}))
+    stages = (groups or {}).get("virtual_pipeline_model_parallel_size") or 1
+    chunks = [
+        models.wrap(models.gpt(vp_stage=s if stages > 1 else None, **(model or {})),
+                    **(wrapping or {}))
+        for s in range(stages)
+    ]  # fmt: skip
+    ddp = chunks if stages > 1 else chunks[0]
     settings = models.optimizer_config(ddp, optimizer=name, **{"adam_eps": 1e-4, **(config or {})})
     if name in TYPES:
-        return data, ddp, get_spectral_megatron_optimizer(settings, [ddp], **(options or {}))
+        return data, ddp, get_spectral_megatron_optimizer(settings, chunks, **(options or {}))
     from megatron.core.optimizer import get_megatron_optimizer
 
-    return data, ddp, get_megatron_optimizer(settings, [ddp])
+    return data, ddp, get_megatron_optimizer(settings, chunks)
 
 
 def inner(optimizer: Any) -> list[Any]:
@@ -102,12 +111,27 @@ def gradients(version: str, name: str, **kwargs: Any) -> dict[str, Any]:
 
 def content(ddp: Any, optimizer: Any, loading: bool, sharding: str | None) -> dict[str, Any]:
     """What Megatron's checkpoints hold."""
-    model = models.gpt_of(ddp).sharded_state_dict()
+    chunks = models.chunks_of(ddp)
+    names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
+    held = {
+        name: models.gpt_of(chunk).sharded_state_dict()
+        for name, chunk in zip(names, chunks, strict=True)
+    }
     extra: dict[str, Any] = {}
     if sharding is not None:
         extra["metadata"] = {"distrib_optim_sharding_type": sharding}
-    state = optimizer.sharded_state_dict(model, is_loading=loading, **extra)
-    return {"model": model, "optimizer": state}
+    whole = held["model"] if len(chunks) == 1 else held
+    state = optimizer.sharded_state_dict(whole, is_loading=loading, **extra)
+    return {**held, "optimizer": state}
+
+
+def restore(ddp: Any, optimizer: Any, state: dict[str, Any]) -> None:
+    """What ``content`` has loaded goes into the model and the optimizer."""
+    chunks = models.chunks_of(ddp)
+    for i, chunk in enumerate(chunks):
+        name = "model" if len(chunks) == 1 else f"model{i}"
+        models.gpt_of(chunk).load_state_dict(state[name])
+    optimizer.load_state_dict(state["optimizer"])
 
 
 def save(folder: str, *args: Any, sharding: str | None = None, **kwargs: Any) -> list[float]:
@@ -128,8 +152,7 @@ def load(folder: str, *args: Any, sharding: str | None = None, **kwargs: Any) ->
     from megatron.core import dist_checkpointing
 
     state = dist_checkpointing.load(content(ddp, optimizer, True, sharding), folder)
-    models.gpt_of(ddp).load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    restore(ddp, optimizer, state)
     restored = inner(optimizer)[0]
     tables = [group.get("coefficients") for group in restored.param_groups]
     losses = [models.train_step(ddp, optimizer, models.batch(s, *data))[0] for s in range(3, 6)]

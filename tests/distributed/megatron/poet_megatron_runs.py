@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.distributed.megatron.megatron_runs import DISTRIBUTED
+from tests.distributed.megatron.megatron_runs import DISTRIBUTED, content, restore
 from tests.support import megatron_cpu
 from tests.support import megatron_model as models
 
@@ -28,18 +28,27 @@ def build(
     options: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
 ) -> tuple[tuple[int, int], Any, Any]:
-    """(data rank, ranks), the wrapped converted model, Megatron's optimizer."""
+    """(data rank, ranks), the wrapped converted model (or list of parts), Megatron's optimizer."""
     megatron_cpu.install(version)
     from spectral_dist.integrations.megatron import get_spectral_megatron_optimizer, poet
 
     data = models.parallel(**(groups or {}))
-    gpt = models.gpt(**{**MODEL, **(model or {})})
-    fill_biases(gpt)
-    ddp = models.wrap(poet.convert(gpt, **{**SETTINGS, **(settings or {})}), **(wrapping or {}))
+    stages = (groups or {}).get("virtual_pipeline_model_parallel_size") or 1
+    parts = [
+        models.gpt(vp_stage=s if stages > 1 else None, **{**MODEL, **(model or {})})
+        for s in range(stages)
+    ]
+    for part in parts:
+        fill_biases(part)
+    chosen_settings = {**SETTINGS, **(settings or {})}
+    if stages > 1:
+        ddp = [models.wrap(m, **(wrapping or {})) for m in poet.convert(parts, **chosen_settings)]
+    else:
+        ddp = models.wrap(poet.convert(parts[0], **chosen_settings), **(wrapping or {}))
     given = {"adam_eps": 1e-4, "adam_beta2": 0.999, **(config or {})}
     chosen = {"merge_every": EVERY, **(options or {})}
     asked = models.optimizer_config(ddp, optimizer="spectral_poet", **given)
-    return data, ddp, get_spectral_megatron_optimizer(asked, [ddp], **chosen)
+    return data, ddp, get_spectral_megatron_optimizer(asked, models.chunks_of(ddp), **chosen)
 
 
 def fill_biases(gpt: Any) -> None:
@@ -51,7 +60,8 @@ def fill_biases(gpt: Any) -> None:
 
 
 def layers(ddp: Any) -> dict[str, Any]:
-    return {m.key: m for m in models.gpt_of(ddp).modules() if hasattr(m, "rotations")}
+    parts = [models.gpt_of(chunk) for chunk in models.chunks_of(ddp)]
+    return {m.key: m for part in parts for m in part.modules() if hasattr(m, "rotations")}
 
 
 def inner(optimizer: Any) -> Any:
@@ -121,7 +131,8 @@ def train(
     step = optimizer.step
 
     def look() -> Any:
-        if not independent and not ddp.ddp_config.use_distributed_optimizer:  # no rank has all
+        config = models.chunks_of(ddp)[0].ddp_config
+        if not independent and not config.use_distributed_optimizer:  # no rank has all
             grads.update(whole(ddp, gradients=True))
         return step()
 
@@ -187,11 +198,6 @@ def largest(tensors: list[Tensor]) -> float:
 SAVED = 4  # in mid-cycle: one step after the first merge
 
 
-def content(ddp: Any, optimizer: Any, loading: bool) -> dict[str, Any]:
-    model = models.gpt_of(ddp).sharded_state_dict()
-    return {"model": model, "optimizer": optimizer.sharded_state_dict(model, is_loading=loading)}
-
-
 def proceed(data: Any, ddp: Any, optimizer: Any) -> dict[str, Any]:
     steps = range(SAVED, SAVED + 4)  # with the second merge
     losses = [models.train_step(ddp, optimizer, models.batch(s, *data))[0] for s in steps]
@@ -208,7 +214,7 @@ def save(folder: str, *args: Any, steps: int = SAVED, **kwargs: Any) -> dict[str
     for s in range(steps):
         models.train_step(ddp, optimizer, models.batch(s, *data))
     dist.barrier()
-    dist_checkpointing.save(content(ddp, optimizer, False), folder)
+    dist_checkpointing.save(content(ddp, optimizer, False, None), folder)
     return proceed(data, ddp, optimizer)
 
 
@@ -217,9 +223,8 @@ def load(folder: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
     data, ddp, optimizer = build(*args, **kwargs)
     from megatron.core import dist_checkpointing
 
-    state = dist_checkpointing.load(content(ddp, optimizer, True), folder)
-    models.gpt_of(ddp).load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    state = dist_checkpointing.load(content(ddp, optimizer, True, None), folder)
+    restore(ddp, optimizer, state)
     leaves = [leaf.optimizer for leaf in optimizer.chained_optimizers]
     steps = {float(ours.state[p]["step"]) for ours in leaves for p in masters(ours)}
     assert {ours.num_steps_since_merge for ours in leaves} == {1} or len(leaves) == 1

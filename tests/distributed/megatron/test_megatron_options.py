@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import types
-
 import pytest
-from torch.distributed.device_mesh import DeviceMesh
 
 from spectral_dist.rules import registry
 from tests.distributed.megatron import megatron_runs as runs
@@ -79,11 +76,6 @@ ERRORS = {
     "adapting on some ranks": (
         {"groups": {"pp": 2}, "name": "spectral_root", "options": {"adapt_every": 2}},
         "pipeline_model_parallel_size is 2",
-    ),
-    "experts cut unlike the rest": (
-        {"groups": {"tp": 2, "etp": 1},
-         "model": {"moe_experts": 4, "sequence_parallel": True}},
-        "expert_tensor_parallel_size 1",
     ),
 }  # fmt: skip
 
@@ -270,39 +262,6 @@ def test_unknown_options_are_told_without_megatrons_own():
         assert f"{name}: unknown option 'betta'" in text
         assert "scalar_lr" in known
         assert not {"lr", "betas", "eps", "weight_decay", "scalar_weight_decay"} & set(known)
-
-
-def sharded_by_torch():
-    """What building says of a model under --use-torch-fsdp2."""
-    megatron_cpu.install(NEW)
-    from megatron.core.distributed import DistributedDataParallelConfig
-    from megatron.core.distributed import torch_fully_sharded_data_parallel as module
-
-    from spectral_dist.integrations.megatron import get_spectral_megatron_optimizer
-
-    def on_cpu(group, kind):
-        return DeviceMesh.from_group(group, "cpu")
-
-    models.parallel()
-    model = models.gpt()
-    settings = models.optimizer_config(models.wrap(model), optimizer="spectral_muon")
-    module.DeviceMesh, plain = types.SimpleNamespace(from_group=on_cpu), module.DeviceMesh
-    try:
-        sharded = module.TorchFullyShardedDataParallel(
-            model.config, DistributedDataParallelConfig(), model, sub_modules_to_wrap=set()
-        )
-        get_spectral_megatron_optimizer(settings, [sharded])
-    except ValueError as error:
-        return str(error)
-    finally:
-        module.DeviceMesh = plain
-    return "nothing was raised"
-
-
-def test_torchs_sharding_is_refused_with_what_to_write():
-    for text in harness.run(2, sharded_by_torch, pool=NEW):
-        assert "do not support use_torch_fsdp2 (--use-torch-fsdp2)" in text
-        assert "write --use-distributed-optimizer" in text
 
 
 def unmarked(groups, model, attribute, value):
