@@ -11,6 +11,7 @@ from spectral_dist._error_help import explained
 from spectral_dist._errors import suggest
 from spectral_dist.integrations.deepspeed._compat import (
     DEEPSPEED_OPTIMIZERS,
+    KNOWS_TILES,
     autocast_is_on,
     zero_config,
 )
@@ -67,7 +68,11 @@ def refuse(engine: Any) -> None:
     cases: list[tuple[bool, str, str]] = [
         (engine.has_moe_layers, "deepspeed.moe layers", "use dense layers or stacked experts"),
         (engine.pipeline_parallelism, "a PipelineModule", "use ZeRO without pipeline stages"),
-        (engine.autotp_size() > 1, "tensor_parallel.autotp_size above 1", "set it to 1"),
+        (
+            engine.autotp_size() > 1 and not KNOWS_TILES,
+            "tensor_parallel.autotp_size above 1 before deepspeed 0.19.8",
+            'install "deepspeed==0.19.8", or set it to 1',
+        ),
         (zero.zero_hpz_partition_size > 1, "zero_hpz_partition_size above 1", "set it to 1"),
         (zero.elastic_checkpoint, "elastic_checkpoint", "use the universal checkpoint"),
         (zero.zenflow is not None, "zenflow", "remove it"),
