@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from spectral_dist.integrations.deepspeed import _compat
+from spectral_dist.integrations.deepspeed import _compat, _compat_tiles
 from spectral_dist.integrations.deepspeed.config import refuse_type
 from spectral_dist.integrations.deepspeed.optimizers import TYPES, SpectralPOET, register_type
 from spectral_dist.integrations.deepspeed.patches import configure, distribute
@@ -38,7 +38,7 @@ def install() -> None:
     """Wrap the engine, and register every optimizer with DeepSpeed, rules registered later too."""
     _compat.repair_on_cpu()
     _compat.wrap_engine(configure, distribute, functools.partial(refuse_type, ours=TYPES))
-    _compat.wrap_tensor_parallel(functools.partial(partition, ours=TYPES))
+    _compat_tiles.wrap_tensor_parallel(functools.partial(partition, ours=TYPES))
     registry.add_listener(register_type)
 
 

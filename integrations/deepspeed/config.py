@@ -11,10 +11,10 @@ from spectral_dist._error_help import explained
 from spectral_dist._errors import suggest
 from spectral_dist.integrations.deepspeed._compat import (
     DEEPSPEED_OPTIMIZERS,
-    KNOWS_TILES,
     autocast_is_on,
     zero_config,
 )
+from spectral_dist.integrations.deepspeed._compat_tiles import KNOWS_TILES
 
 
 @explained

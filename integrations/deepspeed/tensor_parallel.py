@@ -18,7 +18,7 @@ from torch.utils.weak import TensorWeakRef
 
 from spectral_dist._error_help import explained
 from spectral_dist.core.sharded import ShardedOptimizer
-from spectral_dist.integrations.deepspeed import _compat
+from spectral_dist.integrations.deepspeed import _compat, _compat_tiles
 from spectral_dist.params.classify import classify
 from spectral_dist.params.heads import full_shape
 from spectral_dist.params.spec import TAGS, ParamSpec
@@ -38,7 +38,7 @@ def specs_of(model: nn.Module) -> list[ParamSpec] | None:
 
 def grid_of(engine: Any) -> RankGrid:
     """Return the ranks that train an engine's model, by tensor- and data-parallel rank."""
-    tensor, data = _compat.tensor_group(engine), _compat.data_group(engine)
+    tensor, data = _compat_tiles.tensor_group(engine), _compat.data_group(engine)
     return RankGrid(group_or_none(tensor), group_or_none(data))
 
 
@@ -68,7 +68,7 @@ def partition(
             "POET rotates whole weights, and AutoTP replaces their layers by its own: leave"
             " tensor_parallel.autotp_size out, or name another optimizer"
         )
-    if by_json and _compat.is_cut(model):
+    if by_json and _compat_tiles.is_cut(model):
         raise ValueError(
             "an earlier deepspeed.initialize has cut this model by AutoTP, so its weights are not"
             " known any more; build the model anew"
@@ -90,7 +90,7 @@ def partition(
         spec = TAGS.get(parameter)  # type: ignore[no-untyped-call]
         if spec is not None:
             TAGS[moved[id(parameter)]] = _moved(spec, moved)
-    ranks = _compat.tensor_group(engine).size()
+    ranks = _compat_tiles.tensor_group(engine).size()
     for spec in specs:
         if spec.kind == "matrix":
             pieces_of(spec, ranks)
@@ -122,7 +122,7 @@ def pieces_of(route: ParamSpec, ranks: int) -> list[Piece] | None:
         ValueError: DeepSpeed does not say where the pieces lie, or they are no rectangles of the
             weight, each on one rank.
     """
-    tiling, reason = _compat.tiling_of(route.parameter)
+    tiling, reason = _compat_tiles.tiling_of(route.parameter)
     local = full_shape(route.parameter)
     if tiling is None and not reason and local == route.shape:
         return None
@@ -150,6 +150,13 @@ def pieces_of(route: ParamSpec, ranks: int) -> list[Piece] | None:
         (rank,) = piece.locations
         rows, cols = piece.shape
         pieces.append(Piece(rank, row, col, rows, cols, piece.tile_offset, piece.tile_strides[0]))
+    idle = set(range(ranks)) - {piece.tensor_rank for piece in pieces}
+    if idle:
+        raise ValueError(
+            f"tensor_parallel.autotp_size is {ranks}, but {route.name} has parts for"
+            f" {ranks - len(idle)} ranks only (one for each key-value head, say): write a size of"
+            f" at most {ranks - len(idle)}"
+        )
     if sum(p.rows * p.cols for p in pieces) != math.prod(route.shape):
         raise _unreadable(route, "its pieces do not add up to the weight")
     return sorted(pieces, key=lambda p: (p.row, p.col))

@@ -11,7 +11,7 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
-from spectral_dist.integrations.deepspeed import _compat
+from spectral_dist.integrations.deepspeed import _compat, _compat_tiles
 from spectral_dist.integrations.deepspeed.placement import ZeroPlacement, in_sub_group, offset_in
 from spectral_dist.integrations.deepspeed.tensor_parallel import grid_of, numels_of, pieces_of
 from spectral_dist.params.spec import ParamSpec
@@ -148,7 +148,7 @@ class TiledPlacement(ZeroPlacement):
             index = 0 if is_flat else number
             if spot.route.matrices:
                 layouts += self._layouts(spot, index, tiled)
-            numel = _compat.numel_of(spot.route.parameter)
+            numel = _compat_tiles.numel_of(spot.route.parameter)
             if is_flat:
                 mine = spot.flat[grid.tensor_rank]
                 edge = grid.data_rank * mine.shard_numel - mine.start
@@ -170,7 +170,7 @@ class TiledPlacement(ZeroPlacement):
             ValueError: a copy lies elsewhere on another tensor-parallel rank.
         """
         route, ranks = spot.route, self.grid.tensor_size
-        numel = _compat.numel_of(route.parameter)
+        numel = _compat_tiles.numel_of(route.parameter)
         numels = numels_of(route, ranks) if tiled else [numel]
         if not spot.flat:
             cuts = whole_cuts(numels)

@@ -125,27 +125,68 @@ def full_parameters(running: Any) -> dict[str, Tensor]:
 
 
 def train(
-    configuration: dict[str, Any], name: str = "llama", count: int = 4, **keywords: Any
-) -> Any:
+    configuration: dict[str, Any], name: str = "llama", count: int = 3, **keywords: Any
+) -> dict[str, Any]:
+    """Take steps, and return what a test looks at."""
     forget_groups()
     running = engine.engine_for(configuration, model=build(name), **keywords)
     losses = steps(running, 0, count)
     result = {"losses": losses, "parameters": full_parameters(running)}
-    result["norm"] = float(running.get_global_grad_norm() or 0)
     base = running.basic_optimizer
-    if hasattr(base, "polar_calls"):
-        result["polar_calls"] = base.polar_calls
-        result["kinds"] = {r.name: (r.kind, [m.shape for m in r.matrices]) for r in base.all_routes}
-        result["strategies"] = {
-            strategy
-            for unit in base.all_units
-            if isinstance(unit, MatrixUnit)
-            for strategy in unit.plan.strategies
-        }
-    result["layers"] = {
-        n: (type(m).__name__)
-        for n, m in running.module.named_modules()
-        if hasattr(m, "tp_world_size")
+    result["polar_calls"] = base.polar_calls
+    result["kinds"] = {r.name: (r.kind, [m.shape for m in r.matrices]) for r in base.all_routes}
+    result["strategies"] = {
+        strategy
+        for unit in base.all_units
+        if isinstance(unit, MatrixUnit)
+        for strategy in unit.plan.strategies
     }
     running.destroy()
     return result
+
+
+def train_with_client(configuration: dict[str, Any], name: str) -> dict[str, Any]:
+    """Train with an optimizer that was built before, and sizes given to ``tp_model_init``."""
+    import deepspeed
+    from deepspeed.runtime.tensor_parallel import init_utils
+
+    import spectral_dist
+
+    def make(model: nn.Module) -> Any:
+        optimizer = spectral_dist.Muon(spectral_dist.param_groups(model), **engine.OPTIONS)
+        deepspeed.tp_model_init(model, tp_size=2, dtype=torch.float32)
+        return optimizer
+
+    section = configuration.pop("tensor_parallel")
+    try:
+        configuration["tensor_parallel"] = {
+            key: value for key, value in section.items() if key != "autotp_size"
+        }
+        return train(configuration, name, optimizer=make)
+    finally:
+        init_utils._TP_MODEL_INIT_ARGS = None
+
+
+def interrupted(
+    configuration: dict[str, Any],
+    folder: str,
+    *,
+    first: int,
+    last: int,
+    name: str = "gqa",
+    load: str | None = None,
+    save: str | None = None,
+) -> dict[str, Any]:
+    """Load tag ``load`` if given, take steps [first, last), save tag ``save`` if given."""
+    forget_groups()
+    running = engine.engine_for(configuration, model=build(name))
+    if load is not None:
+        path, _ = running.load_checkpoint(folder, tag=load)
+        assert path is not None
+    losses = steps(running, first, last)
+    if save is not None:
+        running.save_checkpoint(folder, tag=save)
+    parameters = full_parameters(running)
+    rates = [group["lr"] for group in running.basic_optimizer.param_groups]
+    running.destroy()
+    return {"losses": losses, "parameters": parameters, "rates": rates}
