@@ -145,6 +145,16 @@ def train(
     return result
 
 
+def trained(configuration: dict[str, Any], name: str, count: int) -> dict[str, Tensor]:
+    """Return the parameters after some steps, with any optimizer."""
+    forget_groups()
+    running = engine.engine_for(configuration, model=build(name))
+    steps(running, 0, count)
+    parameters = full_parameters(running)
+    running.destroy()
+    return parameters
+
+
 def train_with_client(configuration: dict[str, Any], name: str) -> dict[str, Any]:
     """Train with an optimizer that was built before, and sizes given to ``tp_model_init``."""
     import deepspeed

@@ -62,14 +62,19 @@ def config(
 
 
 def check(name: str, rule: str, ranks: list[Any]) -> None:
-    """Compare matrices to 1e-6, AdamW's parameters, which it divides by small numbers, to 1e-5."""
+    """Compare matrices to 1e-6, AdamW's parameters, which it divides by small numbers, to 1e-5.
+
+    PolarGrad's polar factor of o_proj's gradient, which is nearly singular, has errors of 1.1e-6
+    without tensor parallelism as well.
+    """
     _, wanted = alone(name, rule)
     per_layer = MATRICES.get(name, 7)
     assert sum(one["polar_calls"] for one in ranks) == STEPS * LAYERS * per_layer
     for one in ranks:
         assert sum(len(shapes) for _, shapes in one["kinds"].values()) == LAYERS * per_layer
         for key, value in wanted.items():
-            bound = 1e-6 if one["kinds"][key][0] == "matrix" else 1e-5
+            bound = 5e-6 if rule == "PolarGrad" else 1e-6
+            bound = bound if one["kinds"][key][0] == "matrix" else 1e-5
             found = one["parameters"][key].view_as(value)
             torch.testing.assert_close(found, value, rtol=0, atol=bound, msg=f"{key} of {name}")
 
@@ -138,6 +143,28 @@ def test_matrices_that_are_not_cut(stage: int) -> None:
     section = {"use_default_specs": False, "layer_specs": specs}
     found["tensor_parallel"]["partition_config"] = section
     check("gqa", "Muon", harness.run(4, runs.train, found, "gqa", pool=POOL))
+
+
+@pytest.mark.slow
+def test_deepspeeds_own_muon_steps_on_tiles(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its TP 2 x DP 2 is not its one process; ours is. Figures for docs/deepspeed.md."""
+    differences = {}
+    for kind in ("Muon", "SpectralMuon"):
+        results = []
+        for world, tensor in ((1, 1), (4, 2)):
+            found = runs.config(1, tensor, world)
+            found["optimizer"] = {"type": kind, "params": {"lr": 0.02, "weight_decay": 0.0}}
+            results.append(harness.run(world, runs.trained, found, "gqa", STEPS, pool=POOL)[0])
+        start = dict(runs.build("gqa").named_parameters())
+        one, many = results
+        names = [name for name in one if "proj" in name]
+        moved = max(float((one[n] - start[n]).norm()) for n in names)
+        error = max(float((many[n].view_as(one[n]) - one[n]).norm()) for n in names)
+        differences[kind] = error / moved
+    with capsys.disabled():
+        print(f"\nlargest error of a matrix over the largest way it moved: {differences}")
+    assert differences["SpectralMuon"] < 1e-5
+    assert differences["Muon"] > 0.01
 
 
 def to_universal(folder: Path, tag: str) -> str:
