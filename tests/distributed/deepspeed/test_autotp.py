@@ -153,9 +153,11 @@ def test_deepspeeds_own_muon_steps_on_tiles(capsys: pytest.CaptureFixture[str]) 
         results = []
         for world, tensor in ((1, 1), (4, 2)):
             found = runs.config(1, tensor, world)
-            found["optimizer"] = {"type": kind, "params": {"lr": 0.02, "weight_decay": 0.0}}
+            own = {"torch_adam": True} if kind == "Muon" else {}  # no compiling
+            params = {"lr": 0.02, "weight_decay": 0.0, **own}
+            found["optimizer"] = {"type": kind, "params": params}
             results.append(harness.run(world, runs.trained, found, "gqa", STEPS, pool=POOL)[0])
-        start = dict(runs.build("gqa").named_parameters())
+        start = {n: p.detach() for n, p in runs.build("gqa").named_parameters()}
         one, many = results
         names = [name for name in one if "proj" in name]
         moved = max(float((one[n] - start[n]).norm()) for n in names)
@@ -163,7 +165,7 @@ def test_deepspeeds_own_muon_steps_on_tiles(capsys: pytest.CaptureFixture[str]) 
         differences[kind] = error / moved
     with capsys.disabled():
         print(f"\nlargest error of a matrix over the largest way it moved: {differences}")
-    assert differences["SpectralMuon"] < 1e-5
+    assert differences["SpectralMuon"] < 1e-4
     assert differences["Muon"] > 0.01
 
 
