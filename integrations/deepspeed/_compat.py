@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -76,8 +76,6 @@ from deepspeed.checkpoint.constants import (  # noqa: E402
     MODEL_FILE_SUFFIX,
     ZERO_FILE_PREFIX,
 )
-from deepspeed.moe.layer import MoE  # noqa: E402
-from deepspeed.moe.utils import is_moe_param_group  # noqa: E402
 from deepspeed.runtime.config import DEEPSPEED_OPTIMIZERS  # noqa: E402
 from deepspeed.runtime.engine import DeepSpeedEngine  # noqa: E402
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer  # noqa: E402
@@ -87,9 +85,6 @@ from deepspeed.runtime.torch_autocast import (  # noqa: E402
 from deepspeed.runtime.zero import stage_1_and_2  # noqa: E402
 from deepspeed.runtime.zero.partition_parameters import Init  # noqa: E402
 from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS  # noqa: E402
-from deepspeed.utils.groups import (  # noqa: E402
-    _get_expert_parallel_rank as expert_rank,
-)
 
 Configure = Callable[[Callable[..., None], DeepSpeedEngine, Any, Any], None]
 """A function of (DeepSpeed's own method, the engine, client_optimizer, model_parameters)."""
@@ -165,7 +160,7 @@ def wrap_step(engine: Any, step: Callable[..., None]) -> None:
 
     The engine calls it at accumulation boundaries only, and before the learning rate's schedule.
     """
-    take_model_step = _attribute(engine, "_take_model_step")
+    take_model_step = attribute(engine, "_take_model_step")
 
     @functools.wraps(take_model_step)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -176,72 +171,13 @@ def wrap_step(engine: Any, step: Callable[..., None]) -> None:
 
 def zero_config(engine: Any) -> Any:
     """Return the parsed "zero_optimization" section of the engine's configuration."""
-    return _attribute(engine, "_config.zero_config")
+    return attribute(engine, "_config.zero_config")
 
 
 def data_group(engine: Any) -> dist.ProcessGroup:
     """Return the process group over which ZeRO partitions the tensors that are stepped."""
-    group: dist.ProcessGroup = _attribute(engine, "seq_data_parallel_group")
+    group: dist.ProcessGroup = attribute(engine, "seq_data_parallel_group")
     return group
-
-
-def splits_sequences_apart(engine: Any) -> bool:
-    """Return whether ranks that share sequences are not among those that reduce gradients.
-
-    False while the engine has no groups yet.
-    """
-    group = getattr(engine, "seq_parallel_group", None)
-    if group is None:
-        return False
-    ranks, data_ranks = map(dist.get_process_group_ranks, (group, data_group(engine)))
-    return not set(ranks) <= set(data_ranks)
-
-
-def shard_group(engine: Any, group: Mapping[str, Any]) -> dist.ProcessGroup:
-    """Return the ranks over which ZeRO partitions, or which have copies of, a parameter group."""
-    if not is_moe_param_group(group):
-        return data_group(engine)
-    groups: dict[str, dist.ProcessGroup] = _attribute(engine, "expert_data_parallel_group")
-    return groups[group["name"]]
-
-
-def expert_offsets(model: nn.Module) -> dict[str, int]:
-    """Return {prefix of names of a layer's experts: in the whole layer, number of the first here}.
-
-    Args:
-        model: with layers of deepspeed.moe, whose process groups exist already.
-    """
-    offsets = {}
-    for name, module in model.named_modules():
-        if isinstance(module, MoE):
-            rank = expert_rank(module.expert_group_name)
-            prefix = f"{name}.deepspeed_moe.experts.deepspeed_experts."
-            offsets[prefix.lstrip(".")] = rank * module.num_local_experts
-    return offsets
-
-
-def has_experts(model: nn.Module) -> bool:
-    """Return whether a model has layers of deepspeed.moe."""
-    return any(isinstance(module, MoE) for module in model.modules())
-
-
-def has_auto_experts(engine: Any) -> bool:
-    """Return whether AutoEP has replaced layers of the model by experts of its own kind."""
-    return bool(engine.has_moe_layers) and not has_experts(engine.module)
-
-
-def pipe_group(engine: Any) -> dist.ProcessGroup | None:
-    """Return the ranks that have the stages of one copy of a PipelineModule; None without one."""
-    if not engine.pipeline_parallelism:
-        return None
-    group: dist.ProcessGroup = _attribute(engine, "mpu").get_pipe_parallel_group()
-    return group
-
-
-def tied_layers(pipeline_module: nn.Module) -> dict[str, str]:
-    """Return {prefix of parameters' names: key} of this stage's layers that other stages have."""
-    tied = _attribute(pipeline_module, "tied_comms")
-    return {f"tied_modules.{k}.": k for k, entry in tied.items() if len(entry["ranks"]) > 1}
 
 
 def sub_groups(engine: Any) -> list[tuple[Tensor, int]] | None:
@@ -251,8 +187,8 @@ def sub_groups(engine: Any) -> list[tuple[Tensor, int]] | None:
     """
     if engine.zero_optimization_stage() != 3:
         return None
-    flats = _attribute(engine, "optimizer.fp32_partitioned_groups_flat")
-    group_of = _attribute(engine, "optimizer.sub_group_to_group_id")
+    flats = attribute(engine, "optimizer.fp32_partitioned_groups_flat")
+    group_of = attribute(engine, "optimizer.sub_group_to_group_id")
     return [(flat, group_of[index]) for index, flat in enumerate(flats)]
 
 
@@ -263,13 +199,13 @@ def sub_group_ends(engine: Any, flat: Tensor) -> tuple[int, int] | None:
     """
     if engine.zero_optimization_stage() != 3:
         return None
-    first, last = _attribute(flat, "ds_id").split("_")
+    first, last = attribute(flat, "ds_id").split("_")
     return int(first), int(last)
 
 
 def is_first_micro_batch(engine: Any) -> bool:
     """Return whether stage 3 overwrites, and does not add to, gradients in this backward pass."""
-    return bool(_attribute(engine, "optimizer.micro_step_id") == 0)
+    return bool(attribute(engine, "optimizer.micro_step_id") == 0)
 
 
 def is_partitioned(parameter: Tensor) -> bool:
@@ -279,13 +215,13 @@ def is_partitioned(parameter: Tensor) -> bool:
 
 def parameter_id(parameter: Tensor) -> int:
     """Return the id that stage 3 has given a parameter."""
-    return int(_attribute(parameter, "ds_id"))
+    return int(attribute(parameter, "ds_id"))
 
 
 def partition_of(parameter: Tensor) -> tuple[dist.ProcessGroup, int, int]:
     """Return (process group, elements in each rank's run, elements) of a stage-3 parameter."""
-    group: dist.ProcessGroup = _attribute(parameter, "ds_process_group")
-    run_numel, numel = _attribute(parameter, "partition_numel")(), _attribute(parameter, "ds_numel")
+    group: dist.ProcessGroup = attribute(parameter, "ds_process_group")
+    run_numel, numel = attribute(parameter, "partition_numel")(), attribute(parameter, "ds_numel")
     return group, int(run_numel), int(numel)
 
 
@@ -300,7 +236,7 @@ def scaled_clip_limit(engine: Any, factor: float) -> Iterator[None]:
     holder, name = (
         (engine.optimizer, "clip_grad") if wrapped else (engine._config, "gradient_clipping")
     )
-    limit = _attribute(holder, name)
+    limit = attribute(holder, name)
     if factor == 1 or not limit:
         yield
         return
@@ -315,7 +251,7 @@ def loss_scale_at_stage0(engine: Any) -> LossScale | None:
     """Return the loss scale of stage 0's fp16 wrapper, or None for every other engine."""
     if not isinstance(engine.optimizer, FP16_UnfusedOptimizer) or not engine.fp16_enabled():
         return None
-    scale: LossScale = _attribute(engine, "optimizer.loss_scale_config")
+    scale: LossScale = attribute(engine, "optimizer.loss_scale_config")
     return scale
 
 
@@ -379,7 +315,7 @@ def allow_fp16_on_cpu() -> None:
         accelerator.is_fp16_supported = lambda: True
 
 
-def _attribute(owner: Any, path: str) -> Any:
+def attribute(owner: Any, path: str) -> Any:
     """Return ``owner.a.b`` of a path "a.b".
 
     Raises:

@@ -12,11 +12,15 @@ from spectral_dist._errors import suggest
 from spectral_dist.integrations.deepspeed._compat import (
     DEEPSPEED_OPTIMIZERS,
     autocast_is_on,
-    has_auto_experts,
-    has_experts,
-    splits_sequences_apart,
     zero_config,
 )
+from spectral_dist.integrations.deepspeed._compat_groups import (
+    has_auto_experts,
+    has_experts,
+    shares_sequences,
+    splits_sequences_apart,
+)
+from spectral_dist.integrations.deepspeed._compat_tiles import KNOWS_TILES
 
 
 @explained
@@ -91,7 +95,19 @@ def refuse(engine: Any) -> None:
             " pipeline stage's norm for that of the model",
             'use stage 1, or write "gradient_clipping": 0.0',
         ),
-        (engine.autotp_size() > 1, "tensor_parallel.autotp_size above 1", "set it to 1"),
+        (
+            engine.autotp_size() > 1 and not KNOWS_TILES,
+            "tensor_parallel.autotp_size above 1 before deepspeed 0.19.8",
+            'install "deepspeed==0.19.8", or set it to 1',
+        ),
+        *(
+            (
+                engine.autotp_size() > 1 and beside,
+                f"tensor_parallel.autotp_size above 1 together with {what}, which was never tried",
+                "use one of the two",
+            )
+            for beside, what in _beside_tensor_parallelism(engine)
+        ),
         (
             splits_sequences_apart(engine),
             "sequence_parallel_size beside data_parallel_size, or mesh_param, with which DeepSpeed"
@@ -139,3 +155,13 @@ def refuse(engine: Any) -> None:
             raise ValueError(
                 f"spectral optimizers do not support {setting} under DeepSpeed: {remedy}"
             )
+
+
+def _beside_tensor_parallelism(engine: Any) -> list[tuple[bool, str]]:
+    """Return (whether it is there, its name) of what AutoTP was not tried with."""
+    return [
+        (engine.pipeline_parallelism, "a PipelineModule"),
+        (has_experts(engine.module), "layers of deepspeed.moe"),
+        (zero_config(engine).zero_hpz_partition_size > 1, "zero_hpz_partition_size above 1"),
+        (shares_sequences(engine), "sequence parallelism"),
+    ]

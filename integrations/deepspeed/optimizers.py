@@ -10,10 +10,10 @@ import torch
 
 from spectral_dist.core.named import class_of
 from spectral_dist.core.sharded import ShardedOptimizer
-from spectral_dist.integrations.deepspeed import _compat, poet
+from spectral_dist.integrations.deepspeed import _compat, poet, tensor_parallel
 from spectral_dist.integrations.deepspeed._compat import DeepSpeedEngine
 from spectral_dist.integrations.deepspeed.parts import classify_part
-from spectral_dist.integrations.deepspeed.placement import ZeroPlacement
+from spectral_dist.integrations.deepspeed.tiled_placement import placement_for
 from spectral_dist.params.param_groups import split_by_kind
 from spectral_dist.params.table import show
 from spectral_dist.poet.optimizer import POET
@@ -42,10 +42,13 @@ class FromJSON(ShardedOptimizer):
         if engine is None:
             _refuse_in_code(type(self).__name__)
         self.options_type.from_user(options, type(self).__name__)  # before the table is shown
-        routes = classify_part(engine, routing)
+        whole = tensor_parallel.specs_of(engine.module)
+        routes = classify_part(engine, routing) if whole is None else whole
         show(routes)
         groups = split_by_kind(_trainable(params), routes, self.options_type)
-        super().__init__(groups, placement=ZeroPlacement(engine), **options)
+        if whole is not None:
+            groups = tensor_parallel.with_tiles_apart(groups, engine.autotp_size())
+        super().__init__(groups, placement=placement_for(engine), **options)
 
 
 def _refuse_in_code(name: str) -> NoReturn:

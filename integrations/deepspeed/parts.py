@@ -18,7 +18,7 @@ from torch import nn
 
 from spectral_dist.core.optimizer import SpectralOptimizer
 from spectral_dist.core.sharded import ShardedOptimizer
-from spectral_dist.integrations.deepspeed import _compat
+from spectral_dist.integrations.deepspeed import _compat, _compat_groups
 from spectral_dist.params.classify import classify
 from spectral_dist.params.heads import BY_SIZE, full_shape, vocabulary_head
 from spectral_dist.params.modules import torch_inspector
@@ -39,7 +39,7 @@ def classify_part(engine: Any, routing: Mapping[str, Any]) -> list[ParamSpec]:
     Raises:
         ValueError: as ``classify`` does, on every rank.
     """
-    stages = _compat.pipe_group(engine)
+    stages = _compat_groups.pipe_group(engine)
     if stages is None:
         return classify(engine.module, make_inspector=expert_inspector, **routing)
     outputs = _stage_outputs(engine.module, stages)
@@ -65,7 +65,7 @@ def classify_part(engine: Any, routing: Mapping[str, Any]) -> list[ParamSpec]:
 def expert_inspector(model: nn.Module, outputs: Mapping[int, str] | None = None) -> Inspector:
     """Return ``torch_inspector``, with experts called after their numbers in the whole layer."""
     inspect = torch_inspector(model, outputs)
-    offsets = _compat.expert_offsets(model)
+    offsets = _compat_groups.expert_offsets(model)
 
     def inspect_expert(name: str, parameter: nn.Parameter, module: nn.Module) -> ParamInfo:
         info = inspect(name, parameter, module)
@@ -111,7 +111,7 @@ def check_parts(engine: Any, optimizer: ShardedOptimizer) -> None:
     Raises:
         ValueError: on every rank; names the matrix or the option, and what to write.
     """
-    stages = _compat.pipe_group(engine)
+    stages = _compat_groups.pipe_group(engine)
     if stages is None:
         return
     error: Exception | None = None
@@ -130,7 +130,7 @@ def _check_tied(model: nn.Module, optimizer: ShardedOptimizer) -> None:
     DeepSpeed gives their copies equal gradients. But each stage would orthogonalize its copy beside
     other matrices, and the copies would drift apart by rounding.
     """
-    tied = _compat.tied_layers(model)
+    tied = _compat_groups.tied_layers(model)
     for route in optimizer.all_routes:
         for prefix, key in tied.items():
             if route.kind == "matrix" and route.name.startswith(prefix):
@@ -161,7 +161,7 @@ def fail_with_other_stages(engine: Any) -> None:
     Otherwise the other stages would wait for activations that never come. They compare one number
     after each step, for which the host waits.
     """
-    stages = _compat.pipe_group(engine)
+    stages = _compat_groups.pipe_group(engine)
     if stages is None:
         return
 

@@ -24,6 +24,7 @@ from spectral_dist.integrations.deepspeed.parts import check_parts, fail_with_ot
 from spectral_dist.integrations.deepspeed.placement import ZeroPlacement
 from spectral_dist.integrations.deepspeed.poet_checkpoint import checkpoint_poet, refuse_poet
 from spectral_dist.integrations.deepspeed.stale import warn_of_stale_gradients
+from spectral_dist.integrations.deepspeed.tiled_placement import placement_for
 from spectral_dist.poet.optimizer import POET
 from spectral_dist.rules.group_options import RULE
 
@@ -123,7 +124,7 @@ def configure(
     _register_engine(engine, client)
     placement_before = client.placement if client is not None else None
     if client is not None:
-        client.move_to(ZeroPlacement(engine))
+        client.move_to(placement_for(engine))
         if type(client) not in _compat.ZERO_SUPPORTED_OPTIMIZERS:  # a user's own subclass
             _compat.ZERO_SUPPORTED_OPTIMIZERS.append(type(client))
     token = BUILDING.set(engine)

@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor
 
 from spectral_dist.core.sharded import ShardedOptimizer
-from spectral_dist.integrations.deepspeed import _compat
+from spectral_dist.integrations.deepspeed import _compat, _compat_groups
 from spectral_dist.integrations.deepspeed.adam_moments import drop_moments
 from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement
@@ -116,7 +116,7 @@ class ZeroPlacement(ReplicatedPlacement):
         ends = _compat.sub_group_ends(self.engine, tensors[0])
         if ends is not None:
             return [_place_stage3(routes, tensors[0], ends, device)]
-        ranks = _compat.shard_group(self.engine, group)
+        ranks = _compat_groups.shard_group(self.engine, group)
         if self._are_whole(routes, tensors):
             return [replace(p, replicas=ranks) for p in super().locate(group, routes, tensors)]
         return [_place_flat(routes, tensors[0], ranks, device)]
@@ -138,25 +138,52 @@ def _place_flat(
         device: where matrices are computed.
 
     Raises:
-        RuntimeError: a parameter is no view of the flat tensor.
+        RuntimeError: as in ``offset_in``.
     """
     ranks, rank = dist.get_world_size(group), dist.get_rank(group)
     cut = Cut.even(flat.numel(), ranks)
     placed, spans = [], []
     for route in routes:
         parameter = route.parameter
-        offset, numel = int(parameter.data.storage_offset()), parameter.numel()
-        if parameter.data.untyped_storage().nbytes() < ranks * flat.numel() * parameter.itemsize:
-            raise RuntimeError(
-                f"{route.name} is no view of its ZeRO group's flat buffer of {ranks} x"
-                f" {flat.numel()} elements, so where it lives is not known; was its .data replaced?"
-            )
+        offset, numel = offset_in(flat, ranks, route), parameter.numel()
         placed.append((route, offset))
         begin, end = max(offset, cut.bounds[rank]), min(offset + numel, cut.bounds[rank + 1])
         if begin < end:
             spans.append((route.name, 0, begin - cut.bounds[rank], end - begin))
     layouts = in_one_sequence(placed, flat.numel(), ranks)
     return Located(tuple(layouts), group, device, tuple(spans), tensors=(0,))
+
+
+def offset_in(flat: Tensor, ranks: int, route: ParamSpec) -> int:
+    """Return the place of a parameter's first element in its ZeRO group's flat buffer.
+
+    Args:
+        flat: this rank's run of the buffer.
+        ranks: the number of ranks that store a run.
+        route: of the parameter.
+
+    Raises:
+        RuntimeError: the parameter is no view of the buffer.
+    """
+    data = route.parameter.data
+    if data.untyped_storage().nbytes() < ranks * flat.numel() * data.itemsize:
+        raise RuntimeError(
+            f"{route.name} is no view of its ZeRO group's flat buffer of {ranks} x"
+            f" {flat.numel()} elements, so where it lives is not known; was its .data replaced?"
+        )
+    return int(data.storage_offset())
+
+
+def in_sub_group(routes: Sequence[ParamSpec], ends: tuple[int, int]) -> Sequence[ParamSpec]:
+    """Return those of a group's parameters that are in a stage-3 sub-group.
+
+    Args:
+        routes: of the parameters of the whole group.
+        ends: the ids of the sub-group's first and last parameter.
+    """
+    ids = [_compat.parameter_id(route.parameter) for route in routes]
+    first, last = (ids.index(end) for end in ends)
+    return routes[first : last + 1]
 
 
 def _place_stage3(
@@ -173,10 +200,8 @@ def _place_stage3(
     Raises:
         RuntimeError: the runs do not add up to the flat tensor.
     """
-    ids = [_compat.parameter_id(route.parameter) for route in routes]
-    first, last = (ids.index(end) for end in ends)
     placed, spans, base, group, ranks = [], [], 0, None, 1
-    for route in routes[first : last + 1]:
+    for route in in_sub_group(routes, ends):
         group, run, numel = _compat.partition_of(route.parameter)
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         placed.append((route, run))

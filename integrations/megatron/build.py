@@ -30,12 +30,13 @@ from spectral_dist.integrations.megatron.optimizer import (
 )
 from spectral_dist.integrations.megatron.placement import MegatronPlacement
 from spectral_dist.integrations.megatron.poet_merge import merge_after_steps
-from spectral_dist.integrations.megatron.ranks import MegatronRanks, group_or_none
+from spectral_dist.integrations.megatron.ranks import MegatronRanks
 from spectral_dist.integrations.megatron.reader import MegatronReader
 from spectral_dist.params.classify import classify
 from spectral_dist.params.param_groups import EXACT
 from spectral_dist.params.spec import ParamSpec
 from spectral_dist.params.table import show
+from spectral_dist.placement.ranks import group_or_none
 from spectral_dist.placement.tiles import FlatRange
 from spectral_dist.rules.options import ROUTING
 from spectral_dist.sharding import collectives

@@ -12,7 +12,16 @@ from spectral_dist.integrations.megatron.ranks import MegatronRanks
 from spectral_dist.integrations.megatron.reader import MegatronReader
 from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement
-from spectral_dist.placement.tiles import FlatRange, flat_cuts, sharing, tiles_of, whole_cuts
+from spectral_dist.placement.tiles import (
+    FlatRange,
+    Piece,
+    even_pieces,
+    flat_cuts,
+    sharing,
+    tiles_of,
+    whole_cuts,
+    whole_piece,
+)
 from spectral_dist.sharding.collectives import Group, Meter
 from spectral_dist.sharding.layout import Cut, Layout, Located
 
@@ -97,12 +106,8 @@ class MegatronPlacement(ReplicatedPlacement):
                     )
                     numel = end - begin
                 spans.append((route.name, len(indices) - 1, 0, numel))
-            dim, stride = cut_dimension(parameter), self.reader.stride(parameter)
-            index, rows = max(0, len(indices) - 1), route.shape[0]
-            layouts += [
-                Layout(m, tuple(tiles_of(m, rows, dim, stride, cuts, index)))
-                for m in route.matrices
-            ]
+            index, pieces = max(0, len(indices) - 1), self._pieces(route, len(cuts))
+            layouts += [Layout(m, tuple(tiles_of(m, pieces, cuts, index))) for m in route.matrices]
         group, replicas, replicate_momentum = sharing(
             tiled, self.ranges is not None, ranks.tensor_group, ranks.data_group,
             lambda: ranks.joint_group, self.replicate_momentum,
@@ -118,6 +123,14 @@ class MegatronPlacement(ReplicatedPlacement):
             tuple(indices),
         )
 
+    def _pieces(self, route: ParamSpec, tensor: int) -> list[Piece]:
+        """Return the pieces into which ``tensor`` tensor-parallel ranks cut a parameter."""
+        dim = cut_dimension(route.parameter)
+        if not route.matrices or tensor == 1 or dim is None:
+            return whole_piece(route.parameter.numel(), route.shape[-1])
+        stride = self.reader.stride(route.parameter)
+        return even_pieces(route.name, route.shape, dim, stride, tensor)
+
     def _cuts(self, parameter: nn.Parameter, ranks: MegatronRanks, tiled: bool) -> list[Cut]:
         """Return, by tensor-parallel rank, how the elements of the rank's tile are stored.
 
@@ -126,7 +139,7 @@ class MegatronPlacement(ReplicatedPlacement):
         """
         numel = parameter.numel()
         if self.ranges is None:
-            return whole_cuts(numel, ranks.tensor_size if tiled else 1)
+            return whole_cuts([numel] * (ranks.tensor_size if tiled else 1))
         of_data: Sequence[Sequence[int]] = [range(ranks.data_size)]
         joint = ranks.joint_ranks if tiled else of_data
         return flat_cuts(numel, self.ranges[id(parameter)], joint)

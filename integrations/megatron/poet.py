@@ -17,11 +17,11 @@ from spectral_dist.integrations.megatron.build import on_any_stage, parallel_ran
 from spectral_dist.integrations.megatron.names import global_names, joined, unwrap
 from spectral_dist.integrations.megatron.poet_layers import KINDS
 from spectral_dist.integrations.megatron.poet_merge import gather_parameters
-from spectral_dist.integrations.megatron.ranks import group_or_none
 from spectral_dist.integrations.megatron.reader import GATE_AND_UP, MegatronReader, fused_splits
 from spectral_dist.params.classify import classify
 from spectral_dist.params.spec import ParamSpec
 from spectral_dist.params.splits import Split
+from spectral_dist.placement.ranks import group_or_none
 from spectral_dist.poet.convert import initial, rotations, settings_of
 from spectral_dist.poet.layer import PoetLayer, Settings
 from spectral_dist.poet.rotation import Span

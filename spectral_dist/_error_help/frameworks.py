@@ -2,6 +2,15 @@
 
 TEXTS: dict[str, tuple[str, ...]] = {
     "spectral-optimizers-do-not-support": (r"spectral optimizers do not support ",),
+    "autotp-has-cut-a-model-in-a-way-that-does-not-fit": (
+        r"AutoTP has cut .* in a way that is not supported",
+        r"has parts for .* ranks only",
+        r"after AutoTP had cut it",
+        r"has cut this model by AutoTP",
+        r"which AutoTP has cut, and",
+        r"as AutoTP has cut other matrices unevenly",
+        r"POET rotates whole weights, and AutoTP",
+    ),
     "this-model-is-already-wrapped-by-a-deepspeed-engine": (
         r"this model is already wrapped by a DeepSpeed engine",
     ),

@@ -14,7 +14,15 @@ from spectral_dist.estimate.job import Job
 from spectral_dist.estimate.megatron_model import MegatronModel, Weight
 from spectral_dist.estimate.placed import PlacedUnit, simulated, state_dtype
 from spectral_dist.params.spec import ParamSpec
-from spectral_dist.placement.tiles import FlatRange, flat_cuts, sharing, tiles_of, whole_cuts
+from spectral_dist.placement.tiles import (
+    FlatRange,
+    even_pieces,
+    flat_cuts,
+    sharing,
+    tiles_of,
+    whole_cuts,
+    whole_piece,
+)
 from spectral_dist.sharding.layout import Layout, Located
 
 PARAMETER, BUCKET = 64, 128
@@ -170,13 +178,11 @@ class MegatronPlan:
                 joint_ranks = grid.joint_ranks if tiled else [range(grid.data)]
                 cuts = flat_cuts(numel, self.flat[id(route.parameter)], joint_ranks)
             else:
-                cuts = whole_cuts(numel, grid.tensor if tiled else 1)
-            layouts += [
-                Layout(
-                    m, tuple(tiles_of(m, route.shape[0], weight.cut, weight.stride, cuts, index))
-                )
-                for m in route.matrices
-            ]
+                cuts = whole_cuts([numel] * (grid.tensor if tiled else 1))
+            pieces = whole_piece(numel, route.shape[-1])
+            if route.matrices and len(cuts) > 1 and weight.cut is not None:
+                pieces = even_pieces(route.name, route.shape, weight.cut, weight.stride, len(cuts))
+            layouts += [Layout(m, tuple(tiles_of(m, pieces, cuts, index))) for m in route.matrices]
         located = Located(
             tuple(layouts), group, self.job.device, (), replicas, replicated,
             tuple(range(len(routes))),

@@ -51,14 +51,13 @@ def sharing(
     return (joint(), None, True) if tiled else (data, tensor, True)
 
 
-def whole_cuts(numel: int, tensor: int) -> list[Cut]:
+def whole_cuts(numels: Sequence[int]) -> list[Cut]:
     """Return, by tensor-parallel rank, the cut of a tile that the rank stores whole.
 
     Args:
-        numel: of the tile.
-        tensor: the number of tensor-parallel ranks that cut the matrix; 1: it is no tile.
+        numels: of the tiles of the ranks that cut the matrix; of one: it is no tile.
     """
-    return [Cut((0, numel), (t,) if tensor > 1 else None) for t in range(tensor)]
+    return [Cut((0, n), (t,) if len(numels) > 1 else None) for t, n in enumerate(numels)]
 
 
 def flat_cuts(numel: int, flat: FlatRange, ranks: Sequence[Sequence[int]]) -> list[Cut]:
@@ -75,42 +74,94 @@ def flat_cuts(numel: int, flat: FlatRange, ranks: Sequence[Sequence[int]]) -> li
     return [Cut(tuple(bounds), tuple(row[data])) for row in ranks]
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A rectangle of a parameter that one tensor-parallel rank stores.
+
+    Attributes:
+        tensor_rank: the rank.
+        row, col: of its first element in the parameter, seen as rows of its matrices' width.
+        rows, cols: its size.
+        offset: of its first element in the rank's tile.
+        pitch: elements of the rank's tile from one row of the piece to the next.
+    """
+
+    tensor_rank: int
+    row: int
+    col: int
+    rows: int
+    cols: int
+    offset: int
+    pitch: int
+
+
+def whole_piece(numel: int, width: int) -> list[Piece]:
+    """Return the one piece of a parameter that no tensor-parallel rank cuts.
+
+    Args:
+        numel: of the parameter.
+        width: of its matrices' rows in it.
+    """
+    return [Piece(0, 0, 0, numel // width, width, 0, width)]
+
+
+def even_pieces(name: str, shape: Sequence[int], dim: int, stride: int, ranks: int) -> list[Piece]:
+    """Return the pieces of a weight of which every tensor-parallel rank stores as much.
+
+    Args:
+        name: of the weight, for the error.
+        shape: (rows, columns) of the whole weight.
+        dim: the dimension that is cut.
+        stride: the number of equal parts of its rows that are each cut over all ranks.
+        ranks: the number of tensor-parallel ranks.
+
+    Raises:
+        ValueError: columns are cut in several parts, which is not supported.
+    """
+    rows, width = shape
+    if dim == 0:
+        return [
+            Piece(t, begin, 0, size, width, local * width, width)
+            for t, begin, size, local in _segments(rows, ranks, stride)
+        ]
+    if stride > 1:
+        raise ValueError(
+            f"{name} has columns cut with stride {stride}, which"
+            " is not supported; leave it to AdamW with scalars=[...]"
+        )
+    part = width // ranks
+    return [Piece(t, 0, t * part, rows, part, 0, part) for t in range(ranks)]
+
+
 def tiles_of(
-    matrix: Matrix, rows: int, dim: int | None, stride: int, cuts: Sequence[Cut], tensor: int
+    matrix: Matrix, pieces: Sequence[Piece], cuts: Sequence[Cut], tensor: int, base: int = 0
 ) -> Iterator[Tile]:
     """Yield the tiles of a matrix, from top to bottom.
 
     Args:
         matrix: one of the parameter's.
-        rows: of the whole parameter.
-        dim: the dimension of the parameter that tensor parallelism cuts; None: it cuts none.
-        stride: the number of equal parts of its rows that are each cut over all ranks.
+        pieces: of the parameter, from top to bottom and from left to right; together they are all
+            of it.
         cuts: how each tensor-parallel rank's elements are stored.
         tensor: the index of the local tensor that this rank's elements are in.
-
-    Raises:
-        ValueError: columns are cut in several parts, which is not supported.
+        base: the element of that tensor at which they begin.
     """
-    width, row = matrix.shape[1], 0
+    width, row = matrix.width, 0
+    step = 1 if matrix.columns is None else matrix.columns.step
     for start, height in matrix.blocks:
         first = start // width
-        if dim == 1 and len(cuts) > 1:
-            if stride > 1:
-                raise ValueError(
-                    f"{matrix.name} has columns cut with stride {stride}, which"
-                    " is not supported; leave it to AdamW with scalars=[...]"
-                )
-            part = width // len(cuts)
-            for t, cut in enumerate(cuts):
-                yield Tile(row, t * part, height, part, cut, first * part, 0, tensor, block=t)
-        else:
-            for t, begin, size, local in _segments(rows, len(cuts), stride):
-                top, bottom = max(first, begin), min(first + height, begin + size)
-                if top < bottom:
-                    yield Tile(
-                        row + top - first, 0, bottom - top, width, cuts[t],
-                        (local + top - begin) * width, 0, tensor, block=t,
-                    )  # fmt: skip
+        for piece in pieces:
+            top, bottom = max(first, piece.row), min(first + height, piece.row + piece.rows)
+            if top >= bottom:
+                continue
+            above = (top - piece.row) * piece.pitch
+            for col, left, cols in matrix.column_runs(piece.col, piece.col + piece.cols):
+                dense = cols == piece.pitch and step == 1
+                yield Tile(
+                    row + top - first, col, bottom - top, cols, cuts[piece.tensor_rank],
+                    piece.offset + above + left - piece.col, base, tensor,
+                    block=piece.tensor_rank, pitch=0 if dense else piece.pitch, step=step,
+                )  # fmt: skip
         row += height
 
 
