@@ -220,10 +220,10 @@ def named(path: Path) -> set[str]:
     [*sorted(FOLDER.glob("*.py")), ROOT / "launch/engines/base.py", ROOT / "launch/doctor.py"],
     ids=lambda path: path.name,
 )
-def test_private_names_stand_in_one_file(path: Path) -> None:
+def test_private_names_stand_in_few_files(path: Path) -> None:
     if path.name == "_compat.py":
         assert len(named(path)) > 10  # the check itself sees them
-    elif path.parent == FOLDER:
+    elif path.parent == FOLDER and not path.name.startswith("_compat_"):
         assert named(path) == set()
     else:  # which see parameters of engines with and without DeepSpeed
         assert named(path) <= {"ds_numel"}
