@@ -137,7 +137,7 @@ class ConvergenceRuns:
             raise TimeoutError("the time is over: the same command goes on with the next run")
         record = {**known, **self._train(contender, seed)}
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.replace(path, json.dumps(record, indent=1) + "\n")
+        files.replace(path, json.dumps(record) + "\n")
         print(f"{path.name}: {record['bits_per_byte']} bits per byte, {record['seconds']:.0f} s")
         return record
 
@@ -165,7 +165,9 @@ class ConvergenceRuns:
             found |= {"bits_per_byte": summary["validation_bits_per_byte"]}
             found |= {name: summary[name] for name in names}
         for part in ("train", "validation"):
-            found[part] = [[r["step"], r["bits_per_byte"]] for r in rows if r["part"] == part]
+            found[part] = [
+                [r["step"], round(r["bits_per_byte"], 4)] for r in rows if r["part"] == part
+            ]
         found["state"] = state_bytes(engine.optimizer, engine.model)
         found["device"] = str(self.here.device)
         return {**found, "seconds": time.perf_counter() - started}
