@@ -54,7 +54,7 @@ def is_cut(model: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class TilePiece:
+class StridedPart:
     """A part of a weight, as the arguments of torch.as_strided in the weight and in the tile.
 
     Attributes:
@@ -75,14 +75,14 @@ class TilePiece:
 
 
 @dataclass(frozen=True)
-class Tiling:
+class CutWeight:
     """How AutoTP has cut a weight: its whole shape, and all non-empty pieces."""
 
     shape: tuple[int, ...]
-    pieces: tuple[TilePiece, ...]
+    pieces: tuple[StridedPart, ...]
 
 
-def tiling_of(parameter: Tensor) -> tuple[Tiling | None, str]:
+def tiling_of(parameter: Tensor) -> tuple[CutWeight | None, str]:
     """Return how AutoTP has cut a parameter, and DeepSpeed's reason why that is not known.
 
     (None, "") for a parameter that it has not touched.
@@ -95,7 +95,7 @@ def tiling_of(parameter: Tensor) -> tuple[Tiling | None, str]:
     if entry is None:
         return None, conversion["unsupported_reason"] or "DeepSpeed does not describe it"
     pieces = [
-        TilePiece(
+        StridedPart(
             tuple(piece["shape"]), piece["source"][0], tuple(piece["source"][1]),
             piece["dest"][0], tuple(piece["dest"][1]), frozenset(piece["locations"]),
             piece.get("scale", 1.0),
@@ -104,7 +104,7 @@ def tiling_of(parameter: Tensor) -> tuple[Tiling | None, str]:
         for piece in tile["pieces"]
         if 0 not in piece["shape"]
     ]  # fmt: skip
-    return Tiling(tuple(entry["logical_shape"]), tuple(pieces)), ""
+    return CutWeight(tuple(entry["logical_shape"]), tuple(pieces)), ""
 
 
 def numel_of(parameter: Tensor) -> int:

@@ -23,7 +23,7 @@ from spectral_dist.params.classify import classify
 from spectral_dist.params.heads import full_shape
 from spectral_dist.params.spec import TAGS, ParamSpec
 from spectral_dist.placement.ranks import RankGrid, group_or_none
-from spectral_dist.placement.tiles import Piece
+from spectral_dist.placement.tiles import TilePiece
 from spectral_dist.poet.optimizer import POET
 from spectral_dist.rules.options import ROUTING
 
@@ -111,7 +111,7 @@ def _follow(client: ShardedOptimizer, moved: dict[int, nn.Parameter]) -> None:
     client.routes = [[_moved(spec, moved) for spec in routes] for routes in client.routes]
 
 
-def pieces_of(route: ParamSpec, ranks: int) -> list[Piece] | None:
+def pieces_of(route: ParamSpec, ranks: int) -> list[TilePiece] | None:
     """Return the pieces into which AutoTP has cut a parameter; None: every rank has all of it.
 
     Args:
@@ -149,7 +149,9 @@ def pieces_of(route: ParamSpec, ranks: int) -> list[Piece] | None:
         row, col = divmod(piece.offset, width)
         (rank,) = piece.locations
         rows, cols = piece.shape
-        pieces.append(Piece(rank, row, col, rows, cols, piece.tile_offset, piece.tile_strides[0]))
+        pieces.append(
+            TilePiece(rank, row, col, rows, cols, piece.tile_offset, piece.tile_strides[0])
+        )
     idle = set(range(ranks)) - {piece.tensor_rank for piece in pieces}
     if idle:
         raise ValueError(

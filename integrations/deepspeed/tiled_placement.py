@@ -122,11 +122,12 @@ class TiledPlacement(ZeroPlacement):
         bases: list[int] = []
         rank, size, flat = self.grid.data_rank, self.grid.data_size, tensors[0]
         if ends is not None:
-            routes = in_sub_group(routes, ends)
+            routes, begin = in_sub_group(routes, ends), 0
             for route in routes:
                 _, run, _ = _compat.partition_of(route.parameter)
-                bases.append(sum(chunk for _, chunk in own))
+                bases.append(begin)
                 own.append((0, run))
+                begin += run
         else:
             for route in routes:
                 offset = offset_in(flat, size, route)

@@ -14,7 +14,7 @@ from spectral_dist.params.spec import ParamSpec
 from spectral_dist.placement.base import ParamGroup, ReplicatedPlacement
 from spectral_dist.placement.tiles import (
     FlatRange,
-    Piece,
+    TilePiece,
     even_pieces,
     flat_cuts,
     sharing,
@@ -123,7 +123,7 @@ class MegatronPlacement(ReplicatedPlacement):
             tuple(indices),
         )
 
-    def _pieces(self, route: ParamSpec, tensor: int) -> list[Piece]:
+    def _pieces(self, route: ParamSpec, tensor: int) -> list[TilePiece]:
         """Return the pieces into which ``tensor`` tensor-parallel ranks cut a parameter."""
         dim = cut_dimension(route.parameter)
         if not route.matrices or tensor == 1 or dim is None:

@@ -75,7 +75,7 @@ def flat_cuts(numel: int, flat: FlatRange, ranks: Sequence[Sequence[int]]) -> li
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TilePiece:
     """A rectangle of a parameter that one tensor-parallel rank stores.
 
     Attributes:
@@ -95,17 +95,19 @@ class Piece:
     pitch: int
 
 
-def whole_piece(numel: int, width: int) -> list[Piece]:
+def whole_piece(numel: int, width: int) -> list[TilePiece]:
     """Return the one piece of a parameter that no tensor-parallel rank cuts.
 
     Args:
         numel: of the parameter.
         width: of its matrices' rows in it.
     """
-    return [Piece(0, 0, 0, numel // width, width, 0, width)]
+    return [TilePiece(0, 0, 0, numel // width, width, 0, width)]
 
 
-def even_pieces(name: str, shape: Sequence[int], dim: int, stride: int, ranks: int) -> list[Piece]:
+def even_pieces(
+    name: str, shape: Sequence[int], dim: int, stride: int, ranks: int
+) -> list[TilePiece]:
     """Return the pieces of a weight of which every tensor-parallel rank stores as much.
 
     Args:
@@ -121,7 +123,7 @@ def even_pieces(name: str, shape: Sequence[int], dim: int, stride: int, ranks: i
     rows, width = shape
     if dim == 0:
         return [
-            Piece(t, begin, 0, size, width, local * width, width)
+            TilePiece(t, begin, 0, size, width, local * width, width)
             for t, begin, size, local in _segments(rows, ranks, stride)
         ]
     if stride > 1:
@@ -130,11 +132,11 @@ def even_pieces(name: str, shape: Sequence[int], dim: int, stride: int, ranks: i
             " is not supported; leave it to AdamW with scalars=[...]"
         )
     part = width // ranks
-    return [Piece(t, 0, t * part, rows, part, 0, part) for t in range(ranks)]
+    return [TilePiece(t, 0, t * part, rows, part, 0, part) for t in range(ranks)]
 
 
 def tiles_of(
-    matrix: Matrix, pieces: Sequence[Piece], cuts: Sequence[Cut], tensor: int, base: int = 0
+    matrix: Matrix, pieces: Sequence[TilePiece], cuts: Sequence[Cut], tensor: int, base: int = 0
 ) -> Iterator[Tile]:
     """Yield the tiles of a matrix, from top to bottom.
 

@@ -17,7 +17,7 @@ from tests.distributed.torch import layouts
 EXPERTS = 8
 EP = 2
 EXPERT = re.compile(r"(.*deepspeed_experts\.)(\d+)(\..*)")
-"""Of a parameter's name: what is before an expert's number, the number, the rest."""
+"""It matches a parameter's name: what is before an expert's number, the number, the rest."""
 
 
 class Expert(nn.Module):

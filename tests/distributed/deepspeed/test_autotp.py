@@ -133,7 +133,7 @@ def test_a_client_optimizer_and_tp_model_init(stage: int) -> None:
 @pytest.mark.parametrize("stage", [0, 1])
 @pytest.mark.slow
 def test_matrices_that_are_not_cut(stage: int) -> None:
-    """They have copies on both tensor-parallel ranks; one of them orthogonalizes each."""
+    """Both tensor-parallel ranks have copies of such weights; one of them orthogonalizes each."""
     found = config(stage)
     specs = [{"patterns": [r".*\.(o|down)_proj\.weight$"], "partition_type": "row"}]
     up = r".*\.(q|k|v|up|gate)_proj\.weight$"
@@ -230,6 +230,10 @@ def test_refusals() -> None:
     four = config(1, tensor=4)
     four["train_micro_batch_size_per_gpu"] = 4
     harness.run_refused(4, r"at\s+most 2", runs.train, four, "gqa", pool=POOL, within=60)
+    hpz = config(3)
+    hpz["zero_optimization"]["zero_hpz_partition_size"] = 2
+    harness.run_refused(4, "together with zero_hpz_partition_size", runs.train, hpz, "gqa",
+                        pool=POOL, within=60)  # fmt: skip
 
 
 class Marked(nn.Module):

@@ -30,7 +30,7 @@ MATRICES = 2 * 4
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Of (batch, sequence, heads, width of a head)."""
+    """Return attention's output; all tensors are (batch, sequence, heads, width of a head)."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 

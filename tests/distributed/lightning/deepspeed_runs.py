@@ -99,9 +99,9 @@ def result(trainer: lightning.Trainer) -> dict[str, Any]:
     named = dict(net.named_parameters())
     with deepspeed.zero.GatheredParameters(list(named.values())):
         weights = {name: p.detach().clone() for name, p in named.items()}
-    found = {
+    outcome = {
         "weights": weights, "losses": trainer.lightning_module.losses,
         "class": type(engine.basic_optimizer).__name__, "stage": engine.zero_optimization_stage(),
     }  # fmt: skip
     engine.destroy()
-    return found
+    return outcome

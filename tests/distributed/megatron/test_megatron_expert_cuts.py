@@ -50,7 +50,7 @@ def test_five_steps_are_those_of_one_process(layout: str, wrapping: dict[str, An
 @pytest.mark.parametrize("wrapping", [{}, DISTRIBUTED], ids=["", "distributed optimizer"])
 @pytest.mark.parametrize("layout", ["ETP 2 x EP 2", "TP 2, ETP 2 x EP 2", "TP 2, ETP 4"])
 def test_weights_of_grouped_layers(layout: str, wrapping: dict[str, Any]) -> None:
-    """As experts of a sequence: the attributes of Transformer Engine's weights are others."""
+    """Grouped experts train as experts of a sequence do, whose weights have other attributes."""
     groups = LAYOUTS[layout]
     found = check(
         NEW, "spectral_muon", (4, groups, wrapping), EXPERTS, cut=of_the_cut(groups) | GROUPED

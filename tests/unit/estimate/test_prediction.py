@@ -212,3 +212,11 @@ def test_a_cpu_starts_operators_and_runs_them(side: int, batches: int) -> None:
     (counter,) = prediction.counters
     (of_one,) = {counter.whole(layout).operators for layout in counter.layouts}
     assert launch[1] == PER_BUCKET * len(counter.plan.buckets) + batches * of_one
+
+
+def test_a_side_of_half_the_speed_may_be_0_and_no_speed_may() -> None:
+    assert Machine.from_user({"half_speed_side": 0}).half_speed_side == 0
+    for name, text in (("half_speed_side", "at least 0"), ("flops", "above 0")):
+        for value in (-1.0, 0.0) if name == "flops" else (-1.0, float("inf")):
+            with pytest.raises(ValueError, match=f"{name} is .*{text}"):
+                Machine.from_user({name: value})
